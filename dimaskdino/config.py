@@ -1,0 +1,317 @@
+"""One typed tree of settings: read from YAML, changed by `key=value`, written back to YAML.
+
+A YAML file may name another one in `extends:` (relative to itself) and then holds only what differs. Every section
+of the specification that can be varied is a field here, and each ablation of the paper is a value of a field.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+
+from dimaskdino.errors import UserError
+
+
+class Section(BaseModel):
+    """A node of the tree: no unknown keys, no changes after it is made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Backbone(Section):
+    name: str = Field("resnet50", description="a ResNet of torchvision: resnet18, resnet34, resnet50, resnet101, …")
+    norm: Literal["frozen", "batch"] = Field("frozen", description="frozen batch norm, or trained (from scratch)")
+    weights: str | None = Field(
+        None, description="what to start from: a torchvision name such as IMAGENET1K_V1, a weights file, or nothing"
+    )
+
+
+class PixelDecoder(Section):
+    """The feature tokens extractor, section 2 of the specification."""
+
+    levels: Literal[3, 4] = Field(4, description="3: res3 to res5, 4: also res6. It fixes the level order as published")
+    layers: PositiveInt = 6
+    ffn_dim: PositiveInt = 2048
+
+
+class Selection(Section):
+    """First selection and De-Imbalance, section 3."""
+
+    k: tuple[PositiveInt, ...] = Field(
+        (600, 300), description="tokens kept by each selection. One number: no De-Imbalance. Three: triple selection"
+    )
+    token_interaction_layers: PositiveInt = Field(2, description="layers before each selection after the first")
+    mask_to_box: Literal["mask2box", "bitmask", "no"] = Field(
+        "mask2box", description="boxes of the first selected tokens: from their masks (two conventions) or predicted"
+    )
+
+    @field_validator("k")
+    @classmethod
+    def _sizes(cls, k: tuple[int, ...]) -> tuple[int, ...]:
+        if not 1 <= len(k) <= 3:
+            raise ValueError(f"one, two or three selections are possible, got {len(k)}")
+        if list(k) != sorted(k, reverse=True):
+            raise ValueError(f"each selection keeps at most as many tokens as the one before, got {list(k)}")
+        return k
+
+
+class Decoder(Section):
+    layers: PositiveInt = 6
+    ffn_dim: PositiveInt = Field(2048, description="also of token interaction and BATO")
+    random_positions: bool = Field(False, description="table 3: the decoder's queries start at random boxes")
+
+
+class BATO(Section):
+    """Balance-aware tokens optimisation, section 4."""
+
+    enabled: bool = True
+    guidance: Literal["T_i", "T_s1", "T_s2", "Q_bal"] = Field(
+        "Q_bal", description="what the guiding tokens come from. T_i: the queries of a model without De-Imbalance"
+    )
+    guiding_tokens: PositiveInt = 50
+    generation: bool = Field(True, description="table 6: make guiding tokens; off: keys and values are the guide itself")
+
+
+class Denoising(Section):
+    """Denoising queries, section 6."""
+
+    queries: int = Field(100, ge=0, description="groups = queries // (most objects in an image); 0: none")
+    label_noise: float = Field(0.2, ge=0, le=1, description="probability of a random class")
+    box_noise: float = Field(0.4, ge=0, description="of the half width and height")
+
+
+class Model(Section):
+    classes: PositiveInt = 80
+    hidden_dim: PositiveInt = Field(256, description="C; a multiple of 32 and of the heads")
+    heads: PositiveInt = 8
+    points: PositiveInt = Field(4, description="sampling points a head and level")
+    backbone: Backbone = Backbone()
+    pixel_decoder: PixelDecoder = PixelDecoder()
+    selection: Selection = Selection()
+    decoder: Decoder = Decoder()
+    bato: BATO = BATO()
+    denoising: Denoising = Denoising()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Model":
+        if self.hidden_dim % 32 or self.hidden_dim % self.heads:
+            raise ValueError(
+                f"hidden_dim must be a multiple of 32 (group norm) and of heads = {self.heads}, got {self.hidden_dim}"
+            )
+        if not self.bato.enabled:
+            return self
+        without_di = len(self.selection.k) == 1
+        if without_di != (self.bato.guidance == "T_i"):
+            raise ValueError(
+                "bato.guidance=T_i means BATO without De-Imbalance: it goes with one selection (selection.k=[300]), "
+                f"the other guides with two or three; got guidance {self.bato.guidance}, k {list(self.selection.k)}"
+            )
+        return self
+
+
+class Weights(Section):
+    """One weight for each term, of the loss or of the matching cost."""
+
+    label: float = 4.0
+    mask: float = 5.0
+    dice: float = 5.0
+    l1: float = 5.0
+    giou: float = 2.0
+
+
+class Loss(Section):
+    """Section 7."""
+
+    weights: Weights = Weights()
+    cost: Weights = Weights()
+    points: PositiveInt = Field(12544, description="points at which masks are compared")
+    oversample: float = Field(3.0, ge=1, description="candidates a point when uncertain points are looked for")
+    uncertain_fraction: float = Field(0.75, ge=0, le=1)
+
+
+class LargeScaleJitter(Section):
+    """Training augmentation, section 9."""
+
+    size: PositiveInt = 1024
+    min_scale: float = Field(0.1, gt=0)
+    max_scale: float = Field(2.0, gt=0)
+    flip: float = Field(0.5, ge=0, le=1)
+
+
+class TestSize(Section):
+    shortest: PositiveInt = 800
+    longest: PositiveInt = 1333
+
+
+class Shapes(Section):
+    """The built-in data: what to generate when `data.root` does not exist yet."""
+
+    train: PositiveInt = 4000
+    val: PositiveInt = 200
+    size: PositiveInt = Field(128, description="side of the square images, pixels")
+    seed: int = 0
+
+
+class Data(Section):
+    root: Path = Field(Path("data/coco"), description="a COCO-format folder")
+    train: str = Field("train2017", description="name of the training split")
+    val: str = Field("val2017", description="name of the validation split")
+    shapes: Shapes | None = Field(None, description="generate the shapes data into root if it is missing")
+    jitter: LargeScaleJitter = LargeScaleJitter()
+    test: TestSize = TestSize()
+    workers: int = Field(4, ge=0, description="loader processes for each training process")
+    skip_bad_images: bool = Field(False, description="report and replace unreadable training images instead of stopping")
+
+
+class Optimizer(Section):
+    lr: float = Field(1e-4, gt=0)
+    backbone_lr_factor: float = Field(0.1, ge=0)
+    weight_decay: float = Field(0.05, ge=0, description="0 for norm layers and embeddings")
+    clip_norm: float = Field(0.01, gt=0, description="largest gradient norm over the whole model")
+
+
+class Schedule(Section):
+    steps: PositiveInt = 88500
+    drops: tuple[PositiveInt, ...] = Field((81125,), description="steps at which the rate is multiplied by drop_factor")
+    drop_factor: float = Field(0.1, gt=0)
+    warmup: int = Field(10, ge=0, description="steps over which the rate rises linearly")
+
+
+class Train(Section):
+    batch_size: PositiveInt = Field(16, description="images a step, over all processes")
+    accumulate: PositiveInt = Field(1, description="parts that each process takes its images in, to save memory")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    seed: int = 0
+    checkpoint_every: PositiveInt = Field(5000, description="steps")
+    log_every: PositiveInt = Field(20, description="steps")
+
+
+class Evaluation(Section):
+    detections: PositiveInt = Field(100, description="best query-class pairs kept for each image")
+    batch_size: PositiveInt = 1
+
+
+class Config(Section):
+    model: Model = Model()
+    loss: Loss = Loss()
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    train: Train = Train()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _batches(self) -> "Config":
+        if self.train.batch_size % self.train.accumulate:
+            raise ValueError(
+                f"train.batch_size = {self.train.batch_size} cannot be split into train.accumulate = "
+                f"{self.train.accumulate} equal parts"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file with everything it extends, then apply `key=value` overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: such as `train.batch_size=8` or `model.selection.k=[300]`; values are YAML.
+
+    Raises:
+        UserError: a file that is missing or not YAML, an unknown key (the nearest valid one is named), a wrong value.
+    """
+    tree = _read(Path(path), ())
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"'{override}' is not of the form key=value, for example train.batch_size=8")
+        _put(tree, key.strip().split("."), _parse(value, f"the value of {key}"))
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, str(path))) from None
+
+
+def dump_config(config: Config) -> str:
+    """The whole tree as YAML, which `load_config` reads back to an equal tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _parse(text: str, what: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{what} is not valid YAML: {error}") from None
+    if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a string, for want of a dot
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in seen:
+        raise UserError(f"{path} extends itself, by way of {', '.join(p.name for p in seen)}")
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+    tree = _parse(text, str(path)) or {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold settings (key: value), got {type(tree).__name__}")
+    base = tree.pop("extends", None)
+    return _merge(_read(path.parent / base, (*seen, path)), tree) if base else tree
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _put(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    tree[keys[-1]] = value
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return [s for part in typing.get_args(annotation) for s in _sections(part)]
+    return []
+
+
+def keys_of(section: type[Section] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the tree, leaves only."""
+    keys = []
+    for name, field in section.model_fields.items():
+        inner = _sections(field.annotation)
+        keys += [k for s in inner for k in keys_of(s, f"{prefix}{name}.")] or [prefix + name]
+    return keys
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, keys_of(), n=1, cutoff=0) or [""]
+            lines.append(f"unknown setting '{key}'; did you mean '{near[0]}'?")
+        elif problem["type"] == "value_error":
+            lines.append(f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"]))
+        else:
+            lines.append(f"{key}: {problem['msg'].lower()}, got {problem['input']!r}")
+    return f"{source}: " + "; ".join(lines)

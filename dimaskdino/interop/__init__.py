@@ -1,0 +1,1 @@
+"""Published checkpoints and configurations, and the bridge to detectron2."""

@@ -1,0 +1,99 @@
+"""Decoder: queries look at the feature tokens and refine their boxes, layer after layer (section 5, Eq. 9–11)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dimaskdino import config
+from dimaskdino.modeling.heads import PredictionHeads
+from dimaskdino.modeling.layers import (
+    MLP,
+    Attention,
+    DeformableAttention,
+    FeedForward,
+    inverse_sigmoid,
+    reset_matrices,
+    sine_boxes,
+)
+from dimaskdino.modeling.records import FeatureLevels, Queries, Trace
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention among the queries, deformable attention to the feature tokens, feed-forward block."""
+
+    def __init__(self, model: config.Model) -> None:
+        super().__init__()
+        C = model.hidden_dim
+        self.self_attention = Attention(C, model.heads)
+        self.cross_attention = DeformableAttention(C, model.heads, model.pixel_decoder.levels, model.points)
+        self.ffn = FeedForward(C, model.decoder.ffn_dim)
+
+    def forward(
+        self, x: Tensor, position: Tensor, reference: Tensor, memory: FeatureLevels, mask: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        x, _ = self.self_attention(x, x + position, x + position, x, mask)
+        x, sampling = self.cross_attention(x, x + position, reference, memory)
+        return self.ffn(x), sampling
+
+
+@dataclass(frozen=True)
+class LayerOutput:
+    """A decoder layer's result: its queries, with refined boxes, and the boxes (logits) that it started from."""
+
+    queries: Queries
+    started_from: Tensor
+
+
+class Decoder(nn.Module):
+    """The stack of layers; `layers` picks a part of it, so that BATO can renew the tokens in between."""
+
+    def __init__(self, model: config.Model) -> None:
+        super().__init__()
+        C = model.hidden_dim
+        self.layers = nn.ModuleList(DecoderLayer(model) for _ in range(model.decoder.layers))
+        self.position_head = MLP(2 * C, C, C)
+        reset_matrices(self)
+
+    def position(self, reference: Tensor) -> Tensor:
+        """Position embedding (B, Q, C) of boxes (B, Q, 4), cxcywh in [0, 1]."""
+        return self.position_head(sine_boxes(reference, self.position_head[0].in_features // 2))
+
+    def forward(
+        self,
+        queries: Queries,
+        memory: FeatureLevels,
+        heads: PredictionHeads,
+        layers: slice,
+        mask: Tensor | None = None,
+        trace: Trace | None = None,
+    ) -> list[LayerOutput]:
+        """Run some of the layers.
+
+        Args:
+            queries: content and boxes to start from. The boxes get gradients from the layer's predictions (look
+                forward twice) but not through the layer itself, except those of the very first layer, which come
+                undetached from De-Imbalance.
+            memory: T_i for layer 0, T_bal for the others.
+            heads: its box head refines the boxes.
+            layers: which of the layers.
+            mask: (Q, Q) bool, True where a query must not look at another.
+            trace: where to note boxes and sampling points, or None.
+        """
+        outputs = []
+        for layer in self.layers[layers]:
+            before = queries.reference_logits
+            reference = before.sigmoid()
+            x, sampling = layer(queries.content, self.position(reference), reference, memory, mask)
+            logits = inverse_sigmoid((heads.box(x) + inverse_sigmoid(reference)).sigmoid())
+            outputs.append(LayerOutput(Queries(x, logits), before))
+            queries = Queries(x, logits.detach())
+            if trace is not None:
+                trace.references.append(reference)
+                trace.sampling.append(sampling)
+        return outputs
+
+
+def random_reference(like: Tensor) -> Tensor:
+    """Table 3's position-token constraint: boxes drawn uniformly from [0, 1]⁴, as logits."""
+    return inverse_sigmoid(torch.rand_like(like))

@@ -1,0 +1,64 @@
+"""Denoising queries: noised objects that the decoder learns to restore, in training only (section 6)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from dimaskdino import config
+from dimaskdino.modeling.layers import inverse_sigmoid
+from dimaskdino.modeling.records import Queries, Targets
+
+
+@dataclass(frozen=True)
+class DenoisingQueries:
+    """Noised objects: query g·M + j is object j of its image in group g (zeros where it has no object j)."""
+
+    queries: Queries
+    groups: int
+    mask: Bool[Tensor, "R R"]
+
+
+class Denoising(nn.Module):
+    """Makes denoising queries; owns the embedding of the class labels."""
+
+    def __init__(self, model: config.Model) -> None:
+        super().__init__()
+        self.settings = model.denoising
+        self.labels = nn.Embedding(model.classes, model.hidden_dim)
+
+    def forward(self, targets: Targets, matching: int) -> DenoisingQueries:
+        """Noise the objects of a batch.
+
+        Args:
+            targets: the objects.
+            matching: number of ordinary queries, which come after the denoising ones.
+
+        Returns:
+            (B, groups·M) queries, and the attention mask over all R = groups·M + matching queries: matching queries
+            do not see denoising ones, groups do not see each other.
+        """
+        B, M = targets.labels.shape
+        most = max(targets.counts, default=0)
+        groups = self.settings.queries // most if most else 0
+        labels = targets.labels.repeat(1, groups)
+        boxes = targets.boxes.repeat(1, groups, 1)
+        valid = targets.valid.repeat(1, groups)
+
+        flip = torch.rand(labels.shape, device=labels.device) < self.settings.label_noise
+        labels = torch.where(flip, torch.randint_like(labels, self.labels.num_embeddings), labels)
+        # centre ± noise·(w, h)/2, size ± noise·(w, h)
+        extent = torch.cat([boxes[..., 2:] / 2, boxes[..., 2:]], dim=-1)
+        boxes = boxes + self.settings.box_noise * extent * (2 * torch.rand_like(boxes) - 1)
+
+        content = self.labels(labels) * valid.unsqueeze(-1)
+        logits = inverse_sigmoid(boxes) * valid.unsqueeze(-1)
+        return DenoisingQueries(Queries(content, logits), groups, self._mask(groups, M, matching, labels.device))
+
+    @staticmethod
+    def _mask(groups: int, M: int, matching: int, device: torch.device) -> Bool[Tensor, "R R"]:
+        group = torch.arange(groups * M, device=device) // max(M, 1)
+        group = torch.cat([group, torch.full((matching,), -1, device=device)])
+        # a query may look at its own group and at the matching queries (-1)
+        return (group[None, :] != group[:, None]) & (group[None, :] >= 0)

@@ -1,0 +1,132 @@
+"""The whole model: figure 2 of the paper, top to bottom."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dimaskdino import config
+from dimaskdino.modeling.backbone import Backbone
+from dimaskdino.modeling.de_imbalance import DeImbalance, FirstSelection
+from dimaskdino.modeling.decoder import Decoder, LayerOutput, random_reference
+from dimaskdino.modeling.denoising import Denoising, DenoisingQueries
+from dimaskdino.modeling.heads import PredictionHeads
+from dimaskdino.modeling.pixel_decoder import PixelDecoder
+from dimaskdino.modeling.records import (
+    FeatureLevels,
+    ImageBatch,
+    Predictions,
+    Queries,
+    SelectedTokens,
+    Stage,
+    Targets,
+    Trace,
+)
+from dimaskdino.modeling.token_optimization import Guide, TokenOptimization
+
+
+class Detector(nn.Module):
+    """DI-MaskDINO, and with one selection and without BATO its baseline MaskDINO.
+
+    Args:
+        model: the settings of the model.
+
+    Raises:
+        UserError: a backbone that does not exist, or whose weights cannot be had.
+    """
+
+    def __init__(self, model: config.Model) -> None:
+        super().__init__()
+        self.settings = model
+        self.backbone = Backbone(model.backbone)
+        self.pixel_decoder = PixelDecoder(model, self.backbone.channels)
+        self.heads = PredictionHeads(model)
+        self.first_selection = FirstSelection(model)
+        self.de_imbalance = nn.ModuleList(DeImbalance(model, k) for k in model.selection.k[1:])
+        self.denoising = Denoising(model)
+        self.decoder = Decoder(model)
+        # with one decoder layer there is nothing after BATO that could see its tokens
+        uses_bato = model.bato.enabled and model.decoder.layers > 1
+        self.token_optimization = TokenOptimization(model) if uses_bato else None
+
+    def forward(self, images: ImageBatch, targets: Targets | None = None, trace: bool = False) -> Predictions:
+        """Predict classes, boxes and masks at every stage.
+
+        Args:
+            images: the batch.
+            targets: its objects; with them denoising queries are added, as in training.
+            trace: keep the paper's intermediates.
+
+        Returns:
+            The stages `first_selection`, `token_interaction.i`, `decoder.0` (before the first layer) to `decoder.L`.
+        """
+        notes = Trace() if trace else None
+        features = self.backbone(images.pixels)
+        T_i, F = self.pixel_decoder(features)
+        T_i = T_i.reversed()  # the decoder wants the levels in the opposite order
+
+        tokens, first = self.first_selection(T_i, self.heads, F)
+        selections, stages = [tokens], [first]
+        for block in self.de_imbalance:
+            tokens, interactions = block(tokens, self.heads, len(stages) - 1, notes)
+            selections.append(tokens)
+            stages += interactions
+
+        queries, denoising = self._decoder_queries(tokens, targets)
+        start = queries.content.shape[1] - tokens.content.shape[1]  # the matching queries come last
+        mask = denoising.mask if denoising else None
+        stages.append(self.heads("decoder.0", queries.content, queries.reference_logits.sigmoid(), F))
+
+        # Eq. 4: the residual, Q_bal = MHCA(T_s2, T_i), is the first layer
+        outputs = self.decoder(queries, T_i, self.heads, slice(0, 1), mask, notes)
+        stages.append(self._predict("decoder.1", outputs[0], F))
+        T_bal, F_bal = self._optimize(T_i, F, selections, outputs[0].queries.after(start), notes)
+        after = Queries(outputs[0].queries.content, outputs[0].queries.reference_logits.detach())
+        outputs = self.decoder(after, T_bal, self.heads, slice(1, None), mask, notes)
+        stages += [self._predict(f"decoder.{i}", output, F_bal) for i, output in enumerate(outputs, start=2)]
+
+        if notes is not None:
+            notes.T_i, notes.T_s, notes.mask_features = T_i, selections, F
+        return self._collect(stages, start, denoising, notes)
+
+    def _decoder_queries(
+        self, tokens: SelectedTokens, targets: Targets | None
+    ) -> tuple[Queries, DenoisingQueries | None]:
+        """Denoising queries, if any, then the selected tokens."""
+        logits = tokens.reference_logits
+        if self.settings.decoder.random_positions:
+            logits = random_reference(logits)
+        matching = Queries(tokens.content, logits)
+        if targets is None or not self.settings.denoising.queries:
+            return matching, None
+        denoising = self.denoising(targets, tokens.content.shape[1])
+        return denoising.queries.before(matching), denoising
+
+    def _predict(self, name: str, output: LayerOutput, mask_features: Float[Tensor, "B C h w"]) -> Stage:
+        # quirk: normalised here and once more in the heads; boxes look forward twice (undetached start)
+        y = self.heads.norm(output.queries.content)
+        boxes = (self.heads.box(y) + output.started_from).sigmoid()
+        return self.heads(name, y, boxes, mask_features)
+
+    def _optimize(
+        self, T_i: FeatureLevels, F: Tensor, selections: list[SelectedTokens], Q_bal: Queries, trace: Trace | None
+    ) -> tuple[FeatureLevels, Tensor]:
+        """BATO with the guide that the settings name; without BATO the tokens stay as they are."""
+        if trace is not None:
+            trace.Q_bal = Q_bal
+        if self.token_optimization is None:
+            return T_i, F
+        guides = {"T_i": Q_bal, "Q_bal": Q_bal}
+        guides |= {f"T_s{i}": Queries(s.content, s.reference_logits) for i, s in enumerate(selections, start=1)}
+        source = guides[self.settings.bato.guidance]
+        position = self.decoder.position(source.reference_logits.detach().sigmoid())
+        return self.token_optimization(T_i, F, Guide(source.content, position), self.heads, trace)
+
+    @staticmethod
+    def _collect(
+        stages: list[Stage], start: int, denoising: DenoisingQueries | None, trace: Trace | None
+    ) -> Predictions:
+        """Separate the decoder stages' denoising rows from the matching ones."""
+        if denoising is None:
+            return Predictions({s.name: s for s in stages}, trace=trace)
+        parts = {s.name: s.split(start) for s in stages if s.name.startswith("decoder.")}
+        matching = {s.name: parts[s.name][1] if s.name in parts else s for s in stages}
+        return Predictions(matching, {name: part[0] for name, part in parts.items()}, denoising.groups, trace)

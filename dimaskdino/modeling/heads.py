@@ -1,0 +1,37 @@
+"""Prediction heads, shared by every stage, the first selection and BATO (section 5)."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dimaskdino import config
+from dimaskdino.modeling.layers import MLP
+from dimaskdino.modeling.records import Stage
+
+
+def box_head(C: int) -> MLP:
+    """MLP(C, C, 4, 3) that starts by changing no box."""
+    head = MLP(C, C, C, 4)
+    nn.init.zeros_(head[-1].weight)
+    nn.init.zeros_(head[-1].bias)
+    return head
+
+
+class PredictionHeads(nn.Module):
+    """Class, box and mask heads with the norm before them (`decoder_norm` of the published code)."""
+
+    def __init__(self, model: config.Model) -> None:
+        super().__init__()
+        C = model.hidden_dim
+        self.norm = nn.LayerNorm(C)
+        self.label = nn.Linear(C, model.classes)
+        self.box = box_head(C)
+        self.mask = MLP(C, C, C, C)
+
+    def forward(
+        self, name: str, x: Float[Tensor, "B Q C"], boxes: Float[Tensor, "B Q 4"], mask_features: Tensor | None
+    ) -> Stage:
+        """A stage's prediction: classes and mask embeddings from the normalised x; no masks without mask features."""
+        y = self.norm(x)
+        if mask_features is None:
+            return Stage(name, self.label(y), boxes)
+        return Stage(name, self.label(y), boxes, self.mask(y), mask_features)

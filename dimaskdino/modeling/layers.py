@@ -1,0 +1,169 @@
+"""Building blocks that several parts share: embeddings, MLP, feed-forward block, attention modules."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from ms_deform_attn import ms_deform_attn
+from torch import Tensor, nn
+
+from dimaskdino.modeling.records import FeatureLevels
+
+TEMPERATURE = 10000.0
+
+
+def inverse_sigmoid(x: Tensor, epsilon: float = 1e-5) -> Tensor:
+    """σ⁻¹ of x clamped to [0, 1], finite at both ends."""
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=epsilon) / (1 - x).clamp(min=epsilon))
+
+
+def sine_features(x: Tensor, features: int) -> Tensor:
+    """Sine embedding of positions given in units of a full turn of the slowest wave.
+
+    Args:
+        x: (...), positions, usually in [0, 1].
+        features: even number of features; sine and cosine alternate.
+
+    Returns:
+        (..., features) in float32: the fast waves need the precision, also under autocast.
+    """
+    pair = torch.arange(features // 2, device=x.device, dtype=torch.float32)
+    angle = x.float().unsqueeze(-1) * 2 * math.pi / TEMPERATURE ** (2 * pair / features)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+
+
+def sine_positions(levels: FeatureLevels) -> Float[Tensor, "N C"]:
+    """Position embedding of every feature token: C/2 features of y, then C/2 of x (specification, section 2)."""
+    C, device = levels.tokens.shape[-1], levels.tokens.device
+    embeddings = []
+    for h, w in levels.shapes:
+        y = torch.arange(1, h + 1, device=device) / (h + 1e-6)
+        x = torch.arange(1, w + 1, device=device) / (w + 1e-6)
+        along_y = sine_features(y, C // 2)[:, None].expand(h, w, C // 2)
+        along_x = sine_features(x, C // 2)[None].expand(h, w, C // 2)
+        embeddings.append(torch.cat([along_y, along_x], dim=-1).reshape(h * w, C))
+    return torch.cat(embeddings)
+
+
+def sine_boxes(boxes: Float[Tensor, "B Q 4"], C: int) -> Float[Tensor, "B Q D"]:
+    """`sine4` of the specification: C/2 features each of y, x, w, h, so D = 2·C."""
+    return sine_features(boxes[..., [1, 0, 2, 3]], C // 2).flatten(-2)
+
+
+class MLP(nn.Sequential):
+    """Linear layers of the given widths with ReLU between them."""
+
+    def __init__(self, *widths: int) -> None:
+        layers: list[nn.Module] = []
+        for before, after in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        super().__init__(*layers[:-1])
+
+
+class FeedForward(nn.Module):
+    """x = LN(x + FFN(x))."""
+
+    def __init__(self, C: int, hidden: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(C, hidden)
+        self.linear2 = nn.Linear(hidden, C)
+        self.norm = nn.LayerNorm(C)
+
+    def forward(self, x: Float[Tensor, "B Q C"]) -> Float[Tensor, "B Q C"]:
+        return self.norm(x + self.linear2(self.linear1(x).relu_()))
+
+
+class Attention(nn.Module):
+    """x = LN(x + MHA(q, k, v)), post-norm multi-head attention."""
+
+    def __init__(self, C: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(C, heads, batch_first=True)
+        self.norm = nn.LayerNorm(C)
+
+    def forward(
+        self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, weights: bool = False
+    ) -> tuple[Float[Tensor, "B Q C"], Tensor | None]:
+        """Attend and normalise.
+
+        Args:
+            x: (B, Q, C), what the result is added to.
+            query, key, value: (B, Q, C), (B, R, C), (B, R, C).
+            mask: (Q, R) bool, True where attention is forbidden.
+            weights: also return the attention (B, Q, R), mean over the heads.
+        """
+        attended, attention = self.attention(query, key, value, attn_mask=mask, need_weights=weights)
+        return self.norm(x + attended), attention
+
+
+class DeformableAttention(nn.Module):
+    """x = LN(x + MSDeformAttn(query, reference, value)), Deformable DETR, Eq. 3."""
+
+    def __init__(self, C: int, heads: int, levels: int, points: int) -> None:
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(C, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(C, heads * levels * points)
+        self.value_proj = nn.Linear(C, C)
+        self.output_proj = nn.Linear(C, C)
+        self.norm = nn.LayerNorm(C)
+
+    def reset_parameters(self) -> None:
+        """Offsets along one direction a head, 1 to `points` long, and uniform attention."""
+        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        length = torch.arange(1, self.points + 1)
+        offsets = direction.view(self.heads, 1, 1, 2) * length.view(1, 1, self.points, 1)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.levels, -1, -1).reshape(-1))
+        nn.init.zeros_(self.sampling_offsets.weight)
+        for parameter in self.attention_weights.parameters():
+            nn.init.zeros_(parameter)
+        nn.init.zeros_(self.value_proj.bias)
+        nn.init.zeros_(self.output_proj.bias)
+
+    def sampling(
+        self, query: Float[Tensor, "B Q C"], reference: Tensor, shapes: tuple[tuple[int, int], ...]
+    ) -> tuple[Float[Tensor, "B Q heads levels points 2"], Float[Tensor, "B Q heads levels points"]]:
+        """Where each query looks and how much each point counts; float32 also under autocast."""
+        B, Q, _ = query.shape
+        offsets = self.sampling_offsets(query).view(B, Q, self.heads, self.levels, self.points, 2).float()
+        weights = self.attention_weights(query).view(B, Q, self.heads, self.levels * self.points).float()
+        weights = weights.softmax(-1).view(B, Q, self.heads, self.levels, self.points)
+        reference = reference[:, :, None, None, None, :]
+        if reference.shape[-1] == 2:
+            scale = torch.tensor([(1 / w, 1 / h) for h, w in shapes], device=query.device)[:, None]
+        else:
+            scale = reference[..., 2:] * (0.5 / self.points)
+        return reference[..., :2] + offsets * scale, weights
+
+    def forward(
+        self, x: Float[Tensor, "B Q C"], query: Float[Tensor, "B Q C"], reference: Tensor, memory: FeatureLevels
+    ) -> tuple[Float[Tensor, "B Q C"], tuple[Tensor, Tensor]]:
+        """Attend and normalise.
+
+        Args:
+            x: what the result is added to.
+            query: decides where to look.
+            reference: (B, Q, 2) points or (B, Q, 4) cxcywh boxes in [0, 1].
+            memory: the feature tokens to sample.
+
+        Returns:
+            The new x, and the sampling locations and weights.
+        """
+        locations, weights = self.sampling(query, reference, memory.shapes)
+        value = self.value_proj(memory.tokens).unflatten(-1, (self.heads, -1))
+        attended = ms_deform_attn(value, memory.shapes, locations, weights)
+        return self.norm(x + self.output_proj(attended)), (locations, weights)
+
+
+def reset_matrices(module: nn.Module) -> None:
+    """Xavier-uniform for every matrix, then the deformable attentions' own initialisation."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+    for child in module.modules():
+        if isinstance(child, DeformableAttention):
+            child.reset_parameters()

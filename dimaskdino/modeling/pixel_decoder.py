@@ -1,0 +1,90 @@
+"""Feature tokens extractor: backbone features -> feature tokens T_i and mask features F (section 2)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dimaskdino import config
+from dimaskdino.modeling.layers import DeformableAttention, FeedForward, reset_matrices, sine_positions
+from dimaskdino.modeling.records import FeatureLevels, resize_to
+
+GROUPS = 32
+MASK_STRIDE, FINEST_STRIDE = 4, 8
+
+
+class EncoderLayer(nn.Module):
+    """Deformable self-attention among the feature tokens, then a feed-forward block."""
+
+    def __init__(self, model: config.Model) -> None:
+        super().__init__()
+        C, levels = model.hidden_dim, model.pixel_decoder.levels
+        self.attention = DeformableAttention(C, model.heads, levels, model.points)
+        self.ffn = FeedForward(C, model.pixel_decoder.ffn_dim)
+
+    def forward(self, levels: FeatureLevels, position: Tensor, reference: Tensor) -> FeatureLevels:
+        x = levels.tokens
+        x, _ = self.attention(x, x + position, reference, levels)
+        return levels.with_tokens(self.ffn(x))
+
+
+class PixelDecoder(nn.Module):
+    """Projects the backbone's levels to C channels and lets them exchange information.
+
+    **quirk**: the published 4-level models hold the levels finest first, the 3-level ones coarsest first; the
+    numbering of projections and level embeddings follows.
+    """
+
+    def __init__(self, model: config.Model, channels: dict[int, int]) -> None:
+        super().__init__()
+        C, settings = model.hidden_dim, model.pixel_decoder
+        self.strides = (8, 16, 32, 64) if settings.levels == 4 else (32, 16, 8)
+        self.projections = nn.ModuleList(self._projection(stride, channels, C) for stride in self.strides)
+        self.level_embedding = nn.Parameter(torch.empty(len(self.strides), C))
+        self.layers = nn.ModuleList(EncoderLayer(model) for _ in range(settings.layers))
+        self.lateral = nn.Sequential(
+            nn.Conv2d(channels[MASK_STRIDE], C, kernel_size=1, bias=False), nn.GroupNorm(GROUPS, C)
+        )
+        self.output = nn.Sequential(
+            nn.Conv2d(C, C, kernel_size=3, padding=1, bias=False), nn.GroupNorm(GROUPS, C), nn.ReLU(inplace=True)
+        )
+        self.mask_features = nn.Conv2d(C, C, kernel_size=1)
+        nn.init.normal_(self.level_embedding)
+        reset_matrices(self.layers)
+        for projection in self.projections:
+            nn.init.xavier_uniform_(projection[0].weight)
+            nn.init.zeros_(projection[0].bias)
+
+    @staticmethod
+    def _projection(stride: int, channels: dict[int, int], C: int) -> nn.Sequential:
+        if stride in channels:
+            convolution = nn.Conv2d(channels[stride], C, kernel_size=1)
+        else:  # res6, from res5
+            convolution = nn.Conv2d(channels[max(channels)], C, kernel_size=3, stride=2, padding=1)
+        return nn.Sequential(convolution, nn.GroupNorm(GROUPS, C))
+
+    def forward(self, features: dict[int, Tensor]) -> tuple[FeatureLevels, Float[Tensor, "B C h w"]]:
+        """Extract feature tokens.
+
+        Args:
+            features: {stride: (B, channels, H/stride, W/stride)} of the backbone.
+
+        Returns:
+            T_i in the encoder's order of levels, and the mask features F at stride 4.
+        """
+        coarsest = features[max(features)]
+        levels = FeatureLevels.from_maps(
+            {
+                stride: projection(features.get(stride, coarsest))
+                for stride, projection in zip(self.strides, self.projections, strict=True)
+            }
+        )
+        embedding = self.level_embedding.repeat_interleave(
+            torch.tensor(levels.sizes, device=levels.tokens.device), dim=0, output_size=sum(levels.sizes)
+        )
+        position = sine_positions(levels) + embedding
+        reference = levels.centres().expand(levels.tokens.shape[0], -1, -1)
+        for layer in self.layers:
+            levels = layer(levels, position, reference)
+        lateral = self.lateral(features[MASK_STRIDE])
+        fused = self.output(lateral + resize_to(levels.map(FINEST_STRIDE), lateral))
+        return levels, self.mask_features(fused)

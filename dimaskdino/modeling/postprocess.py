@@ -1,0 +1,104 @@
+"""From a stage's predictions to instances at the size that the caller wants (section 8)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+from torchvision.ops import box_convert
+
+from dimaskdino.modeling.records import Stage
+
+MASK_CHUNK = 16  # masks enlarged at a time, to bound memory
+
+
+@dataclass(frozen=True)
+class Instances:
+    """The detections in one image, best first.
+
+    Attributes:
+        boxes: (n, 4) xyxy in pixels of the output size.
+        scores: (n,) in [0, 1].
+        labels: (n,) class indices.
+        query_masks: (u, h, w), the masks of the u different queries among the detections; None without masks.
+        mask_index: (n,), which of them belongs to each detection.
+    """
+
+    boxes: Float[Tensor, "n 4"]
+    scores: Float[Tensor, " n"]
+    labels: Int[Tensor, " n"]
+    query_masks: Bool[Tensor, "u h w"] | None
+    mask_index: Int[Tensor, " n"]
+
+    @property
+    def masks(self) -> Bool[Tensor, "n h w"]:
+        """The mask of every detection.
+
+        Raises:
+            ValueError: the stage predicts no masks.
+        """
+        if self.query_masks is None:
+            raise ValueError("these detections have no masks")
+        return self.query_masks[self.mask_index]
+
+
+@torch.no_grad()
+def postprocess(
+    stage: Stage,
+    sizes: Sequence[tuple[int, int]],
+    padded_size: tuple[int, int],
+    output_sizes: Sequence[tuple[int, int]],
+    detections: int = 100,
+    masks: bool = True,
+) -> list[Instances]:
+    """The best query-class pairs of each image as boxes, scores, classes and masks.
+
+    Args:
+        stage: any stage; one without masks gives boxes scored by the class alone.
+        sizes: (h, w) of each image before padding.
+        padded_size: (H, W) of the batch.
+        output_sizes: (h, w) that each image's detections are wanted at.
+        detections: how many pairs to keep.
+        masks: compute masks where the stage has them. Scores depend on them (class score × mean mask probability
+            inside the mask), so leaving them out changes scores.
+    """
+    B, _, K = stage.class_logits.shape
+    scores, pairs = stage.class_logits.float().sigmoid().flatten(1).topk(
+        min(detections, stage.class_logits[0].numel()), dim=1
+    )
+    height, width = padded_size
+    results = []
+    for b in range(B):
+        queries, labels = pairs[b] // K, pairs[b] % K
+        (h, w), (out_h, out_w) = sizes[b], output_sizes[b]
+        boxes = box_convert(stage.boxes[b, queries].float(), "cxcywh", "xyxy")
+        scale = boxes.new_tensor([width * out_w / w, height * out_h / h])
+        boxes = boxes * scale.repeat(2)
+        kept, index = queries.unique(return_inverse=True)
+        image_scores, query_masks = scores[b], None
+        if masks and stage.mask_embedding is not None and stage.mask_features is not None:
+            logits = torch.einsum("qc,chw->qhw", stage.mask_embedding[b, kept], stage.mask_features[b])
+            query_masks, quality = _enlarge(logits.float(), padded_size, sizes[b], output_sizes[b])
+            image_scores = image_scores * quality[index]
+        order = image_scores.argsort(descending=True)
+        results.append(Instances(boxes[order], image_scores[order], labels[order], query_masks, index[order]))
+    return results
+
+
+def _enlarge(
+    logits: Float[Tensor, "u h4 w4"], padded_size: tuple[int, int], size: tuple[int, int], output: tuple[int, int]
+) -> tuple[Bool[Tensor, "u h w"], Float[Tensor, " u"]]:
+    """Masks at the output size, and the mean probability inside each."""
+    masks, quality = [], []
+    for chunk in logits.split(MASK_CHUNK):
+        enlarged = functional.interpolate(chunk[None], size=padded_size, mode="bilinear", align_corners=False)
+        enlarged = enlarged[:, :, : size[0], : size[1]]
+        if output != size:
+            enlarged = functional.interpolate(enlarged, size=output, mode="bilinear", align_corners=False)
+        mask = enlarged[0] > 0
+        inside = (enlarged[0].sigmoid() * mask).sum((1, 2))
+        quality.append(inside / (mask.sum((1, 2)) + 1e-6))
+        masks.append(mask)
+    return torch.cat(masks), torch.cat(quality)
