@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dimaskdino import config
 from dimaskdino.modeling.heads import PredictionHeads, box_head
-from dimaskdino.modeling.layers import MLP, Attention, FeedForward, inverse_sigmoid, reset_matrices, sine_boxes
+from dimaskdino.modeling.layers import MLP, Attention, FeedForward, inverse_sigmoid, reset_matrices, sine_boxes, through_logits
 from dimaskdino.modeling.records import FeatureLevels, SelectedTokens, Stage, Trace
 
 MASK_CHUNK = 64  # masks computed at a time for the mask-guided boxes, to bound memory
@@ -50,12 +50,11 @@ class FirstSelection(nn.Module):
         scores, indices = heads.label(m).amax(-1).topk(min(self.k, m.shape[1]), dim=1)
         content = gather_rows(m, indices)
         logit = torch.log(proposals / (1 - proposals)).masked_fill(~valid[:, None], torch.inf)
-        reference_logits = heads.box(content) + logit[indices]
-        stage = heads("first_selection", content, reference_logits.sigmoid(), mask_features)
-        reference_logits = reference_logits.detach()
+        boxes = (heads.box(content) + logit[indices]).sigmoid()
+        stage = heads("first_selection", content, boxes, mask_features)
         if self.mask_to_box != "no":
-            reference_logits = inverse_sigmoid(mask_guided_boxes(stage, exact=self.mask_to_box == "bitmask"))
-        return SelectedTokens(content.detach(), reference_logits, indices, scores.detach()), stage
+            boxes = through_logits(mask_guided_boxes(stage, exact=self.mask_to_box == "bitmask"))
+        return SelectedTokens(content.detach(), boxes.detach(), indices, scores.detach()), stage
 
 
 def proposal_boxes(levels: FeatureLevels) -> Float[Tensor, "N 4"]:
@@ -148,20 +147,23 @@ class DeImbalance(nn.Module):
         Returns:
             The selected tokens, undetached, and the supervised stages `token_interaction.i`.
         """
-        x, reference_logits = tokens.content, tokens.reference_logits
+        x, reference = tokens.content, tokens.boxes
         C, stages = x.shape[-1], []
         for number, layer in enumerate(self.layers, start=first_name):
-            reference = reference_logits.sigmoid().detach()
+            reference = reference.detach()
             x, attention = layer(x, self.position(sine_boxes(reference, C)), weights=trace is not None)
-            reference_logits = inverse_sigmoid((self.box(x) + inverse_sigmoid(reference)).sigmoid())
+            reference = (self.box(x) + inverse_sigmoid(reference)).sigmoid()
             # quirks: the heads' norm on top of this one; a second step from the already refined, undetached box
             y = self.norm(x)
-            boxes = (self.box(y) + reference_logits).sigmoid()
+            boxes = (self.box(y) + inverse_sigmoid(reference)).sigmoid()
             stages.append(heads(f"token_interaction.{number}", y, boxes, None))
             if trace is not None:
                 trace.interaction_attention.append(attention)
         scores, rows = heads.label(self.norm(x)).amax(-1).topk(min(self.k, x.shape[1]), dim=1)
         selected = SelectedTokens(
-            gather_rows(x, rows), gather_rows(reference_logits, rows), tokens.indices.gather(1, rows), scores.detach()
+            gather_rows(x, rows),
+            through_logits(gather_rows(reference, rows)),
+            tokens.indices.gather(1, rows),
+            scores.detach(),
         )
         return selected, stages

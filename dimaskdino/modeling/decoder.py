@@ -39,7 +39,7 @@ class DecoderLayer(nn.Module):
 
 @dataclass(frozen=True)
 class LayerOutput:
-    """A decoder layer's result: its queries, with refined boxes, and the boxes (logits) that it started from."""
+    """A decoder layer's result: its queries, with refined boxes, and the boxes (B, Q, 4) that it started from."""
 
     queries: Queries
     started_from: Tensor
@@ -71,9 +71,9 @@ class Decoder(nn.Module):
         """Run some of the layers.
 
         Args:
-            queries: content and boxes to start from. The boxes get gradients from the layer's predictions (look
-                forward twice) but not through the layer itself, except those of the very first layer, which come
-                undetached from De-Imbalance.
+            queries: content and boxes to start from. Boxes get gradients from the next layer's predictions (look
+                forward twice) but not through the layer itself, except in layer 0, whose boxes come undetached from
+                De-Imbalance.
             memory: T_i for layer 0, T_bal for the others.
             heads: its box head refines the boxes.
             layers: which of the layers.
@@ -81,19 +81,19 @@ class Decoder(nn.Module):
             trace: where to note boxes and sampling points, or None.
         """
         outputs = []
+        first = layers.start == 0
         for layer in self.layers[layers]:
-            before = queries.reference_logits
-            reference = before.sigmoid()
+            reference = queries.boxes if first else queries.boxes.detach()
             x, sampling = layer(queries.content, self.position(reference), reference, memory, mask)
-            logits = inverse_sigmoid((heads.box(x) + inverse_sigmoid(reference)).sigmoid())
-            outputs.append(LayerOutput(Queries(x, logits), before))
-            queries = Queries(x, logits.detach())
+            boxes = (heads.box(x) + inverse_sigmoid(reference)).sigmoid()
+            outputs.append(LayerOutput(Queries(x, boxes), queries.boxes))
+            queries, first = Queries(x, boxes), False
             if trace is not None:
                 trace.references.append(reference)
                 trace.sampling.append(sampling)
         return outputs
 
 
-def random_reference(like: Tensor) -> Tensor:
-    """Table 3's position-token constraint: boxes drawn uniformly from [0, 1]⁴, as logits."""
-    return inverse_sigmoid(torch.rand_like(like))
+def random_boxes(like: Tensor) -> Tensor:
+    """Table 3's position-token constraint: boxes drawn uniformly from [0, 1]⁴."""
+    return torch.rand_like(like)

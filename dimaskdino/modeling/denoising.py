@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dimaskdino import config
-from dimaskdino.modeling.layers import inverse_sigmoid
+from dimaskdino.modeling.layers import through_logits
 from dimaskdino.modeling.records import Queries, Targets
 
 
@@ -53,8 +53,9 @@ class Denoising(nn.Module):
         boxes = boxes + self.settings.box_noise * extent * (2 * torch.rand_like(boxes) - 1)
 
         content = self.labels(labels) * valid.unsqueeze(-1)
-        logits = inverse_sigmoid(boxes) * valid.unsqueeze(-1)
-        return DenoisingQueries(Queries(content, logits), groups, self._mask(groups, M, matching, labels.device))
+        # 0.5 (a logit of 0) where there is no object
+        boxes = torch.where(valid.unsqueeze(-1), through_logits(boxes), 0.5)
+        return DenoisingQueries(Queries(content, boxes), groups, self._mask(groups, M, matching, labels.device))
 
     @staticmethod
     def _mask(groups: int, M: int, matching: int, device: torch.device) -> Bool[Tensor, "R R"]:

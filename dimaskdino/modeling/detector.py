@@ -6,9 +6,10 @@ from torch import Tensor, nn
 from dimaskdino import config
 from dimaskdino.modeling.backbone import Backbone
 from dimaskdino.modeling.de_imbalance import DeImbalance, FirstSelection
-from dimaskdino.modeling.decoder import Decoder, LayerOutput, random_reference
+from dimaskdino.modeling.decoder import Decoder, LayerOutput, random_boxes
 from dimaskdino.modeling.denoising import Denoising, DenoisingQueries
 from dimaskdino.modeling.heads import PredictionHeads
+from dimaskdino.modeling.layers import inverse_sigmoid
 from dimaskdino.modeling.pixel_decoder import PixelDecoder
 from dimaskdino.modeling.records import (
     FeatureLevels,
@@ -73,14 +74,13 @@ class Detector(nn.Module):
         queries, denoising = self._decoder_queries(tokens, targets)
         start = queries.content.shape[1] - tokens.content.shape[1]  # the matching queries come last
         mask = denoising.mask if denoising else None
-        stages.append(self.heads("decoder.0", queries.content, queries.reference_logits.sigmoid(), F))
+        stages.append(self.heads("decoder.0", queries.content, queries.boxes, F))
 
         # Eq. 4: the residual, Q_bal = MHCA(T_s2, T_i), is the first layer
         outputs = self.decoder(queries, T_i, self.heads, slice(0, 1), mask, notes)
         stages.append(self._predict("decoder.1", outputs[0], F))
         T_bal, F_bal = self._optimize(T_i, F, selections, outputs[0].queries.after(start), notes)
-        after = Queries(outputs[0].queries.content, outputs[0].queries.reference_logits.detach())
-        outputs = self.decoder(after, T_bal, self.heads, slice(1, None), mask, notes)
+        outputs = self.decoder(outputs[0].queries, T_bal, self.heads, slice(1, None), mask, notes)
         stages += [self._predict(f"decoder.{i}", output, F_bal) for i, output in enumerate(outputs, start=2)]
 
         if notes is not None:
@@ -91,10 +91,8 @@ class Detector(nn.Module):
         self, tokens: SelectedTokens, targets: Targets | None
     ) -> tuple[Queries, DenoisingQueries | None]:
         """Denoising queries, if any, then the selected tokens."""
-        logits = tokens.reference_logits
-        if self.settings.decoder.random_positions:
-            logits = random_reference(logits)
-        matching = Queries(tokens.content, logits)
+        random = self.settings.decoder.random_positions
+        matching = Queries(tokens.content, random_boxes(tokens.boxes) if random else tokens.boxes)
         if targets is None or not self.settings.denoising.queries:
             return matching, None
         denoising = self.denoising(targets, tokens.content.shape[1])
@@ -103,7 +101,7 @@ class Detector(nn.Module):
     def _predict(self, name: str, output: LayerOutput, mask_features: Float[Tensor, "B C h w"]) -> Stage:
         # quirk: normalised here and once more in the heads; boxes look forward twice (undetached start)
         y = self.heads.norm(output.queries.content)
-        boxes = (self.heads.box(y) + output.started_from).sigmoid()
+        boxes = (self.heads.box(y) + inverse_sigmoid(output.started_from)).sigmoid()
         return self.heads(name, y, boxes, mask_features)
 
     def _optimize(
@@ -115,9 +113,9 @@ class Detector(nn.Module):
         if self.token_optimization is None:
             return T_i, F
         guides = {"T_i": Q_bal, "Q_bal": Q_bal}
-        guides |= {f"T_s{i}": Queries(s.content, s.reference_logits) for i, s in enumerate(selections, start=1)}
+        guides |= {f"T_s{i}": Queries(s.content, s.boxes) for i, s in enumerate(selections, start=1)}
         source = guides[self.settings.bato.guidance]
-        position = self.decoder.position(source.reference_logits.detach().sigmoid())
+        position = self.decoder.position(source.boxes.detach())
         return self.token_optimization(T_i, F, Guide(source.content, position), self.heads, trace)
 
     @staticmethod

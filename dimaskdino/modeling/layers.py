@@ -18,6 +18,11 @@ def inverse_sigmoid(x: Tensor, epsilon: float = 1e-5) -> Tensor:
     return torch.log(x.clamp(min=epsilon) / (1 - x).clamp(min=epsilon))
 
 
+def through_logits(boxes: Tensor) -> Tensor:
+    """σ(σ⁻¹(boxes)): keeps them off 0 and 1. The published code hands boxes to the next module as logits."""
+    return inverse_sigmoid(boxes).sigmoid()
+
+
 def sine_features(x: Tensor, features: int) -> Tensor:
     """Sine embedding of positions given in units of a full turn of the slowest wave.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional
 
@@ -58,7 +58,7 @@ class Targets:
 
     labels: Int[Tensor, "B M"]
     boxes: Float[Tensor, "B M 4"]
-    masks: Int[Tensor, "B M H W"]
+    masks: UInt8[Tensor, "B M H W"]
     counts: tuple[int, ...]
 
     @property
@@ -126,36 +126,32 @@ class SelectedTokens:
 
     Attributes:
         content: (B, k, C).
-        reference_logits: (B, k, 4), σ of it is the box, cxcywh.
+        boxes: (B, k, 4) cxcywh in [0, 1].
         indices: (B, k), which feature tokens they are, counted as in `Trace.T_i`.
         scores: (B, k), the highest class logit, by which they were kept.
     """
 
     content: Float[Tensor, "B k C"]
-    reference_logits: Float[Tensor, "B k 4"]
+    boxes: Float[Tensor, "B k 4"]
     indices: Int[Tensor, "B k"]
     scores: Float[Tensor, "B k"]
-
-    @property
-    def boxes(self) -> Float[Tensor, "B k 4"]:
-        return self.reference_logits.sigmoid()
 
 
 @dataclass(frozen=True)
 class Queries:
-    """Decoder queries: content and the boxes that are their position, as logits (B, Q, 4)."""
+    """Decoder queries: content and the boxes that are their position, cxcywh in [0, 1]."""
 
     content: Float[Tensor, "B Q C"]
-    reference_logits: Float[Tensor, "B Q 4"]
+    boxes: Float[Tensor, "B Q 4"]
 
     def before(self, others: "Queries") -> "Queries":
         """These queries, then the others."""
         content = torch.cat([self.content, others.content], dim=1)
-        return Queries(content, torch.cat([self.reference_logits, others.reference_logits], dim=1))
+        return Queries(content, torch.cat([self.boxes, others.boxes], dim=1))
 
     def after(self, start: int) -> "Queries":
         """The queries from row `start` on."""
-        return Queries(self.content[:, start:], self.reference_logits[:, start:])
+        return Queries(self.content[:, start:], self.boxes[:, start:])
 
 
 @dataclass(frozen=True)

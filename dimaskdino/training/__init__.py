@@ -1,0 +1,1 @@
+"""Matching, losses, optimisation and the training loop."""

@@ -1,0 +1,114 @@
+"""Hungarian matching of predictions to objects, at every stage (section 7)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn import functional
+
+from dimaskdino import config
+from dimaskdino.modeling.records import Stage, Targets
+from dimaskdino.training.boxes import generalized_iou
+from dimaskdino.training.points import sample_maps, sample_masks
+
+ALPHA, GAMMA = 0.25, 2.0  # of the focal loss, arXiv 1708.02002
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Which query stands for which object: row i pairs query `query[i]` with object `target[i]` of image `image[i]`.
+
+    Rows are ordered by image; `counts` says how many each image has, known without asking the device.
+    """
+
+    image: Int[Tensor, " R"]
+    query: Int[Tensor, " R"]
+    target: Int[Tensor, " R"]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def from_lists(cls, pairs: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device) -> "Matches":
+        """From (queries, targets) of each image."""
+        counts = tuple(len(queries) for queries, _ in pairs)
+        image = np.repeat(np.arange(len(pairs)), counts)
+        columns = np.stack([image, *(np.concatenate(c) for c in zip(*pairs, strict=True))]).astype(np.int64)
+        moved = torch.from_numpy(columns).to(device, non_blocking=True)
+        return cls(moved[0], moved[1], moved[2], counts)
+
+
+@torch.no_grad()
+def match(stages: Sequence[Stage], targets: Targets, settings: config.Loss) -> list[Matches]:
+    """Match the queries of every stage to the objects, one to one, at the least total cost.
+
+    The cost matrices of all stages and images reach the CPU in one transfer. Where an image has more objects than
+    there are queries, the dearest objects stay without one. Costs that are not finite count as very dear, so that
+    matching still works and the loss itself can report what broke.
+
+    Args:
+        stages: (B, Q, …) each; stages without masks are matched by classes and boxes.
+        targets: the objects.
+        settings: cost weights and number of mask points.
+
+    Returns:
+        Matches of each stage.
+    """
+    costs = _costs(stages, targets, settings)
+    shapes = [cost.shape for cost in costs]
+    flat = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
+    flat = np.nan_to_num(flat, nan=1e8, posinf=1e8, neginf=-1e8)
+    matrices = np.split(flat, np.cumsum([shape.numel() for shape in shapes])[:-1])
+    matches = []
+    for matrix, shape in zip(matrices, shapes, strict=True):
+        per_image = matrix.reshape(shape)
+        pairs = [linear_sum_assignment(per_image[b, :, :count]) for b, count in enumerate(targets.counts)]
+        matches.append(Matches.from_lists(pairs, targets.labels.device))
+    return matches
+
+
+def _costs(stages: Sequence[Stage], targets: Targets, settings: config.Loss) -> list[Float[Tensor, "B Q M"]]:
+    B, M, H, W = targets.masks.shape
+    points = torch.rand(B, settings.points, 2, device=targets.masks.device)
+    expanded = points[:, None].expand(B, M, -1, -1).flatten(0, 1)
+    target_points = sample_masks(targets.masks.reshape(B * M, H, W), expanded).view(B, M, settings.points)
+    sampled: dict[int, Tensor] = {}  # most stages share their mask features
+    costs = []
+    for stage in stages:
+        cost = _label_and_box_cost(stage, targets, settings.cost)
+        if stage.mask_embedding is not None and stage.mask_features is not None:
+            key = id(stage.mask_features)
+            if key not in sampled:
+                sampled[key] = sample_maps(stage.mask_features.float(), points)
+            # sampling is linear: (embedding · F) at a point = embedding · (F at the point)
+            logits = stage.mask_embedding.float() @ sampled[key]
+            cost = cost + _mask_cost(logits, target_points, settings.cost)
+        costs.append(cost)
+    return costs
+
+
+def _label_and_box_cost(stage: Stage, targets: Targets, weights: config.Weights) -> Float[Tensor, "B Q M"]:
+    p = stage.class_logits.float().sigmoid()
+    present = ALPHA * (1 - p) ** GAMMA * -(p + 1e-8).log()
+    absent = (1 - ALPHA) * p**GAMMA * -(1 - p + 1e-8).log()
+    labels = targets.labels[:, None].expand(-1, p.shape[1], -1)
+    boxes = stage.boxes.float()
+    return (
+        weights.label * (present - absent).gather(2, labels)
+        + weights.l1 * torch.cdist(boxes, targets.boxes, p=1)
+        - weights.giou * generalized_iou(boxes[:, :, None], targets.boxes[:, None])
+    )
+
+
+def _mask_cost(
+    logits: Float[Tensor, "B Q P"], target: Float[Tensor, "B M P"], weights: config.Weights
+) -> Float[Tensor, "B Q M"]:
+    """BCE averaged over the points and dice, of every query against every object."""
+    # t·softplus(−x) + (1 − t)·softplus(x) = softplus(x) − t·x
+    target_t = target.transpose(1, 2)
+    bce = (functional.softplus(logits).sum(-1, keepdim=True) - logits @ target_t) / logits.shape[-1]
+    p = logits.sigmoid()
+    dice = 1 - (2 * p @ target_t + 1) / (p.sum(-1, keepdim=True) + target.sum(-1)[:, None] + 1)
+    return weights.mask * bce + weights.dice * dice
