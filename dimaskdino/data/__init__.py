@@ -1,0 +1,1 @@
+"""COCO-format datasets, augmentation, and the built-in shapes data."""

@@ -1,0 +1,217 @@
+"""Datasets in COCO format: annotations json and a folder of images."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from PIL import Image, ImageOps
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+from dimaskdino.errors import UserError
+
+# where folders in use keep a split's annotations and images; {} is the split's name
+_LAYOUTS = (
+    ("annotations/instances_{}.json", ("images/{}", "{}")),
+    ("annotations/{}.json", ("images/{}", "{}", "images")),
+    ("{}/_annotations.coco.json", ("{}",)),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its objects.
+
+    Attributes:
+        image: (3, h, w) uint8, RGB.
+        labels: (M,) class indices.
+        masks: (M, h, w) uint8, 0 or 1.
+        image_id: id in the annotations.
+        file: the image's path.
+        original_size: (h, w) as stored, before any transform.
+        skipped: what was wrong with the images that this one stands in for.
+    """
+
+    image: UInt8[Tensor, "3 h w"]
+    labels: Int[Tensor, " M"]
+    masks: UInt8[Tensor, "M h w"]
+    image_id: int
+    file: str
+    original_size: tuple[int, int]
+    skipped: tuple[str, ...] = ()
+
+
+def find_split(root: Path, split: str) -> tuple[Path, Path]:
+    """Annotations file and image folder of a split.
+
+    Raises:
+        UserError: none of the known layouts fits; the message lists them.
+    """
+    if not root.is_dir():
+        raise UserError(f"the dataset folder {root} does not exist; set data.root to a COCO-format folder")
+    for annotations, folders in _LAYOUTS:
+        file = root / annotations.format(split)
+        if not file.exists():
+            continue
+        for folder in folders:
+            if (root / folder.format(split)).is_dir():
+                return file, root / folder.format(split)
+        raise UserError(
+            f"{file} is there but none of its image folders: {', '.join(str(root / f.format(split)) for f in folders)}"
+        )
+    tried = ", ".join(layout.format(split) for layout, _ in _LAYOUTS)
+    raise UserError(f"{root} has no annotations of the split '{split}' (looked for {tried})")
+
+
+def read_annotations(file: Path) -> dict[str, Any]:
+    """A COCO annotations file as parsed json, checked for what the kit relies on.
+
+    Raises:
+        UserError: not json, a part is missing, or an annotation refers to an image or category that is not there.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the annotations {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{file} is not valid json ({error}); was it copied completely?") from None
+    for part in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(part), list):
+            raise UserError(f"{file} is not in COCO format: it has no list '{part}'")
+    if not content["images"] or not content["categories"]:
+        raise UserError(f"{file} lists no images or no categories")
+    images = {image["id"] for image in content["images"]}
+    categories = {category["id"] for category in content["categories"]}
+    for annotation in content["annotations"]:
+        if annotation.get("category_id") not in categories:
+            raise UserError(
+                f"{file}: annotation {annotation.get('id')} has the unknown category {annotation.get('category_id')}"
+            )
+        if annotation.get("image_id") not in images:
+            raise UserError(
+                f"{file}: annotation {annotation.get('id')} belongs to the unknown image {annotation.get('image_id')}"
+            )
+    return content
+
+
+class CocoDataset(torch.utils.data.Dataset[Sample]):
+    """The images of a split, with the objects that are no crowds.
+
+    Args:
+        root: dataset folder, see `find_split` for the layouts.
+        split: its name, such as train2017.
+        transform: applied to every sample.
+        only_with_objects: leave out images without any object, as training does.
+    """
+
+    def __init__(
+        self, root: Path, split: str, transform: Callable[[Sample], Sample] | None = None, only_with_objects: bool = False
+    ) -> None:
+        self.annotations_file, self.image_folder = find_split(root, split)
+        content = read_annotations(self.annotations_file)
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        self.category_ids = [category["id"] for category in categories]
+        self.classes = [str(category.get("name", category["id"])) for category in categories]
+        self.transform = transform
+        self._label = {category: label for label, category in enumerate(self.category_ids)}
+        self._objects: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        for annotation in content["annotations"]:
+            if not annotation.get("iscrowd", 0):
+                self._objects[annotation["image_id"]].append(annotation)
+        self.images = [i for i in content["images"] if not only_with_objects or self._objects.get(i["id"])]
+        if not self.images:
+            raise UserError(f"{self.annotations_file} has no image with an object in it")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        record = self.images[index]
+        path = self.image_folder / record["file_name"]
+        image = load_image(path, expected=(record.get("height"), record.get("width")))
+        height, width = image.shape[-2:]
+        masks, labels = [], []
+        for annotation in self._objects.get(record["id"], []):
+            mask = self._mask(annotation, height, width)
+            if mask.any():  # zero-area and one-point outlines cover nothing
+                masks.append(mask)
+                labels.append(self._label[annotation["category_id"]])
+        stacked = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
+        sample = Sample(
+            image,
+            torch.tensor(labels, dtype=torch.int64),
+            torch.from_numpy(stacked),
+            record["id"],
+            str(path),
+            (height, width),
+        )
+        return self.transform(sample) if self.transform else sample
+
+    def _mask(self, annotation: dict[str, Any], height: int, width: int) -> UInt8[np.ndarray, "h w"]:
+        where = f"{self.annotations_file}: annotation {annotation.get('id')} of image {annotation['image_id']}"
+        segmentation = annotation.get("segmentation")
+        if segmentation is None:
+            raise UserError(f"{where} has no segmentation; the model learns from masks, boxes alone are not enough")
+        try:
+            if isinstance(segmentation, list):
+                outlines = [outline for outline in segmentation if len(outline) >= 6]
+                if not outlines:
+                    return np.zeros((height, width), np.uint8)
+                encoded = coco_mask.merge(coco_mask.frPyObjects(outlines, height, width))
+            elif isinstance(segmentation["counts"], list):
+                encoded = coco_mask.frPyObjects(segmentation, *segmentation["size"])
+            else:
+                encoded = segmentation
+            if tuple(encoded["size"]) != (height, width):
+                raise UserError(f"{where}: its RLE is for {encoded['size']}, the image is {[height, width]} (h, w)")
+            return coco_mask.decode(encoded)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{where} has a segmentation that cannot be read: {error}") from None
+
+
+def load_image(path: Path, expected: tuple[int | None, int | None] = (None, None)) -> UInt8[Tensor, "3 h w"]:
+    """Any image that Pillow reads, as RGB: grey, palette, CMYK, RGBA (alpha dropped) and 16-bit are converted.
+
+    Args:
+        path: the file.
+        expected: (h, w) that the annotations give. The orientation stored in the file is applied unless only the
+            unrotated image has that size.
+
+    Raises:
+        UserError: missing, not an image, truncated, or of another size than expected.
+    """
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            stored = opened.copy()
+            upright = ImageOps.exif_transpose(opened)
+    except FileNotFoundError:
+        raise UserError(f"the image {path} does not exist") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"the image {path} cannot be read, it may be truncated or no image: {error}") from None
+    image = upright
+    if None not in expected:
+        fitting = [x for x in (upright, stored) if (x.height, x.width) == expected]
+        if not fitting:
+            raise UserError(
+                f"the image {path} is {stored.height}x{stored.width}, the annotations say "
+                f"{expected[0]}x{expected[1]} (h x w)"
+            )
+        image = fitting[0]
+    if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: keep the upper 8
+        values = np.asarray(image).astype(np.float64)
+        grey = np.clip(values / (257 if values.max() > 255 else 1), 0, 255).astype(np.uint8)
+        image = Image.fromarray(grey)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def without_empty(sample: Sample) -> Sample:
+    """The sample without the objects whose mask is empty."""
+    keep = sample.masks.flatten(1).any(1).bool()
+    return replace(sample, labels=sample.labels[keep], masks=sample.masks[keep])

@@ -1,0 +1,151 @@
+"""Batches: collation, and a training order that depends on nothing but the seed and the position."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.ops import box_convert, masks_to_boxes
+
+from dimaskdino import config
+from dimaskdino.data.coco import CocoDataset, Sample
+from dimaskdino.data.transforms import large_scale_jitter, test_resize
+from dimaskdino.errors import UserError
+from dimaskdino.modeling.records import SIZE_DIVISOR, Targets
+
+BAD_IMAGES_IN_A_ROW = 20  # more than that is not bad luck but a wrong folder
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of any sizes, their objects padded to one size, and where they come from."""
+
+    images: list[Tensor]
+    targets: Targets
+    image_ids: list[int]
+    files: list[str]
+    original_sizes: list[tuple[int, int]]
+    skipped: list[str]
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Put samples into a batch; boxes are tight boxes of the masks, relative to the padded size."""
+    H, W = (
+        -(-max(side) // SIZE_DIVISOR) * SIZE_DIVISOR
+        for side in zip(*(s.image.shape[-2:] for s in samples), strict=True)
+    )
+    M = max(len(s.labels) for s in samples)
+    labels = torch.zeros(len(samples), M, dtype=torch.int64)
+    boxes = torch.zeros(len(samples), M, 4)
+    masks = torch.zeros(len(samples), M, H, W, dtype=torch.uint8)
+    for b, sample in enumerate(samples):
+        m, h, w = sample.masks.shape
+        labels[b, :m] = sample.labels
+        masks[b, :m, :h, :w] = sample.masks
+        if m:
+            xyxy = masks_to_boxes(sample.masks) + torch.tensor([0, 0, 1, 1])  # upper bounds include the last pixel
+            boxes[b, :m] = box_convert(xyxy.float(), "xyxy", "cxcywh") / torch.tensor([W, H, W, H])
+    return Batch(
+        [s.image for s in samples],
+        Targets(labels, boxes, masks, tuple(len(s.labels) for s in samples)),
+        [s.image_id for s in samples],
+        [s.file for s in samples],
+        [s.original_size for s in samples],
+        [reason for s in samples for reason in s.skipped],
+    )
+
+
+class _ByPosition(Dataset[Sample]):
+    """The endless training sequence: item p is a function of the seed and p alone, whoever loads it and when."""
+
+    def __init__(self, data: CocoDataset, seed: int, skip_bad_images: bool) -> None:
+        self.data, self.seed, self.skip_bad_images = data, seed, skip_bad_images
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def _index(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.data))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
+        return int(self._order[place])
+
+    def __getitem__(self, position: int) -> Sample:
+        index, skipped = self._index(position), []
+        for attempt in range(BAD_IMAGES_IN_A_ROW):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(np.random.SeedSequence([self.seed, 1, position]).generate_state(1)[0]))
+                try:
+                    sample = self.data[(index + attempt) % len(self.data)]
+                except UserError as error:
+                    if not self.skip_bad_images:
+                        raise UserError(f"{error} (data.skip_bad_images=true goes on without such images)") from None
+                    skipped.append(str(error))
+                    continue
+            return replace(sample, skipped=tuple(skipped))
+        raise UserError(f"{BAD_IMAGES_IN_A_ROW} bad images in a row, the last: {skipped[-1]}")
+
+
+class _Positions:
+    """Sampler of the positions of one process's parts of each step, from a step on."""
+
+    def __init__(self, first: int, steps: int, batch: int, rank: int, world: int, parts: int) -> None:
+        self.first, self.steps, self.batch = first, steps, batch
+        self.rank, self.world, self.parts = rank, world, parts
+
+    def __iter__(self) -> Iterator[list[int]]:
+        share = self.batch // self.world
+        size = share // self.parts
+        for step in range(self.first, self.steps):
+            start = step * self.batch + self.rank * share
+            for part in range(self.parts):
+                yield list(range(start + part * size, start + (part + 1) * size))
+
+    def __len__(self) -> int:
+        return (self.steps - self.first) * self.parts
+
+
+def training_dataset(settings: config.Config) -> CocoDataset:
+    """The training split with its augmentation."""
+    data = settings.data
+    return CocoDataset(data.root, data.train, large_scale_jitter(data.jitter), only_with_objects=True)
+
+
+def training_loader(data: CocoDataset, settings: config.Config, first_step: int, rank: int, world: int) -> DataLoader:
+    """Batches from `first_step` on, `train.accumulate` of them a step.
+
+    Raises:
+        UserError: the batch cannot be split evenly over the processes.
+    """
+    train = settings.train
+    if train.batch_size % (world * train.accumulate):
+        raise UserError(
+            f"train.batch_size = {train.batch_size} cannot be split evenly over {world} processes x "
+            f"{train.accumulate} parts"
+        )
+    positions = _Positions(first_step, settings.schedule.steps, train.batch_size, rank, world, train.accumulate)
+    return DataLoader(
+        _ByPosition(data, train.seed, settings.data.skip_bad_images),
+        batch_sampler=positions,  # type: ignore[arg-type]
+        collate_fn=collate,
+        num_workers=settings.data.workers,
+        worker_init_fn=_one_thread,
+    )
+
+
+def test_loader(settings: config.Config, split: str | None = None, rank: int = 0, world: int = 1) -> DataLoader:
+    """Every `world`-th image of a split, resized for testing, in order."""
+    data = CocoDataset(settings.data.root, split or settings.data.val, test_resize(settings.data.test))
+    share = torch.utils.data.Subset(data, range(rank, len(data), world))
+    return DataLoader(
+        share,
+        batch_size=settings.evaluation.batch_size,
+        collate_fn=collate,
+        num_workers=settings.data.workers,
+        worker_init_fn=_one_thread,
+    )
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

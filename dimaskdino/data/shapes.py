@@ -1,0 +1,193 @@
+"""The built-in data: textured scenes of overlapping shapes, deterministic, written out in COCO format."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from dimaskdino import config
+from dimaskdino.errors import UserError
+
+CLASSES = ("disk", "rectangle", "triangle", "star", "ring")
+SPLITS = ("train", "val")
+MOST_SHAPES = 8
+SMALLEST, LARGEST = 0.04, 0.33  # radius, of the image's side
+LEAST_VISIBLE = 0.3  # part of a shape that later shapes must leave
+SUPERSAMPLING = 4
+
+Array = np.ndarray
+
+
+def generate(root: Path, settings: config.Shapes, processes: int = 2) -> None:
+    """Write the shapes data to `root`: annotations/{train,val}.json and images/{train,val}/.
+
+    The folder appears only when it is complete. The same settings give the same data.
+
+    Raises:
+        UserError: the folder exists, or cannot be written.
+    """
+    if root.exists():
+        raise UserError(f"{root} exists already; choose another folder or delete it")
+    partial = root.with_name(f"{root.name}.partial")
+    try:
+        for split in SPLITS:
+            _write_split(partial, split, settings, processes)
+        partial.rename(root)
+    except OSError as error:
+        raise UserError(f"cannot write the shapes data to {root}: {error.strerror}") from None
+
+
+def ensure(data: config.Data) -> None:
+    """Generate the shapes data if the settings ask for it and the folder is not there yet."""
+    if data.shapes is not None and not data.root.exists():
+        data.root.parent.mkdir(parents=True, exist_ok=True)
+        generate(data.root, data.shapes)
+
+
+def _write_split(root: Path, split: str, settings: config.Shapes, processes: int) -> None:
+    folder = root / "images" / split
+    folder.mkdir(parents=True, exist_ok=True)
+    count = getattr(settings, split)
+    images, annotations = [], []
+    scenes = DataLoader(_Scenes(folder, settings, split, count), batch_size=None, num_workers=processes)
+    for index, (name, objects) in enumerate(tqdm(scenes, f"shapes {split}", count, mininterval=1)):
+        images.append({"id": index, "file_name": name, "height": settings.size, "width": settings.size})
+        annotations += [{"id": len(annotations) + i + 1, "image_id": index, **o} for i, o in enumerate(objects)]
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
+    (root / "annotations").mkdir(exist_ok=True)
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "annotations" / f"{split}.json").write_text(json.dumps(content))
+
+
+class _Scenes(Dataset[tuple[str, list[dict]]]):
+    """Writes an image when its item is asked for, so that loader processes share the work."""
+
+    def __init__(self, folder: Path, settings: config.Shapes, split: str, count: int) -> None:
+        self.folder, self.settings, self.split, self.count = folder, settings, split, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[str, list[dict]]:
+        image, labels, masks = scene(self.settings, self.split, index)
+        name = f"{index:06d}.jpg"
+        Image.fromarray(image).save(self.folder / name, quality=92)
+        return name, _objects(labels, masks)
+
+
+def _objects(labels: list[int], masks: list[Array]) -> list[dict]:
+    """Annotations in COCO format, without their ids."""
+    objects = []
+    for label, mask in zip(labels, masks, strict=True):
+        encoded = coco_mask.encode(np.asfortranarray(mask))
+        x, y, w, h = coco_mask.toBbox(encoded).tolist()
+        encoded["counts"] = encoded["counts"].decode()
+        objects.append(
+            {
+                "category_id": label + 1,
+                "segmentation": encoded,
+                "area": int(mask.sum()),
+                "bbox": [x, y, w, h],
+                "iscrowd": 0,
+            }
+        )
+    return objects
+
+
+def scene(settings: config.Shapes, split: str, index: int) -> tuple[Array, list[int], list[Array]]:
+    """One scene, a function of its arguments alone.
+
+    Returns:
+        The image (size, size, 3) uint8, the class of each shape, and each shape's visible mask (size, size) uint8.
+    """
+    rng = np.random.default_rng([settings.seed, SPLITS.index(split), index])
+    size = settings.size
+    image = _texture(rng, size)
+    labels: list[int] = []
+    masks: list[Array] = []
+    areas: list[int] = []
+    for _ in range(int(rng.integers(1, MOST_SHAPES + 1))):
+        label = int(rng.integers(len(CLASSES)))
+        coverage = _coverage(rng, label, size)
+        mask = (coverage > 0.5).astype(np.uint8)
+        left = [m & (1 - mask) for m in masks]
+        fits = mask.sum() >= 16 and all(m.sum() >= max(16, LEAST_VISIBLE * a) for m, a in zip(left, areas, strict=True))
+        if not fits:
+            continue
+        shading = coverage[..., None]
+        image = image * (1 - shading) + _texture(rng, size) * shading
+        masks = [*left, mask]
+        labels.append(label)
+        areas.append(int(mask.sum()))
+    noise = rng.normal(0, 6, (size, size, 3))
+    return np.clip(image + noise, 0, 255).astype(np.uint8), labels, masks
+
+
+def _coverage(rng: np.random.Generator, label: int, size: int) -> Array:
+    """How much of each pixel a random shape covers (size, size), in [0, 1]."""
+    big = size * SUPERSAMPLING
+    radius = big * math.exp(rng.uniform(math.log(SMALLEST), math.log(LARGEST)))
+    centre = rng.uniform(0.08 * big, 0.92 * big, 2)
+    turn, stretch = rng.uniform(0, 2 * math.pi), rng.uniform(0.55, 1.0)
+    canvas = Image.new("L", (big, big))
+    draw = ImageDraw.Draw(canvas)
+    for outline, fill in _OUTLINES[CLASSES[label]]():
+        x, y = outline[:, 0], outline[:, 1] * stretch
+        cos, sin = math.cos(turn), math.sin(turn)
+        points = np.stack([cos * x - sin * y, sin * x + cos * y], axis=1) * radius + centre
+        draw.polygon([tuple(p) for p in points], fill=255 * fill)
+    small = np.asarray(canvas.resize((size, size), Image.Resampling.BOX), dtype=np.float64)
+    return small / 255
+
+
+def _circle(radius: float = 1.0) -> Array:
+    angle = np.linspace(0, 2 * math.pi, 64, endpoint=False)
+    return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+def _spikes(points: int, inner: float) -> Array:
+    angle = np.arange(2 * points) * math.pi / points
+    radius = np.where(np.arange(2 * points) % 2 == 0, 1.0, inner)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+
+def _corners(count: int) -> Array:
+    angle = np.arange(count) * 2 * math.pi / count + math.pi / count
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+# outlines in the unit circle; a second one with fill 0 cuts a hole
+_OUTLINES: dict[str, Callable[[], list[tuple[Array, int]]]] = {
+    "disk": lambda: [(_circle(), 1)],
+    "rectangle": lambda: [(_corners(4), 1)],
+    "triangle": lambda: [(_corners(3), 1)],
+    "star": lambda: [(_spikes(5, 0.42), 1)],
+    "ring": lambda: [(_circle(), 1), (_circle(0.55), 0)],
+}
+
+
+def _texture(rng: np.random.Generator, size: int) -> Array:
+    """A two-coloured texture (size, size, 3): waves, checks, blotches or a gradient."""
+    yy, xx = np.mgrid[0:size, 0:size] / size
+    a, b = rng.uniform(20, 235, (2, 3))
+    b = a + (b - a) * rng.uniform(0.15, 0.6)
+    angle, frequency, phase = rng.uniform(0, math.pi), rng.uniform(3, 18), rng.uniform(0, 2 * math.pi)
+    u = xx * math.cos(angle) + yy * math.sin(angle)
+    v = yy * math.cos(angle) - xx * math.sin(angle)
+    kind = int(rng.integers(4))
+    if kind == 0:
+        mix = 0.5 + 0.5 * np.sin(2 * math.pi * frequency * u + phase)
+    elif kind == 1:
+        mix = ((np.floor(frequency * u) + np.floor(frequency * v)) % 2).astype(float)
+    elif kind == 2:
+        coarse = Image.fromarray((rng.random((8, 8)) * 255).astype(np.uint8))
+        mix = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)) / 255
+    else:
+        mix = (u - u.min()) / (u.max() - u.min())
+    return a + (b - a) * mix[..., None]

@@ -1,0 +1,76 @@
+"""Augmentation in training and resizing for testing (section 9), by torchvision's v2 transforms."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from dimaskdino import config
+from dimaskdino.data.coco import Sample, without_empty
+
+PADDING = 128  # of the image, where the crop reaches beyond it
+
+
+class _ScaleJitter(v2.ScaleJitter):
+    """torchvision's jitter, but no side ever becomes 0 (a 6000x30 image at scale 0.1)."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        params = super().make_params(flat_inputs)
+        return {"size": tuple(max(1, side) for side in params["size"])}
+
+
+class _PadTo(v2.Transform):
+    """Pad at the right and the bottom up to a square; larger images stay as they are."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.query_size(flat_inputs)
+        return {"padding": [0, 0, max(0, self.size - width), max(0, self.size - height)]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        fill = PADDING if isinstance(inpt, tv_tensors.Image) else 0
+        return v2.functional.pad(inpt, params["padding"], fill=fill)
+
+
+def large_scale_jitter(settings: config.LargeScaleJitter) -> Callable[[Sample], Sample]:
+    """Flip, scale, pad and crop to a fixed square; objects that the crop leaves nothing of are removed."""
+    square = (settings.size, settings.size)
+    pipeline = v2.Compose(
+        [
+            v2.RandomHorizontalFlip(settings.flip),
+            _ScaleJitter(square, (settings.min_scale, settings.max_scale), antialias=True),
+            _PadTo(settings.size),
+            v2.RandomCrop(square),
+        ]
+    )
+    return lambda sample: without_empty(_apply(pipeline, sample))
+
+
+def test_resize(settings: config.TestSize) -> Callable[[Sample], Sample]:
+    """Resize the image for testing; masks are left out, since results are compared at the original size."""
+
+    def resize(sample: Sample) -> Sample:
+        none = sample.masks[:0]
+        return replace(sample, image=resize_image(sample.image, settings), labels=sample.labels[:0], masks=none)
+
+    return resize
+
+
+def resize_image(image: Tensor, settings: config.TestSize) -> Tensor:
+    """(3, h, w) uint8 with its shortest side at `shortest`, or its longest at `longest` if that is smaller."""
+    height, width = image.shape[-2:]
+    scale = min(settings.shortest / min(height, width), settings.longest / max(height, width))
+    size = [max(1, round(side * scale)) for side in (height, width)]
+    return v2.functional.resize(image, size, antialias=True)
+
+
+def _apply(pipeline: nn.Module, sample: Sample) -> Sample:
+    image, masks = pipeline(tv_tensors.Image(sample.image), tv_tensors.Mask(sample.masks))
+    return replace(sample, image=image.as_subclass(torch.Tensor), masks=masks.as_subclass(torch.Tensor))

@@ -1,0 +1,1 @@
+"""Run folders, and launching training and notebooks."""

@@ -1,0 +1,206 @@
+"""A run folder: everything about one run, readable by people and programs while it runs and ever after.
+
+    config.yaml     the resolved configuration        versions.json   python, packages, machine
+    metrics.jsonl   one record every few steps        tensorboard/    the same for tensorboard
+    checkpoints/    resume points, model.safetensors  figures/        what the notebooks drew
+    status.json     running, finished or failed, and why
+"""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import psutil
+import torch
+
+from dimaskdino.config import Config, dump_config
+from dimaskdino.errors import UserError
+
+State = Literal["running", "finished", "failed"]
+_PACKAGES = ("dimaskdino", "ms-deform-attn", "torch", "torchvision", "numpy", "pycocotools", "hotcoco", "papermill")
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        path: the folder; made when something is written.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.checkpoints / "model.safetensors"
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "train.log"
+
+    def write_config(self, config: Config) -> None:
+        """Note the configuration and the versions.
+
+        Raises:
+            UserError: the folder belongs to a run with another model, or cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = self.path / "config.yaml"
+            text = dump_config(config)
+            if file.exists() and self.checkpoints.exists() and file.read_text() != text:
+                changed = _changed_keys(file.read_text(), text)
+                raise UserError(
+                    f"{self.path} holds a run with other settings ({', '.join(changed[:5])}); resuming needs the same "
+                    "ones. Use another folder, or delete this one"
+                )
+            file.write_text(text)
+            (self.path / "versions.json").write_text(json.dumps(versions(), indent=1))
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {self.path}: {error.strerror}") from None
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Hold the folder for this process, and leave a status that tells how it ended, whatever happens.
+
+        Raises:
+            UserError: another process runs here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another run is using {self.path}; wait for it to end or choose another folder"
+                ) from None
+            process = psutil.Process()
+            started = {"pid": process.pid, "process_started": process.create_time(), "started": _now()}
+            self._write_status("running", **started)
+            watch(self.path, process.pid)
+            try:
+                yield
+            except BaseException as error:
+                reason = str(error) or type(error).__name__
+                self._write_status("failed", reason=reason, started=started["started"], ended=_now())
+                raise
+            self._write_status("finished", started=started["started"], ended=_now())
+
+    def _write_status(self, state: State, **details: Any) -> None:
+        partial = self.path / "status.json.partial"
+        partial.write_text(json.dumps({"state": state, **details}, indent=1))
+        os.replace(partial, self.path / "status.json")
+
+    def status(self) -> dict[str, Any]:
+        """The status; a run whose process has vanished is failed, whether or not somebody noted it."""
+        file = self.path / "status.json"
+        if not file.exists():
+            return {"state": "failed", "reason": f"{self.path} holds no run"}
+        status = json.loads(file.read_text())
+        if status["state"] == "running" and not _alive(status["pid"], status["process_started"]):
+            self._write_status("failed", reason=_KILLED, started=status["started"], ended=_now())
+            return self.status()
+        return status
+
+    @contextlib.contextmanager
+    def metrics(self, step: int, enabled: bool = True) -> Iterator["Metrics"]:
+        """The metrics file, with records after `step` removed: they belong to work that was lost."""
+        if not enabled:
+            yield Metrics(None, None)
+            return
+        kept = [json.dumps(r) + "\n" for r in self.read_metrics() if r["step"] <= step]
+        file = self.path / "metrics.jsonl"
+        file.write_text("".join(kept))
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by training alone
+
+        with file.open("a") as stream, SummaryWriter(str(self.path / "tensorboard"), purge_step=step) as board:
+            yield Metrics(stream, board)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All complete records so far."""
+        file = self.path / "metrics.jsonl"
+        if not file.exists():
+            return []
+        lines = file.read_text().split("\n")[:-1]  # what follows the last line end is still being written
+        return [json.loads(line) for line in lines]
+
+
+class Metrics:
+    """Where records go: one line of json each, and their numbers to tensorboard."""
+
+    def __init__(self, stream: TextIO | None, board: Any) -> None:
+        self.stream, self.board = stream, board
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write one record; it has a `step`."""
+        if self.stream is None:
+            return
+        self.stream.write(json.dumps(record) + "\n")
+        self.stream.flush()
+        flat = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        for name, value in (flat | record.get("losses", {})).items():
+            self.board.add_scalar(name, value, record["step"])
+
+
+_KILLED = "the process ended without a word; it was probably killed. Run again to go on from the last checkpoint"
+
+
+def watch(folder: Path, pid: int) -> None:
+    """Start a small process that notes the end of another one, should that be unable to."""
+    subprocess.Popen(
+        [sys.executable, "-m", "dimaskdino.runs.watch", str(folder), str(pid)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # it must outlive what it watches
+    )
+
+
+def _alive(pid: int, started: float) -> bool:
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - started) < 1 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _changed_keys(before: str, after: str) -> list[str]:
+    return [line.split(":")[0].strip() for line in after.splitlines() if line not in before.splitlines()]
+
+
+def versions() -> dict[str, Any]:
+    """What the run's numbers depend on besides the configuration."""
+    packages = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "packages": packages,
+        "platform": platform.platform(),
+        "cpu_threads": torch.get_num_threads(),
+        "devices": devices,
+        "command": sys.argv,
+    }

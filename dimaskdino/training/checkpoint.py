@@ -1,0 +1,169 @@
+"""Checkpoints: written whole or not at all, and read without running any code.
+
+A run keeps `last.pt` and `previous.pt` for resuming and writes `model.safetensors`, weights with their configuration,
+for everything else.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dimaskdino.config import Config
+from dimaskdino.errors import UserError
+from dimaskdino.modeling import Detector
+
+LAST, PREVIOUS, MODEL = "last.pt", "previous.pt", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with what is needed to use it."""
+
+    detector: Detector
+    config: Config
+    classes: list[str]
+    step: int
+
+
+def _write_whole(path: Path, write: Callable[[Path], None], keep_as: Path | None = None) -> None:
+    """Write beside the target, flush to disk, then rename: a reader sees the old file or the new one, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        if keep_as is not None and path.exists():
+            os.replace(path, keep_as)
+        os.replace(partial, path)
+    # a full disk surfaces as OSError from Python, as RuntimeError or SafetensorError from the writers
+    except (OSError, RuntimeError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        kept = "; the checkpoints written before are untouched" if path.exists() or (keep_as and keep_as.exists()) else ""
+        raise UserError(f"cannot write {path}: {error}. Is the disk full? Free some space and resume{kept}") from error
+
+
+def save_resume_point(folder: Path, state: dict[str, Any]) -> None:
+    """Write `last.pt`, keeping the one before as `previous.pt`.
+
+    Raises:
+        UserError: it cannot be written, a full disk for example; what was there is kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_whole(folder / LAST, lambda path: torch.save(state, path), keep_as=folder / PREVIOUS)
+
+
+def load_resume_point(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """The newest readable resume point of a folder, or None, and a remark if the newest was unreadable.
+
+    Raises:
+        UserError: there are resume points but none can be read.
+    """
+    candidates = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
+    remark = None
+    for path in candidates:
+        try:
+            return _read_pt(path), remark
+        except UserError as error:
+            remark = str(error)
+    if candidates:
+        raise UserError(f"{remark}; no other resume point is left. Delete {folder} to start again")
+    return None, None
+
+
+def _read_pt(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{path} cannot be read as a checkpoint, it may be truncated or hold more than tensors "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    if not isinstance(state, dict) or "model" not in state:
+        raise UserError(f"{path} is no checkpoint of this kit")
+    return state
+
+
+def save_model(path: Path, detector: Detector, config: Config, classes: list[str], step: int) -> None:
+    """Weights, configuration and class names in one safetensors file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"config": config.model_dump_json(), "classes": json.dumps(classes), "step": str(step)}
+    state = {key: value.detach().cpu().contiguous() for key, value in detector.state_dict().items()}
+    _write_whole(path, lambda partial: save_file(state, partial, metadata))
+
+
+def load_model(path: Path, device: torch.device | str = "cpu") -> TrainedModel:
+    """A trained model from a run folder, a `model.safetensors` or a resume point (`.pt`).
+
+    Raises:
+        UserError: there is none, it is truncated, or it does not fit the configuration stored with it.
+    """
+    if path.is_dir():
+        candidates = [path / "checkpoints" / name for name in (MODEL, LAST, PREVIOUS)]
+        found = [candidate for candidate in candidates if candidate.exists()]
+        if not found:
+            raise UserError(f"{path} holds no trained model (looked for {', '.join(map(str, candidates))})")
+        path = found[0]
+    if not path.exists():
+        raise UserError(f"the model {path} does not exist")
+    if path.suffix == ".safetensors":
+        weights, metadata = _read_safetensors(path)
+        config, classes, step = metadata["config"], json.loads(metadata["classes"]), int(metadata["step"])
+    else:
+        state = _read_pt(path)
+        weights, config, classes, step = state["model"], state["config"], state["classes"], state["step"]
+    settings = Config.model_validate_json(config)
+    untrained = settings.model.model_copy(
+        update={"backbone": settings.model.backbone.model_copy(update={"weights": None})}
+    )
+    detector = Detector(untrained)
+    load_weights(detector, weights, str(path))
+    return TrainedModel(detector.to(device).eval(), settings, classes, step)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read, it may be truncated ({error})") from None
+    if "config" not in metadata:
+        raise UserError(f"{path} holds tensors but no configuration of this kit")
+    return weights, metadata
+
+
+def load_weights(detector: Detector, weights: dict[str, Tensor], source: str) -> None:
+    """Put weights into a model.
+
+    Raises:
+        UserError: they are of another number of classes or another architecture; nothing is changed then.
+    """
+    expected = detector.state_dict()
+    classes = weights.get("heads.label.bias")
+    if classes is not None and classes.shape != expected["heads.label.bias"].shape:
+        raise UserError(
+            f"{source} was trained for {len(classes)} classes, the configuration says "
+            f"{len(expected['heads.label.bias'])} (model.classes)"
+        )
+    missing, surplus = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
+    reshaped = sorted(k for k in set(expected) & set(weights) if expected[k].shape != weights[k].shape)
+    problems = [
+        f"{len(keys)} parameters {what} (first {keys[0]})"
+        for what, keys in (("missing", missing), ("not in the model", surplus), ("of another shape", reshaped))
+        if keys
+    ]
+    if problems:
+        raise UserError(
+            f"{source} is of another architecture than the configuration: {', '.join(problems)}. "
+            "Compare its configuration with yours"
+        )
+    detector.load_state_dict(weights)

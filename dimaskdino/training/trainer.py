@@ -1,0 +1,245 @@
+"""The training loop.
+
+Everything random in step t is drawn from a generator seeded with (seed, t, process), and the images of step t are a
+function of (seed, t). A resume point therefore needs no random states and no data position: the step says both, and
+a run that was killed goes on exactly as if it had not been.
+"""
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from dimaskdino.config import Config
+from dimaskdino.data import shapes
+from dimaskdino.data.loading import Batch, training_dataset, training_loader
+from dimaskdino.errors import UserError
+from dimaskdino.modeling import Detector, ImageBatch
+from dimaskdino.runs.folder import RunFolder
+from dimaskdino.training.checkpoint import load_resume_point, load_weights, save_model, save_resume_point
+from dimaskdino.training.criterion import Losses, criterion
+from dimaskdino.training.optimizer import build_optimizer, set_rate
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteLossError(UserError):
+    """A loss became infinite or not a number."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its state."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among the others, as torchrun says it."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    @contextlib.contextmanager
+    def joined(cls) -> Iterator["Processes"]:
+        """Join the process group that torchrun announces, if any, and leave it at the end."""
+        import os
+
+        world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+        if world > 1:
+            dist.init_process_group("nccl" if cuda else "gloo")
+        try:
+            yield cls(int(os.environ.get("RANK", 0)), world, device)
+        finally:
+            if world > 1:
+                dist.destroy_process_group()
+
+    def sum(self, value: float) -> float:
+        """The sum of a number over all processes."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return float(tensor)
+
+
+def train(config: Config, folder: RunFolder) -> None:
+    """Train until `schedule.steps`, from the last resume point if the folder has one.
+
+    Args:
+        config: all settings.
+        folder: where checkpoints, metrics and the status go.
+
+    Raises:
+        UserError: wrong settings, data or disk; also `NonFiniteLossError`.
+        Stopped: SIGTERM or SIGINT; the state is saved and `train` with the same folder goes on.
+    """
+    with Processes.joined() as processes:
+        if processes.rank == 0:
+            shapes.ensure(config.data)
+        if processes.world > 1:
+            dist.barrier()
+        Trainer(config, folder, processes).run()
+
+
+class Trainer:
+    """One run in one process."""
+
+    def __init__(self, config: Config, folder: RunFolder, processes: Processes) -> None:
+        self.config, self.folder, self.processes = config, folder, processes
+        self.data = training_dataset(config)
+        if len(self.data.classes) != config.model.classes:
+            raise UserError(
+                f"model.classes is {config.model.classes}, but {self.data.annotations_file} has "
+                f"{len(self.data.classes)} categories"
+            )
+        torch.manual_seed(config.train.seed)
+        self.detector = Detector(config.model).to(processes.device)
+        self.optimizer = build_optimizer(self.detector, config.optimizer)
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.train.precision == "fp16")
+        self.step = 0
+        self._resume()
+        self.model: nn.Module = self.detector
+        if processes.world > 1:
+            self.model = DistributedDataParallel(self.detector)
+        self._stop_signal: str | None = None
+
+    def _resume(self) -> None:
+        state, remark = load_resume_point(self.folder.checkpoints)
+        if remark and self.processes.rank == 0:
+            print(f"{remark}; going on from the one before")
+        if state is None:
+            return
+        load_weights(self.detector, state["model"], str(self.folder.checkpoints))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+
+    def _save(self) -> None:
+        if self.processes.rank:
+            return
+        state: dict[str, Any] = {
+            "model": self.detector.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "config": self.config.model_dump_json(),
+            "classes": self.data.classes,
+        }
+        save_resume_point(self.folder.checkpoints, state)
+
+    def run(self) -> None:
+        """Train, log, save; leaves `model.safetensors`."""
+        steps, every = self.config.schedule.steps, self.config.train.checkpoint_every
+        self.model.train()
+        loader = training_loader(self.data, self.config, self.step, self.processes.rank, self.processes.world)
+        batches = iter(loader)
+        with self._stopping_on_signals(), self.folder.metrics(self.step, self.processes.rank == 0) as metrics:
+            progress = tqdm(
+                total=steps, initial=self.step, desc="training", mininterval=2, disable=self.processes.rank > 0
+            )
+            started = time.perf_counter()
+            while self.step < steps:
+                parts = [next(batches) for _ in range(self.config.train.accumulate)]
+                losses, norm = self._train_step(parts)
+                self.step += 1
+                progress.update()
+                if self.step % self.config.train.log_every == 0 or self.step == steps:
+                    now = time.perf_counter()
+                    record = self._record(losses, norm, (now - started) / self.config.train.log_every)
+                    metrics.write(record)
+                    progress.set_postfix(loss=f"{record['loss']:.2f}")
+                    started = now
+                for reason in (r for part in parts for r in part.skipped):
+                    metrics.write({"step": self.step, "skipped": reason})
+                if self.step % every == 0 or self.step == steps or self._stop_signal:
+                    self._save()
+                if self._stop_signal and self.step < steps:
+                    raise Stopped(f"{self._stop_signal} at step {self.step} of {steps}; run again to go on from there")
+            progress.close()
+        if self.processes.rank == 0:
+            save_model(self.folder.model, self.detector, self.config, self.data.classes, self.step)
+
+    def _train_step(self, parts: list[Batch]) -> tuple[Losses, Tensor]:
+        """One optimizer step over the parts of this process's share of the batch."""
+        entropy = [self.config.train.seed, 2, self.step, self.processes.rank]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        set_rate(self.optimizer, self.step, self.config.schedule)
+        objects = self.processes.sum(sum(sum(part.targets.counts) for part in parts)) / self.processes.world
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            unsynchronised = isinstance(self.model, DistributedDataParallel) and not last
+            with self.model.no_sync() if unsynchronised else contextlib.nullcontext():
+                losses = self._forward(part, objects)
+                self.scaler.scale(losses.total).backward()
+            self._check(losses, part)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.detector.parameters(), self.config.optimizer.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return losses, norm
+
+    def _forward(self, batch: Batch, objects: float) -> Losses:
+        device, precision = self.processes.device, self.config.train.precision
+        images = ImageBatch.from_images(batch.images, device)
+        targets = batch.targets.to(device)
+        with torch.autocast(device.type, PRECISIONS.get(precision), enabled=precision != "fp32"):
+            predictions = self.model(images, targets)
+        return criterion(predictions, targets, self.config.loss, objects)
+
+    def _check(self, losses: Losses, batch: Batch) -> None:
+        """Stop before a broken loss reaches the weights. On a GPU this waits after backward has been queued."""
+        if math.isfinite(losses.total.item()):
+            return
+        broken = [name for name, value in losses.terms.items() if not math.isfinite(value.item())]
+        self.optimizer.zero_grad(set_to_none=True)
+        self._save()
+        raise NonFiniteLossError(
+            f"step {self.step}: the loss is not finite ({', '.join(broken[:6])}). Images of this batch: "
+            f"{', '.join(batch.files)}. The state before this step is saved; look at these images, or lower "
+            "optimizer.lr, or use train.precision=fp32"
+        )
+
+    def _record(self, losses: Losses, norm: Tensor, seconds: float) -> dict[str, Any]:
+        remaining = self.config.schedule.steps - self.step
+        return {
+            "step": self.step,
+            "loss": losses.total.item(),
+            "grad_norm": float(norm),
+            "lr": max(group["lr"] for group in self.optimizer.param_groups),
+            "seconds_per_step": seconds,
+            "images_per_second": self.config.train.batch_size / seconds,
+            "remaining_seconds": remaining * seconds,
+            "losses": {name: value.item() for name, value in losses.terms.items()},
+        }
+
+    @contextlib.contextmanager
+    def _stopping_on_signals(self) -> Iterator[None]:
+        """Finish the step and save when asked to end, instead of dying in the middle."""
+
+        def remember(number: int, frame: FrameType | None) -> None:
+            self._stop_signal = signal.Signals(number).name
+
+        before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
