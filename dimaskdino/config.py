@@ -24,6 +24,8 @@ class Section(BaseModel):
 
 
 class Backbone(Section):
+    """Section 1."""
+
     name: str = Field("resnet50", description="a ResNet of torchvision: resnet18, resnet34, resnet50, resnet101, …")
     norm: Literal["frozen", "batch"] = Field("frozen", description="frozen batch norm, or trained (from scratch)")
     weights: str | None = Field(
@@ -61,6 +63,8 @@ class Selection(Section):
 
 
 class Decoder(Section):
+    """Section 5."""
+
     layers: PositiveInt = 6
     ffn_dim: PositiveInt = Field(2048, description="also of token interaction and BATO")
     random_positions: bool = Field(False, description="table 3: the decoder's queries start at random boxes")
@@ -74,7 +78,9 @@ class BATO(Section):
         "Q_bal", description="what the guiding tokens come from. T_i: the queries of a model without De-Imbalance"
     )
     guiding_tokens: PositiveInt = 50
-    generation: bool = Field(True, description="table 6: make guiding tokens; off: keys and values are the guide itself")
+    generation: bool = Field(
+        True, description="table 6: make guiding tokens; off: keys and values are the guide itself"
+    )
 
 
 class Denoising(Section):
@@ -86,6 +92,8 @@ class Denoising(Section):
 
 
 class Model(Section):
+    """The architecture, sections 1 to 6."""
+
     classes: PositiveInt = 80
     hidden_dim: PositiveInt = Field(256, description="C; a multiple of 32 and of the heads")
     heads: PositiveInt = 8
@@ -143,7 +151,9 @@ class LargeScaleJitter(Section):
     flip: float = Field(0.5, ge=0, le=1)
 
 
-class TestSize(Section):
+class Resize(Section):
+    """Size of images at inference, section 9."""
+
     shortest: PositiveInt = 800
     longest: PositiveInt = 1333
 
@@ -158,17 +168,23 @@ class Shapes(Section):
 
 
 class Data(Section):
+    """Where the images come from and what happens to them."""
+
     root: Path = Field(Path("data/coco"), description="a COCO-format folder")
     train: str = Field("train2017", description="name of the training split")
     val: str = Field("val2017", description="name of the validation split")
     shapes: Shapes | None = Field(None, description="generate the shapes data into root if it is missing")
     jitter: LargeScaleJitter = LargeScaleJitter()
-    test: TestSize = TestSize()
+    resize: Resize = Resize()
     workers: int = Field(4, ge=0, description="loader processes for each training process")
-    skip_bad_images: bool = Field(False, description="report and replace unreadable training images instead of stopping")
+    skip_bad_images: bool = Field(
+        False, description="report and replace unreadable training images instead of stopping"
+    )
 
 
 class Optimizer(Section):
+    """AdamW, section 9."""
+
     lr: float = Field(1e-4, gt=0)
     backbone_lr_factor: float = Field(0.1, ge=0)
     weight_decay: float = Field(0.05, ge=0, description="0 for norm layers and embeddings")
@@ -176,6 +192,8 @@ class Optimizer(Section):
 
 
 class Schedule(Section):
+    """Length of the training and its learning rate, section 9."""
+
     steps: PositiveInt = 88500
     drops: tuple[PositiveInt, ...] = Field((81125,), description="steps at which the rate is multiplied by drop_factor")
     drop_factor: float = Field(0.1, gt=0)
@@ -183,6 +201,8 @@ class Schedule(Section):
 
 
 class Train(Section):
+    """How a training runs."""
+
     batch_size: PositiveInt = Field(16, description="images a step, over all processes")
     accumulate: PositiveInt = Field(1, description="parts that each process takes its images in, to save memory")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -192,11 +212,15 @@ class Train(Section):
 
 
 class Evaluation(Section):
+    """How detections are made and scored, section 8."""
+
     detections: PositiveInt = Field(100, description="best query-class pairs kept for each image")
     batch_size: PositiveInt = 1
 
 
 class Config(Section):
+    """All settings."""
+
     model: Model = Model()
     loss: Loss = Loss()
     data: Data = Data()
@@ -225,7 +249,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         UserError: a file that is missing or not YAML, an unknown key (the nearest valid one is named), a wrong value.
     """
-    tree = _read(Path(path), ())
+    return parse_config(_read(Path(path), ()), overrides, str(path))
+
+
+def parse_config(tree: dict[str, Any], overrides: Iterable[str], source: str) -> Config:
+    """A tree of plain values with overrides applied; `source` names it in errors (`UserError`)."""
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -234,7 +262,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error, str(path))) from None
+        raise UserError(_explain(error, source)) from None
 
 
 def dump_config(config: Config) -> str:

@@ -111,7 +111,11 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
     """
 
     def __init__(
-        self, root: Path, split: str, transform: Callable[[Sample], Sample] | None = None, only_with_objects: bool = False
+        self,
+        root: Path,
+        split: str,
+        transform: Callable[[Sample], Sample] | None = None,
+        only_with_objects: bool = False,
     ) -> None:
         self.annotations_file, self.image_folder = find_split(root, split)
         content = read_annotations(self.annotations_file)

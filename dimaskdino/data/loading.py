@@ -11,7 +11,7 @@ from torchvision.ops import box_convert, masks_to_boxes
 
 from dimaskdino import config
 from dimaskdino.data.coco import CocoDataset, Sample
-from dimaskdino.data.transforms import large_scale_jitter, test_resize
+from dimaskdino.data.transforms import large_scale_jitter, evaluation_resize
 from dimaskdino.errors import UserError
 from dimaskdino.modeling.records import SIZE_DIVISOR, Targets
 
@@ -134,9 +134,9 @@ def training_loader(data: CocoDataset, settings: config.Config, first_step: int,
     )
 
 
-def test_loader(settings: config.Config, split: str | None = None, rank: int = 0, world: int = 1) -> DataLoader:
+def evaluation_loader(settings: config.Config, split: str | None = None, rank: int = 0, world: int = 1) -> DataLoader:
     """Every `world`-th image of a split, resized for testing, in order."""
-    data = CocoDataset(settings.data.root, split or settings.data.val, test_resize(settings.data.test))
+    data = CocoDataset(settings.data.root, split or settings.data.val, evaluation_resize(settings.data.resize))
     share = torch.utils.data.Subset(data, range(rank, len(data), world))
     return DataLoader(
         share,

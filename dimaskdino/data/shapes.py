@@ -16,8 +16,9 @@ from dimaskdino.errors import UserError
 
 CLASSES = ("disk", "rectangle", "triangle", "star", "ring")
 SPLITS = ("train", "val")
-MOST_SHAPES = 8
-SMALLEST, LARGEST = 0.04, 0.33  # radius, of the image's side
+MOST_SHAPES = 7
+SMALLEST, LARGEST = 0.07, 0.36  # radius, of the image's side
+LEAST_CONTRAST = 60  # between the mean colours of a shape and of what it covers, in one channel at least
 LEAST_VISIBLE = 0.3  # part of a shape that later shapes must leave
 SUPERSAMPLING = 4
 
@@ -120,8 +121,10 @@ def scene(settings: config.Shapes, split: str, index: int) -> tuple[Array, list[
         fits = mask.sum() >= 16 and all(m.sum() >= max(16, LEAST_VISIBLE * a) for m, a in zip(left, areas, strict=True))
         if not fits:
             continue
-        shading = coverage[..., None]
-        image = image * (1 - shading) + _texture(rng, size) * shading
+        surface = _texture(rng, size)
+        while np.abs((surface - image)[mask > 0].mean(0)).max() < LEAST_CONTRAST:
+            surface = _texture(rng, size)
+        image = image + (surface - image) * coverage[..., None]
         masks = [*left, mask]
         labels.append(label)
         areas.append(int(mask.sum()))

@@ -53,7 +53,7 @@ def large_scale_jitter(settings: config.LargeScaleJitter) -> Callable[[Sample], 
     return lambda sample: without_empty(_apply(pipeline, sample))
 
 
-def test_resize(settings: config.TestSize) -> Callable[[Sample], Sample]:
+def evaluation_resize(settings: config.Resize) -> Callable[[Sample], Sample]:
     """Resize the image for testing; masks are left out, since results are compared at the original size."""
 
     def resize(sample: Sample) -> Sample:
@@ -63,7 +63,7 @@ def test_resize(settings: config.TestSize) -> Callable[[Sample], Sample]:
     return resize
 
 
-def resize_image(image: Tensor, settings: config.TestSize) -> Tensor:
+def resize_image(image: Tensor, settings: config.Resize) -> Tensor:
     """(3, h, w) uint8 with its shortest side at `shortest`, or its longest at `longest` if that is smaller."""
     height, width = image.shape[-2:]
     scale = min(settings.shortest / min(height, width), settings.longest / max(height, width))

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from dimaskdino import config
 from dimaskdino.modeling.heads import PredictionHeads, box_head
-from dimaskdino.modeling.layers import MLP, Attention, FeedForward, inverse_sigmoid, reset_matrices, sine_boxes, through_logits
+from dimaskdino.modeling.layers import (
+    MLP,
+    Attention,
+    FeedForward,
+    inverse_sigmoid,
+    reset_matrices,
+    sine_boxes,
+    through_logits,
+)
 from dimaskdino.modeling.records import FeatureLevels, SelectedTokens, Stage, Trace
 
 MASK_CHUNK = 64  # masks computed at a time for the mask-guided boxes, to bound memory
@@ -63,9 +71,7 @@ def proposal_boxes(levels: FeatureLevels) -> Float[Tensor, "N 4"]:
     **quirk**: l counts the levels in the decoder's order, so in the 4-level models the coarsest level gets the
     smallest prior.
     """
-    sides = [
-        torch.full((n,), 0.05 * 2.0**level, device=levels.tokens.device) for level, n in enumerate(levels.sizes)
-    ]
+    sides = [torch.full((n,), 0.05 * 2.0**level, device=levels.tokens.device) for level, n in enumerate(levels.sizes)]
     side = torch.cat(sides)[:, None]
     return torch.cat([levels.centres(), side, side], dim=-1)
 
@@ -79,7 +85,8 @@ def mask_guided_boxes(stage: Stage, exact: bool) -> Float[Tensor, "B Q 4"]:
         exact: True (`bitmask`): upper bounds include the last cell, an empty mask gives zeros. False (`mask2box`,
             **quirk**): they do not, and an empty mask gives a box that clamps to (1, 1, 0, 0).
     """
-    assert stage.mask_embedding is not None and stage.mask_features is not None
+    assert stage.mask_embedding is not None
+    assert stage.mask_features is not None
     features = stage.mask_features.flatten(2)
     h, w = stage.mask_features.shape[-2:]
     columns, rows = [], []

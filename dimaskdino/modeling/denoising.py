@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from dimaskdino import config
@@ -39,7 +39,7 @@ class Denoising(nn.Module):
             (B, groups·M) queries, and the attention mask over all R = groups·M + matching queries: matching queries
             do not see denoising ones, groups do not see each other.
         """
-        B, M = targets.labels.shape
+        M = targets.labels.shape[1]
         most = max(targets.counts, default=0)
         groups = self.settings.queries // most if most else 0
         labels = targets.labels.repeat(1, groups)

@@ -1,5 +1,6 @@
 """The whole model: figure 2 of the paper, top to bottom."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -47,6 +48,8 @@ class Detector(nn.Module):
         # with one decoder layer there is nothing after BATO that could see its tokens
         uses_bato = model.bato.enabled and model.decoder.layers > 1
         self.token_optimization = TokenOptimization(model) if uses_bato else None
+        # convolutions are faster so, and feature tokens (B, N, C) are channels-last maps already
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: ImageBatch, targets: Targets | None = None, trace: bool = False) -> Predictions:
         """Predict classes, boxes and masks at every stage.
@@ -60,7 +63,7 @@ class Detector(nn.Module):
             The stages `first_selection`, `token_interaction.i`, `decoder.0` (before the first layer) to `decoder.L`.
         """
         notes = Trace() if trace else None
-        features = self.backbone(images.pixels)
+        features = self.backbone(images.pixels.contiguous(memory_format=torch.channels_last))
         T_i, F = self.pixel_decoder(features)
         T_i = T_i.reversed()  # the decoder wants the levels in the opposite order
 

@@ -1,5 +1,6 @@
 """Building blocks that several parts share: embeddings, MLP, feed-forward block, attention modules."""
 
+import itertools
 import math
 
 import torch
@@ -61,7 +62,7 @@ class MLP(nn.Sequential):
 
     def __init__(self, *widths: int) -> None:
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU()]
         super().__init__(*layers[:-1])
 
@@ -94,7 +95,9 @@ class Attention(nn.Module):
 
         Args:
             x: (B, Q, C), what the result is added to.
-            query, key, value: (B, Q, C), (B, R, C), (B, R, C).
+            query: (B, Q, C).
+            key: (B, R, C).
+            value: (B, R, C).
             mask: (Q, R) bool, True where attention is forbidden.
             weights: also return the attention (B, Q, R), mean over the heads.
         """

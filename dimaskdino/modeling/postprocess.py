@@ -65,8 +65,8 @@ def postprocess(
             inside the mask), so leaving them out changes scores.
     """
     B, _, K = stage.class_logits.shape
-    scores, pairs = stage.class_logits.float().sigmoid().flatten(1).topk(
-        min(detections, stage.class_logits[0].numel()), dim=1
+    scores, pairs = (
+        stage.class_logits.float().sigmoid().flatten(1).topk(min(detections, stage.class_logits[0].numel()), dim=1)
     )
     height, width = padded_size
     results = []

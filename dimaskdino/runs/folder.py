@@ -1,9 +1,9 @@
 """A run folder: everything about one run, readable by people and programs while it runs and ever after.
 
-    config.yaml     the resolved configuration        versions.json   python, packages, machine
-    metrics.jsonl   one record every few steps        tensorboard/    the same for tensorboard
-    checkpoints/    resume points, model.safetensors  figures/        what the notebooks drew
-    status.json     running, finished or failed, and why
+config.yaml     the resolved configuration        versions.json   python, packages, machine
+metrics.jsonl   one record every few steps        tensorboard/    the same for tensorboard
+checkpoints/    resume points, model.safetensors  figures/        what the notebooks drew
+status.json     running, finished or failed, and why
 """
 
 import contextlib
@@ -107,6 +107,11 @@ class RunFolder:
         partial = self.path / "status.json.partial"
         partial.write_text(json.dumps({"state": state, **details}, indent=1))
         os.replace(partial, self.path / "status.json")
+
+    def note_failure(self, reason: str) -> None:
+        """Make the status say failed, unless it says so already, then with a better reason."""
+        if not (self.path / "status.json").exists() or self.status()["state"] != "failed":
+            self._write_status("failed", reason=reason, ended=_now())
 
     def status(self) -> dict[str, Any]:
         """The status; a run whose process has vanished is failed, whether or not somebody noted it."""

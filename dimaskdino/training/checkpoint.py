@@ -7,7 +7,7 @@ for everything else.
 import json
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dimaskdino.config import Config
+from dimaskdino.config import Config, parse_config
 from dimaskdino.errors import UserError
 from dimaskdino.modeling import Detector
 
@@ -47,7 +47,9 @@ def _write_whole(path: Path, write: Callable[[Path], None], keep_as: Path | None
     # a full disk surfaces as OSError from Python, as RuntimeError or SafetensorError from the writers
     except (OSError, RuntimeError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        kept = "; the checkpoints written before are untouched" if path.exists() or (keep_as and keep_as.exists()) else ""
+        kept = (
+            "; the checkpoints written before are untouched" if path.exists() or (keep_as and keep_as.exists()) else ""
+        )
         raise UserError(f"cannot write {path}: {error}. Is the disk full? Free some space and resume{kept}") from error
 
 
@@ -100,8 +102,13 @@ def save_model(path: Path, detector: Detector, config: Config, classes: list[str
     _write_whole(path, lambda partial: save_file(state, partial, metadata))
 
 
-def load_model(path: Path, device: torch.device | str = "cpu") -> TrainedModel:
+def load_model(path: Path, device: torch.device | str = "cpu", overrides: Iterable[str] = ()) -> TrainedModel:
     """A trained model from a run folder, a `model.safetensors` or a resume point (`.pt`).
+
+    Args:
+        path: the folder or file.
+        device: where the model goes.
+        overrides: `key=value` settings that differ from those stored with the model, such as data.root.
 
     Raises:
         UserError: there is none, it is truncated, or it does not fit the configuration stored with it.
@@ -120,7 +127,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> TrainedModel:
     else:
         state = _read_pt(path)
         weights, config, classes, step = state["model"], state["config"], state["classes"], state["step"]
-    settings = Config.model_validate_json(config)
+    settings = parse_config(json.loads(config), overrides, str(path))
     untrained = settings.model.model_copy(
         update={"backbone": settings.model.backbone.model_copy(update={"weights": None})}
     )

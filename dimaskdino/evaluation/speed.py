@@ -1,0 +1,206 @@
+"""Time, memory and arithmetic of a configuration: `python -m dimaskdino.evaluation.speed CONFIG`.
+
+Every measurement runs in a process of its own, since a process's peak memory never goes down again.
+"""
+
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import ms_deform_attn
+import numpy as np
+import torch
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+
+from dimaskdino.config import Config, load_config
+from dimaskdino.data.coco import Sample
+from dimaskdino.data.loading import collate
+from dimaskdino.modeling import Detector, ImageBatch, postprocess
+from dimaskdino.training.criterion import criterion
+from dimaskdino.training.optimizer import build_optimizer
+
+Task = Literal["inference", "training"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One configuration on one task.
+
+    Attributes:
+        seconds: median over the repetitions; `fastest` and `slowest` beside it.
+        images_per_second: images a step / median.
+        peak_memory_gib: of the process (CPU) or of the device's allocations (CUDA).
+        gflop: floating-point operations of one repetition, deformable attention included; forward only.
+        operator: which deformable-attention implementation ran.
+    """
+
+    task: Task
+    height: int
+    width: int
+    seconds: float
+    fastest: float
+    slowest: float
+    images_per_second: float
+    peak_memory_gib: float
+    gflop: float | None
+    parameters: int
+    device: str
+    threads: int
+    torch: str
+    operator: str
+
+
+def made_up_sample(height: int, width: int, objects: int, classes: int, seed: int = 0) -> Sample:
+    """A noise image with ellipses for objects, to measure with."""
+    rng = np.random.default_rng(seed)
+    yy, xx = np.mgrid[0:height, 0:width]
+    masks = np.zeros((objects, height, width), np.uint8)
+    for mask in masks:
+        cx, cy = rng.uniform(0.2, 0.8, 2) * (width, height)
+        rx, ry = rng.uniform(0.05, 0.25, 2) * (width, height)
+        mask[((xx - cx) / rx) ** 2 + ((yy - cy) / ry) ** 2 <= 1] = 1
+    image = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
+    labels = torch.from_numpy(rng.integers(0, classes, objects))
+    return Sample(image, labels, torch.from_numpy(masks), 0, "made up", (height, width))
+
+
+def measure(config: Config, task: Task, height: int, width: int, objects: int, repeat: int) -> Measurement:
+    """Time a task on one made-up image, with random weights, after one repetition to warm up."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    model = config.model.model_copy(update={"backbone": config.model.backbone.model_copy(update={"weights": None})})
+    detector = Detector(model).to(device)
+    run = _inference(config, detector, device, height, width)
+    if task == "training":
+        run = _training(config, detector, device, height, width, objects)
+    run()
+    times = []
+    for _ in range(repeat):
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    peak = _peak_memory(device)
+    gflop = count_gflop(run) if task == "inference" else None
+    return Measurement(
+        task,
+        height,
+        width,
+        statistics.median(times),
+        min(times),
+        max(times),
+        1 / statistics.median(times),
+        peak,
+        gflop,
+        sum(p.numel() for p in detector.parameters()),
+        torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        torch.get_num_threads(),
+        torch.__version__,
+        ms_deform_attn.status(),
+    )
+
+
+def _inference(config: Config, detector: Detector, device: torch.device, h: int, w: int) -> Callable[[], Any]:
+    image = made_up_sample(h, w, 0, config.model.classes).image
+    detector.eval()
+
+    def run() -> Any:
+        with torch.inference_mode():
+            batch = ImageBatch.from_images([image], device)
+            last = detector(batch).last
+            return postprocess(last, batch.sizes, batch.padded_size, [(h, w)], config.evaluation.detections)
+
+    return run
+
+
+def _training(
+    config: Config, detector: Detector, device: torch.device, h: int, w: int, objects: int
+) -> Callable[[], Any]:
+    batch = collate([made_up_sample(h, w, objects, config.model.classes)])
+    targets = batch.targets.to(device)
+    optimizer = build_optimizer(detector, config.optimizer)
+    detector.train()
+
+    def run() -> None:
+        predictions = detector(ImageBatch.from_images(batch.images, device), targets)
+        criterion(predictions, targets, config.loss, objects).total.backward()
+        torch.nn.utils.clip_grad_norm_(detector.parameters(), config.optimizer.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def count_gflop(run: Callable[[], Any]) -> float:
+    """Floating-point operations of a call, in units of 10⁹; a multiply-add counts as two."""
+
+    def deformable(value: Any, shapes: Any, location: Any, attention: Any, **_: Any) -> int:
+        return ms_deform_attn.flops(torch.Size(location), value[3])
+
+    # the reference would be counted as the many operations it is made of, grid_sample as none
+    custom = {torch.ops.ms_deform_attn.forward: deformable}
+    with FlopCounterMode(display=False, custom_mapping=custom) as counter:
+        run()
+    return counter.get_total_flops() / 1e9
+
+
+def _peak_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main(
+    config: tyro.conf.Positional[Path],
+    overrides: tyro.conf.Positional[tuple[str, ...]] = (),
+    task: Literal["inference", "training", "all"] = "all",
+    size: tuple[int, int] | None = None,
+    objects: int = 7,
+    repeat: int = 5,
+    backend: Annotated[Literal["auto", "reference"], tyro.conf.arg(help="deformable-attention operator")] = "auto",
+    output: Path | None = None,
+) -> None:
+    """Measure inference (800x1088 by default) and a training step (512x512 by default) of a configuration.
+
+    Args:
+        config: YAML file.
+        overrides: Settings that differ, key=value.
+        task: What to measure.
+        size: Height and width of the image.
+        objects: Objects in the training image.
+        repeat: Repetitions after the first; the median is reported.
+        backend: Deformable-attention operator.
+        output: Also append the results to this file, a line of json each.
+    """
+    if task == "all":
+        for one in ("inference", "training"):
+            arguments = [*sys.argv[1:], "--task", one]
+            subprocess.run([sys.executable, "-m", "dimaskdino.evaluation.speed", *arguments], check=True)
+        return
+    ms_deform_attn.set_backend(backend)
+    height, width = size or ((800, 1088) if task == "inference" else (512, 512))
+    result = measure(load_config(config, overrides), task, height, width, objects, repeat)
+    gflop = f", {result.gflop:.0f} GFLOP" if result.gflop else ""
+    print(
+        f"{config.stem}, {task}, {height}x{width}: {result.seconds:.2f} s (from {result.fastest:.2f} to "
+        f"{result.slowest:.2f}, {repeat} times), {result.images_per_second:.2f} images/s, "
+        f"peak {result.peak_memory_gib:.1f} GiB{gflop}, {result.parameters / 1e6:.1f} M parameters; "
+        f"{result.device}, {result.threads} threads, torch {result.torch}, {result.operator}"
+    )
+    if output:
+        with output.open("a") as file:
+            file.write(json.dumps({"config": config.stem, **asdict(result)}) + "\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,84 @@
+"""Running parameterised notebooks with papermill."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dimaskdino.errors import UserError
+from dimaskdino.runs.folder import RunFolder
+
+
+def notebook_parameters(notebook: Path) -> dict[str, dict[str, Any]]:
+    """The parameters that a notebook's `parameters` cell declares: type, default and help by name.
+
+    Raises:
+        UserError: there is no such notebook.
+    """
+    import papermill  # with its imports about a second: only for those who run notebooks
+
+    if not notebook.exists():
+        raise UserError(f"the notebook {notebook} does not exist")
+    return papermill.inspect_notebook(str(notebook))
+
+
+def parse_parameters(notebook: Path, assignments: Sequence[str]) -> dict[str, Any]:
+    """`name=value` texts as parameters of a notebook; values are YAML.
+
+    Raises:
+        UserError: not of that form, a parameter that the notebook does not have, or a value of another type.
+    """
+    values = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"'{assignment}' is not of the form name=value")
+        values[name] = yaml.safe_load(text)
+    return check_parameters(notebook, values)
+
+
+def check_parameters(notebook: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters that the notebook has, with values of the types it declares."""
+    declared = notebook_parameters(notebook)
+    for name, value in values.items():
+        if name not in declared:
+            near = difflib.get_close_matches(name, declared, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"{notebook.name} has no parameter '{name}'{hint} It has: {', '.join(declared)}")
+        wanted = declared[name]["inferred_type_name"].split("[")[0]
+        types = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
+        right = isinstance(value, types.get(wanted, object)) and not (wanted == "int" and isinstance(value, bool))
+        if not right:
+            raise UserError(f"{notebook.name}: parameter '{name}' must be of type {wanted}, got {value!r}")
+    return dict(values)
+
+
+def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any]) -> Path:
+    """Execute a notebook with parameters; the executed copy goes into the folder.
+
+    Returns:
+        The executed notebook.
+
+    Raises:
+        UserError: unknown parameters, or the notebook failed; its own message is passed on, and the folder's status
+            says so too.
+    """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    output = folder / notebook.name
+    values = check_parameters(notebook, parameters)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(str(notebook), str(output), values, progress_bar=True, kernel_name="python3")
+    except papermill.PapermillExecutionError as error:
+        reason = f"{error.ename}: {error.evalue}" if error.ename != "UserError" else error.evalue
+        RunFolder(folder).note_failure(reason)
+        raise UserError(f"{reason}\nthe notebook as far as it got: {output}") from None
+    except DeadKernelError:
+        reason = "the notebook's kernel died, perhaps for want of memory"
+        RunFolder(folder).note_failure(reason)
+        raise UserError(f"{reason}\nthe notebook as far as it got: {output}") from None
+    return output

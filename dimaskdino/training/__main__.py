@@ -1,0 +1,35 @@
+"""`torchrun … -m dimaskdino.training CONFIG RUN [key=value …]`: one training process."""
+
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+from dimaskdino.config import load_config
+from dimaskdino.errors import UserError
+from dimaskdino.runs.folder import RunFolder
+from dimaskdino.training.trainer import Stopped, train
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again to go on
+
+
+def main(config_file: str, run: str, overrides: list[str]) -> int:
+    folder = RunFolder(Path(run))
+    first = int(os.environ.get("RANK", 0)) == 0
+    try:
+        with folder.running() if first else nullcontext():
+            config = load_config(config_file, overrides)
+            if first:
+                folder.write_config(config)
+            train(config, folder)
+    except Stopped as stopped:
+        print(f"stopped by {stopped}")
+        return EXIT_STOPPED
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3:]))

@@ -1,0 +1,111 @@
+"""Curves over decoder layers and over training steps."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dimaskdino.evaluation.layers import LayerwiseAP
+from dimaskdino.viz.style import BOX, CYCLE, GREY, MASK, style
+
+_SHORT = {"first_selection": "first\nselection"}
+
+
+def short_name(stage: str) -> str:
+    """A stage's name for an axis: `decoder.0` is the input of the first layer, `decoder.3` layer 3."""
+    if stage == "decoder.0":
+        return "decoder\ninput"
+    if stage.startswith("decoder."):
+        return f"layer {stage.removeprefix('decoder.')}"
+    if stage.startswith("token_interaction."):
+        return f"token\ninter. {int(stage.removeprefix('token_interaction.')) + 1}"
+    return _SHORT.get(stage, stage)
+
+
+def layerwise_ap(runs: Mapping[str, LayerwiseAP]) -> Figure:
+    """Box and mask AP of every stage, and below how far segmentation is ahead, for one or several runs.
+
+    Args:
+        runs: results by the name to show. One run: boxes and masks in their own colours, values written out.
+            Several: a colour a run, boxes solid and masks dashed.
+    """
+    names = list(dict.fromkeys(name for result in runs.values() for name in result.stages))
+    names.sort(key=lambda n: (("first", "token", "decod").index(n[:5]), n))
+    place = {name: i for i, name in enumerate(names)}
+    with style():
+        figure = Figure(figsize=(max(7.0, 1.05 * len(names)), 5.6), layout="constrained")
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.3])
+        for number, (label, result) in enumerate(runs.items()):
+            alone = len(runs) == 1
+            colours = (BOX, MASK) if alone else (CYCLE[number % len(CYCLE)],) * 2
+            for kind, colour, line, marker in zip(("box", "mask"), colours, ("-", "--"), ("s", "o"), strict=True):
+                found = {n: getattr(s, kind).AP for n, s in result.stages.items() if getattr(s, kind) is not None}
+                x, y = [place[n] for n in found], list(found.values())
+                text = f"{'detection (box)' if kind == 'box' else 'segmentation (mask)'} AP"
+                top.plot(x, y, line, marker=marker, color=colour, label=text if alone else f"{label}: {kind}")
+                for i, value in zip(x, y, strict=True):
+                    if alone and value is not None:
+                        above = value >= _other(result, names[i], kind)
+                        offset = (0, 8 if above else -15)
+                        top.annotate(
+                            f"{value:.1f}", (i, value), offset, textcoords="offset points", ha="center", color=colour
+                        )
+            _imbalance(bottom, result, place, number, len(runs), label)
+        top.set(ylabel="AP (%)", title="Box and mask AP at every stage")
+        top.margins(y=0.15)
+        top.legend(loc="lower right")
+        bottom.axhline(0, color="black", linewidth=0.8)
+        bottom.set(ylabel="mask − box\n(points)")
+        bottom.set_xticks(range(len(names)), [short_name(n) for n in names])
+        bottom.grid(axis="x", visible=False)
+    return figure
+
+
+def _other(result: LayerwiseAP, stage: str, kind: str) -> float:
+    other = getattr(result.stages[stage], "mask" if kind == "box" else "box")
+    return (other.AP or 0.0) if other is not None else -1.0
+
+
+def _imbalance(axes: Any, result: LayerwiseAP, place: dict[str, int], number: int, total: int, label: str) -> None:
+    found = {n: s.imbalance for n, s in result.stages.items() if s.imbalance is not None}
+    width = 0.6 / total
+    x = np.array([place[n] for n in found]) + (number - (total - 1) / 2) * width
+    colour = GREY if total == 1 else CYCLE[number % len(CYCLE)]
+    bars = axes.bar(x, list(found.values()), width, color=colour, label=label)
+    if total == 1:
+        axes.bar_label(bars, fmt="%+.1f", padding=2, fontsize=9)
+        axes.margins(y=0.3)
+
+
+def loss_curves(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
+    """Total loss, and the last decoder layer's losses, over the steps.
+
+    Args:
+        runs: a run's metrics records (`RunFolder.read_metrics`) by the name to show.
+    """
+    with style():
+        figure = Figure(figsize=(10, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for number, (label, records) in enumerate(runs.items()):
+            records = [record for record in records if "loss" in record]
+            steps = [record["step"] for record in records]
+            left.plot(steps, [record["loss"] for record in records], color=CYCLE[number % len(CYCLE)], label=label)
+            if not records:
+                continue
+            decoder = [name for name in records[-1]["losses"] if name.startswith("decoder.")]
+            last = max((name.split("/")[0] for name in decoder), key=lambda s: int(s.split(".")[1]))
+            for k, term in enumerate(("label", "l1", "giou", "mask", "dice")):
+                values = [record["losses"][f"{last}/{term}"] for record in records]
+                right.plot(
+                    steps,
+                    values,
+                    color=CYCLE[k],
+                    linestyle=("-", "--", ":", "-.")[number % 4],
+                    label=term if number == 0 else None,
+                )
+        left.set(xlabel="step", ylabel="total loss", title="All stages", yscale="log")
+        right.set(xlabel="step", ylabel="weighted loss", title="Last decoder layer", yscale="log")
+        left.legend()
+        right.legend(ncols=2)
+    return figure
