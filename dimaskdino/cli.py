@@ -152,15 +152,28 @@ def run(
 
 
 def status(run: Positional[Path]) -> int:
-    """Tell whether a run is running, finished or failed, and why.
+    """Tell whether a run is running, finished or failed and why, what it has reached and where its files are.
 
     Args:
         run: Run folder.
     """
+    from dimaskdino.evaluation.layers import LayerwiseAP
     from dimaskdino.runs.folder import RunFolder
 
-    found = RunFolder(run).status()
-    print(", ".join(f"{key}: {value}" for key, value in found.items() if key != "process_started"))
+    folder = RunFolder(run)
+    found = folder.status()
+    print(
+        f"{run}: " + ", ".join(f"{key} {found[key]}" for key in ("state", "reason", "started", "ended") if key in found)
+    )
+    latest = next((record for record in reversed(folder.read_metrics()) if "loss" in record), None)
+    if latest:
+        print(f"step {latest['step']}, loss {latest['loss']:.2f}")
+    evaluation = run / "evaluation" / "layers.json"
+    if evaluation.exists():
+        result = LayerwiseAP.load(evaluation)
+        print(f"AP on {result.images} images, {result.source}\n{result.table()}")
+    written = [*run.rglob("*.ipynb"), *run.rglob("figures/*.png"), *run.rglob("layers.json"), folder.model]
+    print("\n".join(["files:", *(f"  {path}" for path in written if path.exists())]))
     return 1 if found["state"] == "failed" else 0
 
 

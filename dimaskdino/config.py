@@ -61,6 +61,11 @@ class Selection(Section):
             raise ValueError(f"each selection keeps at most as many tokens as the one before, got {list(k)}")
         return k
 
+    @field_validator("mask_to_box", mode="before")
+    @classmethod
+    def _no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML 1.1 reads a bare no as false
+
 
 class Decoder(Section):
     """Section 5."""

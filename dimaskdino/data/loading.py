@@ -11,7 +11,7 @@ from torchvision.ops import box_convert, masks_to_boxes
 
 from dimaskdino import config
 from dimaskdino.data.coco import CocoDataset, Sample
-from dimaskdino.data.transforms import large_scale_jitter, evaluation_resize
+from dimaskdino.data.transforms import evaluation_resize, large_scale_jitter
 from dimaskdino.errors import UserError
 from dimaskdino.modeling.records import SIZE_DIVISOR, Targets
 

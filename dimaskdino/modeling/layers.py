@@ -57,6 +57,11 @@ def sine_boxes(boxes: Float[Tensor, "B Q 4"], C: int) -> Float[Tensor, "B Q D"]:
     return sine_features(boxes[..., [1, 0, 2, 3]], C // 2).flatten(-2)
 
 
+def group_norm(C: int) -> nn.GroupNorm:
+    """32 groups, fewer for narrow models: a group of one channel could not normalise a level of one cell."""
+    return nn.GroupNorm(min(32, C // 2), C)
+
+
 class MLP(nn.Sequential):
     """Linear layers of the given widths with ReLU between them."""
 

@@ -5,10 +5,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dimaskdino import config
-from dimaskdino.modeling.layers import DeformableAttention, FeedForward, reset_matrices, sine_positions
+from dimaskdino.modeling.layers import DeformableAttention, FeedForward, group_norm, reset_matrices, sine_positions
 from dimaskdino.modeling.records import FeatureLevels, resize_to
 
-GROUPS = 32
 MASK_STRIDE, FINEST_STRIDE = 4, 8
 
 
@@ -41,11 +40,9 @@ class PixelDecoder(nn.Module):
         self.projections = nn.ModuleList(self._projection(stride, channels, C) for stride in self.strides)
         self.level_embedding = nn.Parameter(torch.empty(len(self.strides), C))
         self.layers = nn.ModuleList(EncoderLayer(model) for _ in range(settings.layers))
-        self.lateral = nn.Sequential(
-            nn.Conv2d(channels[MASK_STRIDE], C, kernel_size=1, bias=False), nn.GroupNorm(GROUPS, C)
-        )
+        self.lateral = nn.Sequential(nn.Conv2d(channels[MASK_STRIDE], C, kernel_size=1, bias=False), group_norm(C))
         self.output = nn.Sequential(
-            nn.Conv2d(C, C, kernel_size=3, padding=1, bias=False), nn.GroupNorm(GROUPS, C), nn.ReLU(inplace=True)
+            nn.Conv2d(C, C, kernel_size=3, padding=1, bias=False), group_norm(C), nn.ReLU(inplace=True)
         )
         self.mask_features = nn.Conv2d(C, C, kernel_size=1)
         nn.init.normal_(self.level_embedding)
@@ -60,7 +57,7 @@ class PixelDecoder(nn.Module):
             convolution = nn.Conv2d(channels[stride], C, kernel_size=1)
         else:  # res6, from res5
             convolution = nn.Conv2d(channels[max(channels)], C, kernel_size=3, stride=2, padding=1)
-        return nn.Sequential(convolution, nn.GroupNorm(GROUPS, C))
+        return nn.Sequential(convolution, group_norm(C))
 
     def forward(self, features: dict[int, Tensor]) -> tuple[FeatureLevels, Float[Tensor, "B C h w"]]:
         """Extract feature tokens.

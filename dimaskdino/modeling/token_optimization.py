@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dimaskdino import config
 from dimaskdino.modeling.de_imbalance import gather_rows
 from dimaskdino.modeling.heads import PredictionHeads
-from dimaskdino.modeling.layers import Attention, FeedForward, reset_matrices, sine_positions
-from dimaskdino.modeling.pixel_decoder import FINEST_STRIDE, GROUPS
+from dimaskdino.modeling.layers import Attention, FeedForward, group_norm, reset_matrices, sine_positions
+from dimaskdino.modeling.pixel_decoder import FINEST_STRIDE
 from dimaskdino.modeling.records import FeatureLevels, Trace, resize_to
 
 
@@ -35,7 +35,7 @@ class TokenOptimization(nn.Module):
         self.attention = Attention(C, model.heads)
         self.ffn = FeedForward(C, model.decoder.ffn_dim)
         self.mask_features = nn.Sequential(
-            nn.Conv2d(C, C, kernel_size=3, padding=1, bias=False), nn.GroupNorm(GROUPS, C), nn.ReLU(inplace=True)
+            nn.Conv2d(C, C, kernel_size=3, padding=1, bias=False), group_norm(C), nn.ReLU(inplace=True)
         )
         reset_matrices(self)
 

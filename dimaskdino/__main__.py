@@ -1,0 +1,5 @@
+"""`python -m dimaskdino` is the command `dimaskdino`."""
+
+from dimaskdino.cli import main
+
+main()

@@ -1,0 +1,170 @@
+"""What the model promises whatever its size: stages, trace, padding, denoising, settings, precision."""
+
+import pytest
+import torch
+from small import MODEL
+
+from dimaskdino.config import Model, parse_config
+from dimaskdino.modeling import Detector, ImageBatch, Targets
+
+SMALL = [*MODEL, "model.classes=5", "model.backbone.name=resnet18", "model.backbone.norm=batch"]
+
+
+def small_model(*changes: str) -> Model:
+    return parse_config({}, [*SMALL, *changes], "test").model
+
+
+def detector(*changes: str) -> Detector:
+    torch.manual_seed(0)
+    return Detector(small_model(*changes)).eval()
+
+
+def noise(*sizes: tuple[int, int]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8) for size in sizes]
+
+
+def made_up_targets(H: int, W: int, counts: tuple[int, ...]) -> Targets:
+    generator = torch.Generator().manual_seed(2)
+    M = max(counts)
+    boxes = torch.rand(len(counts), M, 4, generator=generator) * 0.4 + 0.2
+    masks = (torch.rand(len(counts), M, H, W, generator=generator) > 0.5).to(torch.uint8)
+    labels = torch.randint(0, 5, (len(counts), M), generator=generator)
+    keep = torch.arange(M) < torch.tensor(counts)[:, None]
+    return Targets(labels * keep, boxes * keep[..., None], masks * keep[..., None, None], counts)
+
+
+@torch.no_grad()
+def test_trace_has_the_papers_intermediates():
+    model = detector()
+    predictions = model(ImageBatch.from_images(noise((96, 64))), trace=True)
+    trace = predictions.trace
+    N = 12 * 8 + 6 * 4 + 3 * 2 + 2 * 1
+    assert trace.T_i.tokens.shape == (1, N, 32)
+    assert trace.T_i.strides == (64, 32, 16, 8)
+    assert trace.T_s1.content.shape == (1, 20, 32)
+    assert trace.T_s2.content.shape == (1, 12, 32)
+    assert [a.shape for a in trace.interaction_attention] == [(1, 20, 20)] * 2
+    assert trace.guidance_attention.shape == (1, N, 4)
+    torch.testing.assert_close(trace.guidance_attention.sum(-1), torch.ones(1, N))
+    assert trace.T_g_mask.shape == trace.T_g_box.shape == (1, 4, 32)
+    assert trace.T_bal.tokens.shape == trace.T_i.tokens.shape
+    assert len(trace.sampling) == len(trace.references) == 2
+    # the second selection picks among the first, and both point at feature tokens
+    assert set(trace.T_s2.indices[0].tolist()) <= set(trace.T_s1.indices[0].tolist())
+    assert int(trace.T_s1.indices.max()) < N
+    # decoder.0 predicts for the selected tokens where they are
+    torch.testing.assert_close(predictions.stages["decoder.0"].boxes, trace.T_s2.boxes)
+
+
+@torch.no_grad()
+def test_the_trace_changes_nothing():
+    model, batch = detector(), ImageBatch.from_images(noise((64, 64)))
+    plain, traced = model(batch), model(batch, trace=True)
+    for name, stage in plain.stages.items():
+        torch.testing.assert_close(stage.class_logits, traced.stages[name].class_logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_images_of_a_batch_do_not_influence_each_other():
+    model = detector()
+    images = noise((64, 96), (64, 96))
+    together = model(ImageBatch.from_images(images))
+    for b, image in enumerate(images):
+        alone = model(ImageBatch.from_images([image]))
+        for name, stage in together.stages.items():
+            torch.testing.assert_close(stage.select(b).boxes, alone.stages[name].boxes, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_matching_queries_do_not_see_denoising_queries():
+    model = detector()
+    batch = ImageBatch.from_images(noise((64, 64), (64, 64)))
+    without, having = model(batch), model(batch, made_up_targets(64, 64, (3, 1)))
+    assert having.denoising_groups == 2
+    assert having.denoising["decoder.2"].class_logits.shape == (2, 6, 5)
+    for name, stage in without.stages.items():
+        torch.testing.assert_close(stage.class_logits, having.stages[name].class_logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (),
+        ("model.selection.k=[12]", "model.bato.enabled=false"),
+        ("model.selection.k=[12]", "model.bato.guidance=T_i"),
+        ("model.selection.k=[24, 16, 8]",),
+        ("model.bato.guidance=T_s1",),
+        ("model.bato.guidance=T_s2",),
+        ("model.bato.generation=false",),
+        ("model.decoder.layers=1",),
+        ("model.decoder.random_positions=true",),
+        ("model.selection.mask_to_box=no",),
+        ("model.selection.mask_to_box=bitmask",),
+        ("model.pixel_decoder.levels=3",),
+        ("model.hidden_dim=96", "model.heads=4", "model.points=3"),
+        ("model.denoising.queries=0",),
+    ],
+)
+def test_every_parameter_of_every_variant_is_trained(changes):
+    model = detector(*changes).train()
+    targets = made_up_targets(64, 64, (2, 3))
+    predictions = model(ImageBatch.from_images(noise((64, 64), (50, 60))), targets)
+    stages = [*predictions.stages.values(), *predictions.denoising.values()]
+    outputs = [x for s in stages for x in (s.class_logits, s.boxes)]
+    outputs += [s.mask_logits() for s in stages if s.has_masks]
+    sum(x.square().mean() for x in outputs).backward()
+    unused = [name for name, p in model.named_parameters() if p.grad is None]
+    allowed = ["denoising.labels.weight"] if "model.denoising.queries=0" in changes else []
+    assert unused == allowed
+
+
+@torch.no_grad()
+def test_random_positions_are_random_and_nothing_else_is():
+    batch = ImageBatch.from_images(noise((64, 64)))
+    for setting, same in (("false", True), ("true", False)):
+        model = detector(f"model.decoder.random_positions={setting}")
+        first, second = model(batch).last.boxes, model(batch).last.boxes
+        assert torch.equal(first, second) == same
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(1, 1), (5, 200), (33, 64)])
+def test_odd_sizes(size):
+    predictions = detector()(ImageBatch.from_images(noise(size)))
+    assert all(
+        torch.isfinite(s.boxes).all() and torch.isfinite(s.class_logits).all() for s in predictions.stages.values()
+    )
+
+
+@torch.no_grad()
+def test_bf16_autocast_stays_close():
+    model, batch = detector(), ImageBatch.from_images(noise((96, 96)))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(batch, trace=True)
+    full = model(batch, trace=True)
+    # which tokens are selected may differ; what is computed for all of them may not
+    error = (half.trace.T_i.tokens.float() - full.trace.T_i.tokens).abs().mean()
+    assert error < 0.02 * full.trace.T_i.tokens.abs().mean()
+    assert half.last.boxes.isfinite().all()
+
+
+def test_an_unknown_backbone_is_named():
+    with pytest.raises(Exception, match=r"model.backbone.name: 'resnet19' is none of .*resnet18"):
+        Detector(small_model("model.backbone.name=resnet19"))
+
+
+def test_backbone_weights_from_a_file(tmp_path):
+    from torchvision import models
+
+    state = models.resnet18().state_dict()
+    torch.save(state, tmp_path / "r18.pth")
+    model = Detector(small_model(f"model.backbone.weights={tmp_path / 'r18.pth'}"))
+    torch.testing.assert_close(model.backbone.stem[0].weight, state["conv1.weight"])
+    torch.save(models.resnet34().state_dict(), tmp_path / "r34.pth")
+    Detector(small_model(f"model.backbone.weights={tmp_path / 'r34.pth'}", "model.backbone.name=resnet34"))
+    with pytest.raises(Exception, match="does not hold a torchvision resnet34"):
+        Detector(small_model(f"model.backbone.weights={tmp_path / 'r18.pth'}", "model.backbone.name=resnet34"))
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "r18.pth").read_bytes()[:1000])
+    with pytest.raises(Exception, match="cannot read"):
+        Detector(small_model(f"model.backbone.weights={tmp_path / 'cut.pth'}"))

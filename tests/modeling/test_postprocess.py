@@ -1,0 +1,57 @@
+"""Instances against a slow reading of the specification, section 8."""
+
+import torch
+from torch.nn.functional import interpolate
+
+from dimaskdino.modeling import Stage, postprocess
+
+
+def made_up_stage(B: int = 2, Q: int = 7, K: int = 3, C: int = 8) -> Stage:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return Stage("decoder.1", random(B, Q, K), random(B, Q, 4).sigmoid(), random(B, Q, C), random(B, C, 16, 24))
+
+
+def test_against_a_loop():
+    stage, sizes, outputs = made_up_stage(), [(60, 90), (64, 96)], [(120, 180), (64, 96)]
+    results = postprocess(stage, sizes, (64, 96), outputs, detections=9)
+    logits = stage.mask_logits()
+    for b, found in enumerate(results):
+        probability = stage.class_logits[b].sigmoid()
+        ranked = sorted(((float(probability[q, k]), q, k) for q in range(7) for k in range(3)), reverse=True)[:9]
+        expected = []
+        for score, q, k in ranked:
+            mask = interpolate(logits[b, q][None, None], (64, 96), mode="bilinear", align_corners=False)
+            mask = mask[:, :, : sizes[b][0], : sizes[b][1]]
+            mask = interpolate(mask, outputs[b], mode="bilinear", align_corners=False)[0, 0]
+            inside = mask > 0
+            quality = float(mask.sigmoid()[inside].sum() / (inside.sum() + 1e-6))
+            cx, cy, w, h = (stage.boxes[b, q] * torch.tensor([96, 64, 96, 64])).tolist()
+            scale = outputs[b][1] / sizes[b][1], outputs[b][0] / sizes[b][0]
+            box = [(cx - w / 2) * scale[0], (cy - h / 2) * scale[1], (cx + w / 2) * scale[0], (cy + h / 2) * scale[1]]
+            expected.append((score * quality, k, box, inside))
+        expected.sort(key=lambda e: -e[0])
+        torch.testing.assert_close(found.scores, torch.tensor([e[0] for e in expected]))
+        assert found.labels.tolist() == [e[1] for e in expected]
+        torch.testing.assert_close(found.boxes, torch.tensor([e[2] for e in expected]), atol=1e-3, rtol=1e-5)
+        assert torch.equal(found.masks, torch.stack([e[3] for e in expected]))
+
+
+def test_only_the_detected_queries_masks_are_made():
+    found = postprocess(made_up_stage(Q=50), [(64, 96)] * 2, (64, 96), [(64, 96)] * 2, detections=5)
+    assert all(len(f.query_masks) <= 5 for f in found)
+
+
+def test_a_stage_without_masks_scores_by_class():
+    stage = made_up_stage()
+    boxes_only = Stage(stage.name, stage.class_logits, stage.boxes)
+    found = postprocess(boxes_only, [(64, 96)] * 2, (64, 96), [(64, 96)] * 2, detections=4)[0]
+    assert found.query_masks is None
+    torch.testing.assert_close(found.scores, stage.class_logits[0].sigmoid().flatten().topk(4).values)
+
+
+def test_more_detections_than_pairs():
+    assert len(postprocess(made_up_stage(), [(64, 96)] * 2, (64, 96), [(64, 96)] * 2, detections=100)[0].scores) == 21

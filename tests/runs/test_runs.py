@@ -1,0 +1,151 @@
+"""Run folders, training followed from outside, and the run notebooks executed by papermill."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from small import FILE, overrides
+
+from dimaskdino.errors import UserError
+from dimaskdino.evaluation.layers import LayerwiseAP
+from dimaskdino.runs import RunFolder, TrainingProcess
+from dimaskdino.runs.notebooks import check_parameters, parse_parameters, run_notebook
+from dimaskdino.training.checkpoint import load_resume_point
+
+NOTEBOOKS = Path(__file__).parent.parent.parent / "notebooks" / "runs"
+
+
+def test_status_of_what_went_well_and_what_did_not(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    assert "holds no run" in folder.status()["reason"]
+    with folder.running():
+        assert folder.status()["state"] == "running"
+    assert folder.status()["state"] == "finished"
+    with pytest.raises(ZeroDivisionError), folder.running():
+        1 / 0  # noqa: B018
+    assert folder.status() | {"state": "failed", "reason": "division by zero"} == folder.status()
+
+
+def test_status_file_of_a_killed_process_is_put_right_without_a_reader(tmp_path):
+    code = (
+        "from dimaskdino.runs.folder import RunFolder\nimport time\n"
+        f"with RunFolder({str(tmp_path)!r}).running(): time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    file = tmp_path / "status.json"
+    wait_until(lambda: file.exists() and json.loads(file.read_text())["state"] == "running")
+    time.sleep(1)  # the watching process is on its way
+    process.kill()
+    process.wait()
+    wait_until(lambda: json.loads(file.read_text())["state"] == "failed")
+    assert "killed" in json.loads(file.read_text())["reason"]
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_metrics_after_the_resume_point_are_dropped(tmp_path):
+    folder = RunFolder(tmp_path)
+    with folder.metrics(0) as metrics:
+        for step in (1, 2, 3):
+            metrics.write({"step": step, "loss": 1.0})
+    (tmp_path / "metrics.jsonl").open("a").write('{"step": 4, "lo')  # killed in the middle of a line
+    with folder.metrics(2) as metrics:
+        metrics.write({"step": 3, "loss": 2.0})
+    assert [(r["step"], r["loss"]) for r in folder.read_metrics()] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+
+
+def test_leaving_a_training_early_stops_it_with_a_checkpoint(shapes_data, tmp_path):
+    changes = overrides(shapes_data, "schedule.steps=5000", "train.checkpoint_every=5000")
+    with TrainingProcess(str(FILE), tmp_path, changes) as training:
+        for records in training.follow():
+            if records:
+                break
+    assert "SIGTERM" in RunFolder(tmp_path).status()["reason"]
+    assert load_resume_point(tmp_path / "checkpoints")[0]["step"] >= 1
+
+
+def test_a_training_that_fails_says_why(shapes_data, tmp_path):
+    with (
+        TrainingProcess(str(FILE), tmp_path, [*overrides(shapes_data), "model.classes=9"]) as training,
+        pytest.raises(UserError, match=r"model.classes is 9, but .*has 5 categories"),
+    ):
+        list(training.follow())
+
+
+def test_a_killed_kernel_leaves_no_training_behind(shapes_data, tmp_path):
+    changes = overrides(shapes_data, "schedule.steps=5000")
+    code = (
+        "from dimaskdino.runs import TrainingProcess\nimport time\n"
+        f"t = TrainingProcess({str(FILE)!r}, {str(tmp_path)!r}, {changes!r})\nprint(t.process.pid, flush=True)\n"
+        "time.sleep(600)"
+    )
+    kernel = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    launcher = int(kernel.stdout.readline())
+    folder = RunFolder(tmp_path)
+    wait_until(lambda: bool(folder.read_metrics()))
+    kernel.kill()
+    wait_until(lambda: folder.status()["state"] == "failed")
+    wait_until(lambda: not Path(f"/proc/{launcher}").exists() or os.waitid is None)
+
+
+def test_parameters_that_a_notebook_does_not_have():
+    notebook = NOTEBOOKS / "train.ipynb"
+    with pytest.raises(UserError, match="no parameter 'confg'; did you mean 'config'"):
+        check_parameters(notebook, {"confg": "x"})
+    with pytest.raises(UserError, match="'processes' must be of type int, got 'two'"):
+        parse_parameters(notebook, ["processes=two"])
+    with pytest.raises(UserError, match="not of the form name=value"):
+        parse_parameters(notebook, ["processes"])
+    with pytest.raises(UserError, match="does not exist"):
+        parse_parameters(NOTEBOOKS / "none.ipynb", [])
+    assert parse_parameters(notebook, ["processes=2", "overrides=[a=1, b=2]"])["overrides"] == ["a=1", "b=2"]
+
+
+@pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda p: p.stem)
+def test_notebooks_are_stored_without_outputs(notebook):
+    content = nbformat.read(notebook, as_version=4)
+    nbformat.validate(content)
+    assert all(not cell.get("outputs") and not cell.get("execution_count") for cell in content.cells)
+    assert any("parameters" in cell.metadata.get("tags", []) for cell in content.cells)
+
+
+@pytest.mark.slow
+def test_train_evaluate_and_compare_notebooks(shapes_data, tmp_path):
+    run = tmp_path / "mine"
+    parameters = {"config": str(FILE), "run": str(run), "overrides": overrides(shapes_data)}
+    run_notebook(NOTEBOOKS / "train.ipynb", run, parameters)
+    assert RunFolder(run).status()["state"] == "finished"
+    evaluation = run / "evaluation"
+    run_notebook(NOTEBOOKS / "evaluate.ipynb", evaluation, {"model": str(run), "run": str(evaluation)})
+    assert RunFolder(evaluation).status()["state"] == "finished"
+    result = LayerwiseAP.load(evaluation / "layers.json")
+    assert list(result.stages) == [
+        *("first_selection", "token_interaction.0", "token_interaction.1"),
+        *("decoder.0", "decoder.1", "decoder.2"),
+    ]
+    assert result.images == 4
+    compare = {"runs": [str(run)], "run": str(tmp_path / "compare")}
+    executed = run_notebook(NOTEBOOKS / "compare.ipynb", tmp_path / "compare", compare)
+    figures = [*run.rglob("*.png"), *(tmp_path / "compare").rglob("*.png")]
+    assert len(figures) == 4
+    outputs = [o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+@pytest.mark.slow
+def test_a_notebook_that_fails_says_why_and_keeps_what_it_did(shapes_data, tmp_path):
+    parameters = {"config": str(FILE), "run": str(tmp_path), "overrides": ["train.batchsize=3"]}
+    with pytest.raises(UserError, match=r"did you mean 'train.batch_size'.*\n.*as far as it got"):
+        run_notebook(NOTEBOOKS / "train.ipynb", tmp_path, parameters)
+    assert "train.batch_size" in RunFolder(tmp_path).status()["reason"]
+    assert (tmp_path / "train.ipynb").exists()

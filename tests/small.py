@@ -1,0 +1,46 @@
+"""A model and data small enough to train in a test."""
+
+from pathlib import Path
+
+from dimaskdino import config
+from dimaskdino.config import Config, load_config
+from dimaskdino.data.shapes import generate
+
+FILE = Path(__file__).parent.parent / "configs" / "shapes" / "dimaskdino_r18.yaml"
+MODEL = (
+    "model.hidden_dim=32",
+    "model.pixel_decoder.layers=1",
+    "model.pixel_decoder.ffn_dim=32",
+    "model.selection.k=[20, 12]",
+    "model.decoder.layers=2",
+    "model.decoder.ffn_dim=32",
+    "model.bato.guiding_tokens=4",
+    "model.denoising.queries=6",
+)
+RUN = (
+    "loss.points=64",
+    "data.jitter.size=64",
+    "data.resize.shortest=64",
+    "data.resize.longest=64",
+    "data.workers=0",
+    "schedule.steps=6",
+    "schedule.drops=[5]",
+    "schedule.warmup=2",
+    "train.batch_size=2",
+    "train.checkpoint_every=2",
+    "train.log_every=1",
+)
+
+
+def shapes_folder(root: Path) -> Path:
+    """12 training and 4 validation images of 64x64 pixels."""
+    generate(root, config.Shapes(train=12, val=4, size=64), processes=0)
+    return root
+
+
+def overrides(data: Path, *changes: str) -> list[str]:
+    return [*MODEL, *RUN, f"data.root={data}", "data.shapes=null", *changes]
+
+
+def settings(data: Path, *changes: str) -> Config:
+    return load_config(FILE, overrides(data, *changes))

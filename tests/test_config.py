@@ -1,0 +1,118 @@
+"""Settings: files that extend others, overrides, and errors that name the key."""
+
+from pathlib import Path
+
+import pytest
+
+from dimaskdino.config import Config, dump_config, keys_of, load_config
+from dimaskdino.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+COCO = CONFIGS / "coco" / "instance-segmentation"
+
+
+def write(folder: Path, text: str, name: str = "settings.yaml") -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_file_loads_and_survives_a_round_trip(file, tmp_path):
+    config = load_config(file)
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_published_schedules():
+    steps = {12: (88500, (81125,)), 24: (177000, (147500,)), 50: (368750, (327778, 355092))}
+    for epochs, (length, drops) in steps.items():
+        config = load_config(COCO / f"dimaskdino_r50_4scale_bs16_{epochs}ep.yaml")
+        assert (config.schedule.steps, config.schedule.drops) == (length, drops)
+        assert (config.train.batch_size, config.optimizer.lr, config.optimizer.weight_decay) == (16, 1e-4, 0.05)
+        assert config.model.selection.k == (600, 300)
+
+
+def test_baseline_is_without_both_modules():
+    model = load_config(COCO / "maskdino_r50_4scale_bs16_12ep.yaml").model
+    assert model.selection.k == (300,)
+    assert not model.bato.enabled
+
+
+def test_a_file_holds_only_what_differs_from_its_base(tmp_path):
+    write(tmp_path, "train: {batch_size: 4, seed: 3}\nmodel: {classes: 7}", "base.yaml")
+    config = load_config(write(tmp_path, "extends: base.yaml\ntrain: {seed: 5}"))
+    assert (config.train.batch_size, config.train.seed, config.model.classes) == (4, 5, 7)
+
+
+def test_overrides(tmp_path):
+    file = write(tmp_path, "{}")
+    config = load_config(file, ["optimizer.lr=2e-4", "model.selection.k=[90, 60, 40]", "data.root=some/where"])
+    assert config.optimizer.lr == 2e-4
+    assert config.model.selection.k == (90, 60, 40)
+    assert config.data.root == Path("some/where")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.batchsize=4", "did you mean 'train.batch_size'"),
+        ("model.bato.guidence=Q_bal", "did you mean 'model.bato.guidance'"),
+        ("train.batch_size=many", "train.batch_size.*integer.*'many'"),
+        ("train.batch_size=0", "train.batch_size.*greater than 0"),
+        ("model.selection.k=[300, 600]", "at most as many tokens"),
+        ("model.selection.k=[4, 3, 2, 1]", "one, two or three"),
+        ("model.selection.k=[300]", "guidance=T_i"),
+        ("model.bato.guidance=T_i", "selection.k=\\[300\\]"),
+        ("model.hidden_dim=100", "multiple of 32"),
+        ("train.accumulate=3", "cannot be split"),
+        ("train.seed", "key=value"),
+        ("train.seed={", "not valid YAML"),
+    ],
+)
+def test_wrong_overrides_name_the_key_and_the_way_out(override, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load_config(write(tmp_path, "{}"), [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: [", "not valid YAML"),
+        ("- 3", "must hold settings"),
+        ("extends: nowhere.yaml", "nowhere.yaml: No such file"),
+        ("extends: settings.yaml", "extends itself"),
+        ("modle: {classes: 3}", "unknown setting 'modle'"),
+    ],
+)
+def test_wrong_files(text, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load_config(write(tmp_path, text))
+
+
+def test_every_key_can_be_set_by_its_listed_name():
+    tree = Config().model_dump()
+    for key in keys_of():
+        node = tree
+        for part in key.split("."):
+            if node is None:  # data.shapes, off by default
+                break
+            node = node[part]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["loss.weights.l1=0.5", "loss.weights.giou=0.2"],
+        ["model.decoder.random_positions=true"],
+        ["model.decoder.layers=3", "model.bato.enabled=false"],
+        ["model.selection.k=[300]", "model.bato.guidance=T_i"],
+        ["model.bato.guidance=T_s1"],
+        ["model.bato.guidance=T_s2"],
+        ["model.bato.generation=false"],
+        ["model.selection.k=[600, 450, 300]"],
+        ["model.selection.k=[300, 300]"],
+        ["model.decoder.layers=9"],
+    ],
+)
+def test_every_ablation_of_the_paper_is_a_setting(changes):
+    changed = load_config(COCO / "dimaskdino_r50_4scale_bs16_12ep.yaml", changes)
+    assert changed != load_config(COCO / "dimaskdino_r50_4scale_bs16_12ep.yaml")

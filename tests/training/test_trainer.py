@@ -1,0 +1,278 @@
+"""Training: resuming exactly, accumulating, several processes, and everything that can go wrong on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import FILE, overrides, settings
+
+from dimaskdino.data.loading import training_dataset, training_loader
+from dimaskdino.errors import UserError
+from dimaskdino.runs.folder import RunFolder
+from dimaskdino.training import checkpoint
+from dimaskdino.training.checkpoint import load_model, load_resume_point, save_resume_point
+from dimaskdino.training.optimizer import build_optimizer, rate_factor
+from dimaskdino.training.trainer import NonFiniteLossError, Processes, Trainer, train
+
+
+def run_training(folder: Path, data: Path, *changes: str) -> RunFolder:
+    run = RunFolder(folder)
+    config = settings(data, *changes)
+    run.write_config(config)
+    with run.running():
+        train(config, run)
+    return run
+
+
+def process(folder: Path, data: Path, *changes: str, processes: int = 1) -> subprocess.Popen:
+    arguments = ["dimaskdino.training", str(FILE), str(folder), *overrides(data, *changes)]
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    return subprocess.Popen(
+        [sys.executable, "-m", *(launcher if processes > 1 else []), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads() if processes == 1 else 1)},
+    )
+
+
+def wait_for_step(run: RunFolder, step: int, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if any(record["step"] >= step for record in run.read_metrics()):
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"step {step} was not reached")
+
+
+def assert_equal_models(a: Path, b: Path) -> None:
+    left, right = load_file(a), load_file(b)
+    assert left.keys() == right.keys()
+    different = [key for key in left if not torch.equal(left[key], right[key])]
+    assert different == []
+
+
+@pytest.fixture(scope="module")
+def finished(shapes_data, tmp_path_factory) -> RunFolder:
+    return run_training(tmp_path_factory.mktemp("run"), shapes_data)
+
+
+def test_a_run_leaves_its_records(finished):
+    assert finished.status()["state"] == "finished"
+    records = finished.read_metrics()
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    total = sum(records[-1]["losses"].values())
+    assert records[-1]["loss"] == pytest.approx(total, rel=1e-4)
+    assert {"decoder.2/giou", "token_interaction.1/l1", "denoising.decoder.0/dice"} <= set(records[-1]["losses"])
+    assert json.loads((finished.path / "versions.json").read_text())["packages"]["torch"] == torch.__version__
+    assert list((finished.path / "tensorboard").iterdir())
+    model = load_model(finished.path)
+    assert model.step == 6
+    assert model.classes == ["disk", "rectangle", "triangle", "star", "ring"]
+
+
+def test_a_killed_run_ends_with_the_same_weights(finished, shapes_data, tmp_path):
+    run = RunFolder(tmp_path / "killed")
+    for reached in (1, 3, 5):  # before the first checkpoint, after it, and after the second
+        trainer = process(run.path, shapes_data, "data.workers=1")
+        wait_for_step(run, reached)
+        trainer.kill()
+        trainer.wait()
+        assert run.status()["state"] == "failed"
+        assert "killed" in run.status()["reason"]
+    assert process(run.path, shapes_data, "data.workers=1").wait() == 0
+    assert_equal_models(finished.model, run.model)
+    assert [record["step"] for record in run.read_metrics()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_sigterm_saves_and_resumes(finished, shapes_data, tmp_path):
+    run = RunFolder(tmp_path / "stopped")
+    trainer = process(run.path, shapes_data, "train.checkpoint_every=100")
+    wait_for_step(run, 2)
+    trainer.send_signal(signal.SIGTERM)
+    output, _ = trainer.communicate()
+    if trainer.returncode:  # it may have been done already
+        assert trainer.returncode == 75
+        assert "stopped by SIGTERM" in output
+        assert "SIGTERM" in run.status()["reason"]
+        state, _ = load_resume_point(run.checkpoints)
+        assert state["step"] >= 2
+    assert process(run.path, shapes_data, "train.checkpoint_every=100").wait() == 0
+    assert_equal_models(finished.model, run.model)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(shapes_data, tmp_path):
+    run = RunFolder(tmp_path)
+    with run.running(), pytest.raises(UserError, match="another run is using"), RunFolder(tmp_path).running():
+        pass
+
+
+def test_resuming_with_other_settings_is_refused(finished, shapes_data):
+    with pytest.raises(UserError, match=r"other settings \(.*lr.*Use another folder"):
+        finished.write_config(settings(shapes_data, "optimizer.lr=1e-5"))
+
+
+def one_step_gradients(data: Path, folder: Path, *changes: str) -> dict[str, torch.Tensor]:
+    trainer = Trainer(settings(data, *changes), RunFolder(folder), Processes(0, 1, torch.device("cpu")))
+    gradients: dict[str, torch.Tensor] = {}
+
+    def remember(*_: object) -> None:
+        gradients.update({n: p.grad.clone() for n, p in trainer.detector.named_parameters() if p.grad is not None})
+
+    trainer.optimizer.register_step_pre_hook(remember)
+    trainer.model.eval()  # batch norm would see other batches
+    loader = iter(training_loader(trainer.data, trainer.config, 0, 0, 1))
+    trainer._train_step([next(loader) for _ in range(trainer.config.train.accumulate)])
+    return gradients
+
+
+def test_accumulation_has_the_gradient_of_the_whole_batch(shapes_data, tmp_path):
+    # without what is drawn at random anew for each part: mask points and denoising
+    fixed = ("model.denoising.queries=0", "loss.weights.mask=0", "loss.weights.dice=0", "train.batch_size=4")
+    fixed += ("loss.cost.mask=0", "loss.cost.dice=0", "optimizer.clip_norm=1e9")
+    whole = one_step_gradients(shapes_data, tmp_path / "a", *fixed)
+    parts = one_step_gradients(shapes_data, tmp_path / "b", *fixed, "train.accumulate=2")
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, atol=1e-3, rtol=1e-3, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(shapes_data, tmp_path):
+    trainer = process(tmp_path, shapes_data, processes=2)
+    output, _ = trainer.communicate(timeout=300)
+    assert trainer.returncode == 0, output
+    assert RunFolder(tmp_path).status()["state"] == "finished"
+    assert load_model(tmp_path).step == 6
+
+
+def test_a_batch_that_cannot_be_split(shapes_data):
+    config = settings(shapes_data, "train.batch_size=6")
+    with pytest.raises(UserError, match="batch_size = 6 cannot be split evenly over 4 processes x 1 parts"):
+        training_loader(training_dataset(config), config, 0, 0, 4)
+
+
+def test_loss_goes_down(shapes_data, tmp_path):
+    changes = ("schedule.steps=30", "schedule.drops=[29]", "train.checkpoint_every=100", "optimizer.lr=1e-3")
+    records = run_training(tmp_path, shapes_data, *changes).read_metrics()
+    first, last = (sum(r["loss"] for r in part) / 5 for part in (records[:5], records[-5:]))
+    assert last < 0.5 * first
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_weights(finished, shapes_data, tmp_path, monkeypatch):
+    from dimaskdino.training import trainer as module
+
+    real, calls = module.criterion, []
+
+    def break_third(*arguments):
+        losses = real(*arguments)
+        calls.append(1)
+        if len(calls) == 3:
+            losses.terms["decoder.1/giou"] = losses.terms["decoder.1/giou"] * torch.nan
+        return losses
+
+    monkeypatch.setattr(module, "criterion", break_third)
+    with pytest.raises(NonFiniteLossError, match=r"step 2: .*decoder.1/giou.*images/train/.*jpg"):
+        run_training(tmp_path, shapes_data)
+    assert "not finite" in RunFolder(tmp_path).status()["reason"]
+    state, _ = load_resume_point(RunFolder(tmp_path).checkpoints)
+    assert state["step"] == 2
+    monkeypatch.undo()
+    assert_equal_models(run_training(tmp_path, shapes_data).model, finished.model)
+
+
+def test_a_full_disk_keeps_what_was_saved(tmp_path, monkeypatch):
+    save_resume_point(tmp_path, {"model": {}, "step": 1})
+
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(UserError, match=r"No space left.*Free some space.*untouched"):
+        save_resume_point(tmp_path, {"model": {}, "step": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    assert load_resume_point(tmp_path)[0]["step"] == 1
+
+
+def test_a_really_full_disk(tmp_path):
+    """/dev/full fails every write as a full disk does."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    (tmp_path / "last.pt.partial").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="Is the disk full"):
+        save_resume_point(tmp_path, {"model": {"x": torch.zeros(1000)}, "step": 2})
+
+
+def test_a_truncated_resume_point_falls_back_to_the_one_before(tmp_path):
+    for step in (1, 2):
+        save_resume_point(tmp_path, {"model": {"x": torch.zeros(100)}, "step": step})
+    last = tmp_path / "last.pt"
+    last.write_bytes(last.read_bytes()[:200])
+    state, remark = load_resume_point(tmp_path)
+    assert state["step"] == 1
+    assert "truncated" in remark
+    (tmp_path / "previous.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="no other resume point is left"):
+        load_resume_point(tmp_path)
+
+
+def test_loading_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path / 'ran'}",))
+
+    torch.save({"model": Evil(), "step": 1}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="more than tensors"):
+        load_model(tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_models_that_cannot_be_used(finished, tmp_path):
+    with pytest.raises(UserError, match="holds no trained model"):
+        load_model(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        load_model(tmp_path / "none.safetensors")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(finished.model.read_bytes()[:5000])
+    with pytest.raises(UserError, match="truncated"):
+        load_model(cut)
+    with pytest.raises(UserError, match=r"another architecture.*parameters"):
+        load_model(finished.path, overrides=["model.decoder.layers=3"])
+    with pytest.raises(UserError, match="trained for 5 classes, the configuration says 7"):
+        load_model(finished.path, overrides=["model.classes=7"])
+
+
+def test_data_with_another_number_of_classes(shapes_data, tmp_path):
+    with pytest.raises(UserError, match=r"model.classes is 7, but .*train.json has 5 categories"):
+        run_training(tmp_path, shapes_data, "model.classes=7")
+
+
+def test_parameter_groups_and_rates(shapes_data):
+    config = settings(shapes_data, "optimizer.backbone_lr_factor=0.1", "optimizer.lr=1e-4")
+    from dimaskdino.modeling import Detector
+
+    detector = Detector(config.model)
+    optimizer = build_optimizer(detector, config.optimizer)
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(group_of) == len(list(detector.parameters()))
+    expected = {
+        "backbone.stages.0.0.conv1.weight": (1e-5, 0.05),
+        "decoder.layers.0.ffn.linear1.weight": (1e-4, 0.05),
+        "decoder.layers.0.ffn.norm.weight": (1e-4, 0.0),
+        "denoising.labels.weight": (1e-4, 0.0),
+        "pixel_decoder.level_embedding": (1e-4, 0.0),
+    }
+    parameters = dict(detector.named_parameters())
+    for name, (lr, decay) in expected.items():
+        group = group_of[id(parameters[name])]
+        assert (group["lr"], group["weight_decay"]) == (pytest.approx(lr), decay), name
+    schedule = settings(shapes_data, "schedule.steps=100", "schedule.drops=[50, 80]", "schedule.warmup=4").schedule
+    factors = [rate_factor(step, schedule) for step in (0, 3, 49, 50, 79, 80)]
+    assert factors == pytest.approx([0.25, 1, 1, 0.1, 0.1, 0.01])
