@@ -86,22 +86,27 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("w") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                # not flock: loader processes would inherit it and keep it a while after this process was killed
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
                 raise UserError(
                     f"another run is using {self.path}; wait for it to end or choose another folder"
                 ) from None
             process = psutil.Process()
             started = {"pid": process.pid, "process_started": process.create_time(), "started": _now()}
             self._write_status("running", **started)
-            watch(self.path, process.pid)
+            watcher = _watch(self.path, process.pid)
             try:
                 yield
             except BaseException as error:
                 reason = str(error) or type(error).__name__
                 self._write_status("failed", reason=reason, started=started["started"], ended=_now())
                 raise
-            self._write_status("finished", started=started["started"], ended=_now())
+            else:
+                self._write_status("finished", started=started["started"], ended=_now())
+            finally:
+                watcher.terminate()
+                watcher.wait()
 
     def _write_status(self, state: State, **details: Any) -> None:
         partial = self.path / "status.json.partial"
@@ -167,9 +172,9 @@ class Metrics:
 _KILLED = "the process ended without a word; it was probably killed. Run again to go on from the last checkpoint"
 
 
-def watch(folder: Path, pid: int) -> None:
+def _watch(folder: Path, pid: int) -> subprocess.Popen:
     """Start a small process that notes the end of another one, should that be unable to."""
-    subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", "dimaskdino.runs.watch", str(folder), str(pid)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -200,6 +205,7 @@ def versions() -> dict[str, Any]:
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
+    packages["torch"] = torch.__version__  # with the kind of build, which the metadata leave out
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),

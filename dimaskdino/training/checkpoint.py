@@ -87,7 +87,7 @@ def _read_pt(path: Path) -> dict[str, Any]:
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(
             f"{path} cannot be read as a checkpoint, it may be truncated or hold more than tensors "
-            f"({str(error).splitlines()[0]})"
+            f"({(str(error) or type(error).__name__).splitlines()[0]})"
         ) from None
     if not isinstance(state, dict) or "model" not in state:
         raise UserError(f"{path} is no checkpoint of this kit")

@@ -118,6 +118,9 @@ class Trainer:
         if processes.world > 1:
             self.model = DistributedDataParallel(self.detector)
         self._stop_signal: str | None = None
+        # batch norm's statistics change in the forward pass, before it is known whether the loss is finite
+        norms = [m for m in self.detector.modules() if isinstance(m, nn.BatchNorm2d)]
+        self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
 
     def _resume(self) -> None:
         state, remark = load_resume_point(self.folder.checkpoints)
@@ -180,6 +183,7 @@ class Trainer:
         entropy = [self.config.train.seed, 2, self.step, self.processes.rank]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         set_rate(self.optimizer, self.step, self.config.schedule)
+        statistics = [buffer.clone() for buffer in self._statistics]
         objects = self.processes.sum(sum(sum(part.targets.counts) for part in parts)) / self.processes.world
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
@@ -187,7 +191,7 @@ class Trainer:
             with self.model.no_sync() if unsynchronised else contextlib.nullcontext():
                 losses = self._forward(part, objects)
                 self.scaler.scale(losses.total).backward()
-            self._check(losses, part)
+            self._check(losses, part, statistics)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.detector.parameters(), self.config.optimizer.clip_norm)
         self.scaler.step(self.optimizer)
@@ -203,12 +207,13 @@ class Trainer:
             predictions = self.model(images, targets)
         return criterion(predictions, targets, self.config.loss, objects)
 
-    def _check(self, losses: Losses, batch: Batch) -> None:
+    def _check(self, losses: Losses, batch: Batch, statistics: list[Tensor]) -> None:
         """Stop before a broken loss reaches the weights. On a GPU this waits after backward has been queued."""
         if math.isfinite(losses.total.item()):
             return
         broken = [name for name, value in losses.terms.items() if not math.isfinite(value.item())]
-        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self._statistics, statistics, strict=True):
+            buffer.copy_(before)
         self._save()
         raise NonFiniteLossError(
             f"step {self.step}: the loss is not finite ({', '.join(broken[:6])}). Images of this batch: "
