@@ -45,8 +45,8 @@ def check_parameters(notebook: Path, values: Mapping[str, Any]) -> dict[str, Any
     for name, value in values.items():
         if name not in declared:
             near = difflib.get_close_matches(name, declared, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise UserError(f"{notebook.name} has no parameter '{name}'{hint} It has: {', '.join(declared)}")
+            hint = f"; did you mean '{near[0]}'?" if near else "."
+            raise UserError(f"{notebook.name} has no parameter '{name}'{hint} It has {', '.join(declared)}")
         wanted = declared[name]["inferred_type_name"].split("[")[0]
         types = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
         right = isinstance(value, types.get(wanted, object)) and not (wanted == "int" and isinstance(value, bool))

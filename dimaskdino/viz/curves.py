@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dimaskdino.evaluation.layers import LayerwiseAP
-from dimaskdino.viz.style import BOX, CYCLE, GREY, MASK, style
+from dimaskdino.viz.style import BOX, CYCLE, GREY, MASK, NotebookFigure, style
 
 _SHORT = {"first_selection": "first\nselection"}
 
@@ -34,7 +34,7 @@ def layerwise_ap(runs: Mapping[str, LayerwiseAP]) -> Figure:
     names.sort(key=lambda n: (("first", "token", "decod").index(n[:5]), n))
     place = {name: i for i, name in enumerate(names)}
     with style():
-        figure = Figure(figsize=(max(7.0, 1.05 * len(names)), 5.6), layout="constrained")
+        figure = NotebookFigure(figsize=(max(7.0, 1.05 * len(names)), 5.6), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.3])
         for number, (label, result) in enumerate(runs.items()):
             alone = len(runs) == 1
@@ -85,7 +85,7 @@ def loss_curves(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
         runs: a run's metrics records (`RunFolder.read_metrics`) by the name to show.
     """
     with style():
-        figure = Figure(figsize=(10, 3.6), layout="constrained")
+        figure = NotebookFigure(figsize=(10, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         for number, (label, records) in enumerate(runs.items()):
             records = [record for record in records if "loss" in record]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dimaskdino.modeling import Instances
 from dimaskdino.viz.curves import short_name
-from dimaskdino.viz.style import CYCLE, style
+from dimaskdino.viz.style import CYCLE, NotebookFigure, style
 
 
 def draw_instances(
@@ -37,7 +37,7 @@ def draw_instances(
         if axes is None:
             shown = 7.0
             scale = shown / max(height, width)
-            figure = Figure(figsize=(max(2.0, width * scale), max(2.0, height * scale)), layout="constrained")
+            figure = NotebookFigure(figsize=(max(2.0, width * scale), max(2.0, height * scale)), layout="constrained")
             axes = figure.subplots()
         canvas = image.permute(1, 2, 0).cpu().numpy().astype(np.float64) / 255
         kept = (instances.scores >= threshold).nonzero().flatten().tolist()
@@ -78,7 +78,7 @@ def draw_stages(
     columns = min(4, len(found))
     rows = -(-len(found) // columns)
     aspect = image.shape[-2] / image.shape[-1]
-    figure = Figure(figsize=(3.4 * columns, (3.4 * aspect + 0.4) * rows), layout="constrained")
+    figure = NotebookFigure(figsize=(3.4 * columns, (3.4 * aspect + 0.4) * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for each in axes[len(found) :]:
         each.set_axis_off()

@@ -1,9 +1,11 @@
 """One look for all figures: a palette that colour-blind readers can tell apart, light grids, readable sizes."""
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import matplotlib as mpl
+from matplotlib.figure import Figure
 
 # Okabe and Ito's palette
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -22,6 +24,15 @@ _SETTINGS = {
     "figure.dpi": 110,
     "savefig.bbox": "tight",
 }
+
+
+class NotebookFigure(Figure):
+    """A figure that notebooks show as it is, without pyplot, its global state or a chosen backend."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", bbox_inches="tight")
+        return buffer.getvalue()
 
 
 @contextmanager

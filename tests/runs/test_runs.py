@@ -1,7 +1,6 @@
 """Run folders, training followed from outside, and the run notebooks executed by papermill."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -58,7 +57,8 @@ def test_metrics_after_the_resume_point_are_dropped(tmp_path):
     with folder.metrics(0) as metrics:
         for step in (1, 2, 3):
             metrics.write({"step": step, "loss": 1.0})
-    (tmp_path / "metrics.jsonl").open("a").write('{"step": 4, "lo')  # killed in the middle of a line
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed in the middle of a line
     with folder.metrics(2) as metrics:
         metrics.write({"step": 3, "loss": 2.0})
     assert [(r["step"], r["loss"]) for r in folder.read_metrics()] == [(1, 1.0), (2, 1.0), (3, 2.0)]
@@ -94,8 +94,9 @@ def test_a_killed_kernel_leaves_no_training_behind(shapes_data, tmp_path):
     folder = RunFolder(tmp_path)
     wait_until(lambda: bool(folder.read_metrics()))
     kernel.kill()
+    kernel.communicate()
     wait_until(lambda: folder.status()["state"] == "failed")
-    wait_until(lambda: not Path(f"/proc/{launcher}").exists() or os.waitid is None)
+    wait_until(lambda: not Path(f"/proc/{launcher}").exists())
 
 
 def test_parameters_that_a_notebook_does_not_have():
