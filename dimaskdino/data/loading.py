@@ -147,5 +147,24 @@ def evaluation_loader(settings: config.Config, split: str | None = None, rank: i
     )
 
 
+def batches(loader: DataLoader) -> Iterator[Batch]:
+    """The batches of a loader; what a worker process raised comes out as it was raised, without its traceback.
+
+    Raises:
+        UserError: an image or annotation cannot be used, or a worker process died.
+    """
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a loader process died ({str(error).splitlines()[0]}), perhaps for want of memory or shared memory; "
+            "try a smaller data.workers"
+        ) from error
+
+
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)

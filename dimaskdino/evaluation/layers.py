@@ -11,7 +11,7 @@ from torch import distributed as dist
 from tqdm import tqdm
 
 from dimaskdino.data.coco import CocoDataset
-from dimaskdino.data.loading import evaluation_loader
+from dimaskdino.data.loading import batches, evaluation_loader
 from dimaskdino.errors import UserError
 from dimaskdino.evaluation.coco_ap import AveragePrecision, DetectionResults, average_precision, read_truth
 from dimaskdino.modeling import ImageBatch, Predictions, Stage, postprocess
@@ -133,7 +133,9 @@ def evaluate_layers(
             f"the model knows {settings.model.classes} classes, {data.annotations_file} has {len(data.classes)}"
         )
     results: dict[str, DetectionResults] = {}
-    for batch in tqdm(loader, f"evaluating {data.annotations_file.stem}", mininterval=2, disable=rank > 0):
+    for batch in tqdm(
+        batches(loader), f"evaluating {data.annotations_file.stem}", len(loader), mininterval=2, disable=rank > 0
+    ):
         images = ImageBatch.from_images(batch.images, device)
         with torch.inference_mode():
             predictions = model.detector(images)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dimaskdino.config import Config
 from dimaskdino.data import shapes
-from dimaskdino.data.loading import Batch, training_dataset, training_loader
+from dimaskdino.data.loading import Batch, batches, training_dataset, training_loader
 from dimaskdino.errors import UserError
 from dimaskdino.modeling import Detector, ImageBatch
 from dimaskdino.runs.folder import RunFolder
@@ -151,14 +151,14 @@ class Trainer:
         steps, every = self.config.schedule.steps, self.config.train.checkpoint_every
         self.model.train()
         loader = training_loader(self.data, self.config, self.step, self.processes.rank, self.processes.world)
-        batches = iter(loader)
+        parts_of_steps = batches(loader)
         with self._stopping_on_signals(), self.folder.metrics(self.step, self.processes.rank == 0) as metrics:
             progress = tqdm(
                 total=steps, initial=self.step, desc="training", mininterval=2, disable=self.processes.rank > 0
             )
             started = time.perf_counter()
             while self.step < steps:
-                parts = [next(batches) for _ in range(self.config.train.accumulate)]
+                parts = [next(parts_of_steps) for _ in range(self.config.train.accumulate)]
                 losses, norm = self._train_step(parts)
                 self.step += 1
                 progress.update()

@@ -11,7 +11,7 @@ from small import settings
 from dimaskdino import config
 from dimaskdino.data import shapes
 from dimaskdino.data.coco import CocoDataset, Sample
-from dimaskdino.data.loading import collate, evaluation_loader, training_dataset, training_loader
+from dimaskdino.data.loading import batches, collate, evaluation_loader, training_dataset, training_loader
 from dimaskdino.data.transforms import PADDING, large_scale_jitter, resize_image
 from dimaskdino.errors import UserError
 
@@ -117,12 +117,14 @@ def test_bad_images_stop_or_are_reported(shapes_data, tmp_path):
     folder = Path(shutil.copytree(shapes_data, tmp_path / "shapes"))
     for broken in list((folder / "images" / "train").iterdir())[:3]:
         broken.write_bytes(broken.read_bytes()[:100])
-    options = settings(folder)
-    with pytest.raises(UserError, match=r"cannot be read.*skip_bad_images=true"):
-        list(training_loader(training_dataset(options), options, 0, 0, 1))
+    for workers in (0, 1):
+        options = settings(folder, f"data.workers={workers}")
+        with pytest.raises(UserError, match=r"^the image .* cannot be read.*skip_bad_images=true") as caught:
+            list(batches(training_loader(training_dataset(options), options, 0, 0, 1)))
+        assert "Traceback" not in str(caught.value)
     options = settings(folder, "data.skip_bad_images=true")
-    batches = list(training_loader(training_dataset(options), options, 0, 0, 1))
-    assert len({reason for batch in batches for reason in batch.skipped}) == 3
+    found = list(training_loader(training_dataset(options), options, 0, 0, 1))
+    assert len({reason for batch in found for reason in batch.skipped}) == 3
     for broken in (folder / "images" / "train").iterdir():
         broken.unlink()
     with pytest.raises(UserError, match="bad images in a row"):
