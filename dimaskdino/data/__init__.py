@@ -1,1 +1,1 @@
-"""COCO-format datasets, augmentation, and the built-in shapes data."""
+"""COCO-format datasets, augmentation, and the built-in shapes data; section numbers are those of docs/model.md."""

@@ -1,4 +1,7 @@
-"""Image in, predictions of every stage out: one file for each box of the paper's figure 2."""
+"""Image in, predictions of every stage out: one file for each box of the paper's figure 2.
+
+Section numbers in this package are those of docs/model.md, which says exactly what the model computes.
+"""
 
 from dimaskdino.modeling.detector import Detector
 from dimaskdino.modeling.postprocess import Instances, postprocess

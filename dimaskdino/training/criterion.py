@@ -26,7 +26,7 @@ class Losses:
         return torch.stack(list(self.terms.values())).sum()
 
 
-def criterion(predictions: Predictions, targets: Targets, settings: config.Loss, objects: float) -> Losses:
+def criterion(predictions: Predictions, targets: Targets, settings: config.Loss, objects: float | Tensor) -> Losses:
     """All weighted losses of a batch.
 
     Args:
@@ -36,7 +36,7 @@ def criterion(predictions: Predictions, targets: Targets, settings: config.Loss,
         objects: what sums are divided by: objects in the global batch / processes; at least 1 is used.
     """
     stages = list(predictions.stages.values())
-    n = max(objects, 1.0)
+    n = torch.as_tensor(objects, dtype=torch.float32, device=targets.boxes.device).clamp(min=1)
     terms: dict[str, Tensor] = {}
     with torch.autocast(targets.boxes.device.type, enabled=False):
         for stage, matches in zip(stages, match(stages, targets, settings), strict=True):
@@ -52,7 +52,7 @@ def criterion(predictions: Predictions, targets: Targets, settings: config.Loss,
     return Losses(terms)
 
 
-def _weighted(name: str, sums: dict[str, Tensor], n: float, settings: config.Loss) -> dict[str, Tensor]:
+def _weighted(name: str, sums: dict[str, Tensor], n: Tensor, settings: config.Loss) -> dict[str, Tensor]:
     return {f"{name}/{term}": getattr(settings.weights, term) * value / n for term, value in sums.items()}
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -69,13 +69,27 @@ class Processes:
             if world > 1:
                 dist.destroy_process_group()
 
-    def sum(self, value: float) -> float:
-        """The sum of a number over all processes."""
-        if self.world == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return float(tensor)
+    def sum(self, *values: float) -> Tensor:
+        """The sum of each number over all processes, left on the device so that nothing waits for it."""
+        tensor = torch.tensor(values, dtype=torch.float32, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+class Readback:
+    """A number on its way from the device; `get` waits for what was queued before it, not for what came after."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._host = value.detach().to("cpu", non_blocking=True)
+        self._sent = torch.cuda.Event() if value.is_cuda else None
+        if self._sent:
+            self._sent.record()
+
+    def get(self) -> float:
+        if self._sent:
+            self._sent.synchronize()
+        return float(self._host)
 
 
 def train(config: Config, folder: RunFolder) -> None:
@@ -117,7 +131,8 @@ class Trainer:
         self.model: nn.Module = self.detector
         if processes.world > 1:
             self.model = DistributedDataParallel(self.detector)
-        self._stop_signal: str | None = None
+        self._signal: str | None = None  # that this process received
+        self._stopping = False  # that some process received one; the same step for all of them
         # batch norm's statistics change in the forward pass, before it is known whether the loss is finite
         norms = [m for m in self.detector.modules() if isinstance(m, nn.BatchNorm2d)]
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
@@ -170,10 +185,11 @@ class Trainer:
                     started = now
                 for reason in (r for part in parts for r in part.skipped):
                     metrics.write({"step": self.step, "skipped": reason})
-                if self.step % every == 0 or self.step == steps or self._stop_signal:
+                if self.step % every == 0 or self.step == steps or self._stopping:
                     self._save()
-                if self._stop_signal and self.step < steps:
-                    raise Stopped(f"{self._stop_signal} at step {self.step} of {steps}; run again to go on from there")
+                if self._stopping and self.step < steps:
+                    reason = self._signal or "a signal to another process"
+                    raise Stopped(f"{reason} at step {self.step} of {steps}; run again to go on from there")
             progress.close()
         if self.processes.rank == 0:
             save_model(self.folder.model, self.detector, self.config, self.data.classes, self.step)
@@ -184,22 +200,28 @@ class Trainer:
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         set_rate(self.optimizer, self.step, self.config.schedule)
         statistics = [buffer.clone() for buffer in self._statistics]
-        objects = self.processes.sum(sum(sum(part.targets.counts) for part in parts)) / self.processes.world
+        count = sum(sum(part.targets.counts) for part in parts)
+        objects, signals = self.processes.sum(count, self._signal is not None)
+        objects, signals = objects / self.processes.world, Readback(signals)
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             unsynchronised = isinstance(self.model, DistributedDataParallel) and not last
             with self.model.no_sync() if unsynchronised else contextlib.nullcontext():
                 losses = self._forward(part, objects)
-                self.scaler.scale(losses.total).backward()
-            self._check(losses, part, statistics)
+                total = losses.total
+                finite = Readback(total)
+                self.scaler.scale(total).backward()
+            if not math.isfinite(finite.get()):
+                self._give_up(losses, part, statistics)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.detector.parameters(), self.config.optimizer.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self._stopping = signals.get() > 0
         return losses, norm
 
-    def _forward(self, batch: Batch, objects: float) -> Losses:
+    def _forward(self, batch: Batch, objects: Tensor) -> Losses:
         device, precision = self.processes.device, self.config.train.precision
         images = ImageBatch.from_images(batch.images, device)
         targets = batch.targets.to(device)
@@ -207,10 +229,8 @@ class Trainer:
             predictions = self.model(images, targets)
         return criterion(predictions, targets, self.config.loss, objects)
 
-    def _check(self, losses: Losses, batch: Batch, statistics: list[Tensor]) -> None:
-        """Stop before a broken loss reaches the weights. On a GPU this waits after backward has been queued."""
-        if math.isfinite(losses.total.item()):
-            return
+    def _give_up(self, losses: Losses, batch: Batch, statistics: list[Tensor]) -> NoReturn:
+        """Stop before a broken loss reaches the weights."""
         broken = [name for name, value in losses.terms.items() if not math.isfinite(value.item())]
         for buffer, before in zip(self._statistics, statistics, strict=True):
             buffer.copy_(before)
@@ -239,7 +259,7 @@ class Trainer:
         """Finish the step and save when asked to end, instead of dying in the middle."""
 
         def remember(number: int, frame: FrameType | None) -> None:
-            self._stop_signal = signal.Signals(number).name
+            self._signal = signal.Signals(number).name
 
         before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

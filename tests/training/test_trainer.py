@@ -162,6 +162,19 @@ def test_two_processes_train_together(shapes_data, tmp_path):
     assert load_model(tmp_path).step == 6
 
 
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step(shapes_data, tmp_path):
+    changes = ("schedule.steps=5000", "train.checkpoint_every=5000")
+    trainer = process(tmp_path, shapes_data, *changes, processes=2)
+    wait_for_step(RunFolder(tmp_path), 2)
+    started = time.monotonic()
+    trainer.send_signal(signal.SIGTERM)
+    trainer.communicate(timeout=120)
+    assert time.monotonic() - started < 25  # torchrun kills after 30
+    assert "SIGTERM" in RunFolder(tmp_path).status()["reason"]
+    assert load_resume_point(tmp_path / "checkpoints")[0]["step"] >= 2
+
+
 def test_a_batch_that_cannot_be_split(shapes_data):
     config = settings(shapes_data, "train.batch_size=6")
     with pytest.raises(UserError, match="batch_size = 6 cannot be split evenly over 4 processes x 1 parts"):
