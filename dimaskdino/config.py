@@ -1,7 +1,8 @@
 """One typed tree of settings: read from YAML, changed by `key=value`, written back to YAML.
 
-Section numbers are those of docs/model.md. A YAML file may name another one in `extends:` (relative to itself) and then holds only what differs. Every section
-of the specification that can be varied is a field here, and each ablation of the paper is a value of a field.
+A YAML file may name another one in `extends:` (relative to itself) and then holds only what differs. Every part of
+docs/model.md that can be varied is a field here (section numbers are its), and each ablation of the paper is a value
+of a field.
 """
 
 import difflib
