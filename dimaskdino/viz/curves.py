@@ -74,7 +74,8 @@ def _imbalance(axes: Any, result: LayerwiseAP, place: dict[str, int], number: in
     colour = GREY if total == 1 else CYCLE[number % len(CYCLE)]
     bars = axes.bar(x, list(found.values()), width, color=colour, label=label)
     if total == 1:
-        axes.bar_label(bars, fmt="%+.1f", padding=2, fontsize=9)
+        # + 0.0 turns a rounded −0.0 into 0.0
+        axes.bar_label(bars, [f"{round(v, 1) + 0.0:+.1f}" for v in found.values()], padding=2, fontsize=9)
         axes.margins(y=0.3)
 
 
