@@ -134,12 +134,10 @@ def training_loader(data: CocoDataset, settings: config.Config, first_step: int,
     )
 
 
-def evaluation_loader(settings: config.Config, split: str | None = None, rank: int = 0, world: int = 1) -> DataLoader:
-    """Every `world`-th image of a split, resized for testing, in order."""
-    data = CocoDataset(settings.data.root, split or settings.data.val, evaluation_resize(settings.data.resize))
-    share = torch.utils.data.Subset(data, range(rank, len(data), world))
+def evaluation_loader(settings: config.Config, split: str | None = None) -> DataLoader:
+    """Every image of a split, resized for testing, in order."""
     return DataLoader(
-        share,
+        CocoDataset(settings.data.root, split or settings.data.val, evaluation_resize(settings.data.resize)),
         batch_size=settings.evaluation.batch_size,
         collate_fn=collate,
         num_workers=settings.data.workers,

@@ -16,8 +16,8 @@ from dimaskdino.errors import UserError
 
 CLASSES = ("disk", "rectangle", "triangle", "star", "ring")
 SPLITS = ("train", "val")
-MOST_SHAPES = 7
-SMALLEST, LARGEST = 0.07, 0.36  # radius, of the image's side
+MOST_SHAPES = 6
+SMALLEST, LARGEST = 0.09, 0.36  # radius, of the image's side
 LEAST_CONTRAST = 60  # between the mean colours of a shape and of what it covers, in one channel at least
 LEAST_VISIBLE = 0.3  # part of a shape that later shapes must leave
 SUPERSAMPLING = 4
@@ -128,7 +128,7 @@ def scene(settings: config.Shapes, split: str, index: int) -> tuple[Array, list[
         masks = [*left, mask]
         labels.append(label)
         areas.append(int(mask.sum()))
-    noise = rng.normal(0, 6, (size, size, 3))
+    noise = rng.normal(0, 4, (size, size, 3))
     return np.clip(image + noise, 0, 255).astype(np.uint8), labels, masks
 
 

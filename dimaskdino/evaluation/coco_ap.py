@@ -68,12 +68,6 @@ class DetectionResults:
                 {"image_id": image_id, "category_id": category, "segmentation": encoded[index], "score": score}
             )
 
-    def merge(self, other: "DetectionResults") -> None:
-        """Append another process's detections."""
-        self.boxes += other.boxes
-        self.masks += other.masks
-        self.has_masks |= other.has_masks
-
 
 def average_precision(truth: COCO, detections: list[dict[str, Any]], kind: Kind) -> AveragePrecision:
     """AP of detections against annotations, by hotcoco, which gives pycocotools' numbers much faster."""

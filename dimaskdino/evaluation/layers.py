@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed as dist
 from tqdm import tqdm
 
 from dimaskdino.data.coco import CocoDataset
@@ -106,8 +105,6 @@ def evaluate_layers(
     device: torch.device | str = "cpu",
     split: str | None = None,
     stages: Sequence[str] | None = None,
-    rank: int = 0,
-    world: int = 1,
 ) -> LayerwiseAP:
     """Box and mask AP of the stages of a model.
 
@@ -116,26 +113,19 @@ def evaluate_layers(
         device: where to run.
         split: the configuration's `data.val` if None.
         stages: names of the stages wanted, all if None; `["decoder.6"]` for the final predictions of six layers.
-        rank: this process's number; process r of `world` evaluates every world-th image from r on.
-        world: number of processes, 1 without torchrun.
-
-    Returns:
-        The AP; in a distributed run every process gets the result of all.
 
     Raises:
         UserError: an unknown stage, a model for another number of classes than the data, bad data.
     """
     settings = model.config
-    loader = evaluation_loader(settings, split, rank, world)
-    data: CocoDataset = loader.dataset.dataset  # type: ignore[attr-defined]
+    loader = evaluation_loader(settings, split)
+    data: CocoDataset = loader.dataset  # type: ignore[attr-defined]
     if len(data.classes) != settings.model.classes:
         raise UserError(
             f"the model knows {settings.model.classes} classes, {data.annotations_file} has {len(data.classes)}"
         )
     results: dict[str, DetectionResults] = {}
-    for batch in tqdm(
-        batches(loader), f"evaluating {data.annotations_file.stem}", len(loader), mininterval=2, disable=rank > 0
-    ):
+    for batch in tqdm(batches(loader), f"evaluating {data.annotations_file.stem}", len(loader), mininterval=2):
         images = ImageBatch.from_images(batch.images, device)
         with torch.inference_mode():
             predictions = model.detector(images)
@@ -150,8 +140,6 @@ def evaluate_layers(
             stage_results = results.setdefault(name, DetectionResults(data.category_ids))
             for image_id, instances in zip(batch.image_ids, found, strict=True):
                 stage_results.add(image_id, instances)
-    if world > 1:
-        results = _gathered(results, world)
     truth = read_truth(data.annotations_file)
     scored = {
         name: StageAP(
@@ -173,16 +161,3 @@ def chosen_stages(predictions: Predictions, names: Sequence[str] | None) -> dict
         if name not in predictions.stages:
             raise UserError(f"the model has no stage '{name}'; it has {', '.join(predictions.stages)}")
     return {name: stage for name, stage in predictions.stages.items() if names is None or name in names}
-
-
-def _gathered(results: dict[str, DetectionResults], world: int) -> dict[str, DetectionResults]:
-    everyone: list[dict[str, DetectionResults] | None] = [None] * world
-    dist.all_gather_object(everyone, results)
-    merged: dict[str, DetectionResults] = {}
-    for part in everyone:
-        for name, found in (part or {}).items():
-            if name in merged:
-                merged[name].merge(found)
-            else:
-                merged[name] = found
-    return merged

@@ -39,7 +39,8 @@ class Measurement:
         seconds: median over the repetitions; `fastest` and `slowest` beside it.
         images_per_second: images a step / median.
         peak_memory_gib: of the process (CPU) or of the device's allocations (CUDA).
-        gflop: floating-point operations of one repetition, deformable attention included; forward only.
+        gflop: floating-point operations of one repetition, forward only; deformable attention is included where
+            its compiled kernels run.
         operator: which deformable-attention implementation ran.
     """
 
@@ -147,7 +148,6 @@ def count_gflop(run: Callable[[], Any]) -> float:
     def deformable(value: Any, shapes: Any, location: Any, attention: Any, **_: Any) -> int:
         return ms_deform_attn.flops(torch.Size(location), value[3])
 
-    # the reference would be counted as the many operations it is made of, grid_sample as none
     custom = {torch.ops.ms_deform_attn.forward: deformable}
     with FlopCounterMode(display=False, custom_mapping=custom) as counter:
         run()

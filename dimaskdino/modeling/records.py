@@ -200,17 +200,6 @@ class Stage:
         )
         return tuple(parts)  # type: ignore[return-value]
 
-    def select(self, image: int) -> "Stage":
-        """The stage of one image of the batch, still with a batch axis."""
-        keep = slice(image, image + 1)
-        return replace(
-            self,
-            class_logits=self.class_logits[keep],
-            boxes=self.boxes[keep],
-            mask_embedding=None if self.mask_embedding is None else self.mask_embedding[keep],
-            mask_features=None if self.mask_features is None else self.mask_features[keep],
-        )
-
 
 @dataclass
 class Trace:

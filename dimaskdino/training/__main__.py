@@ -5,6 +5,8 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import ms_deform_attn
+
 from dimaskdino.config import load_config
 from dimaskdino.errors import UserError
 from dimaskdino.runs.folder import RunFolder
@@ -21,6 +23,7 @@ def main(config_file: str, run: str, overrides: list[str]) -> int:
             config = load_config(config_file, overrides)
             if first:
                 folder.write_config(config)
+                print(ms_deform_attn.status())
             train(config, folder)
     except Stopped as stopped:
         print(f"stopped by {stopped}")

@@ -7,6 +7,7 @@ a run that was killed goes on exactly as if it had not been.
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -54,8 +55,6 @@ class Processes:
     @contextlib.contextmanager
     def joined(cls) -> Iterator["Processes"]:
         """Join the process group that torchrun announces, if any, and leave it at the end."""
-        import os
-
         world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -171,7 +170,7 @@ class Trainer:
             progress = tqdm(
                 total=steps, initial=self.step, desc="training", mininterval=2, disable=self.processes.rank > 0
             )
-            started = time.perf_counter()
+            logged, started = self.step, time.perf_counter()
             while self.step < steps:
                 parts = [next(parts_of_steps) for _ in range(self.config.train.accumulate)]
                 losses, norm = self._train_step(parts)
@@ -179,10 +178,10 @@ class Trainer:
                 progress.update()
                 if self.step % self.config.train.log_every == 0 or self.step == steps:
                     now = time.perf_counter()
-                    record = self._record(losses, norm, (now - started) / self.config.train.log_every)
+                    record = self._record(losses, norm, (now - started) / (self.step - logged))
                     metrics.write(record)
                     progress.set_postfix(loss=f"{record['loss']:.2f}")
-                    started = now
+                    logged, started = self.step, now
                 for reason in (r for part in parts for r in part.skipped):
                     metrics.write({"step": self.step, "skipped": reason})
                 if self.step % every == 0 or self.step == steps or self._stopping:
@@ -218,7 +217,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._stopping = signals.get() > 0
+        self._stopping = signals.get() > 0 or (self.processes.world == 1 and self._signal is not None)
         return losses, norm
 
     def _forward(self, batch: Batch, objects: Tensor) -> Losses:
@@ -243,15 +242,16 @@ class Trainer:
 
     def _record(self, losses: Losses, norm: Tensor, seconds: float) -> dict[str, Any]:
         remaining = self.config.schedule.steps - self.step
+        values = torch.stack(list(losses.terms.values())).tolist()
         return {
             "step": self.step,
-            "loss": losses.total.item(),
+            "loss": sum(values),
             "grad_norm": float(norm),
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
             "seconds_per_step": seconds,
             "images_per_second": self.config.train.batch_size / seconds,
             "remaining_seconds": remaining * seconds,
-            "losses": {name: value.item() for name, value in losses.terms.items()},
+            "losses": dict(zip(losses.terms, values, strict=True)),
         }
 
     @contextlib.contextmanager

@@ -73,7 +73,7 @@ def test_images_of_a_batch_do_not_influence_each_other():
     for b, image in enumerate(images):
         alone = model(ImageBatch.from_images([image]))
         for name, stage in together.stages.items():
-            torch.testing.assert_close(stage.select(b).boxes, alone.stages[name].boxes, atol=1e-5, rtol=0)
+            torch.testing.assert_close(stage.boxes[b : b + 1], alone.stages[name].boxes, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
