@@ -144,9 +144,11 @@ def run(
         folder: Run folder; also the value of the notebook's parameter `run`.
         parameters: Parameters of the notebook.
     """
+    from dimaskdino.runs.launch import project_root
     from dimaskdino.runs.notebooks import parse_parameters, run_notebook
 
-    values = {"run": str(folder)} | parse_parameters(notebook, parameters)
+    # notebooks take relative paths from the project's folder, wherever they are started
+    values = {"run": os.path.relpath(folder, project_root())} | parse_parameters(notebook, parameters)
     print(f"written: {run_notebook(notebook, folder, values)}")
     return 0
 

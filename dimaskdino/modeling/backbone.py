@@ -58,10 +58,11 @@ def _backbone_weights(settings: config.Backbone) -> dict[str, Tensor]:
             ) from error
     else:
         try:
-            state = models.get_weight(f"{_weights_class(settings.name)}.{settings.weights}").get_state_dict()
-        except (ValueError, AttributeError) as error:
+            state = models.get_model_weights(settings.name)[settings.weights].get_state_dict()
+        except KeyError as error:
             raise UserError(
-                f"model.backbone.weights: torchvision has no weights '{settings.weights}' for {settings.name}"
+                f"model.backbone.weights: torchvision has no weights '{settings.weights}' for {settings.name}; a file "
+                "must end in .pth or .pt"
             ) from error
         except OSError as error:
             raise UserError(
@@ -70,11 +71,6 @@ def _backbone_weights(settings: config.Backbone) -> dict[str, Tensor]:
                 "model.backbone.weights=null model.backbone.norm=batch"
             ) from error
     return _checked(state, settings)
-
-
-def _weights_class(name: str) -> str:
-    builder = models.get_model_weights(name)
-    return builder.__name__
 
 
 def _checked(state: dict[str, Tensor], settings: config.Backbone) -> dict[str, Tensor]:

@@ -165,6 +165,8 @@ def test_backbone_weights_from_a_file(tmp_path):
     Detector(small_model(f"model.backbone.weights={tmp_path / 'r34.pth'}", "model.backbone.name=resnet34"))
     with pytest.raises(Exception, match="does not hold a torchvision resnet34"):
         Detector(small_model(f"model.backbone.weights={tmp_path / 'r18.pth'}", "model.backbone.name=resnet34"))
+    with pytest.raises(Exception, match="no weights 'IMAGENET9' for resnet18"):
+        Detector(small_model("model.backbone.weights=IMAGENET9"))
     (tmp_path / "cut.pth").write_bytes((tmp_path / "r18.pth").read_bytes()[:1000])
     with pytest.raises(Exception, match="cannot read"):
         Detector(small_model(f"model.backbone.weights={tmp_path / 'cut.pth'}"))
