@@ -54,7 +54,7 @@ def draw_instances(
             axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=colour, linewidth=1.6))
             text = f"{classes[int(instances.labels[i])]} {float(instances.scores[i]):.2f}"
             box = {"facecolor": colour, "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
-            x, y = min(max(x0, 0), width), min(max(y0, 0.03 * height), height)
+            x, y = min(max(x0, 0), width), min(max(y0, 0.065 * height), height)
             axes.text(x, y, text, fontsize=size, color="white", bbox=box, va="bottom", clip_on=True)
         axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
         axes.grid(False)
