@@ -57,8 +57,9 @@ def evaluation_resize(settings: config.Resize) -> Callable[[Sample], Sample]:
     """Resize the image for testing; masks are left out, since results are compared at the original size."""
 
     def resize(sample: Sample) -> Sample:
-        none = sample.masks[:0]
-        return replace(sample, image=resize_image(sample.image, settings), labels=sample.labels[:0], masks=none)
+        image = resize_image(sample.image, settings)
+        no_masks = sample.masks.new_zeros(0, *image.shape[-2:])
+        return replace(sample, image=image, labels=sample.labels[:0], masks=no_masks)
 
     return resize
 

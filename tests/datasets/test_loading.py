@@ -106,11 +106,14 @@ def test_the_order_depends_on_the_position_alone(shapes_data):
         assert batch.files == [f for part in parts for f in part.files]
 
 
-def test_evaluation_sees_every_image_once(shapes_data):
+def test_evaluation_sees_every_image_once_resized(shapes_data):
     found = [
         i for batch in evaluation_loader(settings(shapes_data, "evaluation.batch_size=3")) for i in batch.image_ids
     ]
     assert found == [0, 1, 2, 3]
+    larger = next(iter(evaluation_loader(settings(shapes_data, "data.resize.shortest=100", "data.resize.longest=100"))))
+    assert larger.images[0].shape == (3, 100, 100)
+    assert larger.original_sizes[0] == (64, 64)
 
 
 def test_bad_images_stop_or_are_reported(shapes_data, tmp_path):

@@ -296,6 +296,7 @@ def test_parameter_groups_and_rates(shapes_data):
     for name, (lr, decay) in expected.items():
         group = group_of[id(parameters[name])]
         assert (group["lr"], group["weight_decay"]) == (pytest.approx(lr), decay), name
-    schedule = settings(shapes_data, "schedule.steps=100", "schedule.drops=[50, 80]", "schedule.warmup=4").schedule
+    changes = ("schedule.steps=100", "schedule.drops=[50, 80]", "schedule.drop_factor=0.1", "schedule.warmup=4")
+    schedule = settings(shapes_data, *changes).schedule
     factors = [rate_factor(step, schedule) for step in (0, 3, 49, 50, 79, 80)]
     assert factors == pytest.approx([0.25, 1, 1, 0.1, 0.1, 0.01])
