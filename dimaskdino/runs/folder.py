@@ -100,7 +100,8 @@ class RunFolder:
                 yield
             except BaseException as error:
                 reason = str(error) or type(error).__name__
-                self._write_status("failed", reason=reason, started=started["started"], ended=_now())
+                with contextlib.suppress(OSError):  # a full disk must not hide what happened
+                    self._write_status("failed", reason=reason, started=started["started"], ended=_now())
                 raise
             else:
                 self._write_status("finished", started=started["started"], ended=_now())

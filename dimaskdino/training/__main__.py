@@ -1,5 +1,6 @@
 """`torchrun … -m dimaskdino.training CONFIG RUN [key=value …]`: one training process."""
 
+import errno
 import os
 import sys
 from contextlib import nullcontext
@@ -30,6 +31,11 @@ def main(config_file: str, run: str, overrides: list[str]) -> int:
         return EXIT_STOPPED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: the disk is full ({error}); free some space and run the same command again", file=sys.stderr)
         return 1
     return 0
 

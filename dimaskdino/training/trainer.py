@@ -184,6 +184,7 @@ class Trainer:
                     logged, started = self.step, now
                 for reason in (r for part in parts for r in part.skipped):
                     metrics.write({"step": self.step, "skipped": reason})
+                    progress.write(f"skipped: {reason}")
                 if self.step % every == 0 or self.step == steps or self._stopping:
                     self._save()
                 if self._stopping and self.step < steps:

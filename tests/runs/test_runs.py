@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client.manager import start_new_kernel
 from small import FILE, overrides
 
 from dimaskdino.errors import UserError
@@ -97,6 +98,27 @@ def test_a_killed_kernel_leaves_no_training_behind(shapes_data, tmp_path):
     kernel.communicate()
     wait_until(lambda: folder.status()["state"] == "failed")
     wait_until(lambda: not Path(f"/proc/{launcher}").exists())
+
+
+@pytest.mark.slow
+def test_interrupting_the_cell_stops_the_training_with_a_checkpoint(shapes_data, tmp_path):
+    changes = overrides(shapes_data, "schedule.steps=5000", "train.checkpoint_every=5000")
+    manager, client = start_new_kernel(kernel_name="python3")
+    try:
+        client.execute(
+            "from dimaskdino.runs import TrainingProcess, show_training\n"
+            f"with TrainingProcess({str(FILE)!r}, {str(tmp_path)!r}, {changes!r}) as training:\n"
+            "    show_training(training, 5000)"
+        )
+        folder = RunFolder(tmp_path)
+        wait_until(lambda: bool(folder.read_metrics()))
+        manager.interrupt_kernel()
+        wait_until(lambda: folder.status()["state"] == "failed")
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert "SIGTERM" in folder.status()["reason"]
+    assert load_resume_point(folder.checkpoints)[0]["step"] >= 1
 
 
 def test_parameters_that_a_notebook_does_not_have():

@@ -16,6 +16,7 @@ from small import FILE, overrides, settings
 from dimaskdino.data.loading import training_dataset, training_loader
 from dimaskdino.errors import UserError
 from dimaskdino.runs.folder import RunFolder
+from dimaskdino.training import __main__ as training_main
 from dimaskdino.training import checkpoint
 from dimaskdino.training.checkpoint import load_model, load_resume_point, save_resume_point
 from dimaskdino.training.optimizer import build_optimizer, rate_factor
@@ -231,6 +232,15 @@ def test_a_really_full_disk(tmp_path):
     (tmp_path / "last.pt.partial").symlink_to("/dev/full")
     with pytest.raises(UserError, match="Is the disk full"):
         save_resume_point(tmp_path, {"model": {"x": torch.zeros(1000)}, "step": 2})
+
+
+def test_a_disk_that_fills_up_in_between(shapes_data, tmp_path, monkeypatch, capsys):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    monkeypatch.setattr(training_main, "train", lambda config, folder: Path("/dev/full").write_text("metrics"))
+    assert training_main.main(str(FILE), str(tmp_path), overrides(shapes_data)) == 1
+    assert "the disk is full" in capsys.readouterr().err
+    assert "No space left" in RunFolder(tmp_path).status()["reason"]
 
 
 def test_a_truncated_resume_point_falls_back_to_the_one_before(tmp_path):
