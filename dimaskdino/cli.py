@@ -175,7 +175,8 @@ def status(run: Positional[Path]) -> int:
         result = LayerwiseAP.load(evaluation)
         print(f"AP on {result.images} images, {result.source}\n{result.table()}")
     written = [*run.rglob("*.ipynb"), *run.rglob("figures/*.png"), *run.rglob("layers.json"), folder.model]
-    print("\n".join(["files:", *(f"  {path}" for path in written if path.exists())]))
+    shown = [path for path in written if path.exists() and ".ipynb_checkpoints" not in path.parts]
+    print("\n".join(["files:", *(f"  {path}" for path in shown)]))
     return 1 if found["state"] == "failed" else 0
 
 

@@ -182,6 +182,12 @@ def test_a_batch_that_cannot_be_split(shapes_data):
         training_loader(training_dataset(config), config, 0, 0, 4)
 
 
+def test_bf16_starts_where_fp32_does(finished, shapes_data, tmp_path):
+    records = run_training(tmp_path, shapes_data, "train.precision=bf16").read_metrics()
+    assert records[0]["loss"] == pytest.approx(finished.read_metrics()[0]["loss"], rel=0.02)
+    assert records[0]["loss"] != finished.read_metrics()[0]["loss"]  # it really ran in another precision
+
+
 def test_loss_goes_down(shapes_data, tmp_path):
     changes = ("schedule.steps=40", "schedule.drops=[39]", "train.checkpoint_every=100", "optimizer.lr=1e-3")
     records = run_training(tmp_path, shapes_data, *changes).read_metrics()
