@@ -1,21 +1,30 @@
-"""Compile the C++ kernels, once, and find them again.
+"""Compile the C++ and CUDA kernels, once, and find them again.
 
-A build is stored under a key of everything it depends on: the source, the torch version, its C++ ABI, the
-platform and the instruction set of the processor. A change of any of them simply is another build.
+A build is stored under a key of everything it depends on: the source, the torch version, its C++ ABI, the flags, the
+platform and the processor's instruction set or the GPU's architecture. A change of any of them simply is another build.
 """
 
+import functools
 import hashlib
 import os
 import platform
 import shutil
 import sys
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-SOURCE = Path(__file__).parent / "csrc" / "cpu.cpp"
-COMPILE_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math",
-                 "-fno-signed-zeros")  # fmt: skip
+Device = Literal["cpu", "cuda"]
+
+SOURCES = {device: Path(__file__).parent / "csrc" / name for device, name in (("cpu", "cpu.cpp"), ("cuda", "cuda.cu"))}
+# -fopenmp: without it ATen's parallel_for, which is compiled here, runs on one thread. The others let the compiler
+# vectorise; NaN and infinity keep their meaning, which -ffast-math would take away.
+CPU_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math",
+             "-fno-signed-zeros", *(("-fopenmp",) if sys.platform == "linux" else ()))  # fmt: skip
+CUDA_FLAGS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xptxas=-v")
+# Where no GPU is at hand to ask: Ampere and Hopper, and PTX for what comes after.
+DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
 
 
 def cache_folder() -> Path:
@@ -32,61 +41,96 @@ def _processor() -> str:
     return next((x for x in cpuinfo.read_text().splitlines() if x.startswith(("flags", "Features"))), "")
 
 
-def library_path() -> Path:
-    """The file that the current source, torch and processor build to; it need not exist."""
+@functools.cache
+def architectures() -> str:
+    """GPU architectures to compile for: `$TORCH_CUDA_ARCH_LIST`, those of this machine, or the default."""
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if named or not torch.cuda.is_available():
+        return named or DEFAULT_ARCHITECTURES
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
+
+
+def library_path(device: Device) -> Path | None:
+    """The file that the current source, torch and machine build to, which need not exist.
+
+    None where torch itself cannot use such a device.
+    """
+    if device == "cuda" and torch.version.cuda is None:
+        return None
+    target = _processor() if device == "cpu" else architectures()
     key = hashlib.sha256()
     for part in (
-        SOURCE.read_text(),
+        SOURCES[device].read_text(),
         torch.__version__,
         str(torch.compiled_with_cxx11_abi()),
         platform.platform(),
-        _processor(),
-        " ".join(COMPILE_FLAGS),
+        target,
+        " ".join(CPU_FLAGS if device == "cpu" else CUDA_FLAGS),
     ):
         key.update(part.encode() + b"\0")
-    return cache_folder() / key.hexdigest()[:16] / "ms_deform_attn_cpu.so"
+    return cache_folder() / key.hexdigest()[:16] / f"ms_deform_attn_{device}.so"
 
 
-def compiler() -> str | None:
-    """The C++ compiler that `build` would use, or None."""
-    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+def compiler(device: Device) -> str | None:
+    """The compiler that `build` would use, or None."""
+    if device == "cpu":
+        return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None) or shutil.which("nvcc")
 
 
-def build(verbose: bool = False) -> Path:
-    """Compile the CPU kernels for this machine unless that is done already.
+def build(device: Device, verbose: bool = False) -> Path:
+    """Compile the kernels for a device of this machine unless that is done already.
+
+    Args:
+        device: "cpu" or "cuda".
+        verbose: show the compiler's commands and remarks.
 
     Returns:
         The shared library.
 
     Raises:
-        RuntimeError: there is no C++ compiler, or it failed.
+        RuntimeError: there is no compiler, or it failed, or torch was built without CUDA.
     """
-    target = library_path()
+    target = library_path(device)
+    if target is None:
+        raise RuntimeError(f"torch {torch.__version__} is built without CUDA: there is nothing to compile for a GPU")
     if target.exists():
         return target
-    if compiler() is None:
+    found = compiler(device)
+    if found is None and device == "cpu":
         raise RuntimeError(
             "no C++ compiler found (looked for $CXX, c++, g++, clang++). Install one, for example with "
             "'apt install g++' or 'conda install cxx-compiler', and run 'python -m ms_deform_attn build' again. "
             "Without it the PyTorch version of the operator is used."
         )
+    if found is None:
+        raise RuntimeError(
+            f"no CUDA compiler found (looked for nvcc in $CUDA_HOME and on the PATH). Install the CUDA toolkit "
+            f"{torch.version.cuda} and run 'python -m ms_deform_attn build' again. Without it the Triton kernels are used."
+        )
     from torch.utils import cpp_extension  # imports setuptools: not for everybody who only uses the operator
 
     # ninja comes as a dependency, but its program is on the PATH only in an activated environment
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    if device == "cuda":
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
+        cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME or str(Path(found).resolve().parent.parent)
     folder = target.parent.with_name(f"{target.parent.name}.building-{os.getpid()}")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         cpp_extension.load(
-            name="ms_deform_attn_cpu",
-            sources=[str(SOURCE)],
-            extra_cflags=list(COMPILE_FLAGS),
+            name=target.stem,
+            sources=[str(SOURCES[device])],
+            extra_cflags=list(CPU_FLAGS) if device == "cpu" else ["-O3"],
+            extra_cuda_cflags=list(CUDA_FLAGS),
             build_directory=str(folder),
             is_python_module=False,
             verbose=verbose,
         )
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(folder / "ms_deform_attn_cpu.so", target)
+        os.replace(folder / target.name, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return target
