@@ -9,6 +9,7 @@ import hashlib
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,7 @@ SOURCES = {device: Path(__file__).parent / "csrc" / name for device, name in (("
 # vectorise; NaN and infinity keep their meaning, which -ffast-math would take away.
 CPU_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math",
              "-fno-signed-zeros", *(("-fopenmp",) if sys.platform == "linux" else ()))  # fmt: skip
-CUDA_FLAGS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xptxas=-v")
+CUDA_FLAGS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr")
 # Where no GPU is at hand to ask: Ampere and Hopper, and PTX for what comes after.
 DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
 
@@ -80,6 +81,27 @@ def compiler(device: Device) -> str | None:
     return (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None) or shutil.which("nvcc")
 
 
+def _toolkit(nvcc: str) -> Path:
+    """The CUDA toolkit's folder, which nvcc is asked for: on the PATH it may be a link or a script."""
+    remarks = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = next((line.partition("TOP=")[2] for line in remarks.splitlines() if "TOP=" in line), None)
+    return Path(top or Path(nvcc).resolve().parent.parent).resolve()
+
+
+def prepare(device: Device) -> list[str]:
+    """Let torch's extension builder find the tools of this machine. Returns flags for the linker."""
+    # ninja comes as a dependency, but its program is on the PATH only in an activated environment
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    if device == "cpu":
+        return []
+    from torch.utils import cpp_extension
+
+    home = _toolkit(compiler("cuda"))
+    cpp_extension.CUDA_HOME = str(home)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
+    return [f"-L{folder}" for folder in sorted(home.glob("targets/*/lib"))]
+
+
 def build(device: Device, verbose: bool = False) -> Path:
     """Compile the kernels for a device of this machine unless that is done already.
 
@@ -98,25 +120,20 @@ def build(device: Device, verbose: bool = False) -> Path:
         raise RuntimeError(f"torch {torch.__version__} is built without CUDA: there is nothing to compile for a GPU")
     if target.exists():
         return target
-    found = compiler(device)
-    if found is None and device == "cpu":
+    if compiler(device) is None and device == "cpu":
         raise RuntimeError(
             "no C++ compiler found (looked for $CXX, c++, g++, clang++). Install one, for example with "
             "'apt install g++' or 'conda install cxx-compiler', and run 'python -m ms_deform_attn build' again. "
             "Without it the PyTorch version of the operator is used."
         )
-    if found is None:
+    if compiler(device) is None:
         raise RuntimeError(
             f"no CUDA compiler found (looked for nvcc in $CUDA_HOME and on the PATH). Install the CUDA toolkit "
-            f"{torch.version.cuda} and run 'python -m ms_deform_attn build' again. Without it the Triton kernels are used."
+            f"{torch.version.cuda} and run 'python -m ms_deform_attn build' again. Without it the Triton kernels run."
         )
+    link_flags = prepare(device)
     from torch.utils import cpp_extension  # imports setuptools: not for everybody who only uses the operator
 
-    # ninja comes as a dependency, but its program is on the PATH only in an activated environment
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    if device == "cuda":
-        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
-        cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME or str(Path(found).resolve().parent.parent)
     folder = target.parent.with_name(f"{target.parent.name}.building-{os.getpid()}")
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -124,7 +141,8 @@ def build(device: Device, verbose: bool = False) -> Path:
             name=target.stem,
             sources=[str(SOURCES[device])],
             extra_cflags=list(CPU_FLAGS) if device == "cpu" else ["-O3"],
-            extra_cuda_cflags=list(CUDA_FLAGS),
+            extra_cuda_cflags=[*CUDA_FLAGS, *(["-Xptxas=-v"] if verbose else [])],
+            extra_ldflags=link_flags,
             build_directory=str(folder),
             is_python_module=False,
             verbose=verbose,

@@ -95,6 +95,11 @@ def _missing(name: Backend) -> str | None:
     return None
 
 
+def available(name: Backend) -> bool:
+    """Whether a backend is built or installed; it need not fit this machine's devices."""
+    return _missing(name) is None
+
+
 def set_backend(name: Backend) -> None:
     """Choose the implementation for all later calls.
 

@@ -13,9 +13,12 @@ def ms_deform_attn_reference(
 ) -> Tensor:
     """Weighted sum of bilinearly sampled values, over all feature levels and points.
 
-    Differentiable through autograd. See `ms_deform_attn.ms_deform_attn` for the arguments.
+    Differentiable through autograd. Half precision is computed in float32, as by the kernels. See
+    `ms_deform_attn.ms_deform_attn` for the arguments.
     """
     B, _, heads, D = value.shape
+    dtype = value.dtype
+    value = value if dtype in (torch.float32, torch.float64) else value.float()
     Q, points = sampling_locations.shape[1], sampling_locations.shape[4]
     per_level = value.split([h * w for h, w in spatial_shapes], dim=1)
     # grid_sample wants (x, y) in [-1, 1], with -1 and 1 at the outer edges of the border cells
@@ -38,7 +41,7 @@ def ms_deform_attn_reference(
         weight = weight.reshape(B * heads, 1, Q, points).to(value.dtype)
         output = output + (sampled * weight).sum(-1)
     # (B·heads, D, Q) -> (B, Q, heads·D)
-    return output.view(B, heads * D, Q).transpose(1, 2).contiguous()
+    return output.view(B, heads * D, Q).transpose(1, 2).contiguous().to(dtype)
 
 
 def flops(locations_shape: torch.Size, head_dim: int) -> int:

@@ -75,9 +75,9 @@ def _backward(
     row = heads * D
     first_cell = b * N * row + head * D
     bqh = (b * Q + q) * heads + head
-    grad = tl.load(
-        grad_output + bqh[:, None] * D + d[None, :], mask=(q < Q)[:, None] & (d < D)[None, :], other=0.0
-    ).to(acc_type)
+    grad = tl.load(grad_output + bqh[:, None] * D + d[None, :], mask=(q < Q)[:, None] & (d < D)[None, :], other=0.0).to(
+        acc_type
+    )
     for level in range(level_count):
         height, width = tl.load(levels + 3 * level), tl.load(levels + 3 * level + 1)
         start = tl.load(levels + 3 * level + 2)

@@ -1,18 +1,37 @@
 """The operator against a loop over every sample, and every backend against the reference."""
 
 import math
+import os
+import subprocess
+import sys
 
-import ms_deform_attn
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ms_deform_attn import backend, flops, ms_deform_attn_reference
-from ms_deform_attn.functional import _loaded
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the Triton kernels are imported, which the package does lazily
+
+import ms_deform_attn
+from ms_deform_attn import backend, flops, install_drop_in
+from ms_deform_attn.benchmark import Workload, _errors, _implementations, measure
+from ms_deform_attn.build import compiler
+from ms_deform_attn.functional import available
 
 SHAPES = [(5, 7), (3, 4), (1, 1)]
-needs_kernels = pytest.mark.skipif(not _loaded("cpu"), reason="CPU kernels are not built (no compiler here)")
-BACKENDS = ["reference", pytest.param("cpu", marks=needs_kernels)]
+DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu", "cuda": "cuda"}
+
+
+def marked(name, **needs):
+    """A backend that is skipped where it cannot run, with the reason."""
+    runs = available(name) and (DEVICES[name] == "cpu" or torch.cuda.is_available())
+    return pytest.param(name, marks=pytest.mark.skipif(not runs, reason=f"no {name} kernels or no device for them"))
+
+
+needs_cpu_kernels = pytest.mark.skipif(not available("cpu"), reason="CPU kernels are not built (no compiler here)")
+KERNELS = [marked("cpu"), marked("triton"), marked("cuda")]
+BACKENDS = ["reference", *KERNELS]
 
 
 def inputs(B=2, Q=6, heads=2, D=4, points=3, shapes=SHAPES, dtype=torch.float64, seed=0):
@@ -22,6 +41,15 @@ def inputs(B=2, Q=6, heads=2, D=4, points=3, shapes=SHAPES, dtype=torch.float64,
     locations = torch.rand(B, Q, heads, levels, points, 2, generator=g, dtype=dtype) * 1.4 - 0.2
     weights = torch.rand(B, Q, heads, levels, points, generator=g, dtype=dtype)
     return value, shapes, locations, weights
+
+
+def results(name, value, shapes, locations, weights):
+    """Output and gradients of a backend, on the CPU."""
+    tensors = [x.detach().to(DEVICES[name]).requires_grad_() for x in (value, locations, weights)]
+    with backend(name):
+        output = ms_deform_attn.ms_deform_attn(tensors[0], shapes, *tensors[1:])
+        grads = torch.autograd.grad(output.sin().sum(), tensors)
+    return [x.detach().cpu() for x in (output, *grads)]
 
 
 def by_loop(value, shapes, locations, weights):
@@ -48,120 +76,224 @@ def by_loop(value, shapes, locations, weights):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_definition(name):
     arguments = inputs()
-    with backend(name):
-        torch.testing.assert_close(ms_deform_attn.ms_deform_attn(*arguments), by_loop(*arguments))
+    torch.testing.assert_close(results(name, *arguments)[0], by_loop(*arguments))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize(
-    ("D", "points", "shapes"), [(1, 1, [(4, 4)]), (30, 3, SHAPES), (32, 4, SHAPES), (71, 2, SHAPES)]
-)
-def test_gradients(name, D, points, shapes):
-    value, shapes, locations, weights = inputs(B=1, Q=3, D=D, points=points, shapes=shapes)
+@needs_cpu_kernels
+@pytest.mark.parametrize("levels", [1, 4, 5])
+@pytest.mark.parametrize("points", [1, 3, 4, 8])
+@pytest.mark.parametrize("D", [1, 30, 32, 64, 71])
+def test_gradients_are_those_of_finite_differences(D, points, levels):
+    shapes = [(5, 7), (3, 4), (1, 1), (2, 1), (1, 6)][:levels]
+    value, _, locations, weights = inputs(B=1, Q=3, D=D, points=points, shapes=shapes)
     tensors = [x.requires_grad_() for x in (value, locations, weights)]
-    with backend(name):
+    with backend("cpu"):
         assert torch.autograd.gradcheck(
             lambda v, loc, w: ms_deform_attn.ms_deform_attn(v, shapes, loc, w), tensors, fast_mode=True
         )
 
 
-@needs_kernels
+@needs_cpu_kernels
 @settings(deadline=None, max_examples=60)
 @given(
     st.integers(0, 3),
     st.integers(0, 9),
     st.integers(1, 5),
-    st.sampled_from([1, 3, 8, 16, 30, 32, 64, 71]),
-    st.integers(1, 5),
+    st.sampled_from([1, 3, 8, 16, 24, 30, 32, 40, 64, 71]),
+    st.integers(1, 9),
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
+    st.sampled_from([torch.float32, torch.float64]),
 )
-def test_kernels_equal_the_reference(B, Q, heads, D, points, shapes):
-    results = []
-    for name in ("reference", "cpu"):
-        value, _, locations, weights = inputs(B, Q, heads, D, points, shapes)
-        tensors = [x.requires_grad_() for x in (value, locations, weights)]
-        with backend(name):
-            output = ms_deform_attn.ms_deform_attn(value, shapes, locations, weights)
-        results.append([output, *torch.autograd.grad(output.sin().sum(), tensors)])
-    for reference, kernel in zip(*results, strict=True):
+def test_kernels_equal_the_reference(B, Q, heads, D, points, shapes, dtype):
+    value, _, locations, weights = inputs(B, Q, heads, D, points, shapes)
+    arguments = value.to(dtype), shapes, locations.to(dtype), weights.to(dtype)
+    for kernel, reference in zip(results("cpu", *arguments), results("reference", *arguments), strict=True):
+        torch.testing.assert_close(kernel, reference, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-9)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    ("B", "Q", "D", "points", "shapes"),
+    [
+        (0, 5, 4, 2, SHAPES),
+        (2, 0, 4, 2, SHAPES),
+        (2, 97, 30, 3, SHAPES),
+        (129, 2, 8, 1, [(2, 3)]),
+        (1, 5, 71, 8, SHAPES),
+        (1, 48, 32, 4, SHAPES),  # as many queries as cells: taken in tiles
+    ],
+)
+def test_odd_sizes(name, B, Q, D, points, shapes):
+    arguments = inputs(B, Q, 2, D, points, shapes)
+    for kernel, reference in zip(results(name, *arguments), results("reference", *arguments), strict=True):
         torch.testing.assert_close(kernel, reference)
 
 
-@needs_kernels
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize(("dtype", "roundings"), [(torch.float32, 64), (torch.bfloat16, 2), (torch.float16, 2)])
-def test_precision(dtype, roundings):
+def test_precision(name, dtype, roundings):
     value, shapes, locations, weights = inputs(Q=50, D=32, dtype=dtype)
-    exact = ms_deform_attn_reference(value.double(), shapes, locations.double(), weights.double())
-    with backend("cpu"):
-        found = ms_deform_attn.ms_deform_attn(value, shapes, locations, weights)
-    assert found.dtype == dtype
-    error = (found.double() - exact).abs().max() / exact.abs().max()
-    assert error <= roundings * torch.finfo(dtype).eps
+    # sampled far enough from the lines between cell centres, where the gradient of a location jumps
+    position = locations.double() * torch.tensor([[w, h] for h, w in shapes])[:, None]
+    position = position.floor() + (position - position.floor()).clamp(0.1, 0.9) + 0.5
+    locations = (position / torch.tensor([[w, h] for h, w in shapes])[:, None]).float()
+    exact = results("reference", value.double(), shapes, locations.double(), weights.double())
+    for found, truth in zip(results(name, value, shapes, locations, weights), exact, strict=True):
+        assert found.dtype == (torch.float32 if found.shape == locations.shape else dtype)
+        # sin() of the test adds one rounding of the output to what comes back
+        assert (found.double() - truth).abs().max() / truth.abs().max() <= (roundings + 1) * torch.finfo(dtype).eps
 
 
-@needs_kernels
+@pytest.mark.slow
+@needs_cpu_kernels
+@pytest.mark.parametrize("locations", ["near", "uniform"])
+def test_encoder_scale_is_within_1e_5_of_float64(locations):
+    errors = _errors(Workload("encoder", locations, 1, "float32"), "cpu", dict(_implementations("cpu", None)))
+    assert all(error["cpu"] < 1e-5 for error in errors.values())
+
+
+@needs_cpu_kernels
 def test_the_number_of_threads_changes_nothing():
-    value, shapes, locations, weights = inputs(Q=300, D=32, dtype=torch.float32)
-    results, threads = [], torch.get_num_threads()
+    arguments = inputs(Q=300, D=32, dtype=torch.float32)
+    found, threads = [], torch.get_num_threads()
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            tensors = [x.detach().requires_grad_() for x in (value, locations, weights)]
-            with backend("cpu"):
-                output = ms_deform_attn.ms_deform_attn(tensors[0], shapes, *tensors[1:])
-            results.append([output, *torch.autograd.grad(output.sum(), tensors)])
+            found.append(results("cpu", *arguments))
     finally:
         torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@needs_kernels
-def test_locations_that_are_nowhere_contribute_nothing():
+@needs_cpu_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="OpenMP is used on Linux")
+def test_the_kernels_are_compiled_with_threads():
+    # without OpenMP's parallel regions, ATen's parallel_for, which is compiled in, is a plain loop
+    library = ms_deform_attn.library_path("cpu").read_bytes()
+    assert b"GOMP_parallel" in library or b"__kmpc_fork_call" in library
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e30, -1e30, -2.0, 3.0])
+def test_locations_that_are_nowhere_contribute_nothing(name, bad):
     value, shapes, locations, weights = inputs(dtype=torch.float32)
-    for bad in (torch.nan, torch.inf, -torch.inf, 1e30, -1e30, -2.0, 3.0):
-        lost = locations.clone()
-        lost[:, 0] = bad
-        tensors = [x.clone().requires_grad_() for x in (value, lost, weights)]
-        with backend("cpu"):
-            output = ms_deform_attn.ms_deform_attn(tensors[0], shapes, *tensors[1:])
-            whole = ms_deform_attn.ms_deform_attn(value, shapes, locations, weights)
-        assert (output[:, 0] == 0).all()
-        torch.testing.assert_close(output[:, 1:], whole[:, 1:])
-        output.sum().backward()
-        assert all(x.grad.isfinite().all() for x in tensors)
-        assert (tensors[1].grad[:, 0] == 0).all()
+    lost = locations.clone()
+    lost[:, 0] = bad
+    whole = results(name, value, shapes, locations, weights)
+    found = results(name, value, shapes, lost, weights)
+    assert (found[0][:, 0] == 0).all()
+    torch.testing.assert_close(found[0][:, 1:], whole[0][:, 1:])
+    assert all(x.isfinite().all() for x in found)
+    assert (found[2][:, 0] == 0).all()
+    assert (found[3][:, 0] == 0).all()
 
 
-@needs_kernels
-def test_nan_in_cells_that_are_not_sampled_does_not_leak():
+@pytest.mark.parametrize("name", KERNELS)
+def test_locations_on_borders_and_outside(name):
+    value, shapes, _, _ = inputs(B=1, D=8)
+    axis = torch.tensor([-2, -0.3, -0.05, 0, 1 / 14, 0.5, 13 / 14, 1, 1.05, 1.3, 3], dtype=torch.float64)
+    locations = torch.cartesian_prod(axis, axis).view(1, -1, 1, 1, 1, 2).repeat(1, 1, 2, 3, 2, 1)
+    weights = torch.rand(locations.shape[:-1], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found, truth = (results(x, value, shapes, locations, weights) for x in (name, "reference"))
+    for i in (0, 1, 3):  # on a border the gradient of a location jumps: both sides are right
+        torch.testing.assert_close(found[i], truth[i])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_nan_in_cells_that_are_not_sampled_does_not_leak(name):
     value, shapes, locations, weights = inputs(dtype=torch.float32, shapes=[(4, 4)], points=1)
     value[:, 15] = torch.nan
     locations[...] = 0.25  # between cells of the first quarter
-    with backend("cpu"):
-        assert ms_deform_attn.ms_deform_attn(value, shapes, locations, weights).isfinite().all()
+    assert all(x.isfinite().all() for x in results(name, value, shapes, locations, weights))
+    locations[...] = -5.0
+    value[...] = torch.nan
+    assert all(x.isfinite().all() for x in results(name, value, shapes, locations, weights))
 
 
-@needs_kernels
-def test_inputs_that_are_not_contiguous():
-    value, shapes, locations, weights = inputs(dtype=torch.float32)
+@pytest.mark.parametrize("name", KERNELS)
+def test_inputs_that_are_not_contiguous_or_aligned(name):
+    value, shapes, locations, weights = inputs(dtype=torch.float32, D=32)
+    truth = results("reference", value, shapes, locations[:, :1].expand_as(locations), weights)
     twisted = value.transpose(1, 2).contiguous().transpose(1, 2)
-    expanded = locations[:, :1].expand(-1, 6, -1, -1, -1, -1)
-    with backend("cpu"):
-        found = ms_deform_attn.ms_deform_attn(twisted, torch.tensor(shapes), expanded, weights)
-    torch.testing.assert_close(found, ms_deform_attn_reference(value, shapes, expanded.contiguous(), weights))
+    shifted = torch.empty(value.numel() + 1)[1:].view_as(value).copy_(value)
+    assert shifted.data_ptr() % 16
+    for other in (twisted, shifted):
+        device = DEVICES[name]
+        tensors = [x.to(device).requires_grad_() for x in (other, locations[:, :1].expand_as(locations), weights)]
+        with backend(name):
+            output = ms_deform_attn.ms_deform_attn(tensors[0], torch.tensor(shapes), *tensors[1:])
+            grads = torch.autograd.grad(output.sin().sum(), tensors)
+        for found, expected in zip((output, *grads), truth, strict=True):
+            torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
-@needs_kernels
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # in opcheck itself
-def test_registration():
+@pytest.mark.parametrize("name", KERNELS)
+def test_only_the_gradients_that_are_needed(name):
     value, shapes, locations, weights = inputs()
+    everything = results(name, value, shapes, locations, weights)[1:]
+    kernels = torch.ops.ms_deform_attn
+    backward = kernels.triton_backward if name == "triton" else kernels.backward
+    flat = [x for shape in shapes for x in shape]
+    device = DEVICES[name]
+    for need_value, need_samples in ((True, False), (False, True), (False, False)):
+        needs = need_value, need_samples, need_samples
+        tensors = [x.to(device).requires_grad_(n) for x, n in zip((value, locations, weights), needs, strict=True)]
+        with backend(name):
+            output = ms_deform_attn.ms_deform_attn(tensors[0], shapes, *tensors[1:])
+        grad_output = output.detach().cos()
+        raw = backward(grad_output, *tensors[:1], flat, *tensors[1:], need_value, need_samples)
+        assert [x.numel() > 0 for x in raw] == [need_value, need_samples, need_samples]
+        for x, grad, expected in zip(tensors, raw, everything, strict=True):
+            if x.requires_grad:
+                found = torch.autograd.grad(output.sin().sum(), x, retain_graph=True)[0]
+                torch.testing.assert_close(found.cpu(), expected)
+                torch.testing.assert_close(grad.cpu(), expected)
+
+
+@pytest.mark.parametrize("name", [KERNELS[0], KERNELS[2]])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # in opcheck itself
+def test_registration(name):
+    value, shapes, locations, weights = (x if isinstance(x, list) else x.to(DEVICES[name]) for x in inputs())
     flat = [x for shape in shapes for x in shape]
     tensors = [x.requires_grad_() for x in (value, locations, weights)]
     torch.library.opcheck(torch.ops.ms_deform_attn.forward.default, (tensors[0], flat, tensors[1], tensors[2]))
-    grad = torch.ones(2, 6, 8, dtype=torch.float64)
+    grad = torch.ones(2, 6, 8, dtype=torch.float64, device=value.device)
     plain = [x.detach() for x in tensors]
-    torch.library.opcheck(torch.ops.ms_deform_attn.backward.default, (grad, plain[0], flat, plain[1], plain[2], True, True))
+    for needs in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(torch.ops.ms_deform_attn.backward.default, (grad, plain[0], flat, *plain[1:], *needs))
+
+
+class Attend(torch.nn.Module):
+    def forward(self, value, locations, weights):
+        return ms_deform_attn.ms_deform_attn(value, SHAPES, locations, weights).relu()
+
+
+@pytest.mark.parametrize("name", ["reference", marked("cpu")])
+def test_compile_in_one_graph(name):
+    value, _, locations, weights = inputs(dtype=torch.float32)
+    tensors = [x.requires_grad_() for x in (value, locations, weights)]
+    torch.compiler.reset()
+    with backend(name):
+        compiled = torch.compile(Attend(), fullgraph=True, backend="aot_eager")
+        output, expected = compiled(*tensors), Attend()(*tensors)
+        torch.testing.assert_close(output, expected)
+        grads = zip(
+            torch.autograd.grad(output.sum(), tensors), torch.autograd.grad(expected.sum(), tensors), strict=True
+        )
+        for a, b in grads:
+            torch.testing.assert_close(a, b)
+
+
+@needs_cpu_kernels
+def test_export_with_a_batch_size_left_open():
+    value, _, locations, weights = inputs(dtype=torch.float32)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with backend("cpu"):
+        program = torch.export.export(Attend(), (value, locations, weights), dynamic_shapes=({0: batch},) * 3)
+    assert "ms_deform_attn.forward" in str(program.graph)
+    value, _, locations, weights = inputs(B=5, dtype=torch.float32)
+    torch.testing.assert_close(program.module()(value, locations, weights), Attend()(value, locations, weights))
 
 
 @pytest.mark.parametrize(
@@ -183,11 +315,96 @@ def test_mistakes_name_the_argument(change, message):
 
 def test_status_says_what_runs():
     with backend("reference"):
-        assert "reference" in ms_deform_attn.status()
-    assert ("compiled" in ms_deform_attn.status()) == _loaded("cpu")
-    with pytest.raises(ValueError, match="backend must be"):
+        assert "reference, as chosen" in ms_deform_attn.status("cpu")
+    assert ("compiled CPU" in ms_deform_attn.status("cpu")) == available("cpu")
+    assert ("python -m ms_deform_attn build" in ms_deform_attn.status("cpu")) != available("cpu")
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu, cuda, triton"):
         ms_deform_attn.set_backend("cuda9")
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch):
+    if not available("cuda"):
+        with pytest.raises(RuntimeError, match="CUDA kernels are not built: run 'python -m ms_deform_attn build'"):
+            ms_deform_attn.set_backend("cuda")
+    if not torch.cuda.is_available():
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with backend("triton"), pytest.raises(RuntimeError, match="needs a GPU"):
+            ms_deform_attn.ms_deform_attn(*inputs())
 
 
 def test_flops_count_four_multiply_adds_a_sample_and_channel():
     assert flops(torch.Size((2, 6, 2, 3, 3, 2)), 4) == 2 * 4 * 2 * 6 * 2 * 3 * 3 * 4
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_drop_in_for_the_compiled_extension(name):
+    install_drop_in()
+    import MultiScaleDeformableAttention as Extension
+
+    value, shapes, locations, weights = inputs()
+    truth = results("reference", value, shapes, locations, weights)
+    value, locations, weights = (x.to(DEVICES[name]) for x in (value, locations, weights))
+    on_device = torch.tensor(shapes, device=value.device)
+    starts = torch.tensor([0, 35, 47], device=value.device)
+    with backend(name):
+        for _ in range(2):
+            output = Extension.ms_deform_attn_forward(value, on_device, starts, locations, weights, 64)
+            torch.testing.assert_close(output.cpu(), truth[0])
+        grads = Extension.ms_deform_attn_backward(value, on_device, starts, locations, weights, output.cos(), 64)
+        for grad, expected in zip(grads, truth[1:], strict=True):
+            torch.testing.assert_close(grad.cpu(), expected)
+        on_device[:2] = on_device[:2].flip(1)  # written to in place: not what was copied to the host before
+        turned = Extension.ms_deform_attn_forward(value, on_device, starts, locations, weights, 64)
+    assert not torch.equal(turned.cpu(), truth[0])
+
+
+@needs_cpu_kernels
+def test_benchmark_measures_every_implementation():
+    implementations = dict(_implementations("cpu", None))
+    rows = list(measure(Workload("decoder", "near", 1, "float32"), "cpu", implementations, 1, 1e10))
+    assert [row.direction for row in rows] == ["forward", "forward+backward"]
+    for row in rows:
+        assert set(row.milliseconds) == {"reference", "cpu"}
+        assert all(ms > 0 for ms in row.milliseconds.values())
+        assert max(row.error.values()) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiler("cuda") is None or torch.version.cuda is None, reason="no nvcc, or torch without CUDA")
+def test_the_cuda_kernels_compile_and_load(tmp_path):
+    environment = os.environ | {"MS_DEFORM_ATTN_CACHE": str(tmp_path), "TORCH_CUDA_ARCH_LIST": "9.0"}
+    script = (
+        "import torch; from ms_deform_attn import build; from ms_deform_attn.functional import available\n"
+        "build('cuda'); assert available('cuda')\n"
+        "for name in ('forward', 'backward'):\n"
+        "    assert torch._C._dispatch_has_kernel_for_dispatch_key(f'ms_deform_attn::{name}', 'CUDA')\n"
+    )
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiler("cpu") is None or sys.platform != "linux", reason="needs a compiler with AddressSanitizer")
+def test_the_cpu_kernels_under_address_sanitizer(tmp_path):
+    sanitizer = subprocess.run(
+        [compiler("cpu"), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not os.path.isabs(sanitizer):
+        pytest.skip("the compiler has no AddressSanitizer")
+    script = (
+        "import importlib, sys\n"
+        "build = importlib.import_module('ms_deform_attn.build')\n"
+        "build.CPU_FLAGS = ('-O1', '-g', '-march=native', '-fopenmp', '-fsanitize=address')\n"
+        "build.build('cpu')\n"
+        "import pytest\n"
+        "names = 'odd_sizes or nowhere or borders or leak or aligned or needed or definition or precision'\n"
+        f"sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', '-k', f'({{names}}) and cpu', {__file__!r}]))\n"
+    )
+    environment = os.environ | {
+        "MS_DEFORM_ATTN_CACHE": str(tmp_path),
+        "LD_PRELOAD": sanitizer,
+        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
+    }
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert " passed" in run.stdout
+    assert "AddressSanitizer" not in run.stderr
