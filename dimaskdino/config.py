@@ -28,6 +28,7 @@ class Backbone(Section):
     """Section 1."""
 
     name: str = Field("resnet50", description="a ResNet of torchvision: resnet18, resnet34, resnet50, resnet101, …")
+    width: PositiveInt = Field(64, description="channels of the first stage; other than 64 only for small models")
     norm: Literal["frozen", "batch"] = Field("frozen", description="frozen batch norm, or trained (from scratch)")
     weights: str | None = Field(
         None, description="what to start from: a torchvision name such as IMAGENET1K_V1, a weights file, or nothing"

@@ -14,6 +14,18 @@ from dimaskdino.errors import UserError
 STRIDES = (4, 8, 16, 32)
 
 
+class _ScaledResNet(models.ResNet):
+    """A ResNet of torchvision whose stages have `width`, 2·width, … channels instead of 64, 128 and so on."""
+
+    def __init__(self, like: models.ResNet, width: int, norm_layer: type[nn.Module]) -> None:
+        self.width = width
+        stages = (like.layer1, like.layer2, like.layer3, like.layer4)
+        super().__init__(type(like.layer1[0]), [len(stage) for stage in stages], norm_layer=norm_layer)
+
+    def _make_layer(self, block, planes: int, *args, **kwargs) -> nn.Sequential:
+        return super()._make_layer(block, planes * self.width // 64, *args, **kwargs)
+
+
 class Backbone(nn.Module):
     """A ResNet of torchvision without its classifier; every stage is trainable.
 
@@ -28,6 +40,10 @@ class Backbone(nn.Module):
             raise UserError(f"model.backbone.name: '{settings.name}' is none of {', '.join(names)}")
         norm = FrozenBatchNorm2d if settings.norm == "frozen" else nn.BatchNorm2d
         net = models.get_model(settings.name, weights=None, norm_layer=norm)
+        if settings.width != 64:
+            if settings.weights:
+                raise UserError("model.backbone.width: weights are for width 64; drop one of the two settings")
+            net = _ScaledResNet(net, settings.width, norm)
         if settings.weights:
             net.load_state_dict(_backbone_weights(settings), strict=False)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)

@@ -154,6 +154,17 @@ def test_an_unknown_backbone_is_named():
         Detector(small_model("model.backbone.name=resnet19"))
 
 
+def test_backbone_width():
+    narrow, usual = (Detector(small_model(f"model.backbone.width={w}")).backbone for w in (32, 64))
+    assert narrow.channels == {stride: c // 2 for stride, c in usual.channels.items()}
+    features = narrow(torch.rand(1, 3, 64, 96))
+    assert {s: f.shape[1:] for s, f in features.items()} == {
+        s: (c, 64 // s, 96 // s) for s, c in narrow.channels.items()
+    }
+    with pytest.raises(Exception, match=r"model\.backbone\.width: weights are for width 64"):
+        Detector(small_model("model.backbone.width=32", "model.backbone.weights=IMAGENET1K_V1"))
+
+
 def test_backbone_weights_from_a_file(tmp_path):
     from torchvision import models
 
