@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+import torch
+
 from dimaskdino import config
 from dimaskdino.config import Config, load_config
-from dimaskdino.data.shapes import generate
+from dimaskdino.data.shapes import CLASSES, generate
+from dimaskdino.modeling import Detector
+from dimaskdino.training.checkpoint import save_model
 
 FILE = Path(__file__).parent.parent / "configs" / "shapes" / "dimaskdino_r18.yaml"
 MODEL = (
@@ -44,3 +48,11 @@ def overrides(data: Path, *changes: str) -> list[str]:
 
 def settings(data: Path, *changes: str) -> Config:
     return load_config(FILE, overrides(data, *changes))
+
+
+def trained_file(path: Path, data: Path) -> Path:
+    """A small model with random weights, as a file that `load_model` reads."""
+    torch.manual_seed(0)
+    settings = load_config(FILE, [*MODEL, *RUN, f"data.root={data}"])
+    save_model(path, Detector(settings.model), settings, list(CLASSES), 0)
+    return path

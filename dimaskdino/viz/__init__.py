@@ -1,6 +1,21 @@
 """Figures of records and arrays; nothing here trains or runs a model."""
 
-from dimaskdino.viz.curves import layerwise_ap, loss_curves
+from dimaskdino.viz.curves import first_and_last_layer, layerwise_ap, loss_curves
 from dimaskdino.viz.detections import draw_instances, draw_stages
+from dimaskdino.viz.objects import draw_mean_ious, draw_objects
+from dimaskdino.viz.tokens import draw_guidance, draw_interaction, draw_sampling, draw_selection, draw_token_maps
 
-__all__ = ["draw_instances", "draw_stages", "layerwise_ap", "loss_curves"]
+__all__ = [
+    "draw_guidance",
+    "draw_instances",
+    "draw_interaction",
+    "draw_mean_ious",
+    "draw_objects",
+    "draw_sampling",
+    "draw_selection",
+    "draw_stages",
+    "draw_token_maps",
+    "first_and_last_layer",
+    "layerwise_ap",
+    "loss_curves",
+]

@@ -110,3 +110,30 @@ def loss_curves(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
         left.legend()
         right.legend(ncols=2)
     return figure
+
+
+def first_and_last_layer(models: Mapping[str, Mapping[str, Mapping[str, float]]], title: str) -> Figure:
+    """Figure 1 of the paper: box and mask AP of the first and of the last decoder layer.
+
+    Args:
+        models: by the name to show, {"first": {"box": AP, "mask": AP}, "last": {…}}.
+        title: above the bars.
+    """
+    with style():
+        figure = NotebookFigure(figsize=(4.2 * len(models) + 0.8, 3.8), layout="constrained")
+        for axes, (name, layers) in zip(
+            figure.subplots(1, len(models), sharey=True, squeeze=False)[0], models.items(), strict=True
+        ):
+            for offset, kind, colour in ((-0.19, "box", BOX), (0.19, "mask", MASK)):
+                values = [layers[layer][kind] for layer in ("first", "last")]
+                bars = axes.bar([offset, 1 + offset], values, 0.36, color=colour, label=f"{kind} AP")
+                axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=2, fontsize=10)
+            lag = layers["first"]["mask"] - layers["first"]["box"]
+            axes.set(title=f"{name}\nfirst layer: mask − box = {lag:+.1f}")
+            axes.set_xticks([0, 1], ["first layer", "last layer"])
+            axes.margins(y=0.15)
+            axes.grid(axis="x", visible=False)
+        figure.axes[0].set(ylabel="AP (%)")
+        figure.axes[0].legend(loc="upper left")
+        figure.suptitle(title)
+    return figure

@@ -1,0 +1,1 @@
+"""The course: exercises' checks, and the making of its notebooks."""

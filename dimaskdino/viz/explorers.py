@@ -1,0 +1,239 @@
+"""Explorers: figures with controls, for notebooks.
+
+Each explorer is a drawing function and widgets for its arguments. Where widgets cannot run, in a printed or exported
+notebook, its figure stands there as a picture.
+"""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import anywidget
+import ipywidgets as widgets
+import torch
+import traitlets
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dimaskdino.evaluation.layers import LayerwiseAP
+from dimaskdino.evaluation.objects import track_objects
+from dimaskdino.evaluation.predict import Look
+from dimaskdino.viz.curves import layerwise_ap, short_name
+from dimaskdino.viz.objects import draw_objects
+from dimaskdino.viz.tokens import draw_guidance, draw_sampling, draw_selection
+
+
+class Picture(anywidget.AnyWidget):
+    """A PNG with alternative text that says where it was clicked.
+
+    Attributes:
+        png: the picture.
+        alt: what it shows, in words.
+        clicked: (x, y) of the last click, as parts of width and height.
+    """
+
+    _esm = """
+    function render({ model, el }) {
+      const image = document.createElement("img");
+      image.style.maxWidth = "100%";
+      let url = null;
+      function show() {
+        if (url) URL.revokeObjectURL(url);
+        url = URL.createObjectURL(new Blob([model.get("png")], { type: "image/png" }));
+        image.src = url;
+        image.alt = model.get("alt");
+      }
+      image.addEventListener("click", (event) => {
+        const box = image.getBoundingClientRect();
+        const x = (event.clientX - box.left) / box.width, y = (event.clientY - box.top) / box.height;
+        model.set("clicked", [x, y]);
+        model.save_changes();
+      });
+      model.on("change:png", show);
+      show();
+      el.appendChild(image);
+    }
+    export default { render };
+    """
+    png = traitlets.Bytes().tag(sync=True)
+    alt = traitlets.Unicode().tag(sync=True)
+    clicked = traitlets.List(traitlets.Float()).tag(sync=True)
+
+
+class Explorer:
+    """A figure and the widgets that change it.
+
+    Args:
+        draw: makes the figure from the controls' values, given by name.
+        describe: says in words what the figure shows, from the same values.
+        controls: widgets by the name of the argument they set.
+    """
+
+    def __init__(
+        self, draw: Callable[..., Figure], describe: Callable[..., str], controls: Mapping[str, widgets.ValueWidget]
+    ) -> None:
+        self.draw, self.describe, self.controls = draw, describe, dict(controls)
+        self.figure: Figure | None = None
+        self.picture = Picture()
+        for control in self.controls.values():
+            control.observe(self._update, names="value")
+        self._update()
+        self.widget = widgets.VBox([widgets.HBox(list(self.controls.values()), layout=_WRAP), self.picture])
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What the controls say, by argument."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    def _update(self, change: Any = None) -> None:
+        self.figure = self.draw(**self.values)
+        buffer = io.BytesIO()
+        self.figure.set_dpi(80)
+        FigureCanvasAgg(self.figure).print_png(buffer)
+        with self.picture.hold_sync():
+            self.picture.alt = self.describe(**self.values)
+            self.picture.png = buffer.getvalue()
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        live = self.widget._repr_mimebundle_(**kwargs)
+        data, metadata = live if isinstance(live, tuple) else (live, {})
+        return {**data, "image/png": self.picture.png, "text/plain": self.picture.alt}, metadata
+
+
+_WRAP = widgets.Layout(flex_flow="row wrap")
+_STYLE = {"description_width": "initial"}
+
+
+def _dropdown(label: str, options: Sequence[tuple[str, Any]], value: Any = None) -> widgets.Dropdown:
+    return widgets.Dropdown(
+        options=options, value=options[0][1] if value is None else value, description=label, style=_STYLE
+    )
+
+
+def _slider(label: str, low: int, high: int, value: int) -> widgets.IntSlider:
+    return widgets.IntSlider(value, low, high, description=label, style=_STYLE, continuous_update=False)
+
+
+def _images(looks: Sequence[Look]) -> widgets.Dropdown:
+    return _dropdown("image", [(f"{i + 1}: {look.sample.file.split('/')[-1]}", i) for i, look in enumerate(looks)])
+
+
+def explore_layers(looks: Sequence[Look]) -> Explorer:
+    """Choose an image, a stage and a score threshold: detections, objects and their IoUs through the stages."""
+    stages = list(looks[0].predictions.stages)
+    tracks: dict[tuple[int, float], Any] = {}
+
+    def track(image: int, threshold: float) -> Any:
+        key = (image, threshold)
+        if key not in tracks:
+            tracks[key] = track_objects(looks[image], threshold=threshold)
+        return tracks[key]
+
+    def draw(image: int, stage: str, threshold: float) -> Figure:
+        return draw_objects(looks[image], track(image, threshold), stage, threshold)
+
+    def describe(image: int, stage: str, threshold: float) -> str:
+        found = track(image, threshold)
+        row = found.stages.index(stage)
+        parts = [
+            f"object {i + 1}: box IoU {box:.2f}, mask IoU {mask:.2f}"
+            for i, (box, mask) in enumerate(zip(found.box_iou[row], found.mask_iou[row], strict=True))
+        ]
+        return f"Image {image + 1} at stage {stage}, score at least {threshold:g}. " + "; ".join(parts)
+
+    controls = {
+        "image": _images(looks),
+        "stage": _dropdown("stage", [(short_name(s).replace("\n", " "), s) for s in stages], stages[-1]),
+        "threshold": widgets.FloatSlider(
+            value=0.3, min=0.05, max=0.95, step=0.05, description="score ≥", style=_STYLE, continuous_update=False
+        ),
+    }
+    return Explorer(draw, describe, controls)
+
+
+def explore_selection(looks: Sequence[Look]) -> Explorer:
+    """From T_s1 to T_s2 over the image, with as many of the best tokens of each as the sliders say."""
+    sizes = [tokens.scores.shape[1] for tokens in looks[0].trace.T_s]
+    names = [f"k{i + 1}" for i in range(len(sizes))]
+
+    def draw(image: int, **k: int) -> Figure:
+        return draw_selection(looks[image], range(len(sizes)), [k[name] for name in names])
+
+    def describe(image: int, **k: int) -> str:
+        kept = ", ".join(f"{k[name]} tokens of selection {i + 1}" for i, name in enumerate(names))
+        return f"Image {image + 1} with the places and boxes of the best {kept}."
+
+    sliders = {
+        name: _slider(f"$k_{i + 1}$", 1, size, size) for i, (name, size) in enumerate(zip(names, sizes, strict=True))
+    }
+    return Explorer(draw, describe, {"image": _images(looks), **sliders})
+
+
+def explore_sampling(looks: Sequence[Look]) -> Explorer:
+    """Where a query samples the feature levels. Choose it by number, or click: the nearest query answers."""
+    locations = looks[0].trace.sampling[0][0]
+    layers, queries, heads = len(looks[0].trace.sampling), locations.shape[1], locations.shape[2]
+
+    def draw(image: int, layer: int, query: int, head: int) -> Figure:
+        return draw_sampling(looks[image], layer, query, None if head < 0 else head)
+
+    def describe(image: int, layer: int, query: int, head: int) -> str:
+        which = "all heads" if head < 0 else f"head {head + 1}"
+        return f"Sampling points of query {query} in decoder layer {layer + 1}, {which}, over image {image + 1}."
+
+    controls = {
+        "image": _images(looks),
+        "layer": _dropdown("decoder layer", [(str(i + 1), i) for i in range(layers)], 0),
+        "query": _slider("query", 0, queries - 1, 0),
+        "head": _dropdown("head", [("all", -1), *((str(i + 1), i) for i in range(heads))], -1),
+    }
+    explorer = Explorer(draw, describe, controls)
+
+    def click(change: Any) -> None:
+        look, at = looks[explorer.values["image"]], _in_panel(explorer.figure, *change["new"])
+        if at is not None:
+            centres = look.pixels(look.trace.references[explorer.values["layer"]][0, :, :2])
+            controls["query"].value = int((centres - torch.tensor(at)).norm(dim=1).argmin())
+
+    explorer.picture.observe(click, names="clicked")
+    return explorer
+
+
+def _in_panel(figure: Figure | None, x: float, y: float) -> tuple[float, float] | None:
+    """Data coordinates of a place in a figure, given from its left and top; None outside the panels."""
+    assert figure is not None
+    width, height = figure.bbox.size
+    for axes in figure.axes:
+        if axes.bbox.contains(x * width, (1 - y) * height):
+            across, down = axes.transData.inverted().transform((x * width, (1 - y) * height))
+            return float(across), float(down)
+    return None
+
+
+def explore_guidance(looks: Sequence[Look]) -> Explorer:
+    """Choose a guiding token of BATO: what every feature token takes from it."""
+    attention = looks[0].trace.guidance_attention
+    if attention is None:
+        raise ValueError("this model has no BATO, so there are no guiding tokens")
+
+    def draw(image: int, token: int) -> Figure:
+        return draw_guidance(looks[image], token - 1)
+
+    def describe(image: int, token: int) -> str:
+        return f"How much each feature token of image {image + 1} takes from guiding token {token}."
+
+    controls = {"image": _images(looks), "token": _slider("guiding token", 1, attention.shape[-1], 1)}
+    return Explorer(draw, describe, controls)
+
+
+def explore_curves(runs: Mapping[str, LayerwiseAP]) -> Explorer:
+    """Box and mask AP at every stage of the runs that are chosen, side by side."""
+    chosen = widgets.SelectMultiple(options=list(runs), value=list(runs), description="runs", style=_STYLE)
+
+    def draw(names: tuple[str, ...]) -> Figure:
+        return layerwise_ap({name: runs[name] for name in names or runs})
+
+    def describe(names: tuple[str, ...]) -> str:
+        return "Last stage: " + "; ".join(f"{n} box AP {runs[n].last.box.AP:.1f}" for n in names or runs)
+
+    return Explorer(draw, describe, {"names": chosen})

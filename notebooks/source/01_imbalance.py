@@ -1,0 +1,171 @@
+# %% [markdown]
+# # 1 · The imbalance
+#
+# A joint model finds objects twice over: as **boxes** (detection) and as **masks** (segmentation). Its decoder
+# refines both, layer by layer. DI-MaskDINO starts from an observation about its predecessor MaskDINO: after the
+# *first* decoder layer the boxes are worse than the masks, although both come from the same queries, and at the
+# *last* layer it is the other way round. Detection starts with a handicap, and what the first layer lacks, the last
+# one never quite regains.
+#
+# In this chapter you see that lag in published numbers, measure it on a model of your own, and look at single
+# objects.
+#
+# *Prerequisites*: what a box, a mask and a neural network are. *Time*: 45 minutes.
+
+# %% tags=["parameters"]
+model: str = "runs/demo"  # a trained model: a run folder or a file; `make demo` trains one
+images: int = 6  # images to look at
+overrides: list = []  # settings that differ from those of the training, such as data.root
+
+# %%
+import json
+import os
+from pathlib import Path
+
+from dimaskdino.course import checks
+from dimaskdino.data.coco import CocoDataset
+from dimaskdino.evaluation.layers import LayerwiseAP, evaluate_layers
+from dimaskdino.evaluation.objects import track_objects
+from dimaskdino.evaluation.predict import look_at
+from dimaskdino.runs import project_root
+from dimaskdino.training.checkpoint import load_model
+from dimaskdino.viz import draw_mean_ious, draw_objects, first_and_last_layer, layerwise_ap
+from dimaskdino.viz.explorers import explore_layers
+
+os.chdir(project_root())
+trained = load_model(Path(model), overrides=overrides)
+data = CocoDataset(trained.config.data.root, trained.config.data.val)
+
+# %% [markdown]
+# ## Published: figure 1 of the paper
+#
+# Average precision (AP, chapter 6) on BDD100K, street scenes. In MaskDINO the first layer's boxes are 4.5 points
+# behind its masks; with De-Imbalance and BATO half a point is left.
+
+# %%
+published = json.loads(Path("docs/paper_tables.json").read_text())["figure_1_layer_ap_bdd100k"]
+names = {"maskdino": "MaskDINO", "dimaskdino": "DI-MaskDINO"}
+first_and_last_layer({names[k]: published[k] for k in names}, "Published, BDD100K")
+
+# %% [markdown]
+# ## Measured: every stage of a small model
+#
+# The model's *stages* are all the places where it can be asked for boxes and masks: the tokens of the first
+# selection, the token-interaction layers of De-Imbalance (boxes only), the queries that enter the decoder, and each
+# decoder layer. One pass over the validation images gives the AP of all of them. The bars below the curves are the
+# imbalance
+#
+# $$\text{imbalance} = AP_{mask} - AP_{box},$$
+#
+# positive where detection lags.
+
+# %%
+saved = Path(model) / "evaluation" / "layers.json"  # measured before: `dimaskdino evaluate`
+result = LayerwiseAP.load(saved) if saved.exists() else evaluate_layers(trained)
+print(result.table())
+
+# %%
+layerwise_ap({"this model": result})
+
+# %% [markdown]
+# **Read it.** Where is the imbalance largest? Is that before or after De-Imbalance (the token-interaction stages)?
+# Which of the two gains more from the first stage to the last? One small model is no proof: chapter 7 compares with
+# the baseline over several seeds.
+#
+# ### Exercise 1.1
+#
+# Write the imbalance as a function of the two APs.
+
+
+# %%
+def imbalance(box_ap: float, mask_ap: float) -> float:
+    """How far detection lags behind segmentation, in points."""
+    # solution
+    return mask_ap - box_ap
+    # end
+
+
+checks.check_imbalance(imbalance)
+
+# %% [markdown]
+# ## One object at a time
+#
+# AP is a number over a whole data set. To see what lags, follow single objects: for each true object, the best
+# detection of its class at every stage, and how well that detection's box and mask overlap the object's. Overlap is
+# measured by *intersection over union*, for boxes and for masks alike:
+#
+# $$IoU(A, B) = \frac{|A \cap B|}{|A \cup B|}$$
+
+# %%
+looks = [look_at(trained, data[i]) for i in range(min(images, len(data)))]
+tracks = [track_objects(look) for look in looks]
+draw_objects(looks[0], tracks[0], "first_selection")
+
+# %%
+draw_objects(looks[0], tracks[0], list(looks[0].predictions.stages)[-1])
+
+# %% [markdown]
+# Solid lines are boxes, dashed ones masks. Over all the images looked at:
+
+# %%
+draw_mean_ious(tracks)
+
+# %% [markdown]
+# ### Explore
+#
+# Choose an image, a stage and a score threshold. Look for an object whose mask fits from the beginning while its box
+# does not: what does that box miss?
+
+# %%
+explore_layers(looks)
+
+# %% [markdown]
+# Why should boxes be harder at first? A token of the feature map describes its own place. "Does this pixel belong to
+# the object?" can be answered place by place, and that is all a mask needs. "How far is it to the object's left
+# edge?" needs the whole object, most of which lies elsewhere. The decoder's attention brings that together, layer by
+# layer; De-Imbalance (chapter 3) does some of it before the first layer.
+#
+# ### Exercise 1.2
+#
+# IoU of two boxes `(x0, y0, x1, y1)`, as a number. No library function: `max` and `min` are enough.
+
+
+# %%
+def box_iou(a, b):
+    """Intersection over union of two boxes (4,), xyxy."""
+    # solution
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(width, 0) * max(height, 0)
+    areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
+    return shared / (areas - shared)
+    # end
+
+
+checks.check_box_iou(box_iou)
+
+# %% [markdown]
+# ### Exercise 1.3
+#
+# IoU of two masks, tensors `(h, w)` of booleans.
+
+
+# %%
+def mask_iou(a, b):
+    """Intersection over union of two masks (h, w) bool."""
+    # solution
+    return (a & b).sum() / (a | b).sum()
+    # end
+
+
+checks.check_mask_iou(mask_iou)
+
+# %% [markdown]
+# ### Exercise 1.4, to discuss
+#
+# A box that is one pixel too wide on each side: how much IoU does that cost an object of 8 × 8 pixels, how much one
+# of 64 × 64? What does that say about comparing box AP with mask AP for small objects?
+#
+# ---
+#
+# **Next**: how a query looks at an image, [multi-scale deformable attention](02_deformable_attention.ipynb).

@@ -1,0 +1,165 @@
+# %% [markdown]
+# # 2 · Multi-scale deformable attention
+#
+# In a transformer every query attends to every token. An image of 800 × 1333 pixels has 22,223 feature tokens in
+# four levels: attention among all of them would need half a billion weights a head and layer. *Deformable attention*
+# (Deformable DETR, Eq. 3) lets each query read a handful of places instead, which it chooses itself:
+#
+# $$\text{out}(q) = \sum_{l=1}^{L} \sum_{k=1}^{K} A_{qlk}\; V_l\big(p_q + \Delta p_{qlk}\big)$$
+#
+# for each head: $p_q$ is the query's reference point, $\Delta p$ and $A$ are linear functions of the query, and
+# $V_l(p)$ is the feature map of level $l$ at the place $p$, interpolated between four cells. With $L = 4$ levels and
+# $K = 4$ points a query reads 16 places a head, however large the image is.
+#
+# *Prerequisites*: attention. *Time*: 45 minutes.
+
+# %% tags=["parameters"]
+model: str = "runs/demo"  # a trained model: a run folder or a file; `make demo` trains one
+images: int = 4  # images to look at
+overrides: list = []  # settings that differ from those of the training, such as data.root
+
+# %%
+import math
+import os
+import time
+from pathlib import Path
+
+import ms_deform_attn
+import torch
+
+from dimaskdino.course import checks
+from dimaskdino.data.coco import CocoDataset
+from dimaskdino.evaluation.predict import look_at
+from dimaskdino.runs import project_root
+from dimaskdino.training.checkpoint import load_model
+from dimaskdino.viz import draw_sampling
+from dimaskdino.viz.explorers import explore_sampling
+
+os.chdir(project_root())
+trained = load_model(Path(model), overrides=overrides)
+data = CocoDataset(trained.config.data.root, trained.config.data.val)
+looks = [look_at(trained, data[i]) for i in range(min(images, len(data)))]
+settings = trained.config.model
+
+# %% [markdown]
+# ## Where a query looks
+#
+# The best query of the first image, in the first decoder layer. The reference is a box, not a point: the offsets are
+# scaled by its width and height, so that a query for a large object looks further. Each colour is a head; the size
+# of a point is its weight $A$.
+
+# %%
+best = int(looks[0].predictions.last.class_logits[0].amax(-1).argmax())
+draw_sampling(looks[0], layer=0, query=best)
+
+# %% [markdown]
+# One head alone:
+
+# %%
+draw_sampling(looks[0], layer=0, query=best, head=0)
+
+# %% [markdown]
+# ### Explore
+#
+# Click on the image: the query whose reference is nearest answers. Do the points of one head keep to one side of the
+# box? Does a small object use the fine levels more than a large one? How does the pattern change from the first
+# layer to the last?
+
+# %%
+explore_sampling(looks)
+
+# %% [markdown]
+# ## Between the cells
+#
+# A place between cell centres is read *bilinearly*: the four cells around it, weighted by how near they are. Cell
+# $i$ of a row of $w$ cells has its centre at $(i + \tfrac12) / w$; outside the map everything is 0.
+#
+# ### Exercise 2.1
+#
+# The value of a map `(h, w)` at `(x, y)`, given in parts of its width and height.
+
+
+# %%
+def bilinear(values, x: float, y: float) -> float:
+    """The map (h, w) at a place, zero outside."""
+    # solution
+    h, w = values.shape
+    px, py = x * w - 0.5, y * h - 0.5
+    total = 0.0
+    for cy in (math.floor(py), math.floor(py) + 1):
+        for cx in (math.floor(px), math.floor(px) + 1):
+            if 0 <= cx < w and 0 <= cy < h:
+                total += float(values[cy, cx]) * (1 - abs(px - cx)) * (1 - abs(py - cy))
+    return total
+    # end
+
+
+checks.check_bilinear(bilinear)
+
+# %% [markdown]
+# ## What a point costs
+#
+# ### Exercise 2.2
+#
+# How many cells does one layer read for `Q` queries? (A cell that is read twice counts twice.)
+
+
+# %%
+def cells_read(queries: int, heads: int, levels: int, points: int) -> int:
+    """Cells that one layer of deformable attention reads."""
+    # solution
+    return queries * heads * levels * points * 4
+    # end
+
+
+checks.check_samples(cells_read)
+
+# %% [markdown]
+# ## Three implementations of one sum
+#
+# The same formula three ways: a loop over samples as in the exercise (too slow for more than a demonstration),
+# PyTorch's `grid_sample` level by level (the kit's `reference`), and kernels that compute addresses once and read
+# all channels of a cell together (the kit's operator, [ops/README.md](../ops/README.md)).
+
+# %%
+shapes = [(32, 32), (16, 16), (8, 8)]
+generator = torch.Generator().manual_seed(0)
+value = torch.randn(1, sum(h * w for h, w in shapes), 4, 16, generator=generator)
+locations = torch.rand(1, 300, 4, len(shapes), 4, 2, generator=generator)
+weights = torch.rand(1, 300, 4, len(shapes), 4, generator=generator)
+
+
+def seconds(name: str) -> float:
+    """Median time of ten calls of an implementation."""
+    times = []
+    with ms_deform_attn.backend(name):
+        for _ in range(10):
+            begin = time.perf_counter()
+            ms_deform_attn.ms_deform_attn(value, shapes, locations, weights)
+            times.append(time.perf_counter() - begin)
+    return sorted(times)[5]
+
+
+print(ms_deform_attn.status("cpu"))
+for name in ("reference", "auto"):
+    print(f"{name:10} {1e3 * seconds(name):7.2f} ms")
+
+# %% [markdown]
+# They agree to rounding:
+
+# %%
+with ms_deform_attn.backend("reference"):
+    expected = ms_deform_attn.ms_deform_attn(value, shapes, locations, weights)
+found = ms_deform_attn.ms_deform_attn(value, shapes, locations, weights)
+print(f"largest difference: {(found - expected).abs().max():.1e}")
+
+# %% [markdown]
+# ### Exercise 2.3, to discuss
+#
+# The derivative of the sum with respect to a *location* is made of differences between neighbouring cells. What
+# happens to it when a location crosses the line between two cell centres? What does that mean for a query that
+# starts far from its object?
+#
+# ---
+#
+# **Next**: which tokens become queries, [De-Imbalance](03_de_imbalance.ipynb).

@@ -1,0 +1,95 @@
+"""The course: notebooks made from their sources, executed, and checks that tell right from wrong."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from papermill import execute_notebook
+from small import trained_file
+
+from dimaskdino.course import checks
+from dimaskdino.course.build import notebooks_of, with_solutions, without_solutions
+from dimaskdino.errors import UserError
+
+NOTEBOOKS = Path(__file__).parent.parent.parent / "notebooks"
+SOURCES = sorted((NOTEBOOKS / "source").glob("*.py"))
+EXERCISE = "def f(x):\n    '''Doc.'''\n    # solution\n    y = x\n    return y\n    # end\n\n\nprint(f(1))"
+
+
+def test_the_student_gets_the_exercise_without_its_solution():
+    assert without_solutions(EXERCISE) == "def f(x):\n    '''Doc.'''\n    ...  # your code here\n\n\nprint(f(1))"
+    assert with_solutions(EXERCISE) == "def f(x):\n    '''Doc.'''\n    y = x\n    return y\n\n\nprint(f(1))"
+
+
+@pytest.mark.parametrize("code", ["# solution\nx", "x\n# end", "# solution\n# solution\n# end"])
+def test_marks_that_do_not_pair_are_named(code):
+    with pytest.raises(UserError, match=r"out of place|not followed"):
+        without_solutions(code)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_notebooks_are_what_their_source_makes(source):
+    stored = NOTEBOOKS / f"{source.stem}.ipynb", NOTEBOOKS / "solutions" / f"{source.stem}.ipynb"
+    for path, made in zip(stored, notebooks_of(source), strict=True):
+        found = nbformat.read(path, as_version=4)
+        assert found == made, f"{path.name}: run python -m dimaskdino.course.build"
+        assert len(found.cells) < 40
+    text = "".join(cell.source for cell in nbformat.read(stored[0], as_version=4).cells)
+    assert "# solution" not in text
+    assert 2 <= text.count("### Exercise") <= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solved", [False, True], ids=["student", "solutions"])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_chapters_run(source, solved, shapes_data, tmp_path):
+    notebook = NOTEBOOKS / ("solutions" if solved else "") / f"{source.stem}.ipynb"
+    model = trained_file(tmp_path / "model.safetensors", shapes_data)
+    done = execute_notebook(
+        str(notebook),
+        str(tmp_path / "out.ipynb"),
+        {"model": str(model), "images": 2},
+        cwd=NOTEBOOKS,
+        progress_bar=False,
+    )
+    printed = "".join(o.get("text", "") for c in done.cells for o in c.get("outputs", []) if o.output_type == "stream")
+    verdicts = "✓" if solved else "○"
+    assert printed.count(verdicts) == sum("checks.check_" in cell.source for cell in done.cells)
+    assert "✗" not in printed
+
+
+WRONG = {
+    checks.check_imbalance: lambda box, mask: box - mask,
+    checks.check_box_iou: lambda a, b: torch.tensor(1.0),
+    checks.check_mask_iou: lambda a, b: (a & b).sum() / a.sum(),
+    checks.check_bilinear: lambda values, x, y: float(values[int(y * len(values)), int(x * len(values[0]))]),
+    checks.check_samples: lambda q, heads, levels, points: q * heads * levels * points,
+    checks.check_select: lambda logits, k: logits.sum(-1).topk(k).indices,
+    checks.check_mask_to_box: lambda mask: torch.zeros(4),
+    checks.check_recall: lambda owners, objects: len(owners) / objects,
+}
+
+
+@pytest.mark.parametrize("check", WRONG, ids=lambda c: c.__name__)
+def test_checks_explain_what_is_wrong(check, capsys):
+    assert not check(WRONG[check])
+    printed = capsys.readouterr().out
+    assert printed.startswith("✗")
+    assert "Hint: " in printed
+    assert "expected" in printed
+
+
+@pytest.mark.parametrize("check", WRONG, ids=lambda c: c.__name__)
+def test_checks_take_whatever_a_student_writes(check, capsys):
+    def stops(*arguments):
+        raise KeyError("oh")
+
+    assert not check(lambda *arguments: None)
+    assert not check(lambda *arguments: ...)
+    assert not check(stops)
+    assert not check(lambda *arguments: "text")
+    printed = capsys.readouterr().out
+    assert printed.count("returns nothing yet") == 2
+    assert "stopped with KeyError: 'oh'" in printed
+    assert "got str" in printed
