@@ -24,7 +24,10 @@ def table(record: dict) -> str:
         w, ms = row["workload"], row["milliseconds"]
         best = min(value for name, value in ms.items() if name != base)
         cells = [f"{w['queries']}, {w['locations']}", str(w["batch"]), w["dtype"], row["direction"]]
-        cells += [f"{value:.3g}" for value in ms.values()] + [f"{ms[base] / best:.1f}×", f"{row['floor_ms']:.2g}"]
+        cells += [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in ms.values()] + [
+            f"{ms[base] / best:.1f}×",
+            f"{row['floor_ms']:.2g}",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

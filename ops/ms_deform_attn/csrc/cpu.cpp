@@ -193,7 +193,7 @@ struct Samples {
   Index<T> start;                    // first token of each sample's level
   Vec<T> left, right, top, bottom;   // linear weights along each axis, 0 outside the level
   Index<T> has_left, has_right, has_top, has_bottom;
-  Vec<T> weight[4];                  // their products: the corners in reading order
+  Vec<T> weight[4];  // of the corners in reading order: their products, and the attention weight
   Index<T> token[4];
   Index<T> inside;  // 0: nothing to read, being too far out or not a number
 
@@ -205,7 +205,7 @@ struct Samples {
 
   // A corner outside its level gets weight 0 and the address of the sample's corner inside it, which is read
   // anyway: no branch, and no value that the sample does not touch can leak in as 0 * NaN.
-  void locate(Vec<T> x, Vec<T> y) {
+  void locate(Vec<T> x, Vec<T> y, Vec<T> attention) {
     const Vec<T> zero = {}, one = zero + T(1);
     x = x * width - T(0.5);
     y = y * height - T(0.5);
@@ -225,10 +225,10 @@ struct Samples {
     right = has_right ? x - fx : zero;
     top = has_top ? fy + one - y : zero;
     bottom = has_bottom ? y - fy : zero;
-    weight[0] = top * left;
-    weight[1] = top * right;
-    weight[2] = bottom * left;
-    weight[3] = bottom * right;
+    weight[0] = top * left * attention;
+    weight[1] = top * right * attention;
+    weight[2] = bottom * left * attention;
+    weight[3] = bottom * right * attention;
     const Index<T> x0 = __builtin_convertvector(has_left ? fx : zero, Index<T>);
     const Index<T> x1 = __builtin_convertvector(has_right ? fx + one : fx, Index<T>);
     const Index<T> y0 = __builtin_convertvector(has_top ? fy : zero, Index<T>);
@@ -252,21 +252,23 @@ struct Samples {
   }
 };
 
-// Computes the samples whose locations start at `location`, n of them, into n / LANES (rounded up) of `at`.
+// Computes n samples from their locations and attention weights into n / LANES (rounded up) of `at`.
 template <typename T>
-inline void locate(const T* location, int64_t n, Samples<T>* at) {
+inline void locate(const T* location, const T* attention, int64_t n, Samples<T>* at) {
   constexpr int64_t L = LANES<T>;
   for (int64_t i = 0; i < n; i += L, ++at) {
-    T padded[2 * L];
-    const T* from = location + 2 * i;
+    T padded[3 * L];
+    const T *from = location + 2 * i, *weights = attention + i;
     if (i + L > n) {
-      std::fill(padded, padded + 2 * L, T(-2));
+      std::fill(padded, padded + 3 * L, T(-2));
       std::copy(from, location + 2 * n, padded);
+      std::copy(weights, attention + n, padded + 2 * L);
       from = padded;
+      weights = padded + 2 * L;
     }
     Vec<T> x, y;
     separate(load(from), load(from + L), x, y);
-    at->locate(x, y);
+    at->locate(x, y, load(weights));
   }
 }
 
@@ -287,7 +289,7 @@ at::Tensor empty_huge(at::IntArrayRef sizes, const at::TensorOptions& options) {
 
 // NV vectors of channels of one (query, head). One accumulator a corner: a single one would wait for itself.
 template <int NV, typename scalar_t, typename acc_t>
-inline void gather(const Samples<acc_t>* samples, const acc_t* attention, int64_t n, const scalar_t* value, int64_t stride,
+inline void gather(const Samples<acc_t>* samples, int64_t n, const scalar_t* value, int64_t stride,
                    scalar_t* output) {
   Vec<acc_t> acc[4][NV] = {};
   for (int64_t i = 0; i < n; ++i) {
@@ -295,7 +297,7 @@ inline void gather(const Samples<acc_t>* samples, const acc_t* attention, int64_
     const int lane = i % LANES<acc_t>;
     if (!at.inside[lane]) continue;
     for (int k = 0; k < 4; ++k) {
-      const acc_t w = at.weight[k][lane] * attention[i];
+      const acc_t w = at.weight[k][lane];
       const scalar_t* cell = value + at.token[k][lane] * stride;
       for (int v = 0; v < NV; ++v) acc[k][v] += w * load(cell + v * LANES<acc_t>);
     }
@@ -305,7 +307,7 @@ inline void gather(const Samples<acc_t>* samples, const acc_t* attention, int64_
 
 // The channels that do not fill a vector.
 template <typename scalar_t, typename acc_t>
-inline void gather_rest(const Samples<acc_t>* samples, const acc_t* attention, int64_t n, const scalar_t* value,
+inline void gather_rest(const Samples<acc_t>* samples, int64_t n, const scalar_t* value,
                         int64_t stride, scalar_t* output, int64_t channels) {
   acc_t acc[LANES<acc_t>] = {};
   for (int64_t i = 0; i < n; ++i) {
@@ -313,7 +315,7 @@ inline void gather_rest(const Samples<acc_t>* samples, const acc_t* attention, i
     const int lane = i % LANES<acc_t>;
     if (!at.inside[lane]) continue;
     for (int k = 0; k < 4; ++k) {
-      const acc_t w = at.weight[k][lane] * attention[i];
+      const acc_t w = at.weight[k][lane];
       const scalar_t* cell = value + at.token[k][lane] * stride;
       for (int64_t d = 0; d < channels; ++d) acc[d] += w * static_cast<acc_t>(cell[d]);
     }
@@ -334,14 +336,13 @@ void forward_kernel(const Sizes& s, const std::vector<Level>& levels, const scal
       const int64_t b = task / s.Q, bq = b * s.Q + order[task % s.Q];
       for (int64_t head = 0; head < s.heads; ++head) {
         const int64_t bqh = bq * s.heads + head;
-        const acc_t* weights = attention + bqh * samples;
         const scalar_t* channels = value + b * s.N * row + head * s.D;
         scalar_t* out = output + bqh * s.D;
-        locate(location + bqh * samples * 2, samples, at.data());
+        locate(location + bqh * samples * 2, attention + bqh * samples, samples, at.data());
         int64_t d = 0;
-        for (; d + 2 * L <= s.D; d += 2 * L) gather<2>(at.data(), weights, samples, channels + d, row, out + d);
-        for (; d + L <= s.D; d += L) gather<1>(at.data(), weights, samples, channels + d, row, out + d);
-        if (d < s.D) gather_rest(at.data(), weights, samples, channels + d, row, out + d, s.D - d);
+        for (; d + 2 * L <= s.D; d += 2 * L) gather<2>(at.data(), samples, channels + d, row, out + d);
+        for (; d + L <= s.D; d += L) gather<1>(at.data(), samples, channels + d, row, out + d);
+        if (d < s.D) gather_rest(at.data(), samples, channels + d, row, out + d, s.D - d);
       }
     }
   });
@@ -368,8 +369,8 @@ at::Tensor forward(const at::Tensor& value, at::IntArrayRef shapes, const at::Te
 // The samples of one query in one level: their value gradients are added to the cells, and the products of the cells
 // with the gradient of the output are kept for the gradients of locations and weights.
 template <int NV, bool VALUE, bool DOTS, typename scalar_t, typename acc_t>
-inline void scatter(const Samples<acc_t>* samples, Vec<acc_t> (*dots)[4], const acc_t* attention, int64_t begin,
-                    int64_t end, const scalar_t* grad_output, const scalar_t* value, acc_t* grad_value,
+inline void scatter(const Samples<acc_t>* samples, Vec<acc_t> (*dots)[4], int64_t begin, int64_t end,
+                    const scalar_t* grad_output, const scalar_t* value, acc_t* grad_value,
                     int64_t stride) {
   constexpr int L = LANES<acc_t>;
   Vec<acc_t> grad[NV];
@@ -382,7 +383,7 @@ inline void scatter(const Samples<acc_t>* samples, Vec<acc_t> (*dots)[4], const 
     acc_t w[4];
     for (int k = 0; k < 4; ++k) {
       cell[k] = at.token[k][lane] * stride;
-      w[k] = at.weight[k][lane] * attention[i];
+      w[k] = at.weight[k][lane];
     }
     // all that is read first, then all that is written: the compiler cannot know that they do not overlap
     if (DOTS) {
@@ -406,8 +407,8 @@ inline void scatter(const Samples<acc_t>* samples, Vec<acc_t> (*dots)[4], const 
 
 // The channels that do not fill a vector.
 template <bool VALUE, bool DOTS, typename scalar_t, typename acc_t>
-inline void scatter_rest(const Samples<acc_t>* samples, Vec<acc_t> (*dots)[4], const acc_t* attention, int64_t begin,
-                         int64_t end, const scalar_t* grad_output, const scalar_t* value, acc_t* grad_value,
+inline void scatter_rest(const Samples<acc_t>* samples, Vec<acc_t> (*dots)[4], int64_t begin, int64_t end,
+                         const scalar_t* grad_output, const scalar_t* value, acc_t* grad_value,
                          int64_t stride, int64_t channels) {
   constexpr int L = LANES<acc_t>;
   for (int64_t i = begin; i < end; ++i) {
@@ -415,7 +416,7 @@ inline void scatter_rest(const Samples<acc_t>* samples, Vec<acc_t> (*dots)[4], c
     const int lane = i % L;
     if (!at.inside[lane]) continue;
     for (int k = 0; k < 4; ++k) {
-      const acc_t w = at.weight[k][lane] * attention[i];
+      const acc_t w = at.weight[k][lane];
       const int64_t cell = at.token[k][lane] * stride;
       acc_t dot = 0;
       for (int64_t d = 0; d < channels; ++d) {
@@ -459,12 +460,12 @@ void backward_kernel(const Sizes& s, const std::vector<Level>& levels, const sca
           std::copy_n(location + 2 * first_sample(j), 2 * s.points, locations.data() + 2 * j * s.points);
           std::copy_n(attention + first_sample(j), s.points, weights.data() + j * s.points);
         }
-        locate(locations.data(), queries * s.points, at.data());
+        locate(locations.data(), weights.data(), queries * s.points, at.data());
         std::fill(dot_storage.begin(), dot_storage.end(), std::array<Vec<acc_t>, 4>{});
         for (int64_t j = 0; j < queries; ++j) {
           const scalar_t* grad = grad_output + bqh(j) * s.D;
           const auto some = [&](auto scatter, int64_t d) {
-            scatter(at.data(), dots, weights.data(), j * s.points, (j + 1) * s.points, grad + d, cells + d,
+            scatter(at.data(), dots, j * s.points, (j + 1) * s.points, grad + d, cells + d,
                     grad_cells + d, row);
           };
           int64_t d = 0;
