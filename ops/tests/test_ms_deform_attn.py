@@ -5,15 +5,11 @@ import os
 import subprocess
 import sys
 
+import ms_deform_attn
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the Triton kernels are imported, which the package does lazily
-
-import ms_deform_attn
 from ms_deform_attn import backend, flops, install_drop_in
 from ms_deform_attn.benchmark import Workload, _errors, _implementations, measure
 from ms_deform_attn.build import compiler
@@ -23,7 +19,7 @@ SHAPES = [(5, 7), (3, 4), (1, 1)]
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu", "cuda": "cuda"}
 
 
-def marked(name, **needs):
+def marked(name):
     """A backend that is skipped where it cannot run, with the reason."""
     runs = available(name) and (DEVICES[name] == "cpu" or torch.cuda.is_available())
     return pytest.param(name, marks=pytest.mark.skipif(not runs, reason=f"no {name} kernels or no device for them"))
