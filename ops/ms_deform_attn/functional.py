@@ -114,7 +114,8 @@ def set_backend(name: Backend) -> None:
     global _backend
     if name not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, not {name!r}")
-    _loaded.cache_clear()  # the kernels may have been built since
+    if name == "auto" or _missing(name):
+        _loaded.cache_clear()  # the kernels may have been built since
     if problem := _missing(name):
         raise RuntimeError(problem)
     _backend = name
@@ -123,12 +124,13 @@ def set_backend(name: Backend) -> None:
 @contextmanager
 def backend(name: Backend) -> Iterator[None]:
     """`set_backend` for the duration of a `with` block."""
+    global _backend
     before = _backend
     set_backend(name)
     try:
         yield
     finally:
-        set_backend(before)
+        _backend = before  # it was available; looking again for kernels would cost more than a small call
 
 
 @torch.compiler.assume_constant_result

@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -22,6 +23,14 @@
 #endif
 #ifdef __linux__
 #include <sys/mman.h>
+#endif
+
+// parallel_for calls its function in one place for one thread and in another for several. Inlined into both it would be
+// compiled twice, with sums and products fused differently, and the results would depend on the number of threads.
+#ifdef __clang__
+#define ONE_COPY __attribute__((noinline))
+#else
+#define ONE_COPY __attribute__((noinline, noclone))
 #endif
 
 namespace {
@@ -138,6 +147,10 @@ struct Sizes {
 };
 
 Sizes sizes_of(const at::Tensor& value, const at::Tensor& location) {
+  // tokens and queries are numbered in 32 bits
+  for (const int64_t n : {value.size(1), location.size(1)})
+    TORCH_CHECK(n <= std::numeric_limits<int32_t>::max(), "ms_deform_attn: too large for the CPU kernels: ", n,
+                " tokens or queries");
   return {value.size(0),    value.size(1),    value.size(2),   value.size(3),
           location.size(1), location.size(3), location.size(4)};
 }
@@ -329,7 +342,7 @@ void forward_kernel(const Sizes& s, const std::vector<Level>& levels, const scal
   constexpr int64_t L = LANES<acc_t>;
   const int64_t row = s.heads * s.D, samples = s.levels * s.points;
   const auto order = visiting_order(s, levels);
-  at::parallel_for(0, s.B * s.Q, 16, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, s.B * s.Q, 16, [&](int64_t begin, int64_t end) ONE_COPY {
     std::vector<Samples<acc_t>> at((samples + L - 1) / L);
     for (int64_t i = 0; i < samples; ++i) at[i / L].set_level(i % L, levels[i / s.points]);
     for (int64_t task = begin; task < end; ++task) {
@@ -441,7 +454,7 @@ void backward_kernel(const Sizes& s, const std::vector<Level>& levels, const sca
   // Queries are taken in blocks, so that the samples of one level fill the lanes that compute them.
   const int64_t block = std::max<int64_t>(1, 64 / std::max<int64_t>(1, s.points));
   const int64_t vectors = (block * s.points + L - 1) / L;
-  at::parallel_for(0, s.B * s.heads * s.levels, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, s.B * s.heads * s.levels, 1, [&](int64_t begin, int64_t end) ONE_COPY {
     std::vector<Samples<acc_t>> at(vectors);
     std::vector<std::array<Vec<acc_t>, 4>> dot_storage(vectors);
     const auto dots = reinterpret_cast<Vec<acc_t>(*)[4]>(dot_storage.data());
