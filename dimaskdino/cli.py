@@ -1,4 +1,4 @@
-"""The command line: `dimaskdino train|evaluate|predict|run|status|data|config`."""
+"""The command line: `dimaskdino train|evaluate|predict|run|status|export|data|config`."""
 
 import json
 import os
@@ -180,6 +180,22 @@ def status(run: Positional[Path]) -> int:
     return 1 if found["state"] == "failed" else 0
 
 
+def export(run: Positional[Path], target: Positional[Path]) -> int:
+    """Make a finished run small enough to share: weights in half precision, and its records.
+
+    Args:
+        run: Run folder.
+        target: Folder to make; it is a run folder itself, for evaluate, predict and the notebooks.
+    """
+    from dimaskdino.runs.folder import RunFolder
+    from dimaskdino.training.export import export as write
+
+    made = RunFolder(target)
+    write(RunFolder(run), made)
+    print(f"written: {target}, {made.model.stat().st_size / 1e6:.1f} MB; next: dimaskdino evaluate {target}")
+    return 0
+
+
 def data_shapes(root: Positional[Path], train: int = 4000, val: int = 200, size: int = 128, seed: int = 0) -> int:
     """Generate the built-in shapes data in COCO format.
 
@@ -251,7 +267,7 @@ def data_check(root: Positional[Path], split: Positional[str]) -> int:
 
 
 app = SubcommandApp()
-for function in (train, evaluate, predict, run, status):
+for function in (train, evaluate, predict, run, status, export):
     app.command(function)
 _data = SubcommandApp()
 _data.command(data_shapes, name="shapes")

@@ -1,59 +1,85 @@
 """Checks of the exercises: each runs a student's function, says what is right and explains what is not.
 
-They print and return whether all is right; they raise nothing, so that a notebook runs on.
+They print, and return whether all is right; they raise nothing, so that a notebook runs on.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from ms_deform_attn import ms_deform_attn_reference
 from torch import Tensor
-from torchvision.ops import box_iou
+from torch.nn import functional
+from torchvision.ops import box_iou, generalized_box_iou
 
 from dimaskdino.evaluation.objects import mask_iou
 from dimaskdino.modeling.de_imbalance import mask_guided_boxes
 from dimaskdino.modeling.records import Stage
 
 
-def _run(function: Callable[..., Any], cases: Sequence[tuple], expected: Callable[..., Any], hint: str) -> bool:
+@dataclass(frozen=True)
+class Verdict:
+    """True or false. Notebooks show nothing of it: what there is to say has been printed."""
+
+    right: bool
+
+    def __bool__(self) -> bool:
+        return self.right
+
+    def _ipython_display_(self) -> None:
+        pass
+
+
+def _run(function: Callable[..., Any], cases: Sequence[tuple], expected: Callable[..., Any], hint: str) -> Verdict:
     """Compare a student's function with the package's on some inputs; print the verdict."""
     name = getattr(function, "__name__", "your function")
     for case in cases:
         shown = ", ".join(_short(argument) for argument in case)
         try:
-            found = function(*(x.clone() if isinstance(x, Tensor) else x for x in case))
+            found = function(*copy.deepcopy(case))
         except Exception as error:  # whatever a student's code may do
             print(f"✗ {name}({shown}) stopped with {type(error).__name__}: {error}\n  Hint: {hint}")
-            return False
+            return Verdict(False)
         if found is None or found is ...:
             print(f"○ {name} returns nothing yet. Write its body, then run this cell again.\n  Hint: {hint}")
-            return False
+            return Verdict(False)
         problem = _difference(found, expected(*case))
         if problem:
             print(f"✗ {name}({shown}): {problem}\n  Hint: {hint}")
-            return False
+            return Verdict(False)
     print(f"✓ {name} agrees with the package on {len(cases)} cases.")
-    return True
+    return Verdict(True)
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, Tensor) and value.numel() > 8:
-        return f"tensor of shape {tuple(value.shape)}"
-    return str(value.tolist()) if isinstance(value, Tensor) else repr(value)
+    if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) > 8:
+        return f"{'tensor' if isinstance(value, Tensor) else 'array'} of shape {tuple(value.shape)}"
+    return str(value.tolist()) if isinstance(value, Tensor | np.ndarray) else repr(value)
 
 
 def _difference(found: Any, expected: Any) -> str | None:
     """What is wrong with a result, in words; None if nothing is."""
+    if isinstance(expected, tuple):
+        if not isinstance(found, tuple | list) or len(found) != len(expected):
+            return f"expected {len(expected)} results, got {_short(found)}"
+        problems = (_difference(*pair) for pair in zip(found, expected, strict=True))
+        return next((f"result {i + 1}: {problem}" for i, problem in enumerate(problems) if problem), None)
     if isinstance(expected, Tensor):
-        if not isinstance(found, Tensor):
-            return f"expected a tensor of shape {tuple(expected.shape)}, got {type(found).__name__}"
+        if not isinstance(found, Tensor | np.ndarray | list):
+            return f"expected values of shape {tuple(expected.shape)}, got {type(found).__name__}"
+        try:
+            found, expected = torch.as_tensor(np.asarray(found)).double(), expected.double()
+        except (TypeError, ValueError, RuntimeError):
+            return f"expected numbers of shape {tuple(expected.shape)}, got {_short(found)}"
         if found.shape != expected.shape:
             return f"expected the shape {tuple(expected.shape)}, got {tuple(found.shape)}"
-        if torch.allclose(found.to(expected.dtype), expected, rtol=1e-4, atol=1e-5):
+        if torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
             return None
-        worst = (found.to(expected.dtype) - expected).abs().nan_to_num(torch.inf)
+        worst = (found - expected).abs().nan_to_num(torch.inf)
         place = tuple(int(i) for i in torch.unravel_index(worst.argmax(), worst.shape))
         return f"at {list(place)} expected {expected[place].item():.5g}, got {found[place].item():.5g}"
     try:
@@ -67,13 +93,13 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def check_imbalance(function: Callable[[float, float], float]) -> bool:
+def check_imbalance(function: Callable[[float, float], float]) -> Verdict:
     """Chapter 1: how far detection lags behind segmentation, in points of AP."""
     cases = [(31.0, 35.5), (40.0, 38.0), (0.0, 0.0)]
     return _run(function, cases, lambda box, mask: mask - box, "positive where the mask AP is higher")
 
 
-def check_box_iou(function: Callable[[Tensor, Tensor], Tensor]) -> bool:
+def check_box_iou(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
     """Chapter 1: intersection over union of two boxes, xyxy, as a number."""
     boxes = [[0, 0, 2, 2], [1, 1, 3, 3], [5, 5, 6, 6], [0, 0, 2, 1]]
     pairs = [(torch.tensor(boxes[0]).float(), torch.tensor(other).float()) for other in boxes]
@@ -86,14 +112,14 @@ def check_box_iou(function: Callable[[Tensor, Tensor], Tensor]) -> bool:
     )
 
 
-def check_mask_iou(function: Callable[[Tensor, Tensor], Tensor]) -> bool:
+def check_mask_iou(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
     """Chapter 1: intersection over union of two masks (h, w) bool, as a number."""
     cases = [(_random(6, 7, seed=i) > 0.5, _random(6, 7, seed=i + 10) > 0.3) for i in range(3)]
     expected = lambda a, b: float(mask_iou(a[None], b[None]))  # noqa: E731
     return _run(function, cases, expected, "pixels in both, divided by pixels in at least one")
 
 
-def check_bilinear(function: Callable[[Tensor, float, float], Tensor]) -> bool:
+def check_bilinear(function: Callable[[Tensor, float, float], Tensor]) -> Verdict:
     """Chapter 2: the value of a map (h, w) at (x, y), given in parts of its width and height, zero outside."""
     grid = _random(4, 5)
     cases = [(grid, x, y) for x, y in ((0.5, 0.5), (0.3, 0.62), (0.1, 0.875), (0.02, 0.5), (0.99, 0.99))]
@@ -112,21 +138,21 @@ def check_bilinear(function: Callable[[Tensor, float, float], Tensor]) -> bool:
     )
 
 
-def check_samples(function: Callable[[int, int, int, int], int]) -> bool:
+def check_samples(function: Callable[[int, int, int, int], int]) -> Verdict:
     """Chapter 2: cells that one layer reads for Q queries."""
     cases = [(300, 8, 4, 4), (22223, 8, 4, 4), (40, 4, 3, 2)]
     hint = "each sample reads its four neighbours, whatever the size of the image"
     return _run(function, cases, lambda q, heads, levels, points: q * heads * levels * points * 4, hint)
 
 
-def check_select(function: Callable[[Tensor, int], Tensor]) -> bool:
+def check_select(function: Callable[[Tensor, int], Tensor]) -> Verdict:
     """Chapter 3: indices (k,) of the tokens whose best class scores highest, from class logits (N, K)."""
     cases = [(_random(9, 3, seed=i), k) for i, k in enumerate((1, 4, 9))]
     hint = "first the highest logit of each token, then the k highest of those, best first"
     return _run(function, cases, lambda logits, k: logits.amax(-1).topk(k).indices, hint)
 
 
-def check_mask_to_box(function: Callable[[Tensor], Tensor]) -> bool:
+def check_mask_to_box(function: Callable[[Tensor], Tensor]) -> Verdict:
     """Chapter 3: the box (cx, cy, w, h) around a mask (h, w) bool, in parts of the map's size."""
     masks = []
     for top, left, height, width in ((1, 2, 3, 4), (0, 0, 8, 8), (5, 1, 1, 1)):
@@ -143,8 +169,117 @@ def check_mask_to_box(function: Callable[[Tensor], Tensor]) -> bool:
     return _run(function, masks, expected, hint)
 
 
-def check_recall(function: Callable[[Tensor, int], float]) -> bool:
+def check_recall(function: Callable[[Tensor, int], float]) -> Verdict:
     """Chapter 3: part of the objects that own at least one token, from the owners (k,) and the number of objects."""
     cases = [(torch.tensor([0, 0, -1, 2]), 3), (torch.tensor([-1, -1]), 2), (torch.tensor([1, 0, 1]), 2)]
     hint = "every object counts once, however many tokens it owns, and −1 is no object"
     return _run(function, cases, lambda owners, objects: float(len(owners[owners >= 0].unique())) / objects, hint)
+
+
+def check_cross_attention(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verdict:
+    """Chapter 4: what N queries (N, C) read from G keys and values (G, C), with one head."""
+    cases = [
+        tuple(_random(n, 4, seed=seed) * 6 - 3 for seed, n in enumerate(sizes)) for sizes in ((3, 5, 5), (6, 1, 1))
+    ]
+    hint = "the products of queries and keys, divided by √C, become weights by a softmax over the keys"
+    return _run(function, cases, functional.scaled_dot_product_attention, hint)
+
+
+def check_mask_probability(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
+    """Chapter 4: a mask (h, w) from a query's embedding (C,) and mask features (C, h, w)."""
+    cases = [(_random(4, seed=i) * 4 - 2, _random(4, 3, 5, seed=i + 9)) for i in range(2)]
+
+    def expected(embedding: Tensor, features: Tensor) -> Tensor:
+        stage = Stage("check", torch.zeros(1, 1, 1), torch.zeros(1, 1, 4), embedding[None, None], features[None])
+        return stage.mask_logits()[0, 0].sigmoid()
+
+    return _run(function, cases, expected, "one number a pixel: the products over the channels, summed; then σ")
+
+
+def check_own_share(function: Callable[[Tensor, Tensor, Tensor], float]) -> Verdict:
+    """Chapter 4: part of their attention that objects' tokens give to guiding tokens of their own object."""
+    owners = [
+        (torch.tensor([0, 1, -1]), torch.tensor([0, 0, 1, -1])),
+        (torch.tensor([-1, 2, 2]), torch.tensor([2, 2, 2, 2])),
+    ]
+    cases = [(_random(3, 4, seed=i).softmax(1), *pair) for i, pair in enumerate(owners)]
+
+    def expected(attention: Tensor, tokens: Tensor, guides: Tensor) -> float:
+        own = (tokens[:, None] == guides).float()
+        return float((attention * own).sum(1)[tokens >= 0].mean())
+
+    hint = "leave out the tokens whose owner is −1; for each other one add up its attention where the owners agree"
+    return _run(function, cases, expected, hint)
+
+
+def check_cheapest(function: Callable[[Tensor], tuple[Tensor, bool]]) -> Verdict:
+    """Chapter 5: the cheapest query of each object (M,) from costs (Q, M), and whether two objects share one."""
+    shared = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    cases = [(_random(6, 3, seed=1),), (shared,), (_random(4, 1, seed=2),)]
+
+    def expected(cost: Tensor) -> tuple[Tensor, bool]:
+        queries = cost.min(0).indices
+        return queries, len(set(queries.tolist())) < len(queries)
+
+    return _run(
+        function, cases, expected, "look down each column for its least cost; return the pair (queries, shared)"
+    )
+
+
+def check_giou(function: Callable[[Tensor, Tensor], float]) -> Verdict:
+    """Chapter 5: generalised IoU of two boxes, xyxy, as a number."""
+    boxes = [[0, 0, 2, 2], [1, 1, 3, 3], [5, 5, 6, 6], [0, 0, 2, 1]]
+    pairs = [(torch.tensor(boxes[0]).float(), torch.tensor(other).float()) for other in boxes]
+    hint = "the hull runs from the smaller of the two left ends to the larger of the two right ends"
+    return _run(function, pairs, lambda a, b: float(generalized_box_iou(a[None], b[None])), hint)
+
+
+def check_dice_loss(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
+    """Chapter 5: dice loss of one mask from probabilities and true values (P,)."""
+    cases = [(_random(7, seed=i), (_random(7, seed=i + 5) > 0.4).float()) for i in range(3)]
+    hint = "the sums run over the points; the ones above and below keep empty masks from dividing by zero"
+    return _run(function, cases, lambda p, t: float(1 - (2 * p @ t + 1) / (p.sum() + t.sum() + 1)), hint)
+
+
+def check_right_ones(function: Callable[[Tensor, float], Sequence[bool]]) -> Verdict:
+    """Chapter 6: which detections are true positives, from IoUs (D, M) in the order of their scores."""
+    iou = torch.tensor([[0.9, 0.2], [0.8, 0.6], [0.7, 0.55], [0.1, 0.0]])
+    cases = [(iou, 0.5), (iou, 0.75), (iou[:, :1], 0.5), (_random(5, 3, seed=4), 0.5)]
+
+    def expected(overlaps: Tensor, threshold: float) -> Tensor:
+        left, right = overlaps.clone(), []
+        for i in range(len(left)):
+            best = left[i].argmax()
+            right.append(bool(left[i, best] >= threshold))
+            if right[-1]:
+                left[:, best] = -1
+        return torch.tensor(right)
+
+    hint = "go down the detections and remember which objects are claimed; only a right detection claims one"
+    return _run(function, cases, expected, hint)
+
+
+def check_precision_recall(function: Callable[[Sequence[bool], int], tuple]) -> Verdict:
+    """Chapter 6: precision and recall (D,) after each detection."""
+    cases = [([True, False, True, True], 5), ([False, True], 1), ([True], 3)]
+
+    def expected(right: Sequence[bool], objects: int) -> tuple[Tensor, Tensor]:
+        hits = torch.tensor(right).double().cumsum(0)
+        return hits / torch.arange(1, len(right) + 1), hits / objects
+
+    hint = "after n detections with t right ones: t / n and t / objects; np.cumsum counts the right ones"
+    return _run(function, cases, expected, hint)
+
+
+def check_interpolated(function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Verdict:
+    """Chapter 6: precision at 101 recalls from precision and recall after each detection."""
+    hits = np.cumsum([1, 0, 1, 1, 0, 0, 1])
+    cases = [(hits / np.arange(1, 8), hits / objects) for objects in (4, 5, 9)]
+
+    def expected(precision: np.ndarray, recall: np.ndarray) -> Tensor:
+        envelope = np.maximum.accumulate(precision[::-1])[::-1]  # never rising to the right
+        places = np.searchsorted(recall, np.linspace(0, 1, 101), side="left")
+        return torch.from_numpy(np.append(envelope, 0.0)[places])
+
+    hint = "for each recall r the best of precision[recall >= r], 0 if there is none"
+    return _run(function, cases, expected, hint)

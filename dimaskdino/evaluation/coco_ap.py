@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 from hotcoco import COCO, COCOeval
+from jaxtyping import Float
 from pycocotools import mask as coco_mask
 
 from dimaskdino.modeling import Instances
@@ -71,12 +72,7 @@ class DetectionResults:
 
 def average_precision(truth: COCO, detections: list[dict[str, Any]], kind: Kind) -> AveragePrecision:
     """AP of detections against annotations, by hotcoco, which gives pycocotools' numbers much faster."""
-    evaluation = COCOeval(truth, truth.load_res(detections), {"box": "bbox", "mask": "segm"}[kind])
-    evaluation.evaluate()
-    evaluation.accumulate()
-    assert evaluation.eval is not None
-    # (IoU thresholds, recalls, classes, areas: all s m l, detections: 1 10 100), −1 where there is no object
-    precision = evaluation.eval["precision"][..., -1]
+    precision, evaluation = _accumulated(truth, detections, kind)
     thresholds = np.asarray(evaluation.params.iou_thrs)
     names = {category["id"]: str(category.get("name", category["id"])) for category in truth.dataset["categories"]}
     classes = [names[i] for i in evaluation.params.cat_ids]
@@ -89,6 +85,30 @@ def average_precision(truth: COCO, detections: list[dict[str, Any]], kind: Kind)
         APl=_percent(precision[..., 3]),
         per_class={name: _percent(precision[:, :, k, 0]) for k, name in enumerate(classes)},
     )
+
+
+def precision_curves(
+    truth: COCO, detections: list[dict[str, Any]], kind: Kind, threshold: float
+) -> Float[np.ndarray, "K 101"]:
+    """Interpolated precision of every class at the recalls 0, 0.01, … 1, in [0, 1]; −1 for classes without objects.
+
+    Raises:
+        ValueError: the IoU threshold is none of COCO's, 0.50, 0.55, … 0.95.
+    """
+    precision, evaluation = _accumulated(truth, detections, kind)
+    row = np.isclose(np.asarray(evaluation.params.iou_thrs), threshold)
+    if not row.any():
+        raise ValueError(f"COCO's IoU thresholds are 0.50, 0.55, … 0.95, not {threshold}")
+    return precision[row, ..., 0][0].T
+
+
+def _accumulated(truth: COCO, detections: list[dict[str, Any]], kind: Kind) -> tuple[np.ndarray, COCOeval]:
+    """Precision (IoU thresholds, recalls, classes, areas: all s m l), −1 where there is no object."""
+    evaluation = COCOeval(truth, truth.load_res(detections), {"box": "bbox", "mask": "segm"}[kind])
+    evaluation.evaluate()
+    evaluation.accumulate()
+    assert evaluation.eval is not None
+    return evaluation.eval["precision"][..., -1], evaluation  # the last of 1, 10 and 100 detections
 
 
 def _percent(precision: np.ndarray) -> float | None:

@@ -50,6 +50,17 @@ class LayerwiseAP:
     def last(self) -> StageAP:
         return next(reversed(self.stages.values()))
 
+    def first_and_last(self) -> dict[str, dict[str, float | None]]:
+        """Box and mask AP of the first and of the last decoder layer, as in figure 1 of the paper.
+
+        Raises:
+            UserError: the first decoder layer was not evaluated.
+        """
+        if "decoder.1" not in self.stages:
+            raise UserError(f"{self.source}: decoder.1 was not evaluated, only {', '.join(self.stages)}")
+        chosen = {"first": self.stages["decoder.1"], "last": self.last}
+        return {name: {"box": s.box.AP, "mask": s.mask.AP if s.mask else None} for name, s in chosen.items()}
+
     def table(self) -> str:
         """The numbers as text, one line a stage, in percent."""
         header = f"{'stage':<22}{'box AP':>8}{'mask AP':>9}{'mask-box':>10}{'box 50':>8}{'mask 50':>9}"
@@ -117,6 +128,26 @@ def evaluate_layers(
     Raises:
         UserError: an unknown stage, a model for another number of classes than the data, bad data.
     """
+    data = CocoDataset(model.config.data.root, split or model.config.data.val)
+    results = detect_layers(model, device, split, stages)
+    truth = read_truth(data.annotations_file)
+    scored = {
+        name: StageAP(
+            average_precision(truth, found.boxes, "box"),
+            average_precision(truth, found.masks, "mask") if found.has_masks else None,
+        )
+        for name, found in results.items()
+    }
+    return LayerwiseAP(scored, len(data), f"step {model.step}, {data.annotations_file}")
+
+
+def detect_layers(
+    model: TrainedModel,
+    device: torch.device | str = "cpu",
+    split: str | None = None,
+    stages: Sequence[str] | None = None,
+) -> dict[str, DetectionResults]:
+    """The detections of the stages of a model on a split, by stage name; arguments and errors as `evaluate_layers`."""
     settings = model.config
     loader = evaluation_loader(settings, split)
     data: CocoDataset = loader.dataset  # type: ignore[attr-defined]
@@ -140,15 +171,7 @@ def evaluate_layers(
             stage_results = results.setdefault(name, DetectionResults(data.category_ids))
             for image_id, instances in zip(batch.image_ids, found, strict=True):
                 stage_results.add(image_id, instances)
-    truth = read_truth(data.annotations_file)
-    scored = {
-        name: StageAP(
-            average_precision(truth, found.boxes, "box"),
-            average_precision(truth, found.masks, "mask") if found.has_masks else None,
-        )
-        for name, found in results.items()
-    }
-    return LayerwiseAP(scored, len(data), f"step {model.step}, {data.annotations_file}")
+    return results
 
 
 def chosen_stages(predictions: Predictions, names: Sequence[str] | None) -> dict[str, Stage]:

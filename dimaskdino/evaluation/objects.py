@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torchvision.ops import box_iou, masks_to_boxes
+from torchvision.ops import box_convert, box_iou, masks_to_boxes
 
 from dimaskdino.data.coco import Sample
 from dimaskdino.evaluation.predict import Look
@@ -73,11 +73,17 @@ def _best(found: Instances, truth: Sample, threshold: float) -> tuple[Tensor, Te
     return picked[0], picked[1], row.masked_fill(missed, -1)
 
 
-def token_owners(look: Look, tokens: SelectedTokens) -> Tensor:
-    """(k,) the object whose mask each token's centre lies on, −1 for none; the smaller object of two."""
+def token_owners(look: Look, tokens: SelectedTokens | None = None) -> Tensor:
+    """(k,) the object whose mask each token's centre lies on, −1 for none; the smaller object of two.
+
+    Args:
+        look: an image with its objects.
+        tokens: the tokens of a selection, all feature tokens if None.
+    """
     assert look.trace.T_i is not None
     masks = look.sample.masks
-    places = look.pixels(look.trace.T_i.centres()[tokens.indices[0]]).long()
+    centres = look.trace.T_i.centres()
+    places = look.pixels(centres if tokens is None else centres[tokens.indices[0]]).long()
     x, y = places[:, 0].clamp(0, masks.shape[-1] - 1), places[:, 1].clamp(0, masks.shape[-2] - 1)
     inside = masks[:, y, x].bool()
     area = masks.flatten(1).sum(1)
@@ -85,3 +91,18 @@ def token_owners(look: Look, tokens: SelectedTokens) -> Tensor:
     for number in area.argsort(descending=True).tolist():
         owner[inside[number]] = number
     return owner
+
+
+def box_owners(look: Look, boxes: Float[Tensor, "n 4"], threshold: float = 0.5) -> Tensor:
+    """(n,) the object whose box overlaps each box most, −1 if no IoU reaches the threshold.
+
+    Args:
+        look: an image with its objects.
+        boxes: cxcywh in [0, 1] of the padded input, as the stages have them.
+        threshold: least IoU.
+    """
+    if not len(look.sample.labels):
+        return torch.full((len(boxes),), -1)
+    corners = look.pixels(box_convert(boxes, "cxcywh", "xyxy").view(-1, 2, 2)).flatten(1)
+    overlap, owner = box_iou(corners, true_boxes(look.sample)).max(1)
+    return owner.masked_fill(overlap < threshold, -1)

@@ -94,11 +94,25 @@ def _read_pt(path: Path) -> dict[str, Any]:
     return state
 
 
-def save_model(path: Path, detector: Detector, config: Config, classes: list[str], step: int) -> None:
-    """Weights, configuration and class names in one safetensors file."""
+def save_model(
+    path: Path, detector: Detector, config: Config, classes: list[str], step: int, half: bool = False
+) -> None:
+    """Weights, configuration and class names in one safetensors file.
+
+    Args:
+        path: the file.
+        detector: what to write.
+        config: what it was made and trained with.
+        classes: names of the classes.
+        step: how long it was trained.
+        half: matrices and kernels in float16; vectors such as the statistics of batch norm, which may lie outside its
+            range and need little room, stay as they are.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"config": config.model_dump_json(), "classes": json.dumps(classes), "step": str(step)}
     state = {key: value.detach().cpu().contiguous() for key, value in detector.state_dict().items()}
+    if half:
+        state = {key: value.half() if value.ndim > 1 else value for key, value in state.items()}
     _write_whole(path, lambda partial: save_file(state, partial, metadata))
 
 

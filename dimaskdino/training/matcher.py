@@ -56,7 +56,7 @@ def match(stages: Sequence[Stage], targets: Targets, settings: config.Loss) -> l
     Returns:
         Matches of each stage.
     """
-    costs = _costs(stages, targets, settings)
+    costs = matching_costs(stages, targets, settings)
     shapes = [cost.shape for cost in costs]
     flat = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
     flat = np.nan_to_num(flat, nan=1e8, posinf=1e8, neginf=-1e8)
@@ -69,7 +69,8 @@ def match(stages: Sequence[Stage], targets: Targets, settings: config.Loss) -> l
     return matches
 
 
-def _costs(stages: Sequence[Stage], targets: Targets, settings: config.Loss) -> list[Float[Tensor, "B Q M"]]:
+def matching_costs(stages: Sequence[Stage], targets: Targets, settings: config.Loss) -> list[Float[Tensor, "B Q M"]]:
+    """What each stage's query costs as the detection of each object: weighted label, box and, with masks, mask cost."""
     B, M, H, W = targets.masks.shape
     points = torch.rand(B, settings.points, 2, device=targets.masks.device)
     expanded = points[:, None].expand(B, M, -1, -1).flatten(0, 1)

@@ -1,16 +1,29 @@
 """Figures of records and arrays; nothing here trains or runs a model."""
 
-from dimaskdino.viz.curves import first_and_last_layer, layerwise_ap, loss_curves
+from dimaskdino.viz.curves import draw_precision_recall, first_and_last_layer, layerwise_ap, loss_curves
 from dimaskdino.viz.detections import draw_instances, draw_stages
 from dimaskdino.viz.objects import draw_mean_ious, draw_objects
-from dimaskdino.viz.tokens import draw_guidance, draw_interaction, draw_sampling, draw_selection, draw_token_maps
+from dimaskdino.viz.tokens import (
+    draw_guidance,
+    draw_interaction,
+    draw_mask_features,
+    draw_sampling,
+    draw_selection,
+    draw_token_maps,
+)
+from dimaskdino.viz.training import draw_denoising, draw_loss_terms, draw_matching
 
 __all__ = [
+    "draw_denoising",
     "draw_guidance",
     "draw_instances",
     "draw_interaction",
+    "draw_loss_terms",
+    "draw_mask_features",
+    "draw_matching",
     "draw_mean_ious",
     "draw_objects",
+    "draw_precision_recall",
     "draw_sampling",
     "draw_selection",
     "draw_stages",

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from dimaskdino.evaluation.layers import LayerwiseAP
@@ -136,4 +137,27 @@ def first_and_last_layer(models: Mapping[str, Mapping[str, Mapping[str, float]]]
         figure.axes[0].set(ylabel="AP (%)")
         figure.axes[0].legend(loc="upper left")
         figure.suptitle(title)
+    return figure
+
+
+def draw_precision_recall(curves: Mapping[str, Float[np.ndarray, "101"]], title: str) -> Figure:
+    """Precision-recall curves; the area below each, its AP, is in the legend.
+
+    Args:
+        curves: precision at the recalls 0, 0.01, … 1 by the name to show; a name that begins with `box` or `mask` gives
+            the colour, the rest of it the line.
+        title: above the curves.
+    """
+    recall = np.linspace(0, 1, 101)
+    lines: dict[str, str] = {}
+    with style():
+        figure = NotebookFigure(figsize=(7.5, 4.6), layout="constrained")
+        axes = figure.subplots()
+        for name, precision in curves.items():
+            kind, _, rest = name.partition(",")
+            line = lines.setdefault(rest, ("-", "--", ":", "-.")[len(lines) % 4])
+            colour = {"box": BOX, "mask": MASK}.get(kind, GREY)
+            axes.plot(recall, precision, line, color=colour, label=f"{name}: AP {100 * precision.mean():.1f}")
+        axes.set(xlabel="recall", ylabel="precision", title=title, xlim=(0, 1.01), ylim=(0, 1.03))
+        axes.legend(loc="lower left")
     return figure

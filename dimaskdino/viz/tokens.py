@@ -13,7 +13,7 @@ from torchvision.ops import box_convert
 
 from dimaskdino.evaluation.objects import token_owners, true_boxes
 from dimaskdino.evaluation.predict import Look
-from dimaskdino.modeling.records import FeatureLevels, SelectedTokens
+from dimaskdino.modeling.records import SelectedTokens
 from dimaskdino.viz.style import CYCLE, GREY, ORANGE, NotebookFigure, style
 
 _MARKERS = ("o", "s", "^", "D")  # one a level, finest first
@@ -174,21 +174,15 @@ def draw_token_maps(look: Look, stride: int = 8) -> Figure:
     before, after = look.trace.T_i, look.trace.T_bal
     assert before is not None
     assert after is not None
-    a, b = (_level(x, stride) for x in (before, after))  # (h, w, C)
-    both = torch.cat([a.flatten(0, 1), b.flatten(0, 1)])
-    centred = both - both.mean(0)
-    colours = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:3].T
-    low, high = colours.quantile(0.02, dim=0), colours.quantile(0.98, dim=0)
-    colours = ((colours - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
-    maps = [part.view(*a.shape[:2], 3) for part in colours.chunk(2)]
+    a, b = (levels.map(stride)[0].permute(1, 2, 0) for levels in (before, after))  # (h, w, C)
     with style():
         figure = NotebookFigure(figsize=(14.4, 3.9), layout="constrained")
         axes = figure.subplots(1, 4)
         draw_image(look, axes[0], "image")
-        for each, picture, name in zip(axes[1:3], maps, ("T_i", r"T_{bal}"), strict=True):
+        for each, picture, name in zip(axes[1:3], _as_colours(a, b), ("T_i", r"T_{bal}"), strict=True):
             each.imshow(picture)
             each.set_title(f"${name}$ at stride {stride}, as colours")
-        moved = axes[3].imshow((b - a).norm(dim=-1) / a.norm(dim=-1), cmap="cividis", vmin=0)
+        moved = axes[3].imshow((b - a).norm(dim=-1) / a.norm(dim=-1), cmap="cividis")
         axes[3].set_title(r"$|T_{bal} - T_i| \,/\, |T_i|$")
         figure.colorbar(moved, ax=axes[3])
         for each in axes[1:]:
@@ -197,5 +191,47 @@ def draw_token_maps(look: Look, stride: int = 8) -> Figure:
     return figure
 
 
-def _level(levels: FeatureLevels, stride: int) -> Tensor:
-    return levels.map(stride)[0].permute(1, 2, 0)
+def _as_colours(*maps: Tensor) -> list[Tensor]:
+    """Maps (h, w, C) as pictures (h, w, 3): their first three principal components, the same for all of them."""
+    both = torch.cat([x.flatten(0, 1) for x in maps])
+    centred = both - both.mean(0)
+    colours = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:3].T
+    low, high = colours.quantile(0.02, dim=0), colours.quantile(0.98, dim=0)
+    colours = ((colours - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    parts = colours.split([x.shape[0] * x.shape[1] for x in maps])
+    return [part.view(*x.shape[:2], 3) for part, x in zip(parts, maps, strict=True)]
+
+
+def draw_mask_features(look: Look, query: int) -> Figure:
+    """Mask features before and after BATO, and the mask that one query of the last layer finds in each.
+
+    Args:
+        look: an image and what a model with BATO made of it.
+        query: row of the queries.
+    """
+    before, after = look.trace.mask_features, look.trace.mask_features_bal
+    last = look.predictions.last
+    assert before is not None
+    assert after is not None
+    assert last.mask_embedding is not None
+    pictures = _as_colours(*(x[0].permute(1, 2, 0) for x in (before, after)))
+    logits = [torch.einsum("c,chw->hw", last.mask_embedding[0, query], x[0]) for x in (before, after)]
+    far = look.pixels(torch.ones(2)).tolist()
+    box = _boxes(look, last.boxes[0, query][None])[0]
+    names = ("$F$", "$F'$")
+    with style():
+        figure = NotebookFigure(figsize=(17.5, 3.9), layout="constrained")
+        axes = figure.subplots(1, 5)
+        draw_image(look, axes[0], f"query {query} of the last layer")
+        for each, picture, name in zip(axes[1:3], pictures, names, strict=True):
+            each.imshow(picture, extent=(0, far[0], far[1], 0))
+            each.set_title(f"mask features {name}, as colours")
+        for each, logit, name in zip(axes[3:], logits, names, strict=True):
+            shown = each.imshow(logit.sigmoid(), extent=(0, far[0], far[1], 0), cmap="cividis", vmin=0, vmax=1)
+            each.set_title(f"its mask in {name}")
+        figure.colorbar(shown, ax=axes[4], label="probability")
+        for each in axes:
+            each.add_patch(Rectangle(box[:2], *box[2:], fill=False, color=ORANGE, linewidth=1.5))
+            each.set(xlim=(0, look.sample.image.shape[-1]), ylim=(look.sample.image.shape[-2], 0), xticks=[], yticks=[])
+            each.grid(False)
+    return figure

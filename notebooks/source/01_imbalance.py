@@ -13,28 +13,20 @@
 # *Prerequisites*: what a box, a mask and a neural network are. *Time*: 45 minutes.
 
 # %% tags=["parameters"]
-model: str = "runs/demo"  # a trained model: a run folder or a file; `make demo` trains one
+model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
 images: int = 6  # images to look at
 overrides: list = []  # settings that differ from those of the training, such as data.root
 
 # %%
 import json
-import os
 from pathlib import Path
 
-from dimaskdino.course import checks
-from dimaskdino.data.coco import CocoDataset
-from dimaskdino.evaluation.layers import LayerwiseAP, evaluate_layers
+from dimaskdino.course import begin, checks
 from dimaskdino.evaluation.objects import track_objects
-from dimaskdino.evaluation.predict import look_at
-from dimaskdino.runs import project_root
-from dimaskdino.training.checkpoint import load_model
 from dimaskdino.viz import draw_mean_ious, draw_objects, first_and_last_layer, layerwise_ap
 from dimaskdino.viz.explorers import explore_layers
 
-os.chdir(project_root())
-trained = load_model(Path(model), overrides=overrides)
-data = CocoDataset(trained.config.data.root, trained.config.data.val)
+lesson = begin(model, overrides)
 
 # %% [markdown]
 # ## Published: figure 1 of the paper
@@ -60,12 +52,11 @@ first_and_last_layer({names[k]: published[k] for k in names}, "Published, BDD100
 # positive where detection lags.
 
 # %%
-saved = Path(model) / "evaluation" / "layers.json"  # measured before: `dimaskdino evaluate`
-result = LayerwiseAP.load(saved) if saved.exists() else evaluate_layers(trained)
+result = lesson.layerwise_ap()
 print(result.table())
 
 # %%
-layerwise_ap({"this model": result})
+layerwise_ap({"DI-MaskDINO": result})
 
 # %% [markdown]
 # **Read it.** Where is the imbalance largest? Is that before or after De-Imbalance (the token-interaction stages)?
@@ -97,7 +88,7 @@ checks.check_imbalance(imbalance)
 # $$IoU(A, B) = \frac{|A \cap B|}{|A \cup B|}$$
 
 # %%
-looks = [look_at(trained, data[i]) for i in range(min(images, len(data)))]
+looks = lesson.looks(images)
 tracks = [track_objects(look) for look in looks]
 draw_objects(looks[0], tracks[0], "first_selection")
 

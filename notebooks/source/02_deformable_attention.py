@@ -14,32 +14,24 @@
 # *Prerequisites*: attention. *Time*: 45 minutes.
 
 # %% tags=["parameters"]
-model: str = "runs/demo"  # a trained model: a run folder or a file; `make demo` trains one
+model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
 images: int = 4  # images to look at
 overrides: list = []  # settings that differ from those of the training, such as data.root
 
 # %%
 import math
-import os
 import time
-from pathlib import Path
 
 import ms_deform_attn
 import torch
 
-from dimaskdino.course import checks
-from dimaskdino.data.coco import CocoDataset
-from dimaskdino.evaluation.predict import look_at
-from dimaskdino.runs import project_root
-from dimaskdino.training.checkpoint import load_model
+from dimaskdino.course import begin, checks
 from dimaskdino.viz import draw_sampling
 from dimaskdino.viz.explorers import explore_sampling
 
-os.chdir(project_root())
-trained = load_model(Path(model), overrides=overrides)
-data = CocoDataset(trained.config.data.root, trained.config.data.val)
-looks = [look_at(trained, data[i]) for i in range(min(images, len(data)))]
-settings = trained.config.model
+lesson = begin(model, overrides)
+looks = lesson.looks(images)
+settings = lesson.trained.config.model
 
 # %% [markdown]
 # ## Where a query looks

@@ -19,31 +19,23 @@
 # *Prerequisites*: chapters 1 and 2. *Time*: 60 minutes.
 
 # %% tags=["parameters"]
-model: str = "runs/demo"  # a trained DI-MaskDINO: a run folder or a file; `make demo` trains one
+model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
 images: int = 6  # images to look at
 overrides: list = []  # settings that differ from those of the training, such as data.root
 
 # %%
-import os
-from pathlib import Path
 
 import torch
 
-from dimaskdino.course import checks
-from dimaskdino.data.coco import CocoDataset
+from dimaskdino.course import begin, checks
 from dimaskdino.evaluation.objects import token_owners, track_objects
-from dimaskdino.evaluation.predict import look_at
-from dimaskdino.runs import project_root
-from dimaskdino.training.checkpoint import load_model
 from dimaskdino.viz import draw_interaction, draw_mean_ious, draw_selection
 from dimaskdino.viz.explorers import explore_selection
 
-os.chdir(project_root())
-trained = load_model(Path(model), overrides=overrides)
-data = CocoDataset(trained.config.data.root, trained.config.data.val)
-looks = [look_at(trained, data[i]) for i in range(min(images, len(data)))]
+lesson = begin(model, overrides)
+looks = lesson.looks(images)
 trace = looks[0].trace
-k1, k2 = trained.config.model.selection.k[:2]
+k1, k2 = lesson.trained.config.model.selection.k[:2]
 print(f"{trace.T_i.tokens.shape[1]} feature tokens T_i, k1 = {k1}, k2 = {k2}")
 
 # %% [markdown]

@@ -1,0 +1,40 @@
+"""A run small enough to share: weights in half precision, and the records of how they came about."""
+
+import json
+import shutil
+from pathlib import Path
+
+from dimaskdino.errors import UserError
+from dimaskdino.runs.folder import RunFolder
+from dimaskdino.training.checkpoint import load_model, save_model
+
+RECORDS = ("config.yaml", "metrics.jsonl", "status.json")
+
+
+def export(run: RunFolder, target: RunFolder) -> None:
+    """Copy a finished run without its resume points, the weights in half precision.
+
+    Rounding changes results a little, so the evaluation is not copied: evaluate the target. Absolute paths in the
+    recorded command are shortened to names: elsewhere they mean nothing.
+
+    Args:
+        run: a finished run.
+        target: a folder that does not exist.
+
+    Raises:
+        UserError: the run is not finished, or the target exists or cannot be written.
+    """
+    if run.status()["state"] != "finished":
+        raise UserError(f"{run.path} is not a finished run ({run.status().get('reason', 'still running')})")
+    if target.path.exists():
+        raise UserError(f"{target.path} exists already; choose another folder or delete it")
+    trained = load_model(run.path)
+    save_model(target.model, trained.detector, trained.config, trained.classes, trained.step, half=True)
+    try:
+        for name in RECORDS:
+            shutil.copyfile(run.path / name, target.path / name)
+        versions = json.loads((run.path / "versions.json").read_text())
+        versions["command"] = [Path(word).name if Path(word).is_absolute() else word for word in versions["command"]]
+        (target.path / "versions.json").write_text(json.dumps(versions, indent=1))
+    except OSError as error:
+        raise UserError(f"cannot copy the records of {run.path} to {target.path}: {error.strerror}") from None

@@ -1,0 +1,178 @@
+# %% [markdown]
+# # 5 · Training: matching, losses, denoising
+#
+# The model says what it sees as a *set*: 40 queries on the shapes, 300 on COCO, in no order, most of them for no
+# object at all. Before any loss can be computed, somebody has to say which query should have been which object. That
+# is the **matching**. The losses then pull matched queries towards their objects, at **every stage**, and **denoising
+# queries** make the beginning easier.
+#
+# *Prerequisites*: chapters 1 and 3; what a loss and a gradient are. *Time*: 60 minutes.
+
+# %% tags=["parameters"]
+model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
+image: int = 0  # number of a training image
+overrides: list = []  # settings that differ from those of the training, such as data.root
+
+# %%
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from dimaskdino.course import begin, checks
+from dimaskdino.data.loading import collate, training_dataset
+from dimaskdino.modeling import ImageBatch
+from dimaskdino.training.criterion import criterion
+from dimaskdino.training.matcher import match, matching_costs
+from dimaskdino.viz import draw_denoising, draw_loss_terms, draw_matching, loss_curves
+
+lesson = begin(model, overrides)
+settings = lesson.trained.config
+data = training_dataset(settings)
+torch.manual_seed(0)
+sample = data[image % len(data)]  # with its augmentation, which is random
+batch = collate([sample])
+images, targets = ImageBatch.from_images(batch.images), batch.targets
+with torch.no_grad():
+    predictions = lesson.trained.detector(images, targets)
+print(
+    f"{targets.counts[0]} objects; {predictions.last.boxes.shape[1]} queries; stages: {', '.join(predictions.stages)}"
+)
+
+# %% [markdown]
+# ## Matching
+#
+# For every query $q$ and object $o$ a cost says how badly $q$ would do as $o$'s detection:
+#
+# $$C(q, o) = 4\,C_{class} + 5\,C_{mask} + 5\,C_{dice} + 5\,\lVert b_q - b_o\rVert_1 - 2\,GIoU(b_q, b_o)$$
+#
+# (`matching_costs` in `dimaskdino/training/matcher.py`.) The Hungarian algorithm picks one query for each object so
+# that the *total* is least. Dark cells are cheap.
+
+# %%
+stage = predictions.last
+cost = matching_costs([stage], targets, settings.loss)[0][0]  # (Q, M) of this image
+queries, objects = linear_sum_assignment(cost)
+pairs = list(zip(queries.tolist(), objects.tolist(), strict=True))
+draw_matching(sample.image, targets.boxes[0], stage.boxes[0], cost, pairs)
+
+# %% [markdown]
+# Every stage is matched for itself. Do the same queries keep the same objects?
+
+# %%
+decoder = [stage for name, stage in predictions.stages.items() if name.startswith("decoder.")]
+for stage, matches in zip(decoder, match(decoder, targets, settings.loss), strict=True):
+    found = dict(zip(matches.target.tolist(), matches.query.tolist(), strict=True))
+    print(f"{stage.name}: " + ", ".join(f"object {o + 1} ← query {found[o]}" for o in sorted(found)))
+
+# %% [markdown]
+# ### Exercise 5.1
+#
+# Why not simply give every object its cheapest query? Write that: for a cost matrix `(Q, M)` the cheapest query of
+# each object, and whether one query was taken twice.
+
+
+# %%
+def cheapest(cost):
+    """For each object its cheapest query, (M,), and whether two objects share one."""
+    # solution
+    queries = cost.argmin(dim=0)
+    return queries, len(queries.unique()) < len(queries)
+    # end
+
+
+checks.check_cheapest(cheapest)
+
+# %% [markdown]
+# Two objects with one query: one of them would never be learned. And two queries that both find an object well: only
+# one is matched, the other is told to be silent. That is how the model learns not to repeat itself, without the
+# non-maximum suppression of older detectors.
+#
+# ## The losses
+#
+# A matched query is judged by its class (focal loss), its box ($L_1$ and $1 - GIoU$) and its mask (binary
+# cross-entropy and dice, at points, most of them where the mask is unsure); an unmatched one by its class alone. All
+# stages are judged, and the denoising queries too (`stage_losses` in `dimaskdino/training/criterion.py`).
+
+# %%
+losses = criterion(predictions, targets, settings.loss, sum(targets.counts))
+draw_loss_terms({name: float(value) for name, value in losses.terms.items()})
+
+# %% [markdown]
+# **Read it.** Which stage has the largest loss, and which term? The token-interaction stages have no masks, so they
+# have no mask loss: De-Imbalance leaves the masks to the others and works on classes and boxes.
+#
+# ### Exercise 5.2
+#
+# Generalised IoU of two boxes `(x0, y0, x1, y1)`. IoU is 0 for all boxes that do not touch, so it gives no hint of
+# where to go. GIoU subtracts the part of the smallest box around both that neither fills:
+#
+# $$GIoU = IoU - \frac{|hull| - |union|}{|hull|}$$
+
+
+# %%
+def giou(a, b):
+    """Generalised IoU of two boxes (4,), xyxy, from −1 to 1."""
+    # solution
+    width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
+    height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
+    hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+    return width * height / union - (hull - union) / hull
+    # end
+
+
+checks.check_giou(giou)
+
+# %% [markdown]
+# ### Exercise 5.3
+#
+# Dice loss of one mask, from probabilities `p` and true values `t` at the same points:
+#
+# $$1 - \frac{2\sum pt + 1}{\sum p + \sum t + 1}$$
+
+
+# %%
+def dice_loss(p, t):
+    """Dice loss of one mask from values (P,) in [0, 1]."""
+    # solution
+    return 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
+    # end
+
+
+checks.check_dice_loss(dice_loss)
+
+# %% [markdown]
+# ## Denoising
+#
+# At first the matching changes from step to step, and a query is told to be one object now and another later.
+# Denoising queries know from the start which object they are: its class and box with some noise. The decoder learns
+# to undo the noise. They come in groups, every object once in each, and the attention mask keeps groups apart: a
+# query that could see another group's copy would have less to learn, and the matching queries must not see any, since
+# at inference there are none.
+
+# %%
+torch.manual_seed(0)
+denoising = lesson.trained.detector.denoising(targets, matching=predictions.last.boxes.shape[1])
+draw_denoising(sample.image, targets.boxes[0], denoising, targets.labels.shape[1])
+
+# %% [markdown]
+# ## A training, from its records
+#
+# Every run folder has a `metrics.jsonl`. These are the losses of the model that you have been looking at (nothing is
+# drawn if it came without its records).
+
+# %%
+records = lesson.run.read_metrics()
+loss_curves({"DI-MaskDINO": records}) if records else print("no records")
+
+# %% [markdown]
+# The steps down are where the learning rate is lowered (`schedule.drops`). To train one yourself, in about a quarter
+# of an hour on a laptop: `make demo`, or the notebook [runs/train.ipynb](runs/train.ipynb).
+#
+# ### Exercise 5.4, to discuss
+#
+# The loss weights are 5 for $L_1$ and 2 for GIoU. Table 3 of the paper lowers them on purpose, to see how much
+# imbalance a model tolerates. What would you expect of MaskDINO, what of DI-MaskDINO? Chapter 7 has the numbers.
+#
+# ---
+#
+# **Next**: what AP measures, [evaluation](06_evaluation.ipynb).

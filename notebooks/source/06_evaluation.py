@@ -1,0 +1,168 @@
+# %% [markdown]
+# # 6 · Evaluation: what AP measures
+#
+# All chapters speak of AP. This one takes it apart: a detection is right or wrong, right and wrong ones in the order
+# of their scores make a precision-recall curve, the area below it is AP at one IoU threshold, and the mean over ten
+# thresholds and all classes is COCO's **AP**. You build one curve by hand, find the library's number, and then look
+# at all stages.
+#
+# *Prerequisites*: chapter 1 (IoU). *Time*: 60 minutes.
+
+# %% tags=["parameters"]
+model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
+stage: str = "decoder.1"  # the stage whose curve is made by hand
+label: str = "disk"  # the class whose curve is made by hand
+threshold: float = 0.5  # least IoU of a right detection
+overrides: list = []  # settings that differ from those of the training, such as data.root
+
+# %%
+import numpy as np
+import torch
+from torchvision.ops import box_iou
+
+from dimaskdino.course import begin, checks
+from dimaskdino.evaluation.coco_ap import precision_curves, read_truth
+from dimaskdino.evaluation.layers import detect_layers
+from dimaskdino.evaluation.objects import true_boxes
+from dimaskdino.viz import draw_precision_recall, layerwise_ap
+
+lesson = begin(model, overrides)
+found = detect_layers(lesson.trained)
+truth = read_truth(lesson.data.annotations_file)
+number = lesson.data.classes.index(label)
+print(f"{len(found[stage].boxes)} detections of {stage} on {len(lesson.data)} images")
+
+# %% [markdown]
+# ## Right or wrong
+#
+# Within one image and one class, detections are taken best score first. Each claims the object that it overlaps most
+# among those *not yet claimed*; if that IoU reaches the threshold it is right (a **true positive**), if not it is
+# wrong (a **false positive**). A second detection of the same object is wrong, however well it fits.
+#
+# ### Exercise 6.1
+#
+# Given IoUs `(D, M)` of detections, already in the order of their scores, with objects: which detections are right?
+
+
+# %%
+def right_ones(iou, threshold: float):
+    """True or False for each detection, a list of length D."""
+    # solution
+    claimed, right = set(), []
+    for row in iou.tolist():
+        free = [(overlap, number) for number, overlap in enumerate(row) if number not in claimed]
+        overlap, number = max(free, default=(0, -1))
+        right.append(overlap >= threshold)
+        if right[-1]:
+            claimed.add(number)
+    return right
+    # end
+
+
+checks.check_right_ones(right_ones)
+
+# %% [markdown]
+# ## Precision and recall
+#
+# Put the detections of all images in one row, best score first, and go down it. After $n$ detections, $t$ of them
+# right, of $M$ objects in all:
+#
+# $$\text{precision} = t / n \qquad \text{recall} = t / M$$
+#
+# ### Exercise 6.2
+#
+# Precision and recall after each detection.
+
+
+# %%
+def precision_recall(right, objects: int):
+    """Two arrays (D,): precision and recall after 1, 2, … detections."""
+    # solution
+    hits = np.cumsum(right)
+    return hits / np.arange(1, len(right) + 1), hits / objects
+    # end
+
+
+checks.check_precision_recall(precision_recall)
+
+# %% [markdown]
+# ## The area
+#
+# COCO reads the curve at 101 recalls, 0, 0.01, … 1. At each it takes the best precision that is reached at that
+# recall *or a larger one* (so a curve never rises to the right), 0 where the recall is never reached. The mean of the
+# 101 values is AP.
+#
+# ### Exercise 6.3
+#
+# The 101 values.
+
+
+# %%
+def interpolated(precision, recall):
+    """Precision at the recalls 0, 0.01, … 1, an array (101,)."""
+    # solution
+    values = [precision[recall >= r] for r in np.linspace(0, 1, 101)]
+    return np.array([part.max() if len(part) else 0.0 for part in values])
+    # end
+
+
+solved = checks.check_interpolated(interpolated)
+
+# %% [markdown]
+# ## By hand, and by the library
+#
+# Your three functions on real detections, all images, one class, boxes; and the same curve from the library.
+
+# %%
+if solved:
+    category, scores, right, objects = lesson.data.category_ids[number], [], [], 0
+    for i in range(len(lesson.data)):
+        sample = lesson.data[i]
+        boxes = true_boxes(sample)[sample.labels == number] if len(sample.labels) else torch.zeros(0, 4)
+        mine = [d for d in found[stage].boxes if d["image_id"] == sample.image_id and d["category_id"] == category]
+        mine.sort(key=lambda d: -d["score"])
+        corners = torch.tensor([d["bbox"] for d in mine]).view(-1, 4)
+        corners[:, 2:] += corners[:, :2]
+        right += right_ones(box_iou(corners, boxes), threshold) if len(boxes) else [False] * len(mine)
+        scores += [d["score"] for d in mine]
+        objects += len(boxes)
+    order = np.argsort(-np.array(scores), kind="stable")
+    by_hand = interpolated(*precision_recall(np.array(right)[order], objects))
+    print(f"{objects} objects of class {label}; AP at IoU {threshold:g} by hand {100 * by_hand.mean():.2f}")
+
+library = precision_curves(truth, found[stage].boxes, "box", threshold)[number]
+print(f"by the library {100 * library.mean():.2f}")
+
+# %%
+detections = {"box": found[stage].boxes, "mask": found[stage].masks}
+curves = {
+    f"{kind}, IoU ≥ {least:g}": precision_curves(truth, detections[kind], kind, least)[number]
+    for least in (0.5, 0.75, 0.9)
+    for kind in ("box", "mask")
+}
+draw_precision_recall(curves, f"{label}, {stage}")
+
+# %% [markdown]
+# **Read it.** A curve that ends early misses objects; one that sags has wrong detections with high scores. What does
+# a stricter threshold do to boxes, what to masks? That difference *is* the imbalance, seen close up.
+#
+# ## Every stage
+#
+# One pass over the data gives the detections of all stages, and so all their APs.
+
+# %%
+result = lesson.layerwise_ap()
+print(result.table())
+
+# %%
+layerwise_ap({"DI-MaskDINO": result})
+
+# %% [markdown]
+# ### Exercise 6.4, to discuss
+#
+# A detector gives every detection the score 1. What happens to its AP? And is a detector with AP 40 for boxes and 40
+# for masks "balanced", if the masks' AP50 is 70 and the boxes' 60?
+#
+# ---
+#
+# **Next**: which part of the model brings what, [ablations](07_ablations.ipynb).
