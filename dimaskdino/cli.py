@@ -1,4 +1,4 @@
-"""The command line: `dimaskdino train|evaluate|predict|run|status|export|data|config`."""
+"""The command line: `dimaskdino train|evaluate|predict|run|study|status|export|convert|data|config`."""
 
 import json
 import os
@@ -153,6 +153,35 @@ def run(
     return 0
 
 
+def study(
+    file: Positional[Path],
+    folder: Positional[Path],
+    overrides: Positional[Overrides] = (),
+    scale: str = "shapes",
+    seeds: tuple[int, ...] = (0, 1, 2),
+) -> int:
+    """Run the rows of a table of the paper, each with several seeds, and compare them.
+
+    For example: dimaskdino study configs/ablations/table_4.yaml runs/ablations
+
+    Runs that have a result are not run again, so an interrupted study goes on where it was, and studies that share a
+    row share its runs.
+
+    Args:
+        file: YAML file of the study.
+        folder: Folder of the runs.
+        overrides: Settings for every row, after its own.
+        scale: One of the study's scales; shapes takes about ten minutes a run on one core, coco days on eight GPUs.
+        seeds: Seeds of the training.
+    """
+    from dimaskdino.runs.study import load_study, run_study
+
+    chosen = load_study(file)
+    run_study(chosen, scale, seeds, folder, overrides)
+    print(f"{chosen.title}, means of the seeds ± standard deviation\n{chosen.table(chosen.measured(folder))}")
+    return 0
+
+
 def status(run: Positional[Path]) -> int:
     """Tell whether a run is running, finished or failed and why, what it has reached and where its files are.
 
@@ -193,6 +222,40 @@ def export(run: Positional[Path], target: Positional[Path]) -> int:
     made = RunFolder(target)
     write(RunFolder(run), made)
     print(f"written: {target}, {made.model.stat().st_size / 1e6:.1f} MB; next: dimaskdino evaluate {target}")
+    return 0
+
+
+def convert(
+    checkpoint: Positional[Path],
+    output: Positional[Path],
+    overrides: Positional[Overrides] = (),
+    config: ConfigPath = Path("configs/coco/instance-segmentation/dimaskdino_r50_4scale_bs16_12ep.yaml"),
+) -> int:
+    """Make a published DI-MaskDINO or MaskDINO checkpoint into a model of this kit.
+
+    Every key of the checkpoint is accounted for; a file that does not fit the configuration is refused.
+
+    Args:
+        checkpoint: The published file, .pth.
+        output: File to write, .safetensors; it holds the configuration and the class names too.
+        overrides: Settings that differ from the configuration.
+        config: YAML file of the model that it was trained as.
+    """
+    from dimaskdino.config import load_config
+    from dimaskdino.interop.published import coco_classes, convert_state, read_published
+    from dimaskdino.modeling import Detector
+    from dimaskdino.training.checkpoint import load_weights, save_model
+
+    settings = load_config(config, ["model.backbone.weights=null", *overrides])
+    published = convert_state(read_published(checkpoint))
+    detector = Detector(settings.model)
+    load_weights(detector, published.state, str(checkpoint))
+    classes, count = coco_classes(), settings.model.classes
+    names = classes if count == len(classes) else [f"class {i + 1}" for i in range(count)]
+    save_model(output, detector, settings, names, 0)
+    print(f"{len(published.renamed)} keys became {len(published.state)} parameters and buffers")
+    print(f"no part of the model: {', '.join(published.ignored) or 'none'}")
+    print(f"written: {output}")
     return 0
 
 
@@ -267,7 +330,7 @@ def data_check(root: Positional[Path], split: Positional[str]) -> int:
 
 
 app = SubcommandApp()
-for function in (train, evaluate, predict, run, status, export):
+for function in (train, evaluate, predict, run, study, status, export, convert):
     app.command(function)
 _data = SubcommandApp()
 _data.command(data_shapes, name="shapes")

@@ -213,6 +213,9 @@ class Train(Section):
     batch_size: PositiveInt = Field(16, description="images a step, over all processes")
     accumulate: PositiveInt = Field(1, description="parts that each process takes its images in, to save memory")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    weights: Path | None = Field(
+        None, description="fine-tuning: a trained model (run folder or file) to start from; its classes may be others"
+    )
     seed: int = 0
     checkpoint_every: PositiveInt = Field(5000, description="steps")
     log_every: PositiveInt = Field(20, description="steps")

@@ -5,6 +5,7 @@ They print, and return whether all is right; they raise nothing, so that a noteb
 
 import copy
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 from ms_deform_attn import ms_deform_attn_reference
+from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import box_iou, generalized_box_iou
 
+from dimaskdino.config import Section, load_config
+from dimaskdino.errors import UserError
 from dimaskdino.evaluation.objects import mask_iou
 from dimaskdino.modeling.de_imbalance import mask_guided_boxes
 from dimaskdino.modeling.records import Stage
+from dimaskdino.runs.study import Study
 
 
 @dataclass(frozen=True)
@@ -34,21 +39,31 @@ class Verdict:
         pass
 
 
+def _called(function: Callable[..., Any], arguments: Sequence[Any], hint: str) -> Any:
+    """What a student's function returns; None, with the reason printed, if there is nothing to compare."""
+    name = getattr(function, "__name__", "your function")
+    try:
+        found = function(*copy.deepcopy(arguments))
+    except Exception as error:  # whatever a student's code may do
+        shown = ", ".join(_short(argument) for argument in arguments)
+        print(f"✗ {name}({shown}) stopped with {type(error).__name__}: {error}\n  Hint: {hint}")
+        return None
+    if found is None or found is ...:
+        print(f"○ {name} returns nothing yet. Write its body, then run this cell again.\n  Hint: {hint}")
+        return None
+    return found
+
+
 def _run(function: Callable[..., Any], cases: Sequence[tuple], expected: Callable[..., Any], hint: str) -> Verdict:
     """Compare a student's function with the package's on some inputs; print the verdict."""
     name = getattr(function, "__name__", "your function")
     for case in cases:
-        shown = ", ".join(_short(argument) for argument in case)
-        try:
-            found = function(*copy.deepcopy(case))
-        except Exception as error:  # whatever a student's code may do
-            print(f"✗ {name}({shown}) stopped with {type(error).__name__}: {error}\n  Hint: {hint}")
-            return Verdict(False)
-        if found is None or found is ...:
-            print(f"○ {name} returns nothing yet. Write its body, then run this cell again.\n  Hint: {hint}")
+        found = _called(function, case, hint)
+        if found is None:
             return Verdict(False)
         problem = _difference(found, expected(*case))
         if problem:
+            shown = ", ".join(_short(argument) for argument in case)
             print(f"✗ {name}({shown}): {problem}\n  Hint: {hint}")
             return Verdict(False)
     print(f"✓ {name} agrees with the package on {len(cases)} cases.")
@@ -282,4 +297,84 @@ def check_interpolated(function: Callable[[np.ndarray, np.ndarray], np.ndarray])
         return torch.from_numpy(np.append(envelope, 0.0)[places])
 
     hint = "for each recall r the best of precision[recall >= r], 0 if there is none"
+    return _run(function, cases, expected, hint)
+
+
+def check_settings(function: Callable[[], Sequence[str]], row: str, study: Study) -> Verdict:
+    """Chapter 7: `key=value` settings that make the shapes configuration into one row of a study."""
+    wanted = next(r for r in study.rows if r.name == row)
+    name = getattr(function, "__name__", "your function")
+    hint = "`dimaskdino config keys` lists every setting; the rows of configs/ablations/*.yaml are examples"
+    found = _called(function, (), hint)
+    if found is None:
+        return Verdict(False)
+    try:
+        if not isinstance(found, list | tuple) or not all(isinstance(text, str) for text in found):
+            raise UserError(f"expected a list of texts such as 'model.decoder.layers=3', got {found!r}")
+        differing = _differing(load_config(study.scales["shapes"], found), study.config(wanted, "shapes"))
+    except UserError as error:
+        print(f"✗ {name}: {error}\n  Hint: {hint}")
+        return Verdict(False)
+    if differing:
+        print(f"✗ {name}: expected '{wanted.label}'; not so yet: {'; '.join(differing)}\n  Hint: {hint}")
+        return Verdict(False)
+    print(f"✓ {name} gives the model '{wanted.label}'.")
+    return Verdict(True)
+
+
+def _differing(found: Section, expected: Section, prefix: str = "") -> list[str]:
+    """The settings in which two configurations differ, in words."""
+    problems = []
+    for key in type(expected).model_fields:
+        a, b = getattr(found, key), getattr(expected, key)
+        if isinstance(a, Section) and isinstance(b, Section):
+            problems += _differing(a, b, f"{prefix}{key}.")
+        elif a != b:
+            problems.append(f"{prefix}{key} is {a}")
+    return problems
+
+
+def check_paired(function: Callable[[Sequence[float], Sequence[float]], tuple[float, float]]) -> Verdict:
+    """Chapter 7: mean difference b − a of runs that share their seeds, and the standard error of that mean."""
+    cases = [([30.0, 34.0, 29.0], [33.0, 36.5, 33.5]), ([10.0, 12.0], [12.0, 10.0])]
+
+    def expected(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+        differences = [y - x for x, y in zip(a, b, strict=True)]
+        return statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+
+    hint = "first the difference of each seed; then their mean, and their standard deviation (n − 1) divided by √n"
+    return _run(function, cases, expected, hint)
+
+
+def check_annotation(function: Callable[[np.ndarray], tuple[Sequence[float], float]]) -> Verdict:
+    """Chapter 8: bounding box [x, y, w, h] and area of a mask (h, w), as COCO's annotations have them."""
+    masks = []
+    for top, left, height, width in ((1, 2, 3, 4), (0, 0, 8, 8), (5, 1, 1, 1)):
+        mask = np.zeros((8, 8), np.uint8)
+        mask[top : top + height, left : left + width] = 1
+        masks.append((mask,))
+    hint = "the first and the last occupied column and row; both belong to the object, so its width is last − first + 1"
+
+    def expected(mask: np.ndarray) -> tuple[Tensor, float]:
+        encoded = coco_mask.encode(np.asfortranarray(mask))
+        return torch.from_numpy(coco_mask.toBbox(encoded)), float(coco_mask.area(encoded))
+
+    return _run(function, masks, expected, hint)
+
+
+def check_gate(function: Callable[[Tensor, Tensor, float], Tensor]) -> Verdict:
+    """Chapter 8: tokens on the way from before (gate 0) to after (gate 1)."""
+    cases = [(_random(2, 3), _random(2, 3, seed=1), gate) for gate in (0.0, 1.0, 0.3)]
+    return _run(function, cases, torch.lerp, "before, and the gate's part of the difference")
+
+
+def check_best_queries(function: Callable[[Tensor, int], Tensor]) -> Verdict:
+    """Chapter 9: queries (n,) of the best pairs of query and class, from class logits (Q, K)."""
+    cases = [(_random(5, 3, seed=i), n) for i, n in enumerate((1, 4, 15))]
+    hint = "flatten to Q · K numbers, take the n highest; the pair i belongs to query i // K"
+
+    def expected(logits: Tensor, n: int) -> Tensor:
+        ranked = sorted((-value, q) for q, row in enumerate(logits.tolist()) for value in row)
+        return torch.tensor([q for _, q in ranked[:n]])
+
     return _run(function, cases, expected, hint)

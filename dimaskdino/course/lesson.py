@@ -28,7 +28,7 @@ class Lesson:
     run: RunFolder
 
     def looks(self, count: int) -> list[Look]:
-        """Some images as the model sees them: of the first 3·count those with three objects or more, then the others."""
+        """Some images as the model sees them: of the first 3·count those with at least three objects, then others."""
         samples = [self.data[i] for i in range(min(3 * count, len(self.data)))]
         samples.sort(key=lambda sample: -min(len(sample.labels), 3))
         return [look_at(self.trained, sample) for sample in samples[:count]]

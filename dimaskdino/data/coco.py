@@ -46,6 +46,19 @@ class Sample:
     original_size: tuple[int, int]
     skipped: tuple[str, ...] = ()
 
+    @classmethod
+    def of_photo(cls, path: Path) -> "Sample":
+        """An image without annotations.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        image = load_image(path)
+        size = (image.shape[-2], image.shape[-1])
+        return cls(
+            image, torch.zeros(0, dtype=torch.int64), torch.zeros(0, *size, dtype=torch.uint8), 0, str(path), size
+        )
+
 
 def find_split(root: Path, split: str) -> tuple[Path, Path]:
     """Annotations file and image folder of a split.

@@ -1,11 +1,14 @@
 """State dicts of the published DI-MaskDINO and MaskDINO checkpoints, renamed to this package's parameters."""
 
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from dimaskdino.errors import UserError
 
@@ -96,6 +99,31 @@ _MLPS: list[tuple[str, str]] = [
 
 # held by published checkpoints but no parameter of the model
 _WITHOUT_COUNTERPART = re.compile(r"criterion\.empty_weight$|.*\.num_batches_tracked$|pixel_(mean|std)$")
+
+
+def read_published(path: Path) -> dict[str, Tensor]:
+    """The state dict in a published checkpoint (`.pth`), alone or under `model`; no code in the file is run.
+
+    Raises:
+        UserError: the file is missing, truncated, or holds something else than tensors.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"the checkpoint {path} does not exist") from None
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} cannot be read as a checkpoint: truncated, or more than tensors ({reason})") from None
+    state = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no state dict: names with tensors, alone or under 'model'")
+    return state
+
+
+def coco_classes() -> list[str]:
+    """Names of COCO's 80 classes, in the order of their ids."""
+    names = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # 91 ids, of which some are not in use
+    return [name for name in names if name not in ("__background__", "N/A")]
 
 
 @dataclass(frozen=True)

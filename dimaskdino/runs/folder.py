@@ -22,7 +22,7 @@ from typing import Any, Literal, TextIO
 import psutil
 import torch
 
-from dimaskdino.config import Config, dump_config
+from dimaskdino.config import Config, dump_config, load_config
 from dimaskdino.errors import UserError
 
 State = Literal["running", "finished", "failed"]
@@ -64,14 +64,13 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = self.path / "config.yaml"
-            text = dump_config(config)
-            if file.exists() and self.checkpoints.exists() and file.read_text() != text:
-                changed = _changed_keys(file.read_text(), text)
+            if file.exists() and self.checkpoints.exists() and load_config(file) != config:
+                changed = _changed_keys(dump_config(load_config(file)), dump_config(config))
                 raise UserError(
                     f"{self.path} holds a run with other settings ({', '.join(changed[:5])}); resuming needs the same "
                     "ones. Use another folder, or delete this one"
                 )
-            file.write_text(text)
+            file.write_text(dump_config(config))
             (self.path / "versions.json").write_text(json.dumps(versions(), indent=1))
         except OSError as error:
             raise UserError(f"cannot write to the run folder {self.path}: {error.strerror}") from None

@@ -21,6 +21,7 @@ from dimaskdino.config import Config, parse_config
 from dimaskdino.errors import UserError
 from dimaskdino.modeling import Detector
 
+_BY_CLASS = ("heads.label.weight", "heads.label.bias", "denoising.labels.weight")
 LAST, PREVIOUS, MODEL = "last.pt", "previous.pt", "model.safetensors"
 
 
@@ -127,20 +128,8 @@ def load_model(path: Path, device: torch.device | str = "cpu", overrides: Iterab
     Raises:
         UserError: there is none, it is truncated, or it does not fit the configuration stored with it.
     """
-    if path.is_dir():
-        candidates = [path / "checkpoints" / name for name in (MODEL, LAST, PREVIOUS)]
-        found = [candidate for candidate in candidates if candidate.exists()]
-        if not found:
-            raise UserError(f"{path} holds no trained model (looked for {', '.join(map(str, candidates))})")
-        path = found[0]
-    if not path.exists():
-        raise UserError(f"the model {path} does not exist")
-    if path.suffix == ".safetensors":
-        weights, metadata = _read_safetensors(path)
-        config, classes, step = metadata["config"], json.loads(metadata["classes"]), int(metadata["step"])
-    else:
-        state = _read_pt(path)
-        weights, config, classes, step = state["model"], state["config"], state["classes"], state["step"]
+    path = _model_file(path)
+    weights, config, classes, step = _read_model(path)
     settings = parse_config(json.loads(config), overrides, str(path))
     untrained = settings.model.model_copy(
         update={"backbone": settings.model.backbone.model_copy(update={"weights": None})}
@@ -148,6 +137,50 @@ def load_model(path: Path, device: torch.device | str = "cpu", overrides: Iterab
     detector = Detector(untrained)
     load_weights(detector, weights, str(path))
     return TrainedModel(detector.to(device).eval(), settings, classes, step)
+
+
+def _model_file(path: Path) -> Path:
+    """The file meant by a run folder or file."""
+    if path.is_dir():
+        candidates = [path / "checkpoints" / name for name in (MODEL, LAST, PREVIOUS)]
+        found = [candidate for candidate in candidates if candidate.exists()]
+        if not found:
+            raise UserError(f"{path} holds no trained model (looked for {', '.join(map(str, candidates))})")
+        return found[0]
+    if not path.exists():
+        raise UserError(f"the model {path} does not exist")
+    return path
+
+
+def _read_model(path: Path) -> tuple[dict[str, Tensor], str, list[str], int]:
+    """Weights, configuration as json, class names and step of a file."""
+    if path.suffix == ".safetensors":
+        weights, metadata = _read_safetensors(path)
+        return weights, metadata["config"], json.loads(metadata["classes"]), int(metadata["step"])
+    state = _read_pt(path)
+    return state["model"], state["config"], state["classes"], state["step"]
+
+
+def start_from(detector: Detector, path: Path) -> list[str]:
+    """Put the weights of a trained model into a new one, for fine-tuning.
+
+    Args:
+        detector: the new model; it keeps its own weights where they depend on the classes and the number of classes
+            differs.
+        path: a run folder, a `model.safetensors` or a resume point.
+
+    Returns:
+        The parameters that were left as they are.
+
+    Raises:
+        UserError: there is no such model, or it is of another architecture.
+    """
+    path = _model_file(path)
+    weights, _, _, _ = _read_model(path)
+    own = detector.state_dict()
+    by_class = [key for key in _BY_CLASS if key in weights and weights[key].shape != own[key].shape]
+    load_weights(detector, weights | {key: own[key] for key in by_class}, str(path))
+    return by_class
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -28,7 +29,7 @@ from dimaskdino.data.loading import Batch, batches, training_dataset, training_l
 from dimaskdino.errors import UserError
 from dimaskdino.modeling import Detector, ImageBatch
 from dimaskdino.runs.folder import RunFolder
-from dimaskdino.training.checkpoint import load_resume_point, load_weights, save_model, save_resume_point
+from dimaskdino.training.checkpoint import load_resume_point, load_weights, save_model, save_resume_point, start_from
 from dimaskdino.training.criterion import Losses, criterion
 from dimaskdino.training.optimizer import build_optimizer, set_rate
 
@@ -141,11 +142,20 @@ class Trainer:
         if remark and self.processes.rank == 0:
             print(f"{remark}; going on from the one before")
         if state is None:
+            self._start_from(self.config.train.weights)
             return
         load_weights(self.detector, state["model"], str(self.folder.checkpoints))
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
+
+    def _start_from(self, weights: Path | None) -> None:
+        if weights is None:
+            return
+        left = start_from(self.detector, weights)
+        if self.processes.rank == 0:
+            new = f"; for other classes, so these begin anew: {', '.join(left)}" if left else ""
+            print(f"starting from {weights}{new}")
 
     def _save(self) -> None:
         if self.processes.rank:

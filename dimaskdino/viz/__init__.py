@@ -1,6 +1,6 @@
 """Figures of records and arrays; nothing here trains or runs a model."""
 
-from dimaskdino.viz.curves import draw_precision_recall, first_and_last_layer, layerwise_ap, loss_curves
+from dimaskdino.viz.curves import draw_ablation, draw_precision_recall, first_and_last_layer, layerwise_ap, loss_curves
 from dimaskdino.viz.detections import draw_instances, draw_stages
 from dimaskdino.viz.objects import draw_mean_ious, draw_objects
 from dimaskdino.viz.tokens import (
@@ -14,6 +14,7 @@ from dimaskdino.viz.tokens import (
 from dimaskdino.viz.training import draw_denoising, draw_loss_terms, draw_matching
 
 __all__ = [
+    "draw_ablation",
     "draw_denoising",
     "draw_guidance",
     "draw_instances",

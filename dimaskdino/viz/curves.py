@@ -55,7 +55,8 @@ def layerwise_ap(runs: Mapping[str, LayerwiseAP]) -> Figure:
             _imbalance(bottom, result, place, number, len(runs), label)
         top.set(ylabel="AP (%)", title="Box and mask AP at every stage")
         top.margins(y=0.15)
-        top.legend(loc="lower right")
+        if runs:
+            top.legend(loc="lower right")
         bottom.axhline(0, color="black", linewidth=0.8)
         bottom.set(ylabel="mask − box\n(points)")
         bottom.set_xticks(range(len(names)), [short_name(n) for n in names])
@@ -160,4 +161,34 @@ def draw_precision_recall(curves: Mapping[str, Float[np.ndarray, "101"]], title:
             axes.plot(recall, precision, line, color=colour, label=f"{name}: AP {100 * precision.mean():.1f}")
         axes.set(xlabel="recall", ylabel="precision", title=title, xlim=(0, 1.01), ylim=(0, 1.03))
         axes.legend(loc="lower left")
+    return figure
+
+
+def draw_ablation(
+    rows: Mapping[str, str], columns: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str
+) -> Figure:
+    """Box and mask AP of variants of a model, a panel for each source of numbers; a bar marks the mean of several.
+
+    Args:
+        rows: labels by row name, from top to bottom.
+        columns: by the name to show, (box AP, mask AP) of every run of each row; rows without any are left empty.
+        title: above all panels.
+    """
+    place = {name: len(rows) - 1 - i for i, name in enumerate(rows)}
+    with style():
+        figure = NotebookFigure(figsize=(3.6 * len(columns) + 2.2, 0.62 * len(rows) + 1.9), layout="constrained")
+        panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+        for axes, (column, found) in zip(panels, columns.items(), strict=True):
+            for kind, (colour, marker, shift) in enumerate(((BOX, "s", 0.14), (MASK, "o", -0.14))):
+                for name, values in found.items():
+                    x, y = [pair[kind] for pair in values], place[name] + shift
+                    axes.plot(x, [y] * len(x), marker, color=colour, alpha=0.55 if len(x) > 1 else 1, markersize=7)
+                    if len(x) > 1:
+                        axes.plot([np.mean(x)] * 2, [y - 0.16, y + 0.16], color=colour, linewidth=2.5)
+                axes.plot([], [], marker, color=colour, label=("box", "mask")[kind])
+            axes.set(title=column, xlabel="AP (%)", ylim=(-0.6, len(rows) - 0.4))
+            axes.margins(x=0.1)
+        panels[0].set_yticks(list(place.values()), list(rows.values()))
+        panels[-1].legend(loc="best")
+        figure.suptitle(title)
     return figure

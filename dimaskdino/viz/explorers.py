@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from dimaskdino.evaluation.layers import LayerwiseAP
 from dimaskdino.evaluation.objects import track_objects
 from dimaskdino.evaluation.predict import Look
-from dimaskdino.viz.curves import layerwise_ap, short_name
+from dimaskdino.viz.curves import draw_ablation, layerwise_ap, short_name
 from dimaskdino.viz.objects import draw_objects
 from dimaskdino.viz.tokens import draw_guidance, draw_sampling, draw_selection
 
@@ -237,3 +237,31 @@ def explore_curves(runs: Mapping[str, LayerwiseAP]) -> Explorer:
         return "Last stage: " + "; ".join(f"{n} box AP {runs[n].last.box.AP:.1f}" for n in names or runs)
 
     return Explorer(draw, describe, {"names": chosen})
+
+
+def explore_studies(
+    rows: Mapping[str, Mapping[str, str]],
+    columns: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]],
+) -> Explorer:
+    """Choose a study: box and mask AP of its rows, published and measured.
+
+    Args:
+        rows: for each study's title the labels by row name.
+        columns: for each study's title what `draw_ablation` takes.
+    """
+
+    def draw(study: str) -> Figure:
+        return draw_ablation(rows[study], columns[study], study)
+
+    def describe(study: str) -> str:
+        parts = []
+        for column, found in columns[study].items():
+            values = (
+                f"{rows[study][name]} box AP {sum(p[0] for p in pairs) / len(pairs):.1f}, "
+                f"mask AP {sum(p[1] for p in pairs) / len(pairs):.1f}"
+                for name, pairs in found.items()
+            )
+            parts.append(f"{column}: {'; '.join(values) or 'nothing measured'}")
+        return f"{study}. {'. '.join(parts)}."
+
+    return Explorer(draw, describe, {"study": _dropdown("study", [(title, title) for title in rows])})

@@ -1,0 +1,154 @@
+# %% [markdown]
+# # 7 · Ablations: which part brings what
+#
+# A model with ten ideas in it is better than one without. Which of the ten was it? An **ablation** changes one thing
+# at a time and trains again. The paper's tables 3 to 9 are ablations on COCO and BDD100K, each row days of eight
+# GPUs. Here every row is a few **settings** away from one configuration, so that the same table can be run in
+# miniature: on the shapes, ten minutes a run.
+#
+# *Prerequisites*: chapters 1, 3, 4 and 6; mean and standard deviation. *Time*: 60 minutes.
+
+# %% tags=["parameters"]
+results: str = "configs/ablations/results"  # folder with runs of the studies: ROW_SEED/evaluation/layers.json
+
+# %%
+import json
+import os
+from pathlib import Path
+
+from dimaskdino.course import checks
+from dimaskdino.modeling import Detector
+from dimaskdino.runs import project_root
+from dimaskdino.runs.study import load_study
+from dimaskdino.viz import draw_ablation, layerwise_ap
+from dimaskdino.viz.explorers import explore_studies
+
+os.chdir(project_root())
+studies = [load_study(path) for path in sorted(Path("configs/ablations").glob("table_*.yaml"))]
+tables = json.loads(Path("docs/paper_tables.json").read_text())
+modules = next(study for study in studies if "table 4" in study.title)
+
+# %% [markdown]
+# ## A row is a few settings
+#
+# Table 4 asks for the two modules, alone and together. These are its rows, as they are written in
+# `configs/ablations/table_4.yaml`, for the shapes; what they do to the model's size and stages:
+
+# %%
+for row in modules.rows:
+    model = Detector(modules.config(row, "shapes").model)
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"{row.label}: {size:.2f} million parameters")
+    print("   ", *modules.overrides(row, "shapes"))
+
+# %% [markdown]
+# De-Imbalance is "on" when there is more than one selection, `model.selection.k` has two numbers. BATO without
+# De-Imbalance takes its guidance from the queries that it has, which the paper calls guidance by $T_i$.
+#
+# ### Exercise 7.1
+#
+# Which settings give triple selection on the shapes, 80, then 60, then 40 tokens? Write a list of `key=value` texts.
+
+
+# %%
+def triple_selection():
+    """Settings for three selections."""
+    # solution
+    return ["model.selection.k=[80, 60, 40]"]
+    # end
+
+
+checks.check_settings(triple_selection, "triple", next(s for s in studies if "table 7" in s.title))
+
+# %% [markdown]
+# ## Published and in miniature
+#
+# On the left the paper's numbers; on the right runs of 2,000 steps on the shapes, a mark for each seed and a bar at
+# their mean.
+
+
+# %%
+def columns_of(study):
+    """Published numbers of a study, one pair a row, and those measured on the shapes, one a seed."""
+    found = {name: {row: [pair] for row, pair in rows.items()} for name, rows in study.published(tables).items()}
+    measured = {
+        row: [(r.last.box.AP, r.last.mask.AP) for r in runs] for row, runs in study.measured(Path(results)).items()
+    }
+    return found | {"shapes, 2,000 steps": measured}
+
+
+labels = {study.title: {row.name: row.label for row in study.rows} for study in studies}
+draw_ablation(labels[modules.title], columns_of(modules), modules.title)
+
+# %%
+measured = modules.measured(Path(results))
+print(modules.table(measured))
+
+# %% [markdown]
+# **Read it.** Do the rows come in the same order as in the paper? How large is the difference between two rows,
+# compared with the scatter of the seeds within one? The distances here are not those on COCO: the model is small, the
+# training short, and the shapes are not photographs. What the miniature shows is the *mechanism*, not the size.
+#
+# ### Explore
+#
+# The other tables. Where nothing has been measured, the panel is empty; `dimaskdino study
+# configs/ablations/table_5.yaml runs/ablations` fills it, ten minutes a run, and `results` above then names that
+# folder.
+
+# %%
+explore_studies(labels, {study.title: columns_of(study) for study in studies})
+
+# %% [markdown]
+# ## Is it more than luck?
+#
+# Two runs that differ in nothing but the seed end differently. Runs of two variants that *share* a seed see the same
+# images in the same order, so their difference scatters less than each of them: look at the differences of pairs.
+#
+# ### Exercise 7.2
+#
+# From the APs `a` and `b` of two variants, seed by seed: the mean of the differences $b - a$ and its standard error,
+# $s / \sqrt{n}$, where $s$ is the standard deviation (with $n - 1$) of the differences.
+
+
+# %%
+def paired(a, b):
+    """Mean difference b − a and its standard error."""
+    # solution
+    differences = [y - x for x, y in zip(a, b, strict=True)]
+    n = len(differences)
+    mean = sum(differences) / n
+    variance = sum((d - mean) ** 2 for d in differences) / (n - 1)
+    return mean, (variance / n) ** 0.5
+    # end
+
+
+if checks.check_paired(paired):
+    base = [result.last.box.AP for result in measured.get("neither", [])]
+    for name in ("di", "bato", "di_bato"):
+        other = [result.last.box.AP for result in measured.get(name, [])]
+        if len(base) == len(other) > 1:
+            mean, error = paired(base, other)
+            print(f"{labels[modules.title][name]} − neither: {mean:+.1f} ± {error:.1f} points of box AP")
+
+# %% [markdown]
+# ## Where along the layers does it act?
+#
+# Table 4 looks at the end. The layers tell *where* a module acts: the first seed of every row.
+
+# %%
+layerwise_ap({labels[modules.title][name]: runs[0] for name, runs in measured.items()})
+
+# %% [markdown]
+# ### Exercise 7.3, to discuss
+#
+# Three seeds, a difference of 2 points, a standard error of 1.5. What would you write in a paper? What would you do
+# with one more hour of computing: another seed of the same rows, or a longer training with one seed?
+#
+# ### Exercise 7.4, to discuss
+#
+# Table 3 weakens the box losses to a tenth. MaskDINO loses 2.8 points of box AP, De-Imbalance 0.8. Is that evidence
+# that De-Imbalance *mends* the imbalance, or that it makes training more robust? How could one tell?
+#
+# ---
+#
+# **Next**: [your own data and your own idea](08_your_own.ipynb).

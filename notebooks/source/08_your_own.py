@@ -1,0 +1,246 @@
+# %% [markdown]
+# # 8 · Your own data and your own idea
+#
+# Two things that you will want next: objects of your own, and a change of your own in the model. Both are short. The
+# data need a folder in **COCO format**; a change is a **module** in the place of another, with the same `forward`.
+#
+# *Prerequisites*: chapters 1, 4 and 5; PyTorch modules. *Time*: 75 minutes.
+
+# %% tags=["parameters"]
+model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
+config: str = "configs/shapes/dimaskdino_r18w32_2k.yaml"  # the configuration that it fits
+folder: str = "runs/course/round_or_angular"  # where data and runs of this chapter go
+train_images: int = 60  # how many training images to make
+val_images: int = 40  # how many validation images
+steps: int = 60  # training steps of the fine-tuning
+overrides: list = []  # settings for model and configuration that differ
+
+# %%
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch import nn
+
+from dimaskdino.cli import data_check
+from dimaskdino.config import Shapes, load_config
+from dimaskdino.course import begin, checks
+from dimaskdino.data.coco import CocoDataset
+from dimaskdino.data.loading import batches, training_dataset, training_loader
+from dimaskdino.data.shapes import CLASSES, scene
+from dimaskdino.evaluation.layers import evaluate_layers
+from dimaskdino.evaluation.objects import track_objects
+from dimaskdino.evaluation.predict import predict_stages
+from dimaskdino.modeling import ImageBatch
+from dimaskdino.runs import TrainingProcess, show_training
+from dimaskdino.training.checkpoint import load_model
+from dimaskdino.training.criterion import criterion
+from dimaskdino.training.optimizer import build_optimizer
+from dimaskdino.viz import draw_instances, layerwise_ap
+
+lesson = begin(model, overrides)
+folder = Path(folder).resolve()
+
+# %% [markdown]
+# ## A folder in COCO format
+#
+# ```
+# my_data/annotations/train.json    images/train/000.png …
+#         annotations/val.json      images/val/000.png …
+# ```
+#
+# Each json lists `images` (id, file name, size), `categories` (id, name) and `annotations`: for each object its image,
+# its category, its mask as polygons or run-length code, its box `[x, y, width, height]` and area. Labelling tools such
+# as CVAT, Label Studio and Roboflow export it.
+#
+# ### Exercise 8.1
+#
+# Box and area of an object from its mask, an array `(h, w)` of zeros and ones.
+
+
+# %%
+def box_and_area(mask):
+    """[x, y, width, height] and the number of pixels."""
+    # solution
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    x, y = columns[0], rows[0]
+    return [x, y, columns[-1] - x + 1, rows[-1] - y + 1], int(mask.sum())
+    # end
+
+
+checks.check_annotation(box_and_area)
+
+# %% [markdown]
+# The data of this chapter ask a new question of familiar scenes: is a shape *round* or *angular*? Two classes, a few
+# dozen images, as many as one labels in an afternoon.
+
+# %%
+ROUND = ("disk", "ring")
+
+
+def write_split(split: str, count: int):
+    """Images and annotations of one split."""
+    (folder / "data" / "images" / split).mkdir(parents=True, exist_ok=True)
+    (folder / "data" / "annotations").mkdir(exist_ok=True)
+    images, annotations = [], []
+    for number in range(count):
+        pixels, labels, masks = scene(Shapes(size=lesson.trained.config.data.resize.shortest, seed=1), split, number)
+        file = f"{number:03}.png"
+        Image.fromarray(pixels).save(folder / "data" / "images" / split / file)
+        images.append({"id": number, "file_name": file, "height": pixels.shape[0], "width": pixels.shape[1]})
+        for label, mask in zip(labels, masks, strict=True):
+            code = coco_mask.encode(np.asfortranarray(mask))
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": number, "iscrowd": 0,
+                "category_id": 1 if CLASSES[label] in ROUND else 2,
+                "segmentation": {"size": code["size"], "counts": code["counts"].decode()},
+                "bbox": coco_mask.toBbox(code).tolist(), "area": int(coco_mask.area(code)),
+            })  # fmt: skip
+    categories = [{"id": 1, "name": "round"}, {"id": 2, "name": "angular"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "data" / "annotations" / f"{split}.json").write_text(json.dumps(content))
+
+
+write_split("train", train_images)
+write_split("val", val_images)
+
+# %% [markdown]
+# Check a new folder before anything else: every image is opened, every mask decoded, every problem named.
+
+# %%
+status = data_check(folder / "data", "train")  # `dimaskdino data check FOLDER train` on the command line
+
+# %% [markdown]
+# ## Fine-tuning
+#
+# A model that has seen many shapes knows edges, overlaps and extents already. `train.weights` starts from it; what
+# depends on the classes begins anew. Everything else is an ordinary training, in a process of its own.
+
+# %%
+changes = [
+    *overrides,
+    *(f"data.root={folder / 'data'}", "data.shapes=null", "model.classes=2"),
+    *(
+        f"schedule.steps={steps}",
+        f"schedule.drops=[{max(1, 3 * steps // 4)}]",
+        "schedule.warmup=5",
+        "train.log_every=5",
+    ),
+]
+run = folder / f"fine_tuned_{steps}"
+with TrainingProcess(config, run, [*changes, f"train.weights={Path(model).resolve()}"]) as training:
+    show_training(training, steps)
+
+# %% [markdown]
+# Was it worth it? The same number of steps from nothing:
+
+# %%
+with TrainingProcess(config, folder / f"from_nothing_{steps}", changes) as training:
+    show_training(training, steps)
+
+# %%
+results = {name: evaluate_layers(load_model(folder / f"{name}_{steps}")) for name in ("fine_tuned", "from_nothing")}
+layerwise_ap(results)
+
+# %%
+tuned = load_model(run)
+sample = CocoDataset(folder / "data", "val")[0]
+found = next(reversed(predict_stages(tuned, sample.image).values()))
+draw_instances(sample.image, found, tuned.classes, threshold=0.3)
+
+# %% [markdown]
+# ### Exercise 8.2, to discuss
+#
+# The fine-tuned model has seen the *images* of this generator before, only with other names. What would you expect of
+# photographs instead? Which parts of the model would you then start from weights made on photographs?
+#
+# ## Your own idea
+#
+# Say you wonder whether BATO (chapter 4) should replace the tokens altogether. A *gate* $g$ could let in as much as
+# the model likes:
+#
+# $$T' = T_i + g\,(T_{bal} - T_i)$$
+#
+# ### Exercise 8.3
+#
+# The gate: at 0 what was before, at 1 what is after.
+
+
+# %%
+def gated(before, after, gate):
+    """From `before` to `after`, as far as the gate is open."""
+    # solution
+    return before + gate * (after - before)
+    # end
+
+
+solved = checks.check_gate(gated)
+
+# %% [markdown]
+# A module for it. It has the `forward` of the one that it stands for (`TokenOptimization`), so nothing else in the
+# model has to know.
+
+
+# %%
+class GatedTokenOptimization(nn.Module):
+    """BATO behind a gate."""
+
+    def __init__(self, bato: nn.Module, gate: float) -> None:
+        super().__init__()
+        self.bato, self.gate = bato, nn.Parameter(torch.tensor(gate))
+
+    def forward(self, T_i, mask_features, guide, heads, trace=None):
+        T_bal, refreshed = self.bato(T_i, mask_features, guide, heads, trace)
+        return T_i.with_tokens(gated(T_i.tokens, T_bal.tokens, self.gate)), gated(mask_features, refreshed, self.gate)
+
+
+# %% [markdown]
+# Put it in and look, before any training: with the gate open the model is what it was. How much do the later layers
+# rely on BATO, once they were trained with it?
+
+# %%
+detector = lesson.trained.detector
+bato = detector.token_optimization
+if solved:
+    for gate in (0.0, 0.5, 1.0):
+        detector.token_optimization = GatedTokenOptimization(bato, gate)
+        tracks = [track_objects(look) for look in lesson.looks(8)]
+        box, mask = (torch.cat([getattr(t, name)[-1] for t in tracks]).mean() for name in ("box_iou", "mask_iou"))
+        print(f"gate {gate:.1f}: mean IoU at the last layer, box {box:.2f}, mask {mask:.2f}")
+
+# %% [markdown]
+# And train it: the whole loop, in a few lines. (For a long training make it a setting of the model, with a default
+# that changes nothing, and use `dimaskdino train`: it can be interrupted and keeps records.)
+
+# %%
+if solved:
+    detector.token_optimization = GatedTokenOptimization(bato, 0.5)
+    settings = load_config(
+        config,
+        [*changes, f"model.classes={len(lesson.trained.classes)}", f"data.root={lesson.trained.config.data.root}"],
+    )
+    detector.train()
+    optimizer = build_optimizer(detector, settings.optimizer)
+    parts = batches(training_loader(training_dataset(settings), settings, first_step=0, rank=0, world=1))
+    for step in range(min(steps, 10)):
+        batch = next(parts)
+        predictions = detector(ImageBatch.from_images(batch.images), batch.targets)
+        loss = criterion(predictions, batch.targets, settings.loss, sum(batch.targets.counts)).total
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(detector.parameters(), settings.optimizer.clip_norm)
+        optimizer.step()
+        print(f"step {step + 1}: loss {loss.item():.1f}, gate {detector.token_optimization.gate.item():.4f}")
+
+# %% [markdown]
+# ### Exercise 8.4, to discuss
+#
+# Which experiment would tell whether the gate is a good idea? How many seeds, compared with what, and which outcome
+# would convince you that it is *not*?
+#
+# ---
+#
+# **Further**: [published COCO weights](09_coco_checkpoint.ipynb), and the notebooks in [runs/](runs/).

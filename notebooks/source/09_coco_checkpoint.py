@@ -1,0 +1,145 @@
+# %% [markdown]
+# # 9 · For people with a COCO checkpoint
+#
+# The course looks at a small model on drawn shapes. The same figures can be had from the published weights, on your
+# photographs: DI-MaskDINO with a ResNet-50, 80 classes, six decoder layers, 300 queries. You need
+#
+# * a **published checkpoint**, a `.pth` file from the authors' repository. `dimaskdino convert` makes it a model of
+#   this kit; no code in the file is run, and every tensor in it is accounted for;
+# * some **photographs**; and, to measure AP, COCO's validation images (`data/coco`, 1 GB).
+#
+# Without a checkpoint the notebook shows the shapes model, so that you see what you would get.
+#
+# *Prerequisites*: chapters 1 to 4. *Time*: 30 minutes, with a checkpoint at hand; some seconds for each photograph
+# on a laptop.
+
+# %% tags=["parameters"]
+checkpoint: str = ""  # a published .pth file; empty: the model below
+config: str = "configs/coco/instance-segmentation/dimaskdino_r50_4scale_bs16_12ep.yaml"  # what it was trained as
+model: str = "notebooks/models/dimaskdino"  # a model of this kit, shown if there is no checkpoint
+photos: str = ""  # a folder of photographs; empty: validation images of the model's data
+coco: str = ""  # COCO's folder, to measure AP of every stage: about six hours on a laptop, minutes on a GPU
+images: int = 4  # photographs to look at
+overrides: list = []  # settings that differ from the configuration
+
+# %%
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from dimaskdino.cli import convert
+from dimaskdino.course import begin, checks
+from dimaskdino.data.coco import Sample
+from dimaskdino.evaluation.layers import evaluate_layers
+from dimaskdino.evaluation.predict import find_images, look_at
+from dimaskdino.runs import project_root
+from dimaskdino.training.checkpoint import load_model
+from dimaskdino.viz import (
+    draw_guidance,
+    draw_sampling,
+    draw_selection,
+    draw_stages,
+    draw_token_maps,
+    first_and_last_layer,
+    layerwise_ap,
+)
+from dimaskdino.viz.explorers import explore_guidance, explore_sampling, explore_selection
+
+# %% [markdown]
+# ## From a published file to a model
+#
+# The converted model lies beside the checkpoint and is made once.
+
+# %%
+os.chdir(project_root())
+if checkpoint:
+    converted = Path(checkpoint).with_suffix(".safetensors").resolve()
+    if not converted.exists():
+        convert(Path(checkpoint), converted, tuple(overrides), Path(config))  # `dimaskdino convert`, see its --help
+    trained = load_model(converted)
+    samples = [Sample.of_photo(path) for path in find_images([Path(photos)])[:images]]
+    looks = [look_at(trained, sample) for sample in samples]
+else:
+    lesson = begin(model, overrides)
+    trained, looks = lesson.trained, lesson.looks(images)
+print(f"{len(trained.classes)} classes: {', '.join(trained.classes[:8])} …")
+
+# %% [markdown]
+# ## One photograph through the stages
+
+# %%
+look = looks[0]
+stages = [name for name, stage in look.predictions.stages.items() if stage.has_masks]
+draw_stages(look.sample.image, {name: look.instances(name) for name in stages}, trained.classes)
+
+# %% [markdown]
+# ## De-Imbalance and BATO
+#
+# Chapter 3's selections, chapter 2's sampling points, chapter 4's guidance.
+
+# %%
+draw_selection(look)
+
+# %%
+best = int(look.predictions.last.class_logits[0].amax(-1).argmax())
+draw_sampling(look, layer=0, query=best)
+
+# %%
+draw_guidance(look, 0)
+
+# %%
+draw_token_maps(look)
+
+# %% [markdown]
+# ### Explore
+
+# %%
+explore_selection(looks)
+
+# %%
+explore_sampling(looks)
+
+# %%
+explore_guidance(looks)
+
+# %% [markdown]
+# ## AP of every stage
+#
+# Published for BDD100K, and measured on COCO's 5,000 validation images if you gave its folder.
+
+# %%
+if coco:
+    measured = load_model(converted, overrides=[f"data.root={coco}"])
+    layerwise = evaluate_layers(measured, "cuda" if torch.cuda.is_available() else "cpu")
+    figure = layerwise_ap({"published weights": layerwise})
+else:
+    published = json.loads(Path("docs/paper_tables.json").read_text())["figure_1_layer_ap_bdd100k"]
+    names = {"maskdino": "MaskDINO", "dimaskdino": "DI-MaskDINO"}
+    figure = first_and_last_layer({names[k]: published[k] for k in names}, "Published, BDD100K")
+figure  # noqa: B018
+
+# %% [markdown]
+# ### Exercise 9.1
+#
+# Detections are the best `n` pairs of query and class, so one query can be detected as two classes. From class logits
+# `(Q, K)`: the queries of the best `n` pairs, best first.
+
+
+# %%
+def best_queries(logits, n: int):
+    """Queries (n,) of the best pairs of query and class."""
+    # solution
+    pairs = logits.flatten().topk(n).indices
+    return pairs // logits.shape[1]
+    # end
+
+
+checks.check_best_queries(best_queries)
+
+# %% [markdown]
+# ### Exercise 9.2, to discuss
+#
+# Compare with the shapes model: does token interaction stay within objects when an image has thirty of them? Are the
+# sampling points of a small object as far apart, in parts of its box, as those of a large one?
