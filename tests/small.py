@@ -50,9 +50,9 @@ def settings(data: Path, *changes: str) -> Config:
     return load_config(FILE, overrides(data, *changes))
 
 
-def trained_file(path: Path, data: Path) -> Path:
+def trained_file(path: Path, data: Path, *changes: str) -> Path:
     """A small model with random weights, as a file that `load_model` reads."""
     torch.manual_seed(0)
-    settings = load_config(FILE, [*MODEL, *RUN, f"data.root={data}"])
+    settings = load_config(FILE, [*MODEL, *RUN, f"data.root={data}", *changes])
     save_model(path, Detector(settings.model), settings, list(CLASSES), 0)
     return path

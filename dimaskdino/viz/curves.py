@@ -188,6 +188,8 @@ def draw_ablation(
                 axes.plot([], [], marker, color=colour, label=("box", "mask")[kind])
             axes.set(title=column, xlabel="AP (%)", ylim=(-0.6, len(rows) - 0.4))
             axes.margins(x=0.1)
+            if not found:
+                axes.set(xticks=[], xlabel="nothing measured")
         panels[0].set_yticks(list(place.values()), list(rows.values()))
         panels[-1].legend(loc="best")
         figure.suptitle(title)

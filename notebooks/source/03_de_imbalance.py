@@ -151,4 +151,4 @@ draw_mean_ious(tracks)
 #
 # ---
 #
-# **Next**: how the balanced queries improve the tokens, BATO.
+# **Next**: how the balanced queries improve the tokens, [BATO](04_bato.ipynb).

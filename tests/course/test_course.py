@@ -6,16 +6,21 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from golden import read, state_dict
 from papermill import execute_notebook
-from small import trained_file
+from small import FILE, RUN, trained_file
+from small import MODEL as SMALL_MODEL
 from torchvision.ops import box_iou
 
 from dimaskdino.course import checks
 from dimaskdino.course.build import notebooks_of, with_solutions, without_solutions
 from dimaskdino.errors import UserError
+from dimaskdino.runs.study import load_study
 
 NOTEBOOKS = Path(__file__).parent.parent.parent / "notebooks"
 SOURCES = sorted((NOTEBOOKS / "source").glob("*.py"))
+SMALL = [*SMALL_MODEL, *RUN]
+BASELINE = ("model.selection.k=[12]", "model.bato.enabled=false")
 EXERCISE = "def f(x):\n    '''Doc.'''\n    # solution\n    y = x\n    return y\n    # end\n\n\nprint(f(1))"
 
 
@@ -42,23 +47,58 @@ def test_notebooks_are_what_their_source_makes(source):
     assert 2 <= text.count("### Exercise") <= 4
 
 
+def parameters_of(source, model, baseline, folder):
+    """Small settings for a chapter."""
+    both = {"model": str(model), "images": 2}
+    return {
+        "01_imbalance": both | {"baseline": str(baseline)},
+        "05_training": {"model": str(model)},
+        "06_evaluation": {"model": str(model)},
+        "07_ablations": {},
+        "08_your_own": {
+            **{"model": str(model), "config": str(FILE), "folder": str(folder / "own"), "overrides": list(SMALL)},
+            **{"train_images": 6, "val_images": 4, "steps": 3},
+        },
+    }.get(source.stem, both)
+
+
+def execute(notebook, folder, parameters):
+    done = execute_notebook(str(notebook), str(folder / "out.ipynb"), parameters, cwd=NOTEBOOKS, progress_bar=False)
+    return done, "".join(
+        o.get("text", "") for c in done.cells for o in c.get("outputs", []) if o.output_type == "stream"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("solved", [False, True], ids=["student", "solutions"])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
 def test_chapters_run(source, solved, shapes_data, tmp_path):
     notebook = NOTEBOOKS / ("solutions" if solved else "") / f"{source.stem}.ipynb"
     model = trained_file(tmp_path / "model.safetensors", shapes_data)
-    done = execute_notebook(
-        str(notebook),
-        str(tmp_path / "out.ipynb"),
-        {"model": str(model), "images": 2},
-        cwd=NOTEBOOKS,
-        progress_bar=False,
-    )
-    printed = "".join(o.get("text", "") for c in done.cells for o in c.get("outputs", []) if o.output_type == "stream")
+    baseline = trained_file(tmp_path / "baseline.safetensors", shapes_data, *BASELINE)
+    done, printed = execute(notebook, tmp_path, parameters_of(source, model, baseline, tmp_path))
     verdicts = "✓" if solved else "○"
     assert printed.count(verdicts) == sum("checks.check_" in cell.source for cell in done.cells)
     assert "✗" not in printed
+    assert "Warning" not in printed
+
+
+@pytest.mark.slow
+def test_the_last_chapter_shows_a_published_checkpoint(shapes_data, tmp_path):
+    torch.save({"model": state_dict(read("di_small"))}, tmp_path / "published.pth")
+    parameters = {
+        "checkpoint": str(tmp_path / "published.pth"),
+        "photos": str(shapes_data / "images" / "val"),
+        "images": 2,
+        "overrides": [
+            *("model.classes=7", "model.pixel_decoder.layers=2", "model.pixel_decoder.ffn_dim=128"),
+            *("model.selection.k=[90,40]", "model.decoder.layers=3", "model.decoder.ffn_dim=96"),
+            *("model.bato.guiding_tokens=12", "data.resize.shortest=64", "data.resize.longest=64"),
+        ],
+    }
+    _, printed = execute(NOTEBOOKS / "09_coco_checkpoint.ipynb", tmp_path, parameters)
+    assert "keys became" in printed
+    assert (tmp_path / "published.safetensors").exists()
 
 
 WRONG = {
@@ -78,6 +118,10 @@ WRONG = {
     checks.check_dice_loss: lambda p, t: 1 - 2 * (p * t).sum() / (p.sum() + t.sum()),
     checks.check_right_ones: lambda iou, threshold: (iou.amax(1) >= threshold).tolist(),
     checks.check_precision_recall: lambda right, objects: (np.cumsum(right) / len(right), np.cumsum(right) / objects),
+    checks.check_paired: lambda a, b: (sum(b) / len(b) - sum(a) / len(a), 0.0),
+    checks.check_annotation: lambda mask: ([0, 0, 1, 1], int(mask.sum())),
+    checks.check_gate: lambda before, after, gate: gate * after,
+    checks.check_best_queries: lambda logits, n: logits.amax(1).topk(min(n, len(logits))).indices,
     checks.check_interpolated: lambda precision, recall: np.interp(np.linspace(0, 1, 101), recall, precision),
 }
 
@@ -104,3 +148,16 @@ def test_checks_take_whatever_a_student_writes(check, capsys):
     assert printed.count("returns nothing yet") == 2
     assert "stopped with KeyError: 'oh'" in printed
     assert "got str" in printed or "got 'text'" in printed
+
+
+def test_settings_that_differ_are_named(capsys):
+    study = load_study(NOTEBOOKS.parent / "configs" / "ablations" / "table_7.yaml")
+    assert checks.check_settings(lambda: ["model.selection.k=[80, 60, 40]"], "triple", study)
+    for wrong, words in (
+        (lambda: ["model.selection.k=[80, 40]"], "model.selection.k is (80, 40)"),
+        (lambda: ["model.selektion.k=[80, 40]"], "did you mean"),
+        (lambda: "model.selection.k=[80, 60, 40]", "expected a list of texts"),
+        (lambda: ..., "returns nothing yet"),
+    ):
+        assert not checks.check_settings(wrong, "triple", study)
+        assert words in capsys.readouterr().out
