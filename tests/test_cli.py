@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from golden import detector, read, state_dict
 from small import FILE, overrides
+
+from dimaskdino.training.checkpoint import load_model
 
 COMMAND = [sys.executable, "-m", "dimaskdino"]
 
@@ -30,7 +34,10 @@ def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProc
         ["evaluate"],
         ["predict"],
         ["run"],
+        ["study"],
         ["status"],
+        ["export"],
+        ["convert"],
         ["data", "shapes"],
         ["data", "check"],
         ["config", "show"],
@@ -87,3 +94,28 @@ def test_data_commands(tmp_path):
     broken = run("data", "check", "shapes", "val", cwd=tmp_path)
     assert broken.returncode == 1
     assert "000001.jpg cannot be read" in broken.stderr
+
+
+def test_convert_accounts_for_every_key(tmp_path):
+    torch.save({"model": state_dict(read("di_small"))}, tmp_path / "published.pth")
+    changes = [
+        *("model.classes=7", "model.pixel_decoder.layers=2", "model.pixel_decoder.ffn_dim=128"),
+        *("model.selection.k=[90,40]", "model.decoder.layers=3", "model.decoder.ffn_dim=96"),
+        *("model.bato.guiding_tokens=12", "model.denoising.queries=30"),
+    ]
+    config = FILE.parents[1] / "coco" / "instance-segmentation" / "dimaskdino_r50_4scale_bs16_12ep.yaml"
+    done = run("convert", tmp_path / "published.pth", tmp_path / "ours.safetensors", "--config", config, *changes)
+    assert done.returncode == 0, done.stderr
+    assert "no part of the model: criterion.empty_weight" in done.stdout
+    ours, recorded = load_model(tmp_path / "ours.safetensors").detector.state_dict(), detector("di_small").state_dict()
+    assert all(torch.equal(ours[key], value) for key, value in recorded.items())
+
+    refused = run("convert", tmp_path / "published.pth", tmp_path / "other.safetensors", "--config", config)
+    assert refused.returncode == 1
+    assert "trained for 7 classes, the configuration says 80" in refused.stderr
+    assert not (tmp_path / "other.safetensors").exists()
+    (tmp_path / "published.pth").write_bytes((tmp_path / "published.pth").read_bytes()[:1000])
+    assert (
+        "cannot be read as a checkpoint"
+        in run("convert", tmp_path / "published.pth", tmp_path / "x.safetensors").stderr
+    )

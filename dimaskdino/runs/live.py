@@ -1,9 +1,73 @@
-"""Live progress of a training inside a notebook."""
+"""What a run's notebook shows while it runs: a summary at its top, and the progress of a training."""
 
+import os
 import time
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
-from dimaskdino.runs.launch import TrainingProcess
+from dimaskdino.runs.launch import TrainingProcess, project_root
+
+if TYPE_CHECKING:  # the training processes themselves do without
+    from matplotlib.figure import Figure
+
+NOTEBOOK_FOLDER = "DIMASKDINO_NOTEBOOK_FOLDER"  # where the executed notebook will lie, set by `run_notebook`
+
+
+class Summary:
+    """The top of a run's notebook: what came of the run, filled in when the cells below have done their work.
+
+    Make it before changing the folder, since its links start from where the notebook lies. Used in a `with` statement,
+    it says what went wrong if the statements inside fail.
+
+    Args:
+        run: the run folder, from the project's folder.
+    """
+
+    def __init__(self, run: str) -> None:
+        from IPython.display import display
+
+        self._start = Path(os.environ.get(NOTEBOOK_FOLDER) or Path.cwd())
+        self.folder = (project_root() / run).resolve()
+        self._text = display({"text/plain": ""}, raw=True, display_id=True)
+        self._figure = display({"text/plain": ""}, raw=True, display_id=True)
+        self.show("running", [f"results will be in `{run}`"])
+
+    def show(
+        self,
+        state: str,
+        lines: Sequence[str],
+        figure: "Figure | None" = None,
+        links: Mapping[str, Path | str] | None = None,
+    ) -> None:
+        """Fill it in.
+
+        Args:
+            state: one word, such as finished.
+            lines: what there is to say, Markdown.
+            figure: shown below.
+            links: paths by their names; those that do not exist are left out.
+        """
+        existing = {name: project_root() / path for name, path in (links or {}).items()}
+        shown = [f"[{name}]({self._link(path)})" for name, path in existing.items() if path.exists()]
+        text = "\n\n".join([f"**{state}**", *lines, " · ".join(shown)])
+        self._text.update({"text/markdown": text, "text/plain": text}, raw=True)
+        if figure is not None:
+            self._figure.update(figure)
+
+    def _link(self, path: Path) -> str:
+        return os.path.relpath(path.resolve(), self._start.resolve()).replace(os.sep, "/")
+
+    def __enter__(self) -> "Summary":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.show("failed", [reason], links={"run folder": self.folder})
 
 
 def show_training(training: TrainingProcess, steps: int, refresh: float = 10) -> None:

@@ -1,6 +1,7 @@
 """Running parameterised notebooks with papermill."""
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import yaml
 
 from dimaskdino.errors import UserError
 from dimaskdino.runs.folder import RunFolder
+from dimaskdino.runs.live import NOTEBOOK_FOLDER
 
 
 def notebook_parameters(notebook: Path) -> dict[str, dict[str, Any]]:
@@ -71,6 +73,7 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any]) ->
     output = folder / notebook.name
     values = check_parameters(notebook, parameters)
     folder.mkdir(parents=True, exist_ok=True)
+    os.environ[NOTEBOOK_FOLDER] = str(folder.resolve())
     try:
         papermill.execute_notebook(str(notebook), str(output), values, progress_bar=True, kernel_name="python3")
     except papermill.PapermillExecutionError as error:

@@ -14,7 +14,13 @@ from pycocotools.cocoeval import COCOeval
 
 from dimaskdino.data.coco import CocoDataset
 from dimaskdino.errors import UserError
-from dimaskdino.evaluation.coco_ap import AveragePrecision, DetectionResults, average_precision, read_truth
+from dimaskdino.evaluation.coco_ap import (
+    AveragePrecision,
+    DetectionResults,
+    average_precision,
+    precision_curves,
+    read_truth,
+)
 from dimaskdino.evaluation.layers import LayerwiseAP, StageAP
 from dimaskdino.modeling import Instances
 
@@ -107,6 +113,10 @@ def test_equal_to_pycocotools_to_the_last_digit(kind, tmp_path):
         precision = reference.eval["precision"][:, :, k, 0, -1]
         assert ours.per_class[name] == 100 * precision[precision > -1].mean()
     assert ours.per_class["class 40"] is None
+    curves = precision_curves(read_truth(file), rows, kind, 0.75)
+    assert (curves == reference.eval["precision"][5, :, :, 0, -1].T).all()
+    with pytest.raises(ValueError, match=r"not 0\.77"):
+        precision_curves(read_truth(file), rows, kind, 0.77)
 
 
 def test_the_truth_itself_scores_100(shapes_data):

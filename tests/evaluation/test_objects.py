@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dimaskdino.data.coco import Sample
-from dimaskdino.evaluation.objects import mask_iou, token_owners, track_objects, true_boxes
+from dimaskdino.evaluation.objects import box_owners, mask_iou, token_owners, track_objects, true_boxes
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.records import FeatureLevels, SelectedTokens
 
@@ -83,3 +83,11 @@ def test_tokens_belong_to_the_smaller_object_below_them():
     tokens = SelectedTokens(torch.zeros(1, 3, 1), torch.zeros(1, 3, 4), torch.tensor([[0, 5, 15]]), torch.zeros(1, 3))
     # cell 0 centres at pixel (1, 1), cell 5 at (3, 3), cell 15 at (7, 7)
     assert token_owners(look(None, SimpleNamespace(T_i=levels)), tokens).tolist() == [0, 1, -1]
+
+
+def test_boxes_belong_to_the_object_that_they_overlap_most():
+    boxes = torch.tensor(
+        [[0.25, 0.25, 0.5, 0.5], [0.375, 0.375, 0.25, 0.3], [0.9, 0.9, 0.1, 0.1], [0.25, 0.125, 0.5, 0.2]]
+    )
+    assert box_owners(look(None), boxes).tolist() == [0, 1, -1, -1]
+    assert box_owners(look(None), boxes, threshold=0.3).tolist() == [0, 1, -1, 0]

@@ -1,6 +1,7 @@
 """Run folders, training followed from outside, and the run notebooks executed by papermill."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -142,6 +143,13 @@ def test_notebooks_are_stored_without_outputs(notebook):
     assert any("parameters" in cell.metadata.get("tags", []) for cell in content.cells)
 
 
+def summary_of(notebook):
+    """Text of the summary, which is the first output of a run's notebook."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    output = next(output for cell in cells for output in cell.get("outputs", []) if output.output_type != "stream")
+    return output["data"]["text/markdown"]
+
+
 @pytest.mark.slow
 def test_train_evaluate_and_compare_notebooks(shapes_data, tmp_path):
     run = tmp_path / "mine"
@@ -161,6 +169,17 @@ def test_train_evaluate_and_compare_notebooks(shapes_data, tmp_path):
     executed = run_notebook(NOTEBOOKS / "compare.ipynb", tmp_path / "compare", compare)
     figures = [*run.rglob("*.png"), *(tmp_path / "compare").rglob("*.png")]
     assert len(figures) == 4
+    for notebook, words in (
+        (run / "train.ipynb", "step 6 of 6"),
+        (evaluation / "evaluate.ipynb", "first decoder layer: mask − box ="),
+        (executed, "mine: box AP"),
+    ):
+        text = summary_of(notebook)
+        assert text.startswith("**finished**")
+        assert words in text
+        links = re.findall(r"\]\(([^)]+)\)", text)
+        assert links
+        assert all((notebook.parent / link).exists() for link in links)
     outputs = [o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
@@ -171,4 +190,6 @@ def test_a_notebook_that_fails_says_why_and_keeps_what_it_did(shapes_data, tmp_p
     with pytest.raises(UserError, match=r"did you mean 'train.batch_size'.*\n.*as far as it got"):
         run_notebook(NOTEBOOKS / "train.ipynb", tmp_path, parameters)
     assert "train.batch_size" in RunFolder(tmp_path).status()["reason"]
-    assert (tmp_path / "train.ipynb").exists()
+    text = summary_of(tmp_path / "train.ipynb")
+    assert text.startswith("**failed**")
+    assert "train.batch_size" in text

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from dimaskdino.runs.folder import RunFolder
 from dimaskdino.training import __main__ as training_main
 from dimaskdino.training import checkpoint
 from dimaskdino.training.checkpoint import load_model, load_resume_point, save_resume_point
+from dimaskdino.training.export import export
 from dimaskdino.training.optimizer import build_optimizer, rate_factor
 from dimaskdino.training.trainer import NonFiniteLossError, Processes, Trainer, train
 
@@ -316,3 +318,58 @@ def test_parameter_groups_and_rates(shapes_data):
     schedule = settings(shapes_data, *changes).schedule
     factors = [rate_factor(step, schedule) for step in (0, 3, 49, 50, 79, 80)]
     assert factors == pytest.approx([0.25, 1, 1, 0.1, 0.1, 0.01])
+
+
+def test_fine_tuning_starts_from_a_trained_model(finished, shapes_data, tmp_path, capsys):
+    same = settings(shapes_data, f"train.weights={finished.path}")
+    trained = load_model(finished.path).detector.state_dict()
+    trainer = Trainer(same, RunFolder(tmp_path / "same"), Processes(0, 1, torch.device("cpu")))
+    started = trainer.detector.state_dict()
+    assert all(torch.equal(started[key], value) for key, value in trained.items())
+
+    data = two_classes(shapes_data, tmp_path / "data")
+    other = settings(data, f"train.weights={finished.path}", "model.classes=2")
+    started = Trainer(other, RunFolder(tmp_path / "other"), Processes(0, 1, torch.device("cpu"))).detector.state_dict()
+    left = {"heads.label.weight", "heads.label.bias", "denoising.labels.weight"}
+    assert all(torch.equal(started[key], value) for key, value in trained.items() if key not in left)
+    assert all(len(started[key]) == 2 for key in left)
+    assert "these begin anew: heads.label.weight" in capsys.readouterr().out
+
+    for weights, change, words in (
+        (finished.path, "model.hidden_dim=64", "of another architecture"),
+        (tmp_path / "none.pt", "train.seed=0", "does not exist"),
+    ):
+        wrong = settings(shapes_data, f"train.weights={weights}", change)
+        with pytest.raises(UserError, match=words):
+            Trainer(wrong, RunFolder(tmp_path / "wrong"), Processes(0, 1, torch.device("cpu")))
+
+
+def two_classes(shapes_data: Path, folder: Path) -> Path:
+    """The shapes data with two categories instead of five."""
+    shutil.copytree(shapes_data, folder)
+    for file in (folder / "annotations").glob("*.json"):
+        content = json.loads(file.read_text())
+        content["categories"] = content["categories"][:2]
+        for annotation in content["annotations"]:
+            annotation["category_id"] = min(annotation["category_id"], 2)
+        file.write_text(json.dumps(content))
+    return folder
+
+
+def test_an_exported_run_is_a_run_of_half_the_size(finished, tmp_path):
+    target = RunFolder(tmp_path / "shared")
+    export(finished, target)
+    assert target.model.stat().st_size < 0.6 * finished.model.stat().st_size
+    before, after = (load_model(run.path) for run in (finished, target))
+    assert (after.config, after.classes, after.step) == (before.config, before.classes, before.step)
+    for key, value in before.detector.state_dict().items():
+        rounded = value.half().float() if value.ndim > 1 else value
+        assert torch.equal(after.detector.state_dict()[key], rounded)
+    assert target.status()["state"] == "finished"
+    assert [r["step"] for r in target.read_metrics()] == [r["step"] for r in finished.read_metrics()]
+    command = json.loads((target.path / "versions.json").read_text())["command"]
+    assert not any(word.startswith("/") for word in command)
+    with pytest.raises(UserError, match="exists already"):
+        export(finished, target)
+    with pytest.raises(UserError, match="is not a finished run"):
+        export(RunFolder(tmp_path / "none"), RunFolder(tmp_path / "other"))

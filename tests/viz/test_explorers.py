@@ -14,13 +14,14 @@ from dimaskdino.evaluation.layers import LayerwiseAP, StageAP
 from dimaskdino.evaluation.objects import track_objects
 from dimaskdino.evaluation.predict import look_at
 from dimaskdino.training.checkpoint import load_model
-from dimaskdino.viz import draw_interaction, draw_mean_ious, draw_token_maps
+from dimaskdino.viz import draw_interaction, draw_mask_features, draw_mean_ious, draw_token_maps
 from dimaskdino.viz.explorers import (
     explore_curves,
     explore_guidance,
     explore_layers,
     explore_sampling,
     explore_selection,
+    explore_studies,
 )
 
 
@@ -87,6 +88,18 @@ def test_curves_of_the_chosen_runs():
     assert explorer.picture.alt == "Last stage: b box AP 20.0"
 
 
+def test_studies_by_their_titles():
+    rows = {"one": {"a": "A"}, "two": {"b": "B"}}
+    columns = {
+        "one": {"COCO": {"a": [(30.0, 20.0)]}},
+        "two": {"COCO": {"b": [(40.0, 41.0), (50.0, 43.0)]}, "shapes": {}},
+    }
+    explorer = explore_studies(rows, columns)
+    assert explorer.picture.alt == "one. COCO: A box AP 30.0, mask AP 20.0."
+    explorer.controls["study"].value = "two"
+    assert explorer.picture.alt == "two. COCO: B box AP 45.0, mask AP 42.0. shapes: nothing measured."
+
+
 def test_guidance_needs_bato(looks):
     trace = replace(looks[0].trace, guidance_attention=None)
     without = replace(looks[0], predictions=replace(looks[0].predictions, trace=trace))
@@ -95,5 +108,6 @@ def test_guidance_needs_bato(looks):
 
 
 def test_other_figures_of_the_intermediates(looks):
-    for figure in (draw_interaction(looks[1]), draw_token_maps(looks[1]), draw_mean_ious([track_objects(looks[1])])):
+    figures = [draw_interaction(looks[1]), draw_token_maps(looks[1]), draw_mask_features(looks[1], 3)]
+    for figure in [*figures, draw_mean_ious([track_objects(looks[1])])]:
         assert np.asarray(Image.open(io.BytesIO(figure._repr_png_()))).std() > 5  # something is drawn

@@ -1,11 +1,25 @@
 """Figures show the numbers they are given."""
 
+import numpy as np
 import torch
 
+from dimaskdino import config
 from dimaskdino.evaluation.coco_ap import AveragePrecision
 from dimaskdino.evaluation.layers import LayerwiseAP, StageAP
 from dimaskdino.modeling import Instances
-from dimaskdino.viz import draw_instances, draw_stages, layerwise_ap, loss_curves
+from dimaskdino.modeling.denoising import Denoising
+from dimaskdino.modeling.records import Targets
+from dimaskdino.viz import (
+    draw_ablation,
+    draw_denoising,
+    draw_instances,
+    draw_loss_terms,
+    draw_matching,
+    draw_precision_recall,
+    draw_stages,
+    layerwise_ap,
+    loss_curves,
+)
 
 
 def ap(value: float) -> AveragePrecision:
@@ -64,3 +78,76 @@ def test_instances_above_the_threshold_are_drawn():
     figure = draw_stages(image, {"decoder.0": found, "decoder.1": found}, ["cup", "key"])
     assert [a.get_title() for a in figure.axes] == ["decoder input", "layer 1"]
     assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_matching_frames_each_pair_in_its_cell():
+    cost = torch.tensor([[5.0, 1.0], [2.0, 7.0], [9.0, 9.0]])
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2]] * 3)
+    figure = draw_matching(torch.zeros(3, 20, 30, dtype=torch.uint8), boxes[:2], boxes, cost, [(1, 0), (0, 1)])
+    image, table, _ = figure.axes
+    assert len(image.patches) == 4  # two objects, two queries
+    shown = [int(label.get_text()) for label in table.get_xticklabels()]
+    assert shown == [1, 0, 2]
+    for frame, (query, number) in zip(table.patches, [(1, 0), (0, 1)], strict=True):
+        column, row = (round(value + 0.5) for value in frame.get_xy())
+        assert (shown[column], row) == (query, number)
+        assert float(table.images[0].get_array()[row, column]) == cost[query, number]
+
+
+def test_bars_of_the_losses_add_up():
+    losses = {
+        "decoder.0/label": 1.0,
+        "decoder.0/l1": 2.0,
+        "token_interaction.0/label": 4.0,
+        "denoising.decoder.0/dice": 3.0,
+    }
+    axes = draw_loss_terms(losses).axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == [
+        "decoder input",
+        "token inter. 1",
+        "denoising: decoder input",
+    ]
+    ends = {}
+    for bar in axes.patches:
+        row = round(bar.get_y() + 0.4)
+        ends[row] = max(ends.get(row, 0.0), bar.get_x() + bar.get_width())
+    assert ends == {0: 3.0, 1: 4.0, 2: 3.0}
+
+
+def test_denoising_groups_and_their_mask():
+    targets = Targets(
+        torch.zeros(1, 2, dtype=torch.int64), torch.full((1, 2, 4), 0.4), torch.ones(1, 2, 8, 8).byte(), (2,)
+    )
+    model = config.Model(classes=3, hidden_dim=32, denoising=config.Denoising(queries=8))
+    denoising = Denoising(model)(targets, matching=5)
+    *groups, mask = draw_denoising(torch.zeros(3, 8, 8, dtype=torch.uint8), targets.boxes[0], denoising, 2).axes
+    assert [axes.get_title() for axes in groups] == ["group 1 of 4", "group 2 of 4", "group 3 of 4"]
+    assert all(len(axes.patches) == 4 for axes in groups)
+    assert mask.images[0].get_array().shape == (13, 13)
+
+
+def test_precision_recall_says_the_area():
+    curves = {
+        "box, IoU ≥ 0.5": np.linspace(1, 0, 101),
+        "mask, IoU ≥ 0.5": np.ones(101),
+        "box, IoU ≥ 0.9": np.zeros(101),
+    }
+    axes = draw_precision_recall(curves, "disk").axes[0]
+    assert [text.get_text().split(": ")[1] for text in axes.get_legend().get_texts()] == [
+        "AP 50.0",
+        "AP 100.0",
+        "AP 0.0",
+    ]
+    assert axes.lines[0].get_color() == axes.lines[2].get_color() != axes.lines[1].get_color()
+    assert axes.lines[0].get_linestyle() == axes.lines[1].get_linestyle() != axes.lines[2].get_linestyle()
+
+
+def test_ablation_marks_runs_and_their_mean():
+    columns = {"COCO": {"a": [(30.0, 20.0)]}, "shapes": {"a": [(10.0, 12.0), (14.0, 16.0)]}, "none": {}}
+    figure = draw_ablation({"a": "A", "b": "B"}, columns, "title")
+    coco, shapes, none = figure.axes
+    assert [list(line.get_xdata()) for line in coco.lines if len(line.get_xdata())] == [[30.0], [20.0]]
+    data = [list(line.get_xdata()) for line in shapes.lines if len(line.get_xdata())]
+    assert data == [[10.0, 14.0], [12.0, 12.0], [12.0, 16.0], [14.0, 14.0]]
+    assert none.get_xlabel() == "nothing measured"
+    assert [label.get_text() for label in coco.get_yticklabels()] == ["A", "B"]
