@@ -1,6 +1,7 @@
 # make demo   set up, train DI-MaskDINO on the built-in data, evaluate every decoder layer, say where the results are
 # make test   set up, run the tests           make test-all   the slow ones too
 # make lab    set up, open the notebooks      make lint       what continuous integration checks besides the tests
+# make site   execute the course and make pages and slides of it, in build/site/html
 # make benchmark   time the operator; on a machine with a GPU: make gpu-check   build, test and time its GPU kernels
 # PYTHON=python3.12 make demo   with another Python (3.11 or newer)
 
@@ -9,7 +10,7 @@ BIN := .venv/bin
 RUN := runs/demo
 CONFIG := configs/shapes/dimaskdino_r18.yaml
 
-.PHONY: setup demo test test-all lint lab benchmark gpu-check
+.PHONY: setup demo test test-all lint lab site benchmark gpu-check
 setup: .venv/.installed
 
 .venv/.installed: pyproject.toml ops/pyproject.toml ops/ms_deform_attn/csrc/cpu.cpp
@@ -39,6 +40,10 @@ lint: setup
 
 lab: setup
 	$(BIN)/jupyter lab notebooks
+
+site: setup
+	$(BIN)/python -m pip install -qq -e '.[site]'
+	$(BIN)/python -m dimaskdino.course.site
 
 benchmark: setup
 	$(BIN)/python -m ms_deform_attn.benchmark --output ops/benchmarks/results

@@ -1,0 +1,100 @@
+"""The course to browse: `python -m dimaskdino.course.site` executes the chapters and makes pages and slides of them.
+
+Needs the extra `site` (`pip install -e '.[site]'`); no Node.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+from nbconvert import SlidesExporter
+from nbformat import NotebookNode
+from papermill import execute_notebook
+from tqdm import tqdm
+
+from dimaskdino.errors import UserError
+from dimaskdino.runs.launch import project_root
+
+_WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def still(notebook: NotebookNode) -> NotebookNode:
+    """An executed notebook for reading: explorers as their pictures, no progress bars, nothing about the execution."""
+    made = nbformat.from_dict(notebook)
+    made.metadata.pop("widgets", None)
+    made.metadata.pop("papermill", None)
+    for cell in made.cells:
+        cell.metadata = nbformat.from_dict({"tags": [t for t in cell.metadata.get("tags", []) if t == "parameters"]})
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                output.get("data", {}).pop(_WIDGET, None)
+    return made
+
+
+def with_slides(notebook: NotebookNode) -> NotebookNode:
+    """The notebook with its cells as slides: one for each heading, and one below it for each figure."""
+    made = nbformat.from_dict(notebook)
+    for cell in made.cells:
+        kind = "-"
+        if cell.cell_type == "markdown":
+            kind = (
+                "slide"
+                if cell.source.startswith(("# ", "## "))
+                else "subslide"
+                if "\n### " in f"\n{cell.source}"
+                else "-"
+            )
+        elif any("image/png" in output.get("data", {}) for output in cell.outputs):
+            kind = "subslide"
+        cell.metadata["slideshow"] = {"slide_type": kind}
+    return made
+
+
+def build(root: Path, output: Path, notebooks: list[Path]) -> Path:
+    """Execute notebooks and make a site of them.
+
+    Args:
+        root: the project's folder.
+        output: folder for the executed notebooks (`source/`) and the site (`html/`); what was there is replaced.
+        notebooks: the chapters, in their order.
+
+    Returns:
+        The site's first page.
+
+    Raises:
+        UserError: Sphinx could not make the pages; what it said is passed on.
+    """
+    shutil.rmtree(output, ignore_errors=True)
+    source, html = output / "source", output / "html"
+    (html / "slides").mkdir(parents=True)
+    shutil.copytree(root / "docs" / "site", source)
+    shutil.copyfile(root / "docs" / "instructors.md", source / "instructors.md")
+    slides = SlidesExporter(reveal_scroll=True)
+    for path in tqdm(notebooks, "chapters"):
+        executed = still(execute_notebook(str(path), None, cwd=path.parent, progress_bar=False))
+        nbformat.write(executed, source / path.name)
+        text, _ = slides.from_notebook_node(with_slides(executed))
+        (html / "slides" / f"{path.stem}.html").write_text(text)
+    index = (source / "index.md").read_text()
+    chapters = "\n".join(path.stem for path in notebooks)
+    decks = "\n".join(f"- [{_title(path)}](slides/{path.stem}.html)" for path in notebooks)
+    index = index.replace(":maxdepth: 1\n\n```", f":maxdepth: 1\n\n{chapters}\n```", 1)
+    (source / "index.md").write_text(f"{index}\n## Slides\n\n{decks}\n")
+    command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going", str(source), str(html)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"Sphinx could not make the site:\n{done.stderr}")
+    return html / "index.html"
+
+
+def _title(path: Path) -> str:
+    return nbformat.read(path, as_version=4).cells[0].source.splitlines()[0].removeprefix("# ")
+
+
+if __name__ == "__main__":
+    folder = project_root()
+    chosen = sorted((folder / "notebooks").glob("0*.ipynb"))
+    print(f"written: {build(folder, folder / 'build' / 'site', chosen)}")
