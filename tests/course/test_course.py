@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from golden import read, state_dict
+from IPython.core.interactiveshell import InteractiveShell
 from papermill import execute_notebook
 from small import FILE, RUN, trained_file
 from small import MODEL as SMALL_MODEL
 from torchvision.ops import box_iou
 
 from dimaskdino.course import checks
-from dimaskdino.course.build import notebooks_of, with_solutions, without_solutions
+from dimaskdino.course.build import notebooks_of, repository, with_solutions, without_solutions
 from dimaskdino.errors import UserError
 from dimaskdino.runs.study import load_study
 
@@ -35,10 +36,32 @@ def test_marks_that_do_not_pair_are_named(code):
         without_solutions(code)
 
 
+ADDRESS = "https://github.com/someone/some-kit"
+
+
+def test_badges_open_the_chapter_of_the_address():
+    student, solved = notebooks_of(SOURCES[0], ADDRESS)
+    badges, setup = student.cells[1:3]
+    file = f"notebooks/{SOURCES[0].stem}.ipynb"
+    assert f"(https://colab.research.google.com/github/someone/some-kit/blob/main/{file})" in badges.source
+    assert f"/gh/someone/some-kit/main?urlpath=lab%2Ftree%2F{file.replace('/', '%2F')})" in badges.source
+    assert ADDRESS in setup.source
+    assert len(solved.cells) == len(student.cells) - 2
+    with pytest.raises(UserError, match=r"not https://example\.org/kit"):
+        notebooks_of(SOURCES[0], "https://example.org/kit")
+
+
+def test_the_set_up_cell_does_nothing_where_the_kit_is(tmp_path):
+    cell = notebooks_of(SOURCES[0], ADDRESS)[0].cells[2].source
+    shell = InteractiveShell.instance()
+    assert shell.run_cell(cell).success
+    assert not Path("kit").exists()
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
 def test_notebooks_are_what_their_source_makes(source):
     stored = NOTEBOOKS / f"{source.stem}.ipynb", NOTEBOOKS / "solutions" / f"{source.stem}.ipynb"
-    for path, made in zip(stored, notebooks_of(source), strict=True):
+    for path, made in zip(stored, notebooks_of(source, repository(NOTEBOOKS.parent / "pyproject.toml")), strict=True):
         found = nbformat.read(path, as_version=4)
         assert found == made, f"{path.name}: run python -m dimaskdino.course.build"
         assert len(found.cells) < 40
