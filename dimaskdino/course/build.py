@@ -71,7 +71,8 @@ if importlib.util.find_spec("dimaskdino") is None:
     if not Path("kit").exists():
         subprocess.run(["git", "clone", "--quiet", "--depth", "1", "{address}", "kit"], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "-qq", "-e", "kit/ops", "-e", "kit[notebooks]"], check=True)
-    sys.path += [str(Path(part).resolve()) for part in ("kit", "kit/ops")]  # what was installed in this session is found at the next start only
+    # what is installed while Python runs would be found at its next start only
+    sys.path += [str(Path(part).resolve()) for part in ("kit", "kit/ops")]
     importlib.invalidate_caches()
     %cd kit/notebooks"""
 
