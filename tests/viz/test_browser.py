@@ -1,4 +1,7 @@
-"""A student's session in a real browser: JupyterLab, a chapter, its explorer (needs playwright and a Chromium)."""
+"""A student's session in a real browser: JupyterLab and every explorer (needs playwright and a Chromium).
+
+SCREENSHOTS=FOLDER keeps what was seen.
+"""
 
 import os
 import shutil
@@ -19,16 +22,17 @@ ROOT = Path(__file__).parent.parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")]
 
 
-@pytest.fixture
-def lab(tmp_path):
-    """Address of a JupyterLab server whose folder is tmp_path."""
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """Address and folder of a JupyterLab server."""
+    folder = tmp_path_factory.mktemp("lab")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--port={port}"]
-    command += ["--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path}"]
-    environment = os.environ | {"JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "PYTHONPATH": str(ROOT)}
-    log = (tmp_path / "lab.log").open("w")
+    command += ["--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
+    environment = os.environ | {"JUPYTER_CONFIG_DIR": str(folder / "config"), "PYTHONPATH": str(ROOT)}
+    log = (folder / "lab.log").open("w")
     server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     address = f"http://127.0.0.1:{port}"
     try:
@@ -38,56 +42,104 @@ def lab(tmp_path):
                 break
             except OSError:
                 time.sleep(0.5)
-        yield address
+        yield address, folder
     finally:
         server.terminate()
         server.wait(20)
         log.close()
 
 
-def test_click_into_the_sampling_explorer(lab, shapes_data, tmp_path):
-    model = trained_file(tmp_path / "model.safetensors", shapes_data)
-    chapter = nbformat.read(ROOT / "notebooks" / "02_deformable_attention.ipynb", as_version=4)
-    parameters = next(c for c in chapter.cells if "parameters" in c.metadata.get("tags", []))
-    parameters.source += f"\nmodel, images = {str(model)!r}, 2"
-    # little enough for one screen: Lab renders what is in view
-    chapter.cells = [*(c for c in chapter.cells if c.cell_type == "code")][:2] + [
-        c for c in chapter.cells if c.source.startswith("explore_sampling")
-    ]
-    chapter.cells[1].source = chapter.cells[1].source.replace("os.chdir(project_root())", f"os.chdir({str(ROOT)!r})")
-    nbformat.write(chapter, tmp_path / "chapter.ipynb")
-    pictures = Path(os.environ.get("SCREENSHOTS", tmp_path))
+@pytest.fixture(scope="module")
+def browser():
     with playwright.sync_playwright() as engine:
-        browser = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1500, "height": 1300})
-        page.goto(f"{lab}/lab/tree/chapter.ipynb")
-        page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=60_000)
-        page.get_by_text("| Idle").wait_for(timeout=60_000)  # the kernel is up, and with it the widgets' channel
-        page.locator(".lm-MenuBar-itemLabel", has_text="Run").click()
-        page.locator(".lm-Menu-itemLabel").get_by_text("Run All Cells", exact=True).click()
-        image = page.locator("img[alt^='Sampling points of query']")
-        try:
-            image.wait_for(timeout=60_000)
-        finally:
-            page.screenshot(path=pictures / "explorer.png")
-        image.scroll_into_view_if_needed()
-        before = image.get_attribute("alt")
-        page.screenshot(path=pictures / "explorer_before.png")
-        box = image.bounding_box()
-        for across, down in ((0.05, 0.2), (0.2, 0.2), (0.05, 0.7), (0.2, 0.7)):  # corners of the finest level's panel
-            page.mouse.click(box["x"] + across * box["width"], box["y"] + down * box["height"])
-            page.wait_for_timeout(1000)
-            if image.get_attribute("alt") != before:
-                break
-        assert image.get_attribute("alt") != before
-        page.screenshot(path=pictures / "explorer_after.png")
-        slider = page.get_by_role("slider").first
-        slider.focus()
-        clicked = image.get_attribute("alt")
-        slider.press("ArrowRight")
-        page.wait_for_function(
-            "before => document.querySelector(\"img[alt^='Sampling points of query']\").alt !== before",
-            arg=clicked,
-            timeout=20_000,
-        )
-        browser.close()
+        running = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+def only_explorer(chapter: str, call: str, parameters: dict) -> nbformat.NotebookNode:
+    """A chapter cut down to one explorer: Lab renders what is in view, so what leads to it is hidden."""
+    notebook = nbformat.read(ROOT / "notebooks" / f"{chapter}.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    last = next(i for i, cell in enumerate(code) if cell.source.startswith(call))
+    values = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+    before = [f"import os\nos.chdir({str(ROOT)!r})", code[0].source, values, *(cell.source for cell in code[1:last])]
+    hidden = nbformat.v4.new_code_cell("\n".join(before))
+    hidden.metadata["jupyter"] = {"source_hidden": True, "outputs_hidden": True}
+    notebook.cells = [hidden, code[last]]
+    return notebook
+
+
+def slide(page):
+    page.get_by_role("slider").first.press("ArrowLeft")
+
+
+def slide_right(page):
+    page.get_by_role("slider").first.press("ArrowRight")
+
+
+def choose(number):
+    def operate(page):
+        dropdown = page.locator(".jp-OutputArea select").nth(number)
+        count, chosen = dropdown.evaluate("x => [x.options.length, x.selectedIndex]")
+        dropdown.select_option(index=(chosen + 1) % count)
+
+    return operate
+
+
+def click_the_finest_level(page):
+    """Corners of the first panel: the query nearest to one of them is not the one shown."""
+    image = page.locator(".jp-OutputArea img[alt]").last
+    before, box = image.get_attribute("alt"), image.bounding_box()
+    for across, down in ((0.05, 0.2), (0.2, 0.2), (0.05, 0.7), (0.2, 0.7)):
+        page.mouse.click(box["x"] + across * box["width"], box["y"] + down * box["height"])
+        page.wait_for_timeout(1000)
+        if image.get_attribute("alt") != before:
+            return
+
+
+# chapter, call of the explorer, beginning of its description, what a person does
+EXPLORERS = {
+    "layers": ("01_imbalance", "explore_layers", "Image 1 at stage", [choose(1), choose(0), slide]),
+    "curves": ("01_imbalance", "explore_curves", "Last stage:", [choose(0)]),
+    "sampling": (
+        "02_deformable_attention",
+        "explore_sampling",
+        "Sampling points",
+        [click_the_finest_level, slide_right],
+    ),
+    "selection": ("03_de_imbalance", "explore_selection", "Image 1 with the places", [slide, choose(0)]),
+    "guidance": ("04_bato", "explore_guidance", "How much each feature token", [slide_right, choose(0)]),
+    "studies": ("07_ablations", "explore_studies", "Tolerance of imbalance", [choose(0)]),
+}
+
+
+@pytest.mark.parametrize("name", EXPLORERS)
+def test_operate_an_explorer_by_mouse_and_keyboard(name, lab, browser, shapes_data):
+    address, folder = lab
+    chapter, call, begins, actions = EXPLORERS[name]
+    model = trained_file(folder / "model.safetensors", shapes_data)
+    parameters = {} if name == "studies" else {"model": str(model), "baseline": str(model), "images": 2}
+    nbformat.write(only_explorer(chapter, call, parameters), folder / f"{name}.ipynb")
+    pictures = Path(os.environ.get("SCREENSHOTS", folder))
+    page = browser.new_page(viewport={"width": 1500, "height": 1000})
+    page.goto(f"{address}/lab/tree/{name}.ipynb?reset")
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=60_000)
+    page.get_by_text("| Idle").wait_for(timeout=60_000)  # the kernel is up, and with it the widgets' channel
+    page.locator(".lm-MenuBar-itemLabel", has_text="Run").click()
+    page.locator(".lm-Menu-itemLabel").get_by_text("Run All Cells", exact=True).click()
+    image = page.locator(f".jp-OutputArea img[alt^='{begins}']")
+    try:
+        image.wait_for(timeout=120_000)
+        for number, operate in enumerate(actions):
+            described = page.locator(".jp-OutputArea img[alt]").last.get_attribute("alt")
+            operate(page)
+            page.wait_for_function(
+                "before => [...document.querySelectorAll('.jp-OutputArea img[alt]')].at(-1).alt !== before",
+                arg=described,
+                timeout=20_000,
+            )
+            page.screenshot(path=pictures / f"{name}_{number}.png")
+    finally:
+        page.screenshot(path=pictures / f"{name}.png")
+    page.close()
