@@ -70,7 +70,7 @@ checks.check_settings(triple_selection, "triple", next(s for s in studies if "ta
 # %%
 def columns_of(study):
     """Published numbers of a study, one pair a row, and those measured on the shapes, one a seed."""
-    found = {name: {row: [pair] for row, pair in rows.items()} for name, rows in study.published(tables).items()}
+    found = {f"{name}, published": {r: [p] for r, p in rows.items()} for name, rows in study.published(tables).items()}
     measured = {
         row: [(r.last.box.AP, r.last.mask.AP) for r in runs] for row, runs in study.measured(Path(results)).items()
     }
