@@ -31,6 +31,9 @@ def still(notebook: NotebookNode) -> NotebookNode:
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
             for output in cell.outputs:
                 output.get("data", {}).pop(_WIDGET, None)
+                alt = output.get("metadata", {}).get("image/png", {}).get("alt")
+                if alt:
+                    cell.metadata["mystnb"] = {"image": {"alt": alt}}
     return made
 
 
@@ -80,9 +83,10 @@ def build(root: Path, output: Path, notebooks: list[Path]) -> Path:
         (html / "slides" / f"{path.stem}.html").write_text(text)
     index = (source / "index.md").read_text()
     chapters = "\n".join(path.stem for path in notebooks)
-    decks = "\n".join(f"- [{_title(path)}](slides/{path.stem}.html)" for path in notebooks)
+    # plain HTML: Sphinx knows nothing of the slides and would drop links to them
+    decks = "".join(f'<li><a href="slides/{path.stem}.html">{_title(path)}</a></li>' for path in notebooks)
     index = index.replace(":maxdepth: 1\n\n```", f":maxdepth: 1\n\n{chapters}\n```", 1)
-    (source / "index.md").write_text(f"{index}\n## Slides\n\n{decks}\n")
+    (source / "index.md").write_text(f"{index}\n## Slides\n\n<ul>{decks}</ul>\n")
     command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going", str(source), str(html)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -97,7 +97,8 @@ class Explorer:
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         live = self.widget._repr_mimebundle_(**kwargs)
         data, metadata = live if isinstance(live, tuple) else (live, {})
-        return {**data, "image/png": self.picture.png, "text/plain": self.picture.alt}, metadata
+        still = {"image/png": self.picture.png, "text/plain": self.picture.alt}
+        return data | still, metadata | {"image/png": {"alt": self.picture.alt}}
 
 
 _WRAP = widgets.Layout(flex_flow="row wrap")

@@ -29,10 +29,16 @@ _SETTINGS = {
 class NotebookFigure(Figure):
     """A figure that notebooks show as it is, without pyplot, its global state or a chosen backend."""
 
-    def _repr_png_(self) -> bytes:
+    @property
+    def alt(self) -> str:
+        """Alternative text: the titles."""
+        titles = [self.get_suptitle(), *(axes.get_title() for axes in self.axes)]
+        return "Figure: " + "; ".join(title.replace("\n", " ").replace("$", "") for title in titles if title)
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", bbox_inches="tight")
-        return buffer.getvalue()
+        return buffer.getvalue(), {"alt": self.alt}
 
 
 @contextmanager

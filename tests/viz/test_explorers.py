@@ -58,7 +58,8 @@ def test_a_control_changes_picture_and_words(looks, explore, control, value, wor
 
 
 def test_where_widgets_cannot_run_there_is_a_picture(looks):
-    data, _ = explore_guidance(looks)._repr_mimebundle_()
+    data, metadata = explore_guidance(looks)._repr_mimebundle_()
+    assert metadata["image/png"]["alt"].startswith("How much each feature token")
     assert "application/vnd.jupyter.widget-view+json" in data
     assert data["image/png"].startswith(b"\x89PNG")
     assert "guiding token 1" in data["text/plain"]
@@ -110,4 +111,4 @@ def test_guidance_needs_bato(looks):
 def test_other_figures_of_the_intermediates(looks):
     figures = [draw_interaction(looks[1]), draw_token_maps(looks[1]), draw_mask_features(looks[1], 3)]
     for figure in [*figures, draw_mean_ious([track_objects(looks[1])])]:
-        assert np.asarray(Image.open(io.BytesIO(figure._repr_png_()))).std() > 5  # something is drawn
+        assert np.asarray(Image.open(io.BytesIO(figure._repr_png_()[0]))).std() > 5  # something is drawn

@@ -77,7 +77,9 @@ def test_instances_above_the_threshold_are_drawn():
     assert (shown.sum(-1) > 0).sum() == 25  # the mask, and nothing else, is coloured
     figure = draw_stages(image, {"decoder.0": found, "decoder.1": found}, ["cup", "key"])
     assert [a.get_title() for a in figure.axes] == ["decoder input", "layer 1"]
-    assert figure._repr_png_().startswith(b"\x89PNG")
+    picture, metadata = figure._repr_png_()
+    assert picture.startswith(b"\x89PNG")
+    assert metadata == {"alt": "Figure: decoder input; layer 1"}
 
 
 def test_matching_frames_each_pair_in_its_cell():

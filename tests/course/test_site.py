@@ -1,0 +1,46 @@
+"""The course as a site and slides (needs the packages of the extra `site`)."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+pytest.importorskip("myst_nb", reason="pip install -e '.[site]' for the site")
+
+from dimaskdino.course.site import build, still, with_slides
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def executed():
+    output = nbformat.v4.new_output
+    picture = output(
+        "display_data", {"image/png": "…", "application/vnd.jupyter.widget-view+json": {}, "text/plain": "x"}
+    )
+    progress = output("stream", name="stderr", text="50 %")
+    code = nbformat.v4.new_code_cell("f()", outputs=[picture, progress])
+    text = [nbformat.v4.new_markdown_cell(t) for t in ("# Title", "words", "## Part", "so\n\n### Exercise 1")]
+    return nbformat.v4.new_notebook(cells=[*text, code, nbformat.v4.new_code_cell("g()")], metadata={"widgets": {}})
+
+
+def test_explorers_become_pictures_and_progress_goes():
+    made = still(executed())
+    assert "widgets" not in made.metadata
+    (output,) = made.cells[4].outputs
+    assert set(output.data) == {"image/png", "text/plain"}
+
+
+def test_headings_and_figures_begin_slides():
+    kinds = [cell.metadata["slideshow"]["slide_type"] for cell in with_slides(executed()).cells]
+    assert kinds == ["slide", "-", "slide", "subslide", "subslide", "-"]
+
+
+@pytest.mark.slow
+def test_a_chapter_becomes_a_page_and_slides(tmp_path):
+    index = build(ROOT, tmp_path / "site", [ROOT / "notebooks" / "07_ablations.ipynb"])
+    page, slides = index.parent / "07_ablations.html", index.parent / "slides" / "07_ablations.html"
+    assert 'href="07_ablations.html"' in index.read_text()
+    assert 'href="slides/07_ablations.html"' in index.read_text()
+    assert page.read_text().count("<img") >= 2
+    assert page.read_text().count('alt="Figure: What each module brings') == 1
+    assert "reveal" in slides.read_text()
