@@ -13,10 +13,13 @@ from small import FILE, RUN, trained_file
 from small import MODEL as SMALL_MODEL
 from torchvision.ops import box_iou
 
-from dimaskdino.course import checks
+from dimaskdino.course import begin, checks
 from dimaskdino.course.build import notebooks_of, repository, with_solutions, without_solutions
 from dimaskdino.errors import UserError
+from dimaskdino.evaluation.layers import LayerwiseAP
+from dimaskdino.runs import RunFolder
 from dimaskdino.runs.study import load_study
+from dimaskdino.training.checkpoint import load_model
 
 NOTEBOOKS = Path(__file__).parent.parent.parent / "notebooks"
 SOURCES = sorted((NOTEBOOKS / "source").glob("*.py"))
@@ -34,6 +37,26 @@ def test_the_student_gets_the_exercise_without_its_solution():
 def test_marks_that_do_not_pair_are_named(code):
     with pytest.raises(UserError, match=r"out of place|not followed"):
         without_solutions(code)
+
+
+def test_a_lesson_begins_with_images_of_several_objects(shapes_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(NOTEBOOKS)  # `begin` changes the folder; the test before it comes back
+    lesson = begin(str(trained_file(tmp_path / "model.safetensors", shapes_data)))
+    assert Path.cwd() == NOTEBOOKS.parent
+    counts = [min(len(look.sample.labels), 3) for look in lesson.looks(99)]
+    assert len(counts) == len(lesson.data)
+    assert counts == sorted(counts, reverse=True)
+    assert len(lesson.looks(2)) == 2
+
+
+def test_shipped_models_are_small_and_say_what_they_reach():
+    models = NOTEBOOKS / "models"
+    assert sum(file.stat().st_size for file in models.rglob("*.safetensors")) < 25e6
+    for name in ("dimaskdino", "maskdino"):
+        trained = load_model(models / name)
+        assert trained.step == trained.config.schedule.steps == 10_000
+        assert list(LayerwiseAP.load(models / name / "evaluation" / "layers.json").stages)[-1] == "decoder.4"
+        assert RunFolder(models / name).read_metrics()[-1]["step"] == 10_000
 
 
 ADDRESS = "https://github.com/someone/some-kit"
