@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from dimaskdino.evaluation.layers import LayerwiseAP
 from dimaskdino.viz.style import BOX, CYCLE, GREY, MASK, NotebookFigure, style
 
+RUNNING_MEANS = 60  # how many stretches a long run is shown in, about
 _SHORT = {"first_selection": "first\nselection"}
 
 
@@ -82,7 +84,7 @@ def _imbalance(axes: Any, result: LayerwiseAP, place: dict[str, int], number: in
 
 
 def loss_curves(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
-    """Total loss, and the last decoder layer's losses, over the steps.
+    """Total loss, and the last decoder layer's losses, over the steps; long runs as running means.
 
     Args:
         runs: a run's metrics records (`RunFolder.read_metrics`) by the name to show.
@@ -93,25 +95,44 @@ def loss_curves(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
         for number, (label, records) in enumerate(runs.items()):
             records = [record for record in records if "loss" in record]
             steps = [record["step"] for record in records]
-            left.plot(steps, [record["loss"] for record in records], color=CYCLE[number % len(CYCLE)], label=label)
             if not records:
                 continue
+            width = max(1, len(records) // RUNNING_MEANS)
+            total = [record["loss"] for record in records]
+            if width > 1:
+                left.plot(steps, total, color=CYCLE[number % len(CYCLE)], alpha=0.25, linewidth=0.8)
+            left.plot(*_running_mean(steps, total, width), color=CYCLE[number % len(CYCLE)], label=label)
             decoder = [name for name in records[-1]["losses"] if name.startswith("decoder.")]
             last = max((name.split("/")[0] for name in decoder), key=lambda s: int(s.split(".")[1]))
             for k, term in enumerate(("label", "l1", "giou", "mask", "dice")):
                 values = [record["losses"][f"{last}/{term}"] for record in records]
                 right.plot(
-                    steps,
-                    values,
+                    *_running_mean(steps, values, width),
                     color=CYCLE[k],
                     linestyle=("-", "--", ":", "-.")[number % 4],
                     label=term if number == 0 else None,
                 )
         left.set(xlabel="step", ylabel="total loss", title="All stages", yscale="log")
         right.set(xlabel="step", ylabel="weighted loss", title="Last decoder layer", yscale="log")
+        for axes in (left, right):
+            for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                formatter(_PlainLog(minor_thresholds=(2, 0.4)))
         left.legend()
         right.legend(ncols=2)
     return figure
+
+
+def _running_mean(steps: Sequence[int], values: Sequence[float], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means of `width` neighbours, at the middle of their steps."""
+    weights = np.full(width, 1 / width)
+    return np.convolve(steps, weights, "valid"), np.convolve(values, weights, "valid")
+
+
+class _PlainLog(LogFormatter):
+    """Labels of a logarithmic axis as 200 and 0.1 rather than 2 · 10² and 10⁻¹."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def first_and_last_layer(models: Mapping[str, Mapping[str, Mapping[str, float]]], title: str) -> Figure:

@@ -65,6 +65,15 @@ def test_loss_curves():
     assert all(set(line.get_ydata()) == {3.0} for line in right.lines)  # of the last layer
 
 
+def test_long_runs_are_shown_as_running_means():
+    losses = dict.fromkeys((f"decoder.1/{t}" for t in ("label", "l1", "giou", "mask", "dice")), 1.0)
+    records = [{"step": s, "loss": 1.0 + s % 2, "losses": losses} for s in range(120)]
+    raw, mean = loss_curves({"a": records}).axes[0].lines
+    assert list(raw.get_ydata()) == [1.0, 2.0] * 60
+    assert list(mean.get_ydata()) == [1.5] * 119
+    assert list(mean.get_xdata()) == [s + 0.5 for s in range(119)]
+
+
 def test_instances_above_the_threshold_are_drawn():
     masks = torch.zeros(2, 20, 30, dtype=torch.bool)
     masks[0, 5:10, 5:10] = True
