@@ -86,8 +86,10 @@ print(modules.table(measured))
 
 # %% [markdown]
 # **Read it.** Do the rows come in the same order as in the paper? How large is the difference between two rows,
-# compared with the scatter of the seeds within one? The distances here are not those on COCO: the model is small, the
-# training short, and the shapes are not photographs. What the miniature shows is the *mechanism*, not the size.
+# compared with the scatter of the seeds within one? And the last column: which module narrows the lag of the first
+# layer here, and which one would you have expected from its place in the model? The distances are not those on COCO:
+# the model is small, the training short, and the shapes are not photographs. A miniature can show *that* something
+# happens, not how much of it there is.
 #
 # ### Explore
 #
