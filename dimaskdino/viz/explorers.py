@@ -4,8 +4,10 @@ Each explorer is a drawing function and widgets for its arguments. Where widgets
 notebook, its figure stands there as a picture.
 """
 
+import gc
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import anywidget
@@ -60,6 +62,18 @@ class Picture(anywidget.AnyWidget):
     clicked = traitlets.List(traitlets.Float()).tag(sync=True)
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Put garbage collection off: with PyTorch loaded a full one takes 0.4 s, which can wait until a picture is out."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 class Explorer:
     """A figure and the widgets that change it.
 
@@ -86,13 +100,14 @@ class Explorer:
         return {name: control.value for name, control in self.controls.items()}
 
     def _update(self, change: Any = None) -> None:
-        self.figure = self.draw(**self.values)
-        buffer = io.BytesIO()
-        self.figure.set_dpi(80)
-        FigureCanvasAgg(self.figure).print_png(buffer)
-        with self.picture.hold_sync():
-            self.picture.alt = self.describe(**self.values)
-            self.picture.png = buffer.getvalue()
+        with _without_collection():
+            self.figure = self.draw(**self.values)
+            buffer = io.BytesIO()
+            self.figure.set_dpi(80)
+            FigureCanvasAgg(self.figure).print_png(buffer)
+            with self.picture.hold_sync():
+                self.picture.alt = self.describe(**self.values)
+                self.picture.png = buffer.getvalue()
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         live = self.widget._repr_mimebundle_(**kwargs)
