@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dimaskdino.data.coco import CocoDataset
+from dimaskdino.data.coco import CocoDataset, find_split
 from dimaskdino.data.loading import batches, evaluation_loader
 from dimaskdino.errors import UserError
 from dimaskdino.evaluation.coco_ap import AveragePrecision, DetectionResults, average_precision, read_truth
@@ -128,9 +128,9 @@ def evaluate_layers(
     Raises:
         UserError: an unknown stage, a model for another number of classes than the data, bad data.
     """
-    data = CocoDataset(model.config.data.root, split or model.config.data.val)
+    annotations, _ = find_split(model.config.data.root, split or model.config.data.val)
     results = detect_layers(model, device, split, stages)
-    truth = read_truth(data.annotations_file)
+    truth = read_truth(annotations)
     scored = {
         name: StageAP(
             average_precision(truth, found.boxes, "box"),
@@ -138,7 +138,7 @@ def evaluate_layers(
         )
         for name, found in results.items()
     }
-    return LayerwiseAP(scored, len(data), f"step {model.step}, {data.annotations_file}")
+    return LayerwiseAP(scored, len(truth.dataset["images"]), f"step {model.step}, {annotations}")
 
 
 def detect_layers(
