@@ -1,6 +1,5 @@
 """State dicts of the published DI-MaskDINO and MaskDINO checkpoints, renamed to this package's parameters."""
 
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch import Tensor
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from dimaskdino.errors import UserError
+from dimaskdino.training.checkpoint import read_pt
 
 _PIXEL = r"sem_seg_head\.pixel_decoder"
 _HEAD = r"sem_seg_head\.predictor"
@@ -107,13 +107,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing, truncated, or holds something else than tensors.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"the checkpoint {path} does not exist") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be read as a checkpoint: truncated, or more than tensors ({reason})") from None
+    content = read_pt(path)
     state = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds no state dict: names with tensors, alone or under 'model'")

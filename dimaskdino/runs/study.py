@@ -140,15 +140,17 @@ def run_study(study: Study, scale: str, seeds: Sequence[int], folder: Path, chan
         changes: settings for every row, after its own.
 
     Raises:
-        UserError: a run failed; the others before it are kept.
+        UserError: a run failed, or the folder holds runs of another scale or with other settings; nothing is lost.
     """
     todo = [(row, seed) for seed in seeds for row in study.rows]
     for row, seed in tqdm(todo, study.title, mininterval=1):
         run = RunFolder(folder / f"{row.name}_{seed}")
         result = run.path / "evaluation" / "layers.json"
-        if result.exists():
-            continue
         overrides = [*study.overrides(row, scale, seed), *changes]
+        if result.exists():
+            if load_config(run.path / "config.yaml") != load_config(study.scales[scale], overrides):
+                raise UserError(f"{run.path} holds a run with other settings than this study's; use another folder")
+            continue
         with TrainingProcess(str(study.scales[scale]), run.path, overrides) as training:
             for _ in training.follow():
                 pass

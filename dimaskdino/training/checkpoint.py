@@ -74,7 +74,7 @@ def load_resume_point(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
     remark = None
     for path in candidates:
         try:
-            return _read_pt(path), remark
+            return _read_resume_point(path), remark
         except UserError as error:
             remark = str(error)
     if candidates:
@@ -82,14 +82,25 @@ def load_resume_point(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
     return None, None
 
 
-def _read_pt(path: Path) -> dict[str, Any]:
+def read_pt(path: Path) -> Any:
+    """What a file written by `torch.save` holds; no code in it is run.
+
+    Raises:
+        UserError: the file is missing, truncated, or holds more than tensors and plain values.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"the checkpoint {path} does not exist") from None
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(
             f"{path} cannot be read as a checkpoint, it may be truncated or hold more than tensors "
             f"({(str(error) or type(error).__name__).splitlines()[0]})"
         ) from None
+
+
+def _read_resume_point(path: Path) -> dict[str, Any]:
+    state = read_pt(path)
     if not isinstance(state, dict) or "model" not in state:
         raise UserError(f"{path} is no checkpoint of this kit")
     return state
@@ -157,7 +168,7 @@ def _read_model(path: Path) -> tuple[dict[str, Tensor], str, list[str], int]:
     if path.suffix == ".safetensors":
         weights, metadata = _read_safetensors(path)
         return weights, metadata["config"], json.loads(metadata["classes"]), int(metadata["step"])
-    state = _read_pt(path)
+    state = _read_resume_point(path)
     return state["model"], state["config"], state["classes"], state["step"]
 
 

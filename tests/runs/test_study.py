@@ -101,3 +101,5 @@ def test_a_study_runs_and_goes_on(shapes_data, tmp_path):
     run_study(study, "tiny", [0, 1], folder, changes)
     assert (folder / "a_0" / "checkpoints" / "model.safetensors").stat().st_mtime_ns == before
     assert {name: len(runs) for name, runs in study.measured(folder).items()} == {"a": 2, "b": 2}
+    with pytest.raises(UserError, match="other settings than this study's"):
+        run_study(study, "tiny", [0], folder, [*changes, "model.decoder.layers=3"])
