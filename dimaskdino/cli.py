@@ -16,14 +16,31 @@ Overrides = Annotated[
     tuple[str, ...],
     arg(metavar="KEY=VALUE", help="Settings that differ from the file, such as train.batch_size=8 data.root=my/data."),
 ]
-
-
+Arguments = Annotated[
+    tuple[str, ...],
+    arg(
+        metavar="KEY=VALUE",
+        help="Settings that differ from the file, such as train.batch_size=8; also in the form of the published code, "
+        "SOLVER.IMS_PER_BATCH 8.",
+    ),
+]
 Device = Annotated[str, arg(help="cpu, cuda, or auto: a GPU if there is one.")]
-ModelPath = Annotated[Path, arg(help="Run folder, model.safetensors or checkpoint.")]
-ConfigPath = Annotated[Path, arg(help="YAML file, for example configs/shapes/dimaskdino_r18.yaml.")]
+ModelPath = Annotated[Path, arg(help="Run folder, model.safetensors, checkpoint or published .pth.")]
+ConfigPath = Annotated[
+    Path,
+    arg(
+        aliases=["--config-file"],
+        help="YAML file, for example configs/shapes/dimaskdino_r18.yaml, or one of the published code.",
+    ),
+]
+Processes = Annotated[
+    int, arg(aliases=["--num-gpus"], help="Processes on this machine, one for each GPU; torchrun for several machines.")
+]
 
 
-def train(config: ConfigPath, run: Path, overrides: Positional[Overrides] = (), processes: int = 1) -> int:
+def train(
+    config: ConfigPath, overrides: Positional[Arguments] = (), run: Path | None = None, processes: Processes = 1
+) -> int:
     """Train a model, or go on with a run that was interrupted.
 
     The run folder receives the resolved configuration, metrics, checkpoints and a status. The same command again
@@ -31,49 +48,94 @@ def train(config: ConfigPath, run: Path, overrides: Positional[Overrides] = (), 
 
     Args:
         config: YAML file.
-        run: Run folder.
         overrides: Settings that differ from the file.
+        run: Run folder; OUTPUT_DIR among the settings is the same.
         processes: Training processes on this machine, one for each GPU.
     """
-    from dimaskdino.runs.launch import training_command
+    from dimaskdino.interop.published_config import split_arguments
     from dimaskdino.training.__main__ import main as train_here
 
-    if processes == 1:
-        return train_here(str(config), str(run), list(overrides))
-    command = training_command(str(config), run, overrides, processes)
-    os.execv(command[0], command)
+    _, pairs = split_arguments(overrides)
+    folder = run or pairs.get("OUTPUT_DIR")
+    if folder is None:
+        raise UserError("name the run folder: --run FOLDER")
+    _in_processes(processes)
+    return train_here(str(config), str(folder), list(overrides))
+
+
+def _in_processes(count: int) -> None:
+    """Start this very command again under torchrun, once for each GPU; does nothing in a process of torchrun's."""
+    if count > 1 and "RANK" not in os.environ:
+        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "dimaskdino")
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv[1:]])
 
 
 def evaluate(
-    model: Positional[ModelPath],
-    overrides: Positional[Overrides] = (),
+    model_and_settings: Positional[
+        Annotated[
+            tuple[str, ...],
+            arg(metavar="MODEL KEY=VALUE", help="The model, unless MODEL.WEIGHTS names it, and settings as for train."),
+        ]
+    ],
+    config: ConfigPath | None = None,
     split: str | None = None,
     stages: tuple[str, ...] = (),
     output: Path | None = None,
+    keep_detections: bool = False,
     device: Device = "auto",
+    processes: Processes = 1,
 ) -> int:
     """Box and mask AP of a trained model, at every stage, in one pass over the data.
 
+    For example: dimaskdino evaluate runs/mine data.root=my/data
+
+    An interrupted evaluation goes on where it was when the same command is given again.
+
     Args:
-        model: Run folder, model.safetensors or checkpoint.
-        overrides: Settings that differ from those the model was trained with, such as data.root.
+        model_and_settings: Run folder, model.safetensors, checkpoint or published .pth, then settings that differ from
+            those the model was trained with, such as data.root=my/data or TEST.DETECTIONS_PER_IMAGE 300.
+        config: YAML file that a published checkpoint belongs to; told from its weights by default.
         split: Split to evaluate on; the configuration's data.val by default.
         stages: Only these stages, such as decoder.1 decoder.6; all by default.
         output: Folder for layers.json and layers.png; by default evaluation/ beside the model.
+        keep_detections: Leave the detections of every stage in the output folder.
         device: Where to run.
+        processes: Evaluating processes on this machine, one for each GPU.
     """
-    from dimaskdino.evaluation.layers import evaluate_layers
-    from dimaskdino.training.checkpoint import load_model
+    from dimaskdino.evaluation.layers import detect_layers, score_layers
+    from dimaskdino.interop.published import load_any
+    from dimaskdino.interop.published_config import load_settings, starts_settings, translate_pairs
     from dimaskdino.viz import layerwise_ap
 
-    trained = load_model(model, _device(device), overrides)
-    result = evaluate_layers(trained, _device(device), split, stages or None)
-    folder = output or (model if model.is_dir() else model.parent) / "evaluation"
+    given = model_and_settings and not starts_settings(model_and_settings[0])
+    arguments = model_and_settings[1:] if given else model_and_settings
+    overrides, told = translate_pairs(arguments) if config is None else ([], load_settings(config, arguments))
+    path = Path(model_and_settings[0]) if given else told.weights
+    if path is None:
+        raise UserError("name the model: dimaskdino evaluate MODEL, or MODEL.WEIGHTS FILE among the settings")
+    _in_processes(processes)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    trained = load_any(path, _device(device), overrides, None if config is None else told.config)
+    folder = output or told.output or (path if path.is_dir() else path.parent) / "evaluation"
+    store = detect_layers(trained, _device(device), split, stages or None, folder / "detections", (rank, world))
+    if rank:
+        return 0
+    _print_remarks(told.remarks)
+    store.wait()
+    result = score_layers(store, trained, split)
     result.save(folder / "layers.json")
     layerwise_ap({"model": result}).savefig(folder / "layers.png")
+    if not keep_detections:
+        store.remove()
     print(result.table())
     print(f"written: {folder / 'layers.json'}, {folder / 'layers.png'}")
     return 0
+
+
+def _print_remarks(remarks: tuple[str, ...]) -> None:
+    for remark in remarks:
+        print(f"note: {remark}", file=sys.stderr)
 
 
 def predict(
@@ -96,11 +158,11 @@ def predict(
     """
     from dimaskdino.data.coco import load_image
     from dimaskdino.evaluation.predict import find_images, predict_stages
-    from dimaskdino.training.checkpoint import load_model
+    from dimaskdino.interop.published import load_any
     from dimaskdino.viz import draw_instances
 
     files = find_images(list(images))
-    trained = load_model(model, _device(device))
+    trained = load_any(model, _device(device))
     output.mkdir(parents=True, exist_ok=True)
     records, failed = [], 0
     for path in files:
@@ -226,35 +288,52 @@ def export(run: Positional[Path], target: Positional[Path]) -> int:
 
 
 def convert(
-    checkpoint: Positional[Path],
+    file: Positional[Path],
     output: Positional[Path],
-    overrides: Positional[Overrides] = (),
-    config: ConfigPath = Path("configs/coco/instance-segmentation/dimaskdino_r50_4scale_bs16_12ep.yaml"),
+    overrides: Positional[Arguments] = (),
+    config: ConfigPath | None = None,
 ) -> int:
-    """Make a published DI-MaskDINO or MaskDINO checkpoint into a model of this kit.
+    """Make a published checkpoint, or weights of a backbone, into a file of this kit.
 
-    Every key of the checkpoint is accounted for; a file that does not fit the configuration is refused.
+    For example: dimaskdino convert dimaskdino_r50_12ep.pth coco.safetensors
+
+    A DI-MaskDINO or MaskDINO checkpoint becomes a model that every command takes; each of its keys is accounted for.
+    A ResNet of torchvision (.pth) or detectron2 (.pkl) becomes a file for model.backbone.weights.
 
     Args:
-        checkpoint: The published file, .pth.
-        output: File to write, .safetensors; it holds the configuration and the class names too.
+        file: The published file, .pth or .pkl. No code in it is run.
+        output: File to write, .safetensors; a model's holds its configuration and class names too.
         overrides: Settings that differ from the configuration.
-        config: YAML file of the model that it was trained as.
+        config: YAML file of the model that it was trained as, this kit's or the published one; told from the weights
+            by default.
     """
-    from dimaskdino.config import load_config
-    from dimaskdino.interop.published import coco_classes, convert_state, read_published
-    from dimaskdino.modeling import Detector
-    from dimaskdino.training.checkpoint import load_weights, save_model
+    from dimaskdino.files import read_state_dict
+    from dimaskdino.interop.published import convert_backbone, is_published, load_published
+    from dimaskdino.interop.published_config import load_settings, translate_pairs
+    from dimaskdino.training.checkpoint import save_model
 
-    settings = load_config(config, ["model.backbone.weights=null", *overrides])
-    published = convert_state(read_published(checkpoint))
-    detector = Detector(settings.model)
-    load_weights(detector, published.state, str(checkpoint))
-    classes, count = coco_classes(), settings.model.classes
-    names = classes if count == len(classes) else [f"class {i + 1}" for i in range(count)]
-    save_model(output, detector, settings, names, 0)
-    print(f"{len(published.renamed)} keys became {len(published.state)} parameters and buffers")
-    print(f"no part of the model: {', '.join(published.ignored) or 'none'}")
+    if not is_published(read_state_dict(file)):
+        name, count = convert_backbone(file, output)
+        print(f"a {name} of {count} parameters and buffers; use it with model.backbone.weights={output}")
+        print(f"written: {output}")
+        return 0
+    changes, told = translate_pairs(overrides) if config is None else ([], load_settings(config, overrides))
+    _print_remarks(told.remarks)
+    model, conversion = load_published(file, changes, None if config is None else told.config)
+    save_model(output, model.detector, model.config, model.classes, 0)
+    settings = model.config.model
+    print(
+        f"{'DI-MaskDINO' if settings.bato.enabled else 'MaskDINO'}, {settings.backbone.name}, "
+        f"{settings.pixel_decoder.levels} levels, {settings.decoder.layers} decoder layers, {settings.classes} classes"
+    )
+    if config is None:
+        print(
+            f"not stored in the file, so taken as published: model.selection.k={list(settings.selection.k)}, "
+            f"model.selection.mask_to_box={settings.selection.mask_to_box}, "
+            f"model.bato.guiding_tokens={settings.bato.guiding_tokens}"
+        )
+    print(f"{len(conversion.renamed)} keys became {len(conversion.state)} parameters and buffers")
+    print(f"no part of the model: {', '.join(conversion.ignored) or 'none'}")
     print(f"written: {output}")
     return 0
 
@@ -277,16 +356,21 @@ def data_shapes(root: Positional[Path], train: int = 4000, val: int = 200, size:
     return 0
 
 
-def config_show(config: Positional[ConfigPath], overrides: Positional[Overrides] = ()) -> int:
+def config_show(config: Positional[ConfigPath], overrides: Positional[Arguments] = ()) -> int:
     """Print a configuration with everything it extends and every default filled in.
+
+    A file of the published code is shown as this kit's; what has no counterpart is listed.
 
     Args:
         config: YAML file.
         overrides: Settings that differ from the file.
     """
-    from dimaskdino.config import dump_config, load_config
+    from dimaskdino.config import dump_config
+    from dimaskdino.interop.published_config import load_settings
 
-    print(dump_config(load_config(config, overrides)), end="")
+    settings = load_settings(config, overrides)
+    _print_remarks(settings.remarks)
+    print(dump_config(settings.config), end="")
     return 0
 
 
@@ -303,30 +387,61 @@ def _device(name: str) -> str:
 
     if name != "auto":
         return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-def data_check(root: Positional[Path], split: Positional[str]) -> int:
-    """Read every image and annotation of a COCO-format split and report what is wrong with them.
+def data_check(
+    root: Positional[Path], splits: Positional[tuple[str, ...]] = ("train2017", "val2017"), read: bool = True
+) -> int:
+    """Count what a COCO-format dataset holds, and report what is missing or wrong.
+
+    For example: dimaskdino data check data/coco; dimaskdino data check my/data train val
 
     Args:
         root: Dataset folder.
-        split: Name of the split, such as train2017.
+        splits: Names of the splits.
+        read: Read every image and mask too, which takes about 20 minutes for COCO; --no-read looks at the annotations
+            and for the files alone.
     """
     from dimaskdino.data.coco import CocoDataset
+    from dimaskdino.data.statistics import describe
 
-    data = CocoDataset(root, split)
-    objects, problems = dict.fromkeys(data.classes, 0), 0
-    for i in tqdm(range(len(data)), f"reading {split}", mininterval=1):
+    problems = 0
+    for split in splits:
         try:
-            for label in data[i].labels.tolist():
-                objects[data.classes[label]] += 1
+            found = describe(root, split)
         except UserError as error:
+            print(f"{split}: {error}", file=sys.stderr)
             problems += 1
-            print(error, file=sys.stderr)
-    print(f"{len(data)} images, {problems} with problems, {sum(objects.values())} objects with a mask")
-    print("\n".join(f"  {name}: {count}" for name, count in objects.items()))
+            continue
+        print(f"{split}: {found.text()}")
+        missing = found.missing_files
+        if missing:
+            problems += len(missing)
+            print(f"{split}: {len(missing)} images are missing, the first {missing[0]}", file=sys.stderr)
+        data = CocoDataset(root, split)
+        for i in tqdm(range(len(data) if read else 0), f"reading {split}", mininterval=1, disable=not read):
+            try:
+                data[i]
+            except UserError as error:
+                problems += 1
+                print(error, file=sys.stderr)
+    print(f"{problems} problems")
     return 1 if problems else 0
+
+
+def data_bdd100k(root: Positional[Path], splits: Positional[tuple[str, ...]] = ("train", "val")) -> int:
+    """Make COCO annotations of BDD100K's instance segmentation labels (bitmasks or run lengths).
+
+    Args:
+        root: Folder with images/10k and labels/ins_seg as they come.
+        splits: Names of the splits.
+    """
+    from dimaskdino.data.bdd100k import convert as convert_split
+
+    for split in splits:
+        print(f"written: {convert_split(root, split)}")
+    return 0
 
 
 app = SubcommandApp()
@@ -335,6 +450,7 @@ for function in (train, evaluate, predict, run, study, status, export, convert):
 _data = SubcommandApp()
 _data.command(data_shapes, name="shapes")
 _data.command(data_check, name="check")
+_data.command(data_bdd100k, name="bdd100k")
 app.command(_data, name="data", help="Generate the built-in data, or check a dataset.")
 _config = SubcommandApp()
 _config.command(config_show, name="show")

@@ -213,6 +213,10 @@ class Train(Section):
     batch_size: PositiveInt = Field(16, description="images a step, over all processes")
     accumulate: PositiveInt = Field(1, description="parts that each process takes its images in, to save memory")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = Field(False, description="compile the backbone and the pixel decoder with torch.compile")
+    checkpoint_activations: bool = Field(
+        False, description="keep only the layers' inputs for the backward pass, to save memory for a third more time"
+    )
     weights: Path | None = Field(
         None, description="fine-tuning: a trained model (run folder or file) to start from; its classes may be others"
     )
@@ -239,15 +243,6 @@ class Config(Section):
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
 
-    @model_validator(mode="after")
-    def _batches(self) -> "Config":
-        if self.train.batch_size % self.train.accumulate:
-            raise ValueError(
-                f"train.batch_size = {self.train.batch_size} cannot be split into train.accumulate = "
-                f"{self.train.accumulate} equal parts"
-            )
-        return self
-
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML file with everything it extends, then apply `key=value` overrides.
@@ -259,7 +254,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         UserError: a file that is missing or not YAML, an unknown key (the nearest valid one is named), a wrong value.
     """
-    return parse_config(_read(Path(path), ()), overrides, str(path))
+    return parse_config(read_tree(Path(path)), overrides, str(path))
 
 
 def parse_config(tree: dict[str, Any], overrides: Iterable[str], source: str) -> Config:
@@ -293,10 +288,15 @@ def _parse(text: str, what: str) -> Any:
     return value
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def read_tree(path: Path, base_key: str = "extends", _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file of settings merged over the one that it names under `base_key`, and so on.
+
+    Raises:
+        UserError: a file that is missing or not YAML, holds no settings, or extends itself.
+    """
     path = path.resolve()
-    if path in seen:
-        raise UserError(f"{path} extends itself, by way of {', '.join(p.name for p in seen)}")
+    if path in _seen:
+        raise UserError(f"{path} extends itself, by way of {', '.join(p.name for p in _seen)}")
     try:
         text = path.read_text()
     except OSError as error:
@@ -304,8 +304,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     tree = _parse(text, str(path)) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold settings (key: value), got {type(tree).__name__}")
-    base = tree.pop("extends", None)
-    return _merge(_read(path.parent / base, (*seen, path)), tree) if base else tree
+    base = tree.pop(base_key, None)
+    return _merge(read_tree(path.parent / base, base_key, (*_seen, path)), tree) if base else tree
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,6 @@ def test_overrides(tmp_path):
         ("model.selection.k=[300]", "guidance=T_i"),
         ("model.bato.guidance=T_i", "selection.k=\\[300\\]"),
         ("model.hidden_dim=100", "multiple of 32"),
-        ("train.accumulate=3", "cannot be split"),
         ("train.seed", "key=value"),
         ("train.seed={", "not valid YAML"),
     ],

@@ -18,7 +18,7 @@ from dimaskdino.errors import UserError
 
 # where folders in use keep a split's annotations and images; {} is the split's name
 _LAYOUTS = (
-    ("annotations/instances_{}.json", ("images/{}", "{}")),
+    ("annotations/instances_{}.json", ("images/{}", "{}", "images/10k/{}")),
     ("annotations/{}.json", ("images/{}", "{}", "images")),
     ("{}/_annotations.coco.json", ("{}",)),
 )

@@ -88,22 +88,25 @@ class _ByPosition(Dataset[Sample]):
 
 
 class _Positions:
-    """Sampler of the positions of one process's parts of each step, from a step on."""
+    """Sampler of the positions of one process's parts of each step, from a step on.
+
+    A step's batch is cut into world × parts pieces, as even as it goes; piece i of process r is number r·parts + i. So
+    eight processes, or four that take two pieces each, or one that takes eight, work on the same pieces.
+    """
 
     def __init__(self, first: int, steps: int, batch: int, rank: int, world: int, parts: int) -> None:
         self.first, self.steps, self.batch = first, steps, batch
-        self.rank, self.world, self.parts = rank, world, parts
+        pieces = world * parts
+        cuts = [batch * piece // pieces for piece in range(pieces + 1)]
+        self.parts = [range(cuts[p], cuts[p + 1]) for p in range(rank * parts, (rank + 1) * parts)]
 
     def __iter__(self) -> Iterator[list[int]]:
-        share = self.batch // self.world
-        size = share // self.parts
         for step in range(self.first, self.steps):
-            start = step * self.batch + self.rank * share
-            for part in range(self.parts):
-                yield list(range(start + part * size, start + (part + 1) * size))
+            for part in self.parts:
+                yield [step * self.batch + position for position in part]
 
     def __len__(self) -> int:
-        return (self.steps - self.first) * self.parts
+        return (self.steps - self.first) * len(self.parts)
 
 
 def training_dataset(settings: config.Config) -> CocoDataset:
@@ -116,12 +119,12 @@ def training_loader(data: CocoDataset, settings: config.Config, first_step: int,
     """Batches from `first_step` on, `train.accumulate` of them a step.
 
     Raises:
-        UserError: the batch cannot be split evenly over the processes.
+        UserError: the batch has fewer images than there are parts to take it in.
     """
     train = settings.train
-    if train.batch_size % (world * train.accumulate):
+    if train.batch_size < world * train.accumulate:
         raise UserError(
-            f"train.batch_size = {train.batch_size} cannot be split evenly over {world} processes x "
+            f"train.batch_size = {train.batch_size} is less than one image for each of {world} processes x "
             f"{train.accumulate} parts"
         )
     positions = _Positions(first_step, settings.schedule.steps, train.batch_size, rank, world, train.accumulate)
@@ -134,13 +137,21 @@ def training_loader(data: CocoDataset, settings: config.Config, first_step: int,
     )
 
 
-def evaluation_loader(settings: config.Config, split: str | None = None) -> DataLoader:
-    """Every image of a split, resized for testing, in order."""
+def evaluation_dataset(settings: config.Config, split: str | None = None) -> CocoDataset:
+    """A split, `data.val` if None, resized for testing."""
+    data = settings.data
+    return CocoDataset(data.root, split or data.val, evaluation_resize(data.resize))
+
+
+def evaluation_loader(data: CocoDataset, settings: config.Config, groups: Sequence[Sequence[int]]) -> DataLoader:
+    """The images at these positions of a dataset, in order; no batch reaches from one group into the next."""
+    size = settings.evaluation.batch_size
+    positions = [list(group[i : i + size]) for group in groups for i in range(0, len(group), size)]
     return DataLoader(
-        CocoDataset(settings.data.root, split or settings.data.val, evaluation_resize(settings.data.resize)),
-        batch_size=settings.evaluation.batch_size,
+        data,
+        batch_sampler=positions,  # type: ignore[arg-type]
         collate_fn=collate,
-        num_workers=settings.data.workers,
+        num_workers=settings.data.workers if positions else 0,
         worker_init_fn=_one_thread,
     )
 

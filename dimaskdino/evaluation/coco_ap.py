@@ -1,15 +1,12 @@
 """COCO box and mask AP of one set of detections."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from hotcoco import COCO, COCOeval
 from jaxtyping import Float
-from pycocotools import mask as coco_mask
-
-from dimaskdino.modeling import Instances
 
 Kind = Literal["box", "mask"]
 
@@ -35,39 +32,6 @@ class AveragePrecision:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass
-class DetectionResults:
-    """Detections of many images in COCO's result format, boxes and masks apart.
-
-    Args:
-        category_ids: the dataset's category id of each label.
-    """
-
-    category_ids: list[int]
-    boxes: list[dict[str, Any]] = field(default_factory=list)
-    masks: list[dict[str, Any]] = field(default_factory=list)
-    has_masks: bool = False
-
-    def add(self, image_id: int, instances: Instances) -> None:
-        """Add one image's detections, at the image's original size."""
-        scores = instances.scores.tolist()
-        categories = [self.category_ids[label] for label in instances.labels.tolist()]
-        xyxy = instances.boxes.double().cpu().numpy()
-        xywh = np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], axis=1).tolist()
-        for category, score, box in zip(categories, scores, xywh, strict=True):
-            self.boxes.append({"image_id": image_id, "category_id": category, "bbox": box, "score": score})
-        if instances.query_masks is None:
-            return
-        self.has_masks = True
-        # a query can be detected as several classes: encode its mask once
-        stacked = instances.query_masks.permute(1, 2, 0).byte().cpu().numpy()
-        encoded = coco_mask.encode(np.asfortranarray(stacked))
-        for category, score, index in zip(categories, scores, instances.mask_index.tolist(), strict=True):
-            self.masks.append(
-                {"image_id": image_id, "category_id": category, "segmentation": encoded[index], "score": score}
-            )
 
 
 def average_precision(truth: COCO, detections: list[dict[str, Any]], kind: Kind) -> AveragePrecision:

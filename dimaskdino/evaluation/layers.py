@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dimaskdino.data.coco import CocoDataset, find_split
-from dimaskdino.data.loading import batches, evaluation_loader
+from dimaskdino.data.coco import find_split
+from dimaskdino.data.loading import Batch, batches, evaluation_dataset, evaluation_loader
 from dimaskdino.errors import UserError
-from dimaskdino.evaluation.coco_ap import AveragePrecision, DetectionResults, average_precision, read_truth
+from dimaskdino.evaluation.coco_ap import AveragePrecision, average_precision, read_truth
+from dimaskdino.evaluation.detections import Detections, DetectionStore, fingerprint
 from dimaskdino.modeling import ImageBatch, Predictions, Stage, postprocess
 from dimaskdino.training.checkpoint import TrainedModel
 
@@ -116,6 +117,7 @@ def evaluate_layers(
     device: torch.device | str = "cpu",
     split: str | None = None,
     stages: Sequence[str] | None = None,
+    folder: Path | None = None,
 ) -> LayerwiseAP:
     """Box and mask AP of the stages of a model.
 
@@ -124,20 +126,25 @@ def evaluate_layers(
         device: where to run.
         split: the configuration's `data.val` if None.
         stages: names of the stages wanted, all if None; `["decoder.6"]` for the final predictions of six layers.
+        folder: where the detections are kept, so that an interrupted evaluation goes on; None: a temporary one.
 
     Raises:
         UserError: an unknown stage, a model for another number of classes than the data, bad data.
     """
+    return score_layers(detect_layers(model, device, split, stages, folder), model, split)
+
+
+def score_layers(found: DetectionStore, model: TrainedModel, split: str | None = None) -> LayerwiseAP:
+    """Box and mask AP of detections; one stage is in memory at a time."""
     annotations, _ = find_split(model.config.data.root, split or model.config.data.val)
-    results = detect_layers(model, device, split, stages)
     truth = read_truth(annotations)
-    scored = {
-        name: StageAP(
-            average_precision(truth, found.boxes, "box"),
-            average_precision(truth, found.masks, "mask") if found.has_masks else None,
+    scored = {}
+    for name in tqdm(found, "scoring", mininterval=2):
+        detections = found[name]
+        scored[name] = StageAP(
+            average_precision(truth, detections.boxes, "box"),
+            average_precision(truth, detections.masks, "mask") if detections.has_masks else None,
         )
-        for name, found in results.items()
-    }
     return LayerwiseAP(scored, len(truth.dataset["images"]), f"step {model.step}, {annotations}")
 
 
@@ -146,32 +153,71 @@ def detect_layers(
     device: torch.device | str = "cpu",
     split: str | None = None,
     stages: Sequence[str] | None = None,
-) -> dict[str, DetectionResults]:
-    """The detections of the stages of a model on a split, by stage name; arguments and errors as `evaluate_layers`."""
+    folder: Path | None = None,
+    shard: tuple[int, int] = (0, 1),
+) -> DetectionStore:
+    """The detections of the stages of a model on a split, by stage name.
+
+    Args:
+        model: as `evaluate_layers`, whose other arguments and errors are the same too.
+        device: where to run.
+        split: the configuration's `data.val` if None.
+        stages: names of the stages wanted, all if None.
+        folder: where they are kept; parts that are there already are not made again.
+        shard: (i, n): this process is number i of n that fill the folder together; only its parts are made here.
+    """
     settings = model.config
-    loader = evaluation_loader(settings, split)
-    data: CocoDataset = loader.dataset  # type: ignore[attr-defined]
+    data = evaluation_dataset(settings, split)
     if len(data.classes) != settings.model.classes:
         raise UserError(
             f"the model knows {settings.model.classes} classes, {data.annotations_file} has {len(data.classes)}"
         )
-    results: dict[str, DetectionResults] = {}
-    for batch in tqdm(batches(loader), f"evaluating {data.annotations_file.stem}", len(loader), mininterval=2):
-        images = ImageBatch.from_images(batch.images, device)
-        with torch.inference_mode():
-            predictions = model.detector(images)
-        for name, stage in chosen_stages(predictions, stages).items():
-            found = postprocess(
-                stage,
-                images.sizes,
-                images.padded_size,
-                batch.original_sizes,
-                settings.evaluation.detections,
+    about = {
+        "model": fingerprint(model),
+        "annotations": [str(data.annotations_file.resolve()), data.annotations_file.stat().st_size, len(data)],
+        "resize": settings.data.resize.model_dump(),
+        "detections": settings.evaluation.detections,
+        "stages": list(stages) if stages else None,
+    }
+    store = DetectionStore(folder, about, len(data), first=shard[0] == 0)
+    missing = store.missing(shard)
+    loader = evaluation_loader(data, settings, [store.images_of(part) for part in missing])
+    found, mine = batches(loader), sum(len(store.images_of(part)) for part in missing)
+    with tqdm(total=mine, desc=f"evaluating {data.annotations_file.stem}", mininterval=2, unit="images") as progress:
+        for part in missing:
+            detections: dict[str, list[Detections]] = {}
+            while not detections or len(next(iter(detections.values()))) < len(store.images_of(part)):
+                batch = next(found)
+                for name, images in _detect(model, batch, device, stages, data.category_ids).items():
+                    detections.setdefault(name, []).extend(images)
+                progress.update(len(batch.images))
+            store.write(part, detections)
+    return store
+
+
+def _detect(
+    model: TrainedModel,
+    batch: Batch,
+    device: torch.device | str,
+    stages: Sequence[str] | None,
+    category_ids: Sequence[int],
+) -> dict[str, list[Detections]]:
+    """Every image's detections at the stages."""
+    images = ImageBatch.from_images(batch.images, device)
+    with torch.inference_mode():
+        predictions = model.detector(images)
+    detections = model.config.evaluation.detections
+    return {
+        name: [
+            Detections.of(image_id, instances, category_ids)
+            for image_id, instances in zip(
+                batch.image_ids,
+                postprocess(stage, images.sizes, images.padded_size, batch.original_sizes, detections),
+                strict=True,
             )
-            stage_results = results.setdefault(name, DetectionResults(data.category_ids))
-            for image_id, instances in zip(batch.image_ids, found, strict=True):
-                stage_results.add(image_id, instances)
-    return results
+        ]
+        for name, stage in chosen_stages(predictions, stages).items()
+    }
 
 
 def chosen_stages(predictions: Predictions, names: Sequence[str] | None) -> dict[str, Stage]:

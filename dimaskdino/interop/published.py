@@ -1,16 +1,22 @@
 """State dicts of the published DI-MaskDINO and MaskDINO checkpoints, renamed to this package's parameters."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
+from dimaskdino import config
+from dimaskdino.config import parse_config
 from dimaskdino.errors import UserError
-from dimaskdino.training.checkpoint import read_pt
+from dimaskdino.files import read_state_dict
+from dimaskdino.modeling import Detector
+from dimaskdino.modeling.pretrained import recognise_resnet
+from dimaskdino.training.checkpoint import TrainedModel, load_model, load_weights, write_whole
 
 _PIXEL = r"sem_seg_head\.pixel_decoder"
 _HEAD = r"sem_seg_head\.predictor"
@@ -20,6 +26,8 @@ _FFN = [(r"linear([12])\.", r"ffn.linear\1.")]
 _RULES: list[tuple[str, str]] = [
     (r"backbone\.stem\.conv1\.norm\.", "backbone.stem.1."),
     (r"backbone\.stem\.conv1\.", "backbone.stem.0."),
+    (r"backbone\.patch_embed\.", "backbone.net.patch_embed."),
+    (r"backbone\.norm([0-3])\.", r"backbone.norms.\1."),
     (rf"{_PIXEL}\.input_proj\.", "pixel_decoder.projections."),
     (rf"{_PIXEL}\.transformer\.level_embed", "pixel_decoder.level_embedding"),
     (rf"{_PIXEL}\.adapter_1\.norm\.", "pixel_decoder.lateral.1."),
@@ -49,6 +57,9 @@ _BLOCKS: list[tuple[str, str, list[tuple[str, str]]]] = [
             (r"shortcut\.", "downsample.0."),
         ],
     ),
+    # a Swin Transformer as timm has it, where a stage begins with what the one before ends with there
+    (r"backbone\.layers\.(\d+)\.(?=blocks\.)", "backbone.net.layers_{0}.", [(r"", "")]),
+    (r"backbone\.layers\.(\d+)\.(?=downsample\.)", "backbone.net.layers_{0}.", [(r"", "")]),
     (
         rf"{_PIXEL}\.transformer\.encoder\.layers\.(\d+)\.",
         "pixel_decoder.layers.{0}.",
@@ -98,26 +109,9 @@ _MLPS: list[tuple[str, str]] = [
 ]
 
 # held by published checkpoints but no parameter of the model
-_WITHOUT_COUNTERPART = re.compile(r"criterion\.empty_weight$|.*\.num_batches_tracked$|pixel_(mean|std)$")
-
-
-def read_published(path: Path) -> dict[str, Tensor]:
-    """The state dict in a published checkpoint (`.pth`), alone or under `model`; no code in the file is run.
-
-    Raises:
-        UserError: the file is missing, truncated, or holds something else than tensors.
-    """
-    content = read_pt(path)
-    state = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no state dict: names with tensors, alone or under 'model'")
-    return state
-
-
-def coco_classes() -> list[str]:
-    """Names of COCO's 80 classes, in the order of their ids."""
-    names = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # 91 ids, of which some are not in use
-    return [name for name in names if name not in ("__background__", "N/A")]
+_WITHOUT_COUNTERPART = re.compile(
+    r"criterion\.empty_weight$|.*\.num_batches_tracked$|pixel_(mean|std)$|backbone\..*\.relative_position_index$"
+)
 
 
 @dataclass(frozen=True)
@@ -144,7 +138,7 @@ def our_name(key: str) -> str | None:
         if match := re.match(pattern, key):
             numbers = list(match.groups())
             if name.startswith("backbone"):
-                numbers[0] = str(int(numbers[0]) - 2)
+                numbers[0] = str(int(numbers[0]) + (-2 if ".stages." in name else key.count(".downsample.")))
             tail = _first(rest, key[match.end() :])
             return None if tail is None else name.format(*numbers) + tail
     return _first(_RULES, key)
@@ -183,3 +177,132 @@ def convert_state(published: Mapping[str, Tensor]) -> Conversion:
             f"first {', '.join(unknown[:5])}"
         )
     return Conversion(state, renamed, ignored)
+
+
+def is_published(state: Mapping[str, Tensor]) -> bool:
+    """Whether the names are those of a whole published model, not of a backbone alone."""
+    return any(key.startswith("sem_seg_head.") for key in state)
+
+
+def architecture(state: Mapping[str, Tensor], path: Path) -> config.Model:
+    """The model that renamed weights belong to, as far as they tell, else as published.
+
+    Not in the weights, and taken as published: the numbers of selected and guiding tokens, `bitmask` boxes for three
+    levels and `mask2box` for four, eight heads.
+
+    Raises:
+        UserError: a backbone that is none of those published.
+    """
+
+    def count(prefix: str) -> int:
+        return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
+
+    levels, double = count("pixel_decoder.projections."), count("de_imbalance.0.layers.")
+    bato = any(key.startswith("token_optimization.") for key in state)
+    published = config.Model()
+    return config.Model(
+        classes=len(state["heads.label.bias"]),
+        hidden_dim=state["heads.label.weight"].shape[1],
+        backbone=config.Backbone(name=_backbone_name(state, path)),
+        pixel_decoder=config.PixelDecoder(
+            levels=levels,  # type: ignore[arg-type]
+            layers=count("pixel_decoder.layers."),
+            ffn_dim=len(state["pixel_decoder.layers.0.ffn.linear1.bias"]),
+        ),
+        selection=config.Selection(
+            k=published.selection.k if double else published.selection.k[-1:],
+            token_interaction_layers=double or published.selection.token_interaction_layers,
+            mask_to_box="bitmask" if levels == 3 else "mask2box",
+        ),
+        decoder=config.Decoder(
+            layers=count("decoder.layers."), ffn_dim=len(state["decoder.layers.0.ffn.linear1.bias"])
+        ),
+        bato=config.BATO(enabled=bato, guidance="T_i" if bato and not double else "Q_bal"),
+    )
+
+
+def _backbone_name(state: Mapping[str, Tensor], path: Path) -> str:
+    width = state.get("backbone.net.patch_embed.proj.bias")
+    if width is not None:
+        window = state["backbone.net.layers_0.blocks.0.attn.relative_position_bias_table"].shape[0]
+        names = {(96, 13**2): "tiny_patch4_window7_224", (128, 23**2): "base_patch4_window12_384"}
+        names |= {(192, 23**2): "large_patch4_window12_384"}
+        if (len(width), window) in names:
+            return f"swin_{names[len(width), window]}"
+    blocks = tuple(
+        len({key.split(".")[3] for key in state if key.startswith(f"backbone.stages.{i}.")}) for i in range(4)
+    )
+    depths = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+    if blocks in depths and "backbone.stages.0.0.conv3.weight" in state:
+        return f"resnet{depths[blocks]}"
+    raise UserError(f"{path} has a backbone that is not recognised; name a configuration with --config")
+
+
+def load_published(
+    path: Path, overrides: Iterable[str] = (), settings: config.Config | None = None
+) -> tuple[TrainedModel, Conversion]:
+    """A published checkpoint as a model of this kit.
+
+    Args:
+        path: `.pth`, or `.pkl` from detectron2.
+        overrides: `key=value` settings.
+        settings: what it was trained as, overrides applied; None tells the model from the weights.
+
+    Raises:
+        UserError: it cannot be read, holds keys that are not known, or does not fit the configuration.
+    """
+    conversion = convert_state(read_state_dict(path))
+    if settings is None:
+        found = config.Config(model=architecture(conversion.state, path))
+        settings = parse_config(found.model_dump(mode="json"), overrides, str(path))
+    model = settings.model
+    untrained = model.model_copy(update={"backbone": model.backbone.model_copy(update={"weights": None})})
+    detector = Detector(untrained)
+    load_weights(detector, conversion.state, str(path))
+    known, count = coco_classes(), model.classes
+    names = known if count == len(known) else [f"class {i + 1}" for i in range(count)]
+    return TrainedModel(detector.eval(), settings.model_copy(update={"model": untrained}), names, 0), conversion
+
+
+def convert_backbone(path: Path, output: Path) -> tuple[str, int]:
+    """Write the weights of a ResNet under torchvision's names, for `model.backbone.weights`.
+
+    Args:
+        path: torchvision's `.pth` or detectron2's `.pkl`.
+        output: `.safetensors`.
+
+    Returns:
+        The ResNet's name and how many tensors it has.
+
+    Raises:
+        UserError: it is none of torchvision's ResNets.
+    """
+    name, state = recognise_resnet(path)
+    write_whole(output, lambda partial: save_file({key: value.contiguous() for key, value in state.items()}, partial))
+    return name, len(state)
+
+
+def load_any(
+    path: Path, device: str = "cpu", overrides: Iterable[str] = (), settings: config.Config | None = None
+) -> TrainedModel:
+    """A trained model of this kit or a published checkpoint.
+
+    Args:
+        path: run folder, `model.safetensors`, resume point (`.pt`), or a published `.pth` or `.pkl`.
+        device: where the model goes.
+        overrides: `key=value` settings that differ from those stored with the model.
+        settings: for a published checkpoint, as `load_published`.
+
+    Raises:
+        UserError: there is none, it is truncated, or it does not fit its configuration.
+    """
+    if path.suffix in (".pth", ".pkl"):
+        model, _ = load_published(path, overrides, settings)
+        return replace(model, detector=model.detector.to(device))
+    return load_model(path, device, overrides)
+
+
+def coco_classes() -> list[str]:
+    """Names of COCO's 80 classes, in the order of their ids."""
+    names = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # 91 ids, of which some are not in use
+    return [name for name in names if name not in ("__background__", "N/A")]

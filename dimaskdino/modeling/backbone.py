@@ -1,5 +1,6 @@
 """Backbone: image -> features at strides 4, 8, 16, 32."""
 
+import difflib
 from pathlib import Path
 
 import torch
@@ -10,8 +11,19 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from dimaskdino import config
 from dimaskdino.errors import UserError
+from dimaskdino.modeling.pretrained import SUFFIXES, load_timm, resnets, torchvision_weights
 
 STRIDES = (4, 8, 16, 32)
+SWIN_DROP_PATH = 0.3  # as detectors with a Swin backbone are trained
+
+
+def build_backbone(settings: config.Backbone) -> "ResNet | TimmBackbone":
+    """The backbone of that name: torchvision's if it is a ResNet there, else timm's.
+
+    Raises:
+        UserError: there is no such backbone, timm is not installed, or the weights cannot be had.
+    """
+    return ResNet(settings) if settings.name in resnets() else TimmBackbone(settings)
 
 
 class _ScaledResNet(models.ResNet):
@@ -26,18 +38,15 @@ class _ScaledResNet(models.ResNet):
         return super()._make_layer(block, planes * self.width // 64, *args, **kwargs)
 
 
-class Backbone(nn.Module):
+class ResNet(nn.Module):
     """A ResNet of torchvision without its classifier; every stage is trainable.
 
     Raises:
-        UserError: the name is not a ResNet of torchvision, or the weights cannot be had.
+        UserError: the weights cannot be had.
     """
 
     def __init__(self, settings: config.Backbone) -> None:
         super().__init__()
-        names = [name for name in models.list_models(module=models) if name.startswith(("resnet", "resnext", "wide_"))]
-        if settings.name not in names:
-            raise UserError(f"model.backbone.name: '{settings.name}' is none of {', '.join(names)}")
         norm = FrozenBatchNorm2d if settings.norm == "frozen" else nn.BatchNorm2d
         net = models.get_model(settings.name, weights=None, norm_layer=norm)
         if settings.width != 64:
@@ -45,7 +54,7 @@ class Backbone(nn.Module):
                 raise UserError("model.backbone.width: weights are for width 64; drop one of the two settings")
             net = _ScaledResNet(net, settings.width, norm)
         if settings.weights:
-            net.load_state_dict(_backbone_weights(settings), strict=False)
+            net.load_state_dict(torchvision_weights(settings), strict=False)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
         last = [list(stage[-1].modules()) for stage in self.stages]
@@ -62,43 +71,73 @@ class Backbone(nn.Module):
         return features
 
 
-def _backbone_weights(settings: config.Backbone) -> dict[str, Tensor]:
-    """Weights by torchvision's name (downloaded once) or from a file, checked against the architecture."""
-    assert settings.weights is not None
-    if Path(settings.weights).suffix in (".pth", ".pt"):
-        try:
-            state = torch.load(settings.weights, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise UserError(
-                f"model.backbone.weights: cannot read {settings.weights} as a file of tensors: {error}"
-            ) from error
-    else:
-        try:
-            state = models.get_model_weights(settings.name)[settings.weights].get_state_dict()
-        except KeyError as error:
-            raise UserError(
-                f"model.backbone.weights: torchvision has no weights '{settings.weights}' for {settings.name}; a file "
-                "must end in .pth or .pt"
-            ) from error
-        except OSError as error:
-            raise UserError(
-                f"model.backbone.weights: '{settings.weights}' could not be downloaded ({error}). Download the file on "
-                "another machine and give its path (….pth), or train from scratch with "
-                "model.backbone.weights=null model.backbone.norm=batch"
-            ) from error
-    return _checked(state, settings)
+class TimmBackbone(nn.Module):
+    """Any backbone of timm that has features at strides 4, 8, 16 and 32.
+
+    Swin's features are layer-normalised on their way out, as Swin detectors do and as published checkpoints with it
+    expect; batch norm is frozen if the settings say so.
+
+    Raises:
+        UserError: timm is missing or does not know the name, the strides do not fit, or the weights cannot be had.
+    """
+
+    def __init__(self, settings: config.Backbone) -> None:
+        super().__init__()
+        if settings.width != 64:
+            raise UserError(f"model.backbone.width is for torchvision's ResNets, not for {settings.name}")
+        from_file = Path(settings.weights or "").suffix in SUFFIXES
+        self.net = _create(settings, pretrained=settings.weights is not None and not from_file)
+        if from_file:
+            load_timm(self.net, settings)
+        channels = self.net.feature_info.channels()
+        self.channels = dict(zip(STRIDES, channels, strict=True))
+        swin = settings.name.startswith("swin")
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels) if swin else None
+        self._channels_last = str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC")
+
+    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> dict[int, Tensor]:
+        """{stride: (B, channels[stride], H/stride, W/stride)}, finest first."""
+        features = self.net(pixels)
+        if self.norms is not None:
+            features = [norm(x) for norm, x in zip(self.norms, features, strict=True)]
+        if self._channels_last:
+            features = [x.permute(0, 3, 1, 2).contiguous() for x in features]
+        return dict(zip(STRIDES, features, strict=True))
 
 
-def _checked(state: dict[str, Tensor], settings: config.Backbone) -> dict[str, Tensor]:
-    expected = {k: v.shape for k, v in models.get_model(settings.name, weights=None).state_dict().items()}
-    wrong = [
-        key
-        for key, shape in expected.items()
-        if not key.startswith("fc.") and "num_batches" not in key and (key not in state or state[key].shape != shape)
-    ]
-    if wrong:
+def _create(settings: config.Backbone, pretrained: bool) -> nn.Module:
+    try:
+        import timm
+        from timm.layers import freeze_batch_norm_2d
+    except ImportError:
         raise UserError(
-            f"model.backbone.weights: {settings.weights} does not hold a torchvision {settings.name}: "
-            f"{wrong[0]} is missing or has another shape ({len(wrong)} such)"
+            f"model.backbone.name: '{settings.name}' is none of torchvision's {', '.join(resnets())}; for timm's "
+            "backbones install timm: pip install timm"
+        ) from None
+    name = settings.name.split(".")[0]
+    if name not in timm.list_models():
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0)
+        raise UserError(
+            f"model.backbone.name: '{settings.name}' is neither one of torchvision's {', '.join(resnets())} nor one of "
+            f"timm's (near it: {', '.join(near)})"
         )
-    return {key: value for key, value in state.items() if not key.startswith("fc.")}
+    # Swin computes its attention masks for the size at hand
+    options = {"strict_img_size": False, "drop_path_rate": SWIN_DROP_PATH} if name.startswith("swin_") else {}
+    try:
+        with torch.device("meta"):  # only to know its strides
+            plain = timm.create_model(settings.name, features_only=True, **options)
+        reductions = plain.feature_info.reduction()
+        wanted = [i for i, reduction in enumerate(reductions) if reduction in STRIDES]
+        if [reductions[i] for i in wanted] != list(STRIDES):
+            raise UserError(
+                f"model.backbone.name: {settings.name} has features at strides {reductions}, needed are {STRIDES}"
+            )
+        net = timm.create_model(settings.name, features_only=True, out_indices=wanted, pretrained=pretrained, **options)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise UserError(f"model.backbone.name: timm cannot make features of {settings.name} ({error})") from None
+    except OSError as error:
+        raise UserError(
+            f"model.backbone.weights: timm could not download weights of {settings.name} ({error}). Download the file "
+            "on another machine and give its path"
+        ) from None
+    return freeze_batch_norm_2d(net) if settings.norm == "frozen" else net

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dimaskdino import config
-from dimaskdino.modeling.backbone import Backbone
+from dimaskdino.modeling.backbone import build_backbone
 from dimaskdino.modeling.de_imbalance import DeImbalance, FirstSelection
 from dimaskdino.modeling.decoder import Decoder, LayerOutput, random_boxes
 from dimaskdino.modeling.denoising import Denoising, DenoisingQueries
@@ -38,7 +38,7 @@ class Detector(nn.Module):
     def __init__(self, model: config.Model) -> None:
         super().__init__()
         self.settings = model
-        self.backbone = Backbone(model.backbone)
+        self.backbone = build_backbone(model.backbone)
         self.pixel_decoder = PixelDecoder(model, self.backbone.channels)
         self.heads = PredictionHeads(model)
         self.first_selection = FirstSelection(model)

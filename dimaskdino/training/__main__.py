@@ -8,12 +8,21 @@ from pathlib import Path
 
 import ms_deform_attn
 
-from dimaskdino.config import load_config
+from dimaskdino.config import Config
 from dimaskdino.errors import UserError
+from dimaskdino.interop.published_config import Settings, load_settings
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.training.trainer import Stopped, train
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again to go on
+
+
+def _starting_from(settings: Settings) -> Config:
+    """The configuration, with the model that `MODEL.WEIGHTS` names to start from."""
+    if settings.weights is None:
+        return settings.config
+    train = settings.config.train.model_copy(update={"weights": settings.weights})
+    return settings.config.model_copy(update={"train": train})
 
 
 def main(config_file: str, run: str, overrides: list[str]) -> int:
@@ -21,8 +30,11 @@ def main(config_file: str, run: str, overrides: list[str]) -> int:
     first = int(os.environ.get("RANK", 0)) == 0
     try:
         with folder.running() if first else nullcontext():
-            config = load_config(config_file, overrides)
+            settings = load_settings(Path(config_file), overrides)
+            config = _starting_from(settings)
             if first:
+                for remark in settings.remarks:
+                    print(f"note: {remark}")
                 folder.write_config(config)
                 print(ms_deform_attn.status())
             train(config, folder)

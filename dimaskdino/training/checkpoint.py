@@ -6,7 +6,6 @@ for everything else.
 
 import json
 import os
-import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from dimaskdino.config import Config, parse_config
 from dimaskdino.errors import UserError
+from dimaskdino.files import read_pt
 from dimaskdino.modeling import Detector
 
 _BY_CLASS = ("heads.label.weight", "heads.label.bias", "denoising.labels.weight")
@@ -35,7 +35,7 @@ class TrainedModel:
     step: int
 
 
-def _write_whole(path: Path, write: Callable[[Path], None], keep_as: Path | None = None) -> None:
+def write_whole(path: Path, write: Callable[[Path], None], keep_as: Path | None = None) -> None:
     """Write beside the target, flush to disk, then rename: a reader sees the old file or the new one, never a part."""
     partial = path.with_name(path.name + ".partial")
     try:
@@ -61,7 +61,7 @@ def save_resume_point(folder: Path, state: dict[str, Any]) -> None:
         UserError: it cannot be written, a full disk for example; what was there is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(folder / LAST, lambda path: torch.save(state, path), keep_as=folder / PREVIOUS)
+    write_whole(folder / LAST, lambda path: torch.save(state, path), keep_as=folder / PREVIOUS)
 
 
 def load_resume_point(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
@@ -82,27 +82,12 @@ def load_resume_point(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
     return None, None
 
 
-def read_pt(path: Path) -> Any:
-    """What a file written by `torch.save` holds; no code in it is run.
-
-    Raises:
-        UserError: the file is missing, truncated, or holds more than tensors and plain values.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"the checkpoint {path} does not exist") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{path} cannot be read as a checkpoint, it may be truncated or hold more than tensors "
-            f"({(str(error) or type(error).__name__).splitlines()[0]})"
-        ) from None
-
-
 def _read_resume_point(path: Path) -> dict[str, Any]:
     state = read_pt(path)
     if not isinstance(state, dict) or "model" not in state:
-        raise UserError(f"{path} is no checkpoint of this kit")
+        raise UserError(
+            f"{path} is no checkpoint of this kit; a published one becomes one by 'dimaskdino convert {path} OUTPUT'"
+        )
     return state
 
 
@@ -125,7 +110,7 @@ def save_model(
     state = {key: value.detach().cpu().contiguous() for key, value in detector.state_dict().items()}
     if half:
         state = {key: value.half() if value.ndim > 1 else value for key, value in state.items()}
-    _write_whole(path, lambda partial: save_file(state, partial, metadata))
+    write_whole(path, lambda partial: save_file(state, partial, metadata))
 
 
 def load_model(path: Path, device: torch.device | str = "cpu", overrides: Iterable[str] = ()) -> TrainedModel:
@@ -172,25 +157,24 @@ def _read_model(path: Path) -> tuple[dict[str, Tensor], str, list[str], int]:
     return state["model"], state["config"], state["classes"], state["step"]
 
 
-def start_from(detector: Detector, path: Path) -> list[str]:
+def start_from(detector: Detector, weights: dict[str, Tensor], source: str) -> list[str]:
     """Put the weights of a trained model into a new one, for fine-tuning.
 
     Args:
         detector: the new model; it keeps its own weights where they depend on the classes and the number of classes
             differs.
-        path: a run folder, a `model.safetensors` or a resume point.
+        weights: state dict of the trained model.
+        source: names it in errors.
 
     Returns:
         The parameters that were left as they are.
 
     Raises:
-        UserError: there is no such model, or it is of another architecture.
+        UserError: it is of another architecture.
     """
-    path = _model_file(path)
-    weights, _, _, _ = _read_model(path)
     own = detector.state_dict()
     by_class = [key for key in _BY_CLASS if key in weights and weights[key].shape != own[key].shape]
-    load_weights(detector, weights | {key: own[key] for key in by_class}, str(path))
+    load_weights(detector, weights | {key: own[key] for key in by_class}, source)
     return by_class
 
 

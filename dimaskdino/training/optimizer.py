@@ -13,7 +13,7 @@ def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            undecayed = isinstance(module, (*_NORMS, nn.Embedding)) or "embedding" in name
+            undecayed = isinstance(module, (*_NORMS, nn.Embedding)) or "embedding" in name or "position_bias" in name
             factor = settings.backbone_lr_factor if module_name.startswith("backbone") else 1.0
             key = (settings.lr * factor, 0.0 if undecayed else settings.weight_decay)
             groups.setdefault(key, []).append(parameter)

@@ -1,8 +1,8 @@
 """The training loop.
 
-Everything random in step t is drawn from a generator seeded with (seed, t, process), and the images of step t are a
-function of (seed, t). A resume point therefore needs no random states and no data position: the step says both, and
-a run that was killed goes on exactly as if it had not been.
+A step's batch is cut into pieces, one for each process or several. Everything random in piece p of step t is drawn from
+a generator seeded with (seed, t, p), and its images are a function of (seed, t, p). A resume point therefore needs no
+random states and no data position: the step says both, and a run that was killed goes on exactly as if it had not been.
 """
 
 import contextlib
@@ -20,14 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dimaskdino.config import Config
 from dimaskdino.data import shapes
 from dimaskdino.data.loading import Batch, batches, training_dataset, training_loader
+from dimaskdino.data.statistics import describe
 from dimaskdino.errors import UserError
+from dimaskdino.interop.published import load_any
 from dimaskdino.modeling import Detector, ImageBatch
+from dimaskdino.modeling.backbone import ResNet
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.training.checkpoint import load_resume_point, load_weights, save_model, save_resume_point, start_from
 from dimaskdino.training.criterion import Losses, criterion
@@ -111,6 +115,16 @@ def train(config: Config, folder: RunFolder) -> None:
         Trainer(config, folder, processes).run()
 
 
+def _checkpoint_activations(detector: Detector, backbone: bool) -> None:
+    """Recompute the layers in the backward pass; the backbone's only if that leaves no trace in its batch norm."""
+    layers = [*detector.pixel_decoder.layers, *detector.decoder.layers]
+    layers += [layer for block in detector.de_imbalance for layer in block.layers]
+    if backbone and isinstance(detector.backbone, ResNet):
+        layers += [block for stage in detector.backbone.stages for block in stage]
+    chosen = set(layers)
+    apply_activation_checkpointing(detector, check_fn=lambda module: module in chosen)
+
+
 class Trainer:
     """One run in one process."""
 
@@ -122,12 +136,19 @@ class Trainer:
                 f"model.classes is {config.model.classes}, but {self.data.annotations_file} has "
                 f"{len(self.data.classes)} categories"
             )
+        if processes.rank == 0:
+            print(f"training data: {describe(config.data.root, config.data.train).summary()}")
         torch.manual_seed(config.train.seed)
         self.detector = Detector(config.model).to(processes.device)
         self.optimizer = build_optimizer(self.detector, config.optimizer)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.train.precision == "fp16")
         self.step = 0
         self._resume()
+        if config.train.checkpoint_activations:
+            _checkpoint_activations(self.detector, config.model.backbone.norm == "frozen")
+        if config.train.compile:
+            self.detector.backbone.compile()
+            self.detector.pixel_decoder.compile()
         self.model: nn.Module = self.detector
         if processes.world > 1:
             self.model = DistributedDataParallel(self.detector)
@@ -152,7 +173,7 @@ class Trainer:
     def _start_from(self, weights: Path | None) -> None:
         if weights is None:
             return
-        left = start_from(self.detector, weights)
+        left = start_from(self.detector, load_any(weights).detector.state_dict(), str(weights))
         if self.processes.rank == 0:
             new = f"; for other classes, so these begin anew: {', '.join(left)}" if left else ""
             print(f"starting from {weights}{new}")
@@ -206,8 +227,6 @@ class Trainer:
 
     def _train_step(self, parts: list[Batch]) -> tuple[Losses, Tensor]:
         """One optimizer step over the parts of this process's share of the batch."""
-        entropy = [self.config.train.seed, 2, self.step, self.processes.rank]
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         set_rate(self.optimizer, self.step, self.config.schedule)
         statistics = [buffer.clone() for buffer in self._statistics]
         count = sum(sum(part.targets.counts) for part in parts)
@@ -215,6 +234,9 @@ class Trainer:
         objects, signals = objects / self.processes.world, Readback(signals)
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
+            # what is drawn at random belongs to the piece of the batch, whichever process has it
+            entropy = [self.config.train.seed, 2, self.step, self.processes.rank * len(parts) + i]
+            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
             unsynchronised = isinstance(self.model, DistributedDataParallel) and not last
             with self.model.no_sync() if unsynchronised else contextlib.nullcontext():
                 losses = self._forward(part, objects)

@@ -11,7 +11,14 @@ from small import settings
 from dimaskdino import config
 from dimaskdino.data import shapes
 from dimaskdino.data.coco import CocoDataset, Sample
-from dimaskdino.data.loading import batches, collate, evaluation_loader, training_dataset, training_loader
+from dimaskdino.data.loading import (
+    batches,
+    collate,
+    evaluation_dataset,
+    evaluation_loader,
+    training_dataset,
+    training_loader,
+)
 from dimaskdino.data.transforms import PADDING, large_scale_jitter, resize_image
 from dimaskdino.errors import UserError
 
@@ -106,12 +113,27 @@ def test_the_order_depends_on_the_position_alone(shapes_data):
         assert batch.files == [f for part in parts for f in part.files]
 
 
+@pytest.mark.parametrize("batch_size", [2, 3, 5])
+def test_processes_and_accumulation_work_on_the_same_pieces(batch_size, shapes_data):
+    def pieces(world: int, parts: int) -> list[list[str]]:
+        changes = (f"train.batch_size={batch_size}", f"train.accumulate={parts}", "schedule.steps=2")
+        options = settings(shapes_data, *changes)
+        ranks = [list(training_loader(training_dataset(options), options, 0, r, world)) for r in range(world)]
+        steps = [rank[step * parts : (step + 1) * parts] for step in range(2) for rank in ranks]
+        return [part.files for rank in steps for part in rank]
+
+    assert pieces(2, 1) == pieces(1, 2)
+    assert [f for piece in pieces(2, 1) for f in piece] == [f for piece in pieces(1, 1) for f in piece]
+    assert sorted(map(len, pieces(2, 1)[:2])) == [batch_size // 2, -(-batch_size // 2)]
+
+
 def test_evaluation_sees_every_image_once_resized(shapes_data):
-    found = [
-        i for batch in evaluation_loader(settings(shapes_data, "evaluation.batch_size=3")) for i in batch.image_ids
-    ]
-    assert found == [0, 1, 2, 3]
-    larger = next(iter(evaluation_loader(settings(shapes_data, "data.resize.shortest=100", "data.resize.longest=100"))))
+    def loader(*changes):
+        options = settings(shapes_data, *changes)
+        return evaluation_loader(evaluation_dataset(options), options, [range(3), range(3, 4)])
+
+    assert [batch.image_ids for batch in loader("evaluation.batch_size=2")] == [[0, 1], [2], [3]]
+    larger = next(iter(loader("data.resize.shortest=100", "data.resize.longest=100")))
     assert larger.images[0].shape == (3, 100, 100)
     assert larger.original_sizes[0] == (64, 64)
 

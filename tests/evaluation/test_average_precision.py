@@ -16,11 +16,11 @@ from dimaskdino.data.coco import CocoDataset
 from dimaskdino.errors import UserError
 from dimaskdino.evaluation.coco_ap import (
     AveragePrecision,
-    DetectionResults,
     average_precision,
     precision_curves,
     read_truth,
 )
+from dimaskdino.evaluation.detections import Detections
 from dimaskdino.evaluation.layers import LayerwiseAP, StageAP
 from dimaskdino.modeling import Instances
 
@@ -61,11 +61,11 @@ def rectangle(rng: np.random.Generator) -> np.ndarray:
     return mask
 
 
-def detections(file: Path) -> DetectionResults:
+def detections(file: Path) -> Detections:
     """The truth, moved a little, some of it of the wrong class, and false alarms, with ties among the scores."""
     rng = np.random.default_rng(1)
     content = json.loads(file.read_text())
-    results = DetectionResults([2, 5, 17, 40])
+    results = []
     labels = {2: 0, 5: 1, 17: 2, 40: 3}
     for image in content["images"]:
         masks, found = [], []
@@ -81,17 +81,12 @@ def detections(file: Path) -> DetectionResults:
         xywh = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(stacked.transpose(1, 2, 0))))
         xyxy = torch.tensor(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)) + torch.rand(len(masks), 4)
         scores = torch.tensor(rng.random(len(masks)).round(1))
-        results.add(
-            image["id"],
-            Instances(
-                xyxy.float(),
-                scores.float(),
-                torch.tensor(found),
-                torch.from_numpy(stacked).bool(),
-                torch.arange(len(masks)),
-            ),
+        masks_of_queries = torch.from_numpy(stacked).bool()
+        instances = Instances(
+            xyxy.float(), scores.float(), torch.tensor(found), masks_of_queries, torch.arange(len(masks))
         )
-    return results
+        results.append(Detections.of(image["id"], instances, [2, 5, 17, 40]))
+    return Detections.joined(results)
 
 
 @pytest.mark.parametrize("kind", ["box", "mask"])
@@ -121,13 +116,14 @@ def test_equal_to_pycocotools_to_the_last_digit(kind, tmp_path):
 
 def test_the_truth_itself_scores_100(shapes_data):
     data = CocoDataset(shapes_data, "val")
-    results = DetectionResults(data.category_ids)
+    images = []
     for sample in data:
         n = len(sample.labels)
         corners = [(m.nonzero()[:, [1, 0]].amin(0), m.nonzero()[:, [1, 0]].amax(0) + 1) for m in sample.masks]
         boxes = torch.stack([torch.cat(c) for c in corners]).float()
         found = Instances(boxes, torch.ones(n), sample.labels, sample.masks.bool(), torch.arange(n))
-        results.add(sample.image_id, found)
+        images.append(Detections.of(sample.image_id, found, data.category_ids))
+    results = Detections.joined(images)
     truth = read_truth(data.annotations_file)
     assert pytest.approx(100) == average_precision(truth, results.boxes, "box").AP
     assert pytest.approx(100) == average_precision(truth, results.masks, "mask").AP

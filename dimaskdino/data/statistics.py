@@ -1,0 +1,115 @@
+"""What is in a dataset, from its annotations alone: worth a look before a long run."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dimaskdino.data.coco import find_split, read_annotations
+
+SMALL, MEDIUM = 32**2, 96**2  # pixels of area, COCO's limits
+
+
+@dataclass(frozen=True)
+class ClassCount:
+    """How often a class occurs."""
+
+    name: str
+    objects: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Counts of one split; crowds are counted apart, as training leaves them out.
+
+    Attributes:
+        images, empty_images: all images, and those without an object.
+        objects, crowds: annotations.
+        small, medium, large: objects by area, in pixels of the image: below 32², below 96², the others.
+        objects_per_image: median, 95th percentile and largest number, of images with objects.
+        longest_sides: least, median and largest longer side of the images, pixels.
+        classes: most frequent first.
+        missing_files: images that the annotations name and the folder lacks.
+    """
+
+    images: int
+    empty_images: int
+    objects: int
+    crowds: int
+    small: int
+    medium: int
+    large: int
+    objects_per_image: tuple[int, int, int]
+    longest_sides: tuple[int, int, int]
+    classes: tuple[ClassCount, ...]
+    missing_files: tuple[Path, ...]
+
+    def summary(self) -> str:
+        """One line."""
+        median, _, most = self.objects_per_image
+        return (
+            f"{self.images:,} images, {self.empty_images:,} of them without objects; {self.objects:,} objects of "
+            f"{len(self.classes)} classes, {median} in the median image, at most {most}"
+        )
+
+    def text(self) -> str:
+        """All numbers, a line for each class."""
+        share = 100 / max(self.objects, 1)
+        lines = [
+            self.summary(),
+            f"{self.crowds:,} crowds, which training leaves out",
+            f"objects by area: {self.small * share:.0f} % small (below 32²), {self.medium * share:.0f} % medium, "
+            f"{self.large * share:.0f} % large (96² and more)",
+            f"95 % of the images have at most {self.objects_per_image[1]} objects",
+            "longer side of the images: {} to {} pixels, median {}".format(*(self.longest_sides[i] for i in (0, 2, 1))),
+            *(f"  {c.name:<24}{c.objects:>9,} objects in {c.images:>8,} images" for c in self.classes),
+        ]
+        lacking = [c.name for c in self.classes if not c.objects]
+        if lacking:
+            lines.append(f"without a single object: {', '.join(lacking)}")
+        return "\n".join(lines)
+
+
+def describe(root: Path, split: str) -> Statistics:
+    """Count a split.
+
+    Raises:
+        UserError: there is no such split, or its annotations cannot be used.
+    """
+    file, folder = find_split(root, split)
+    content = read_annotations(file)
+    objects = [a for a in content["annotations"] if not a.get("iscrowd", 0)]
+    in_image = Counter(a["image_id"] for a in objects)
+    by_class = Counter(a["category_id"] for a in objects)
+    images_of = Counter(category for _, category in {(a["image_id"], a["category_id"]) for a in objects})
+    classes = [
+        ClassCount(str(c.get("name", c["id"])), by_class[c["id"]], images_of[c["id"]]) for c in content["categories"]
+    ]
+    areas = np.array([_area(a) for a in objects])
+    counts = np.array(list(in_image.values()) or [0])
+    sides = np.array([max(i.get("height", 0), i.get("width", 0)) for i in content["images"]])
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    missing = [i["file_name"] for i in content["images"] if i["file_name"] not in present]
+    return Statistics(
+        images=len(content["images"]),
+        empty_images=len(content["images"]) - len(in_image),
+        objects=len(objects),
+        crowds=len(content["annotations"]) - len(objects),
+        small=int((areas < SMALL).sum()),
+        medium=int(((areas >= SMALL) & (areas < MEDIUM)).sum()),
+        large=int((areas >= MEDIUM).sum()),
+        objects_per_image=(int(np.median(counts)), int(np.percentile(counts, 95)), int(counts.max())),
+        longest_sides=(int(sides.min()), int(np.median(sides)), int(sides.max())),
+        classes=tuple(sorted(classes, key=lambda c: -c.objects)),
+        missing_files=tuple(folder / name for name in missing if not (folder / name).exists()),
+    )
+
+
+def _area(annotation: dict[str, Any]) -> float:
+    if "area" in annotation:
+        return annotation["area"]
+    _, _, width, height = annotation.get("bbox", (0, 0, 0, 0))
+    return width * height

@@ -1,0 +1,236 @@
+"""Detections of whole datasets: as arrays in memory, and on disk in parts that are written once and never twice."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from pycocotools import mask as coco_mask
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dimaskdino.errors import UserError
+from dimaskdino.modeling import Instances
+from dimaskdino.training.checkpoint import TrainedModel, write_whole
+
+PART = 50  # images
+POLL_SECONDS = 0.5
+START_SECONDS = 600  # the first process may have to read a large model
+
+
+@dataclass(frozen=True)
+class Detections:
+    """One stage's detections in some images, masks run-length encoded.
+
+    Attributes:
+        image_ids: (n,) of the annotations.
+        categories: (n,) category ids of the annotations.
+        scores: (n,) in [0, 1].
+        xyxy: (n, 4) in pixels of the original image.
+        mask_index: (n,) which of the u masks belongs to each detection; empty for a stage without masks.
+        mask_sizes: (u, 2) h, w.
+        mask_lengths: (u,) bytes of each encoding.
+        mask_codes: the encodings, one behind the other.
+    """
+
+    image_ids: Int[np.ndarray, " n"]
+    categories: Int[np.ndarray, " n"]
+    scores: Float[np.ndarray, " n"]
+    xyxy: Float[np.ndarray, "n 4"]
+    mask_index: Int[np.ndarray, " m"]
+    mask_sizes: Int[np.ndarray, "u 2"]
+    mask_lengths: Int[np.ndarray, " u"]
+    mask_codes: UInt8[np.ndarray, " bytes"]
+
+    @classmethod
+    def of(cls, image_id: int, instances: Instances, category_ids: Sequence[int]) -> "Detections":
+        """One image's detections, at the image's original size.
+
+        Args:
+            image_id: of the annotations.
+            instances: the detections.
+            category_ids: the dataset's category id of each label.
+        """
+        n = len(instances.scores)
+        encoded: list[dict[str, Any]] = []
+        if instances.query_masks is not None and n:
+            # a query can be detected as several classes: encode its mask once
+            stacked = instances.query_masks.permute(1, 2, 0).byte().cpu().numpy()
+            encoded = coco_mask.encode(np.asfortranarray(stacked))
+        has_masks = instances.query_masks is not None
+        return cls(
+            np.full(n, image_id, np.int64),
+            np.array([category_ids[label] for label in instances.labels.tolist()], np.int64),
+            instances.scores.float().cpu().numpy(),
+            instances.boxes.float().cpu().numpy(),
+            instances.mask_index.cpu().numpy().astype(np.int64) if has_masks else np.zeros(0, np.int64),
+            np.array([code["size"] for code in encoded], np.int64).reshape(-1, 2),
+            np.array([len(code["counts"]) for code in encoded], np.int64),
+            np.frombuffer(b"".join(code["counts"] for code in encoded), np.uint8),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence["Detections"]) -> "Detections":
+        """Several images' detections, one behind the other."""
+        starts = np.cumsum([0, *(len(part.mask_lengths) for part in parts)])
+        moved = [part.mask_index + start for part, start in zip(parts, starts[:-1], strict=True)]
+        return cls(
+            *(
+                np.concatenate(moved if field.name == "mask_index" else [getattr(part, field.name) for part in parts])
+                for field in fields(cls)
+            )
+        )
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def has_masks(self) -> bool:
+        return len(self.mask_index) == len(self.scores) > 0
+
+    @property
+    def boxes(self) -> list[dict[str, Any]]:
+        """Boxes in COCO's result format."""
+        xyxy = self.xyxy.astype(np.float64)
+        xywh = np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], axis=1).tolist()
+        return [row | {"bbox": box} for row, box in zip(self._rows(), xywh, strict=True)]
+
+    @property
+    def masks(self) -> list[dict[str, Any]]:
+        """Masks in COCO's result format; none for a stage without masks."""
+        if not self.has_masks:
+            return []
+        ends = np.cumsum(self.mask_lengths)
+        codes = self.mask_codes.tobytes()
+        encoded = [
+            {"size": size, "counts": codes[end - length : end]}
+            for size, length, end in zip(
+                self.mask_sizes.tolist(), self.mask_lengths.tolist(), ends.tolist(), strict=True
+            )
+        ]
+        return [
+            row | {"segmentation": encoded[index]}
+            for row, index in zip(self._rows(), self.mask_index.tolist(), strict=True)
+        ]
+
+    def _rows(self) -> list[dict[str, Any]]:
+        columns = (self.image_ids.tolist(), self.categories.tolist(), self.scores.tolist())
+        return [
+            {"image_id": image, "category_id": category, "score": score}
+            for image, category, score in zip(*columns, strict=True)
+        ]
+
+
+class DetectionStore(Mapping[str, Detections]):
+    """Detections of every stage on disk: `store["decoder.6"]` reads that stage alone, so memory holds one at a time.
+
+    The dataset is cut into parts of `PART` images. A part is one file, written whole, so an evaluation that was
+    interrupted goes on with the parts that are missing, whoever writes them.
+
+    Args:
+        folder: where they go; None for a temporary folder that lives as long as this object.
+        about: what the detections are of; a folder with detections of something else is emptied.
+        images: how many images the dataset has.
+        first: whether this process prepares the folder; others wait until it is ready.
+
+    Raises:
+        UserError: the first process did not prepare the folder.
+    """
+
+    def __init__(self, folder: Path | None, about: dict[str, Any], images: int, first: bool = True) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="dimaskdino-") if folder is None else None
+        self.folder = folder if folder is not None else Path(self._temporary.name)  # type: ignore[union-attr]
+        self.images = images
+        note, text = self.folder / "about.json", json.dumps(about, indent=1, sort_keys=True)
+        waited = 0.0
+        while not first and not (note.exists() and note.read_text() == text):
+            time.sleep(POLL_SECONDS)
+            waited += POLL_SECONDS
+            if waited > START_SECONDS:
+                raise UserError(f"no process prepared {self.folder}; is it on a disk that all machines share?")
+        if not note.exists() or note.read_text() != text:
+            self.remove()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(note, lambda path: path.write_text(text))
+
+    @property
+    def parts(self) -> range:
+        return range(-(-self.images // PART))
+
+    def images_of(self, part: int) -> range:
+        """Positions in the dataset of a part's images."""
+        return range(part * PART, min((part + 1) * PART, self.images))
+
+    def _file(self, part: int) -> Path:
+        return self.folder / f"{part:06d}.safetensors"
+
+    def missing(self, shard: tuple[int, int] = (0, 1)) -> list[int]:
+        """Parts not written yet that process `shard[0]` of `shard[1]` writes."""
+        return [part for part in self.parts if part % shard[1] == shard[0] and not self._file(part).exists()]
+
+    def write(self, part: int, stages: Mapping[str, Sequence[Detections]]) -> None:
+        """Write one part: the detections of its images at every stage.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        arrays = {}
+        for name, images in stages.items():
+            joined = Detections.joined(images)
+            arrays |= {f"{name}/{field.name}": getattr(joined, field.name) for field in fields(joined)}
+        names = {"stages": json.dumps(list(stages))}
+        write_whole(self._file(part), lambda path: save_file(arrays, path, names))
+
+    def wait(self) -> None:
+        """Return when every part has been written, by other processes too."""
+        while self.missing():
+            time.sleep(POLL_SECONDS)
+
+    def _names(self) -> list[str]:
+        with safe_open(self._file(0), framework="np") as file:
+            return json.loads(file.metadata()["stages"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        return len(self._names())
+
+    def __getitem__(self, stage: str) -> Detections:
+        """Every image's detections of a stage.
+
+        Raises:
+            UserError: a part is missing or damaged.
+            KeyError: there is no such stage.
+        """
+        if stage not in self._names():
+            raise KeyError(stage)
+        parts = []
+        for part in self.parts:
+            try:
+                with safe_open(self._file(part), framework="np") as file:
+                    parts.append(Detections(*(file.get_tensor(f"{stage}/{f.name}") for f in fields(Detections))))
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{self._file(part)} cannot be read ({error}); delete it and evaluate again") from None
+        return Detections.joined(parts)
+
+    def remove(self) -> None:
+        """Delete the detections."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def fingerprint(model: TrainedModel) -> str:
+    """A digest of a model's weights."""
+    digest = hashlib.sha256()
+    for name, value in model.detector.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
