@@ -444,6 +444,25 @@ def data_bdd100k(root: Positional[Path], splits: Positional[tuple[str, ...]] = (
     return 0
 
 
+def data_detectron2(name: Positional[str], root: Positional[Path], register: str | None = None) -> int:
+    """Make a COCO-format folder of a dataset that is registered in detectron2; the images stay where they are.
+
+    Args:
+        name: As registered in detectron2's DatasetCatalog.
+        root: Folder to make.
+        register: Python module whose import registers the dataset.
+    """
+    import importlib
+
+    from dimaskdino.interop.detectron2 import coco_folder
+
+    sys.path.insert(0, "")
+    if register:
+        importlib.import_module(register)
+    print(f"written: {coco_folder(name, root)}; use it with data.root={root} data.train={name}")
+    return 0
+
+
 app = SubcommandApp()
 for function in (train, evaluate, predict, run, study, status, export, convert):
     app.command(function)
@@ -451,6 +470,7 @@ _data = SubcommandApp()
 _data.command(data_shapes, name="shapes")
 _data.command(data_check, name="check")
 _data.command(data_bdd100k, name="bdd100k")
+_data.command(data_detectron2, name="detectron2")
 app.command(_data, name="data", help="Generate the built-in data, or check a dataset.")
 _config = SubcommandApp()
 _config.command(config_show, name="show")

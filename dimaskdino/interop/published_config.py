@@ -180,6 +180,24 @@ def translate_pairs(arguments: Iterable[str]) -> tuple[list[str], Settings]:
     return changes, Settings(Config(), translation.output, translation.weights, tuple(translation.remarks))
 
 
+def translate_changes(changes: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:
+    """Published settings that differ from the published model's, as `key=value`, and remarks on the others."""
+    translation = _translate(changes, Config().model.selection.k)
+    return _as_overrides(translation.values), tuple(translation.remarks)
+
+
+def known_keys() -> dict[str, Any]:
+    """The published keys with a single counterpart, or none that varies, and their values in this kit's default."""
+    known: dict[str, Any] = dict(_ALWAYS)
+    for key, ours in _SAME.items():
+        value: Any = Config()
+        for name in ours.split("."):
+            value = getattr(value, name)
+        known[key] = list(value) if isinstance(value, tuple) else value
+    k1, k2 = Config().model.selection.k
+    return known | dict(zip(_TOGETHER, (k1, k2), strict=True))
+
+
 def is_published(path: Path) -> bool:
     """Whether a YAML file is of the published form: its sections are in capitals."""
     return any(key == "_BASE_" or _KEY.match(str(key)) for key in read_tree(path))

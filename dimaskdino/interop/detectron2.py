@@ -1,0 +1,287 @@
+"""The model inside detectron2, and detectron2's datasets outside of it.
+
+    cfg = detectron2.config.get_cfg()
+    add_config(cfg)
+    cfg.merge_from_file("dimaskdino_r50_4scale_bs16_12ep.yaml")  # published, or any of detectron2's form
+    cfg.MODEL.META_ARCHITECTURE = "DIMaskDINO"
+    model = build_model(cfg)
+
+Importing this module registers the meta-architecture. detectron2's trainers, checkpointer, evaluators and visualiser
+then work as with its own models; `Trainer` adds the paper's optimizer and augmentation.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+
+from dimaskdino.config import Config, parse_config
+from dimaskdino.data.coco import Sample
+from dimaskdino.data.loading import collate
+from dimaskdino.data.transforms import PADDING
+from dimaskdino.errors import UserError
+from dimaskdino.interop.published import convert_state, is_published, our_name
+from dimaskdino.interop.published_config import flatten, known_keys, translate_changes
+from dimaskdino.modeling import Detector, ImageBatch, postprocess
+from dimaskdino.training.criterion import criterion
+from dimaskdino.training.optimizer import build_optimizer
+
+try:
+    from detectron2.config import CfgNode, get_cfg
+    from detectron2.data import (
+        DatasetCatalog,
+        DatasetMapper,
+        MetadataCatalog,
+        build_detection_train_loader,
+        detection_utils,
+        transforms,
+    )
+    from detectron2.data.datasets.coco import convert_to_coco_dict
+    from detectron2.engine import DefaultTrainer
+    from detectron2.evaluation import COCOEvaluator
+    from detectron2.modeling import META_ARCH_REGISTRY
+    from detectron2.structures import BitMasks, Boxes, Instances
+except ImportError as error:
+    raise UserError(
+        f"detectron2 cannot be imported ({error}). It is not on PyPI; install it from conda-forge, 'conda install -c "
+        "conda-forge detectron2', or build it against the PyTorch at hand: pip install --no-build-isolation "
+        "'git+https://github.com/facebookresearch/detectron2'"
+    ) from None
+
+
+def add_config(cfg: CfgNode) -> None:
+    """Add the published settings with their published values, and `MODEL.DIMASKDINO.OVERRIDES`.
+
+    The overrides are settings of this kit, such as `["model.bato.enabled=false", "model.selection.k=[300]"]`, and win.
+    Keys that neither detectron2 nor this kit knows are accepted; `model_config` tells of them.
+    """
+    for key, value in known_keys().items():
+        node, *inner = key.split(".")
+        place = cfg
+        for name in (node, *inner[:-1]):
+            if name not in place:
+                place[name] = CfgNode(new_allowed=True)
+            place = place[name]
+        # what detectron2 has keeps its value, but for the head, where it means another architecture's
+        if inner and (inner[-1] not in place or key.startswith("MODEL.SEM_SEG_HEAD.")):
+            place[inner[-1]] = value
+    cfg.MODEL.DIMASKDINO = CfgNode({"OVERRIDES": []})
+    cfg.set_new_allowed(True)
+
+
+def model_config(cfg: CfgNode) -> tuple[Config, tuple[str, ...]]:
+    """This kit's settings for a detectron2 configuration, and remarks on what has no counterpart.
+
+    Raises:
+        UserError: `add_config` was not called, or a value cannot be used.
+    """
+    if "DIMASKDINO" not in cfg.MODEL:
+        raise UserError("call dimaskdino.interop.detectron2.add_config(cfg) before merging files")
+    start = get_cfg()
+    add_config(start)
+    before, now = flatten(start), flatten(cfg)
+    changed = {key: value for key, value in now.items() if key not in before or before[key] != value}
+    own = {"MODEL.META_ARCHITECTURE", "MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.DIMASKDINO.OVERRIDES"}
+    changes, remarks = translate_changes({key: value for key, value in changed.items() if key not in own})
+    weights = ["model.backbone.weights=null"]  # the checkpointer loads MODEL.WEIGHTS
+    config = parse_config(
+        Config().model_dump(mode="json"), [*changes, *weights, *cfg.MODEL.DIMASKDINO.OVERRIDES], "the configuration"
+    )
+    return config, tuple(remark for remark in remarks if remark.startswith("MODEL."))
+
+
+class DIMaskDINO(nn.Module):
+    """The detector as detectron2 wants a model: dicts in, losses or instances out.
+
+    Published checkpoints, whole or of a ResNet alone, load under their own names.
+
+    Args:
+        cfg: a configuration that `add_config` was applied to.
+
+    Raises:
+        UserError: it asks for something that this kit does not have.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__()
+        self.config, remarks = model_config(cfg)
+        for remark in remarks:
+            print(f"note: {remark}")
+        self.bgr = cfg.INPUT.FORMAT == "BGR"
+        self.detector = Detector(self.config.model)
+        self.register_load_state_dict_pre_hook(_rename)
+        self.to(cfg.MODEL.DEVICE)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Instances]]:
+        """Losses by name while training, else `[{"instances": …}]` at each input's `height` and `width`.
+
+        Args:
+            batched_inputs: `image` (3, h, w), 0 to 255, in the colour order of `INPUT.FORMAT`; for training
+                `instances` with `gt_classes` and `gt_masks`; for testing optionally `height` and `width`.
+        """
+        pictures = [x["image"].flip(0) if self.bgr else x["image"] for x in batched_inputs]
+        if self.training:
+            return self._losses(pictures, [x["instances"] for x in batched_inputs])
+        images = ImageBatch.from_images(pictures, self.device)
+        outputs = [
+            (x.get("height", picture.shape[-2]), x.get("width", picture.shape[-1]))
+            for x, picture in zip(batched_inputs, pictures, strict=True)
+        ]
+        with torch.no_grad():
+            last = self.detector(images).last
+            found = postprocess(last, images.sizes, images.padded_size, outputs, self.config.evaluation.detections)
+        results = []
+        for size, detections in zip(outputs, found, strict=True):
+            instances = Instances(size)
+            instances.pred_boxes = Boxes(detections.boxes)
+            instances.scores = detections.scores
+            instances.pred_classes = detections.labels
+            instances.pred_masks = detections.masks
+            results.append({"instances": instances})
+        return results
+
+    def _losses(self, pictures: list[Tensor], objects: list[Instances]) -> dict[str, Tensor]:
+        samples = [_sample(*pair) for pair in zip(pictures, objects, strict=True)]
+        batch = collate(samples)
+        targets = batch.targets.to(self.device)
+        count = torch.tensor(float(sum(batch.targets.counts)), device=self.device)
+        if distributed.is_initialized():
+            distributed.all_reduce(count)
+            count = count / distributed.get_world_size()
+        predictions = self.detector(ImageBatch.from_images(pictures, self.device), targets)
+        return criterion(predictions, targets, self.config.loss, count).terms
+
+
+def _sample(picture: Tensor, objects: Instances) -> Sample:
+    height, width = picture.shape[-2:]
+    if not objects.has("gt_masks"):
+        masks = torch.zeros(0, height, width, dtype=torch.uint8)
+    elif isinstance(objects.gt_masks, BitMasks):
+        masks = objects.gt_masks.tensor.to(torch.uint8)
+    else:
+        masks = BitMasks.from_polygon_masks(objects.gt_masks, height, width).tensor.to(torch.uint8)
+    labels = objects.gt_classes if len(masks) else torch.zeros(0, dtype=torch.int64)
+    seen = masks.flatten(1).any(1).cpu()
+    return Sample(picture.cpu(), labels.cpu()[seen], masks.cpu()[seen], 0, "", (height, width))
+
+
+def _rename(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Give published names this kit's, in place."""
+    if is_published(state):
+        renamed = convert_state(state).state
+    elif any(key.startswith("stem.conv1.") for key in state):
+        parts = {key: value for key, value in state.items() if not key.startswith(("stem.fc.", "linear."))}
+        renamed = {name: value for key, value in parts.items() if (name := our_name(f"backbone.{key}")) is not None}
+    else:
+        return
+    state.clear()
+    state.update({f"{prefix}detector.{key}": value for key, value in renamed.items()})
+
+
+for _name in ("DIMaskDINO", "MaskDINO"):  # the second as in the published files of the baseline
+    if _name not in META_ARCH_REGISTRY:
+        META_ARCH_REGISTRY._do_register(_name, DIMaskDINO)
+
+
+class JitterMapper(DatasetMapper):
+    """Large-scale jitter in detectron2's own transforms, with masks as bitmasks."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        side = cfg.INPUT.IMAGE_SIZE
+        super().__init__(
+            is_train=True,
+            augmentations=[
+                transforms.RandomFlip(horizontal=True),
+                transforms.ResizeScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, side, side),
+                transforms.FixedSizeCrop((side, side), pad_value=PADDING),
+            ],
+            image_format=cfg.INPUT.FORMAT,
+            use_instance_mask=True,
+            instance_mask_format="bitmask",
+        )
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """As detectron2's mapper, without the objects that the crop leaves nothing of."""
+        mapped = super().__call__(dataset_dict)
+        mapped["instances"] = detection_utils.filter_empty_instances(mapped["instances"])
+        return mapped
+
+
+class Trainer(DefaultTrainer):
+    """detectron2's trainer with the paper's AdamW, clipping over the whole model, and large-scale jitter."""
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        solver = cfg.SOLVER
+        settings = Config().optimizer.model_copy(
+            update={
+                "lr": solver.BASE_LR,
+                "weight_decay": solver.WEIGHT_DECAY,
+                "backbone_lr_factor": solver.BACKBONE_MULTIPLIER,
+            }
+        )
+        detector = model.module.detector if hasattr(model, "module") else model.detector
+        optimizer = build_optimizer(detector, settings)
+        if solver.CLIP_GRADIENTS.ENABLED:
+            parameters, norm = list(detector.parameters()), solver.CLIP_GRADIENTS.CLIP_VALUE
+            optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(parameters, norm) and None)
+        return optimizer
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        return build_detection_train_loader(cfg, mapper=JitterMapper(cfg))
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+        return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
+
+
+def coco_folder(name: str, folder: Path) -> Path:
+    """Make a COCO-format folder of a dataset that is registered in detectron2; the images stay where they are.
+
+    Use it with `data.root=FOLDER data.train=NAME` or `data.val=NAME`.
+
+    Args:
+        name: as registered in `DatasetCatalog`.
+        folder: to make, or to add this split to.
+
+    Returns:
+        The annotations file.
+
+    Raises:
+        UserError: there is no such dataset, or its objects have no masks.
+    """
+    if name not in DatasetCatalog.list():
+        raise UserError(f"detectron2 knows no dataset '{name}', only {', '.join(sorted(DatasetCatalog.list()))}")
+    if "thing_classes" not in MetadataCatalog.get(name).as_dict():
+        DatasetCatalog.get(name)  # some register the names while they load
+    if "thing_classes" not in MetadataCatalog.get(name).as_dict():
+        raise UserError(f"{name} has no class names; set MetadataCatalog.get('{name}').thing_classes")
+    records = DatasetCatalog.get(name)
+    for record in records:
+        if any("segmentation" not in annotation for annotation in record.get("annotations", [])):
+            raise UserError(f"{name}: an object in {record['file_name']} has no segmentation")
+    content = convert_to_coco_dict(name)
+    files = {str(i["id"]): i for i in content["images"]}
+    for number, record in enumerate(records):
+        image = files[str(record.get("image_id", number))]
+        image["file_name"] = str(Path(record["file_name"]).resolve())
+    target = folder / "annotations" / f"{name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(exist_ok=True)
+    target.write_text(json.dumps(content, default=_plain))
+    return target
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and encoded masks as json has them."""
+    if isinstance(value, bytes):
+        return value.decode()
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)

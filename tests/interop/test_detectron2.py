@@ -1,0 +1,171 @@
+"""The bridge to detectron2: its own tools work with the model, and its datasets with the kit."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden import detector, read, state_dict
+from small import MODEL
+
+from dimaskdino.data.coco import CocoDataset
+from dimaskdino.modeling import ImageBatch, postprocess
+
+HERE = importlib.util.find_spec("detectron2") is not None
+needs_detectron2 = pytest.mark.skipif(not HERE, reason="detectron2 is not installed (it is not on PyPI)")
+pytestmark = pytest.mark.filterwarnings("ignore")  # detectron2's own
+
+
+@pytest.mark.skipif(HERE, reason="detectron2 is installed")
+def test_without_detectron2_one_line_says_how_to_install_it():
+    arguments = [sys.executable, "-m", "dimaskdino", "data", "detectron2", "some_dataset", "folder"]
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "pip install --no-build-isolation" in result.stderr
+
+
+@pytest.fixture
+def registered(shapes_data):
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets import register_coco_instances
+
+    name = "shapes_for_detectron2"
+    register_coco_instances(
+        name, {}, str(shapes_data / "annotations" / "train.json"), str(shapes_data / "images" / "train")
+    )
+    yield name
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def configuration(*pairs: object):
+    from detectron2.config import get_cfg
+
+    from dimaskdino.interop.detectron2 import add_config
+
+    cfg = get_cfg()
+    add_config(cfg)
+    cfg.merge_from_list(["MODEL.META_ARCHITECTURE", "DIMaskDINO", "MODEL.DEVICE", "cpu", *pairs])
+    return cfg
+
+
+@needs_detectron2
+def test_a_published_checkpoint_gives_the_recorded_outputs(tmp_path):
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.modeling import build_model
+
+    options = [part for pair in read("di_small")["options"].items() for part in pair]
+    model = build_model(configuration(*options, "MODEL.MaskDINO.DN_NUM", 30, "INPUT.FORMAT", "BGR")).eval()
+    torch.save({"model": state_dict(read("di_small"))}, tmp_path / "published.pth")
+    DetectionCheckpointer(model).load(str(tmp_path / "published.pth"))
+    reference = detector("di_small")
+    for key, value in reference.state_dict().items():
+        assert torch.equal(model.detector.state_dict()[key], value), key
+
+    image = torch.randint(0, 256, (3, 96, 128), generator=torch.Generator().manual_seed(0))
+    (found,) = model([{"image": image.flip(0).float(), "height": 192, "width": 256}])  # blue first
+    images = ImageBatch.from_images([image])
+    with torch.no_grad():
+        wanted = postprocess(reference(images).last, images.sizes, images.padded_size, [(192, 256)], 25)[0]
+    instances = found["instances"]
+    assert len(instances) == 25
+    torch.testing.assert_close(instances.pred_boxes.tensor, wanted.boxes)
+    torch.testing.assert_close(instances.scores, wanted.scores)
+    assert torch.equal(instances.pred_classes, wanted.labels)
+    assert torch.equal(instances.pred_masks, wanted.masks)
+    DetectionCheckpointer(model, str(tmp_path)).save("again")
+    other = build_model(configuration(*options, "MODEL.MaskDINO.DN_NUM", 30))
+    DetectionCheckpointer(other).load(str(tmp_path / "again.pth"))
+    assert torch.equal(other.detector.heads.label.weight, reference.heads.label.weight)
+
+
+@needs_detectron2
+def test_a_backbone_of_its_model_zoo_loads(tmp_path):
+    import pickle
+
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.modeling import build_model
+    from test_published import detectron2_names
+    from torchvision import models
+
+    net = models.resnet50()
+    content = {"model": detectron2_names(net.state_dict()), "__author__": "someone", "matching_heuristics": True}
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(content))
+    model = build_model(configuration())
+    DetectionCheckpointer(model).load(str(tmp_path / "R-50.pkl"))
+    torch.testing.assert_close(model.detector.backbone.stages[3][2].conv3.weight, net.layer4[2].conv3.weight)
+    torch.testing.assert_close(model.detector.backbone.stem[0].weight, net.conv1.weight)
+
+
+@needs_detectron2
+def test_its_trainer_evaluator_and_visualizer_work(registered, tmp_path):
+    from detectron2.data import MetadataCatalog
+    from detectron2.utils.visualizer import Visualizer
+
+    from dimaskdino.interop.detectron2 import Trainer
+
+    small = [*MODEL, "loss.points=64", "model.backbone.name=resnet18", "model.backbone.norm=batch"]
+    cfg = configuration(
+        *("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 5, "MODEL.DIMASKDINO.OVERRIDES", small, "MODEL.WEIGHTS", ""),
+        *("DATASETS.TRAIN", (registered,), "DATASETS.TEST", (registered,), "DATALOADER.NUM_WORKERS", 0),
+        *("INPUT.IMAGE_SIZE", 64, "INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 64, "INPUT.FORMAT", "RGB"),
+        *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 3, "SOLVER.BASE_LR", 1e-3, "SOLVER.STEPS", (2,)),
+        *("TEST.EVAL_PERIOD", 3, "OUTPUT_DIR", str(tmp_path)),
+    )
+    trainer = Trainer(cfg)
+    before = trainer.model.detector.heads.label.weight.clone()
+    trainer.train()
+    results = trainer.test(cfg, trainer.model)
+    assert set(results) == {"bbox", "segm"}
+    assert (tmp_path / "model_final.pth").exists()
+    assert not torch.equal(trainer.model.detector.heads.label.weight, before)
+    trainer.model.eval()
+    picture = np.zeros((64, 64, 3), np.uint8)
+    (found,) = trainer.model([{"image": torch.from_numpy(picture).permute(2, 0, 1)}])
+    drawn = Visualizer(picture, MetadataCatalog.get(registered)).draw_instance_predictions(found["instances"][:3])
+    assert drawn.get_image().any()
+
+
+@needs_detectron2
+def test_losses_need_no_objects_and_know_polygons():
+    from detectron2.modeling import build_model
+    from detectron2.structures import Instances, PolygonMasks
+
+    small = [*MODEL, "loss.points=64", "model.backbone.name=resnet18"]
+    model = build_model(configuration("MODEL.DIMASKDINO.OVERRIDES", small)).train()
+    nothing, one = Instances((64, 64)), Instances((64, 64))
+    nothing.gt_classes = torch.zeros(0, dtype=torch.int64)
+    one.gt_classes = torch.tensor([3])
+    one.gt_masks = PolygonMasks([[np.array([4.0, 4, 40, 4, 40, 30, 4, 30])]])
+    picture = torch.randint(0, 256, (3, 64, 64))
+    inputs = [{"image": picture, "instances": nothing}, {"image": picture, "instances": one}]
+    losses = model(inputs)
+    assert "decoder.1/giou" in losses
+    assert all(value.isfinite() for value in losses.values())
+    sum(losses.values()).backward()
+
+
+@needs_detectron2
+def test_settings_without_counterpart_are_told():
+    from dimaskdino.interop.detectron2 import model_config
+
+    config, remarks = model_config(configuration("MODEL.MaskDINO.DROPOUT", 0.5, "MODEL.MaskDINO.DEC_LAYERS", 3))
+    assert config.model.decoder.layers == 3
+    assert remarks == ("MODEL.MaskDINO.DROPOUT = 0.5: this kit always has 0.0",)
+
+
+@needs_detectron2
+def test_a_registered_dataset_becomes_a_folder(registered, shapes_data, tmp_path):
+    from dimaskdino.interop.detectron2 import coco_folder
+
+    coco_folder(registered, tmp_path)
+    ours, original = CocoDataset(tmp_path, registered), CocoDataset(shapes_data, "train")
+    assert ours.classes == original.classes
+    for mine, theirs in zip(ours, original, strict=True):
+        assert Path(mine.file) == Path(theirs.file).resolve()
+        assert mine.labels.tolist() == theirs.labels.tolist()
+        assert torch.equal(mine.masks, theirs.masks)
