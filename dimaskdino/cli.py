@@ -30,7 +30,16 @@ ConfigPath = Annotated[
     Path,
     arg(
         aliases=["--config-file"],
+        metavar="FILE",
         help="YAML file, for example configs/shapes/dimaskdino_r18.yaml, or one of the published code.",
+    ),
+]
+OptionalConfigPath = Annotated[
+    Path | None,
+    arg(
+        aliases=["--config-file"],
+        metavar="FILE",
+        help="YAML file that it was trained with; by default told from the weights.",
     ),
 ]
 Processes = Annotated[
@@ -78,7 +87,7 @@ def evaluate(
             arg(metavar="MODEL KEY=VALUE", help="The model, unless MODEL.WEIGHTS names it, and settings as for train."),
         ]
     ],
-    config: ConfigPath | None = None,
+    config: OptionalConfigPath = None,
     split: str | None = None,
     stages: tuple[str, ...] = (),
     output: Path | None = None,
@@ -103,9 +112,10 @@ def evaluate(
         device: Where to run.
         processes: Evaluating processes on this machine, one for each GPU.
     """
-    from dimaskdino.evaluation.layers import detect_layers, score_layers
+    from dimaskdino.evaluation.layers import annotations_of, detect_layers, score_layers
     from dimaskdino.interop.published import load_any
     from dimaskdino.interop.published_config import load_settings, starts_settings, translate_pairs
+    from dimaskdino.processes import Processes
     from dimaskdino.viz import layerwise_ap
 
     given = model_and_settings and not starts_settings(model_and_settings[0])
@@ -115,15 +125,16 @@ def evaluate(
     if path is None:
         raise UserError("name the model: dimaskdino evaluate MODEL, or MODEL.WEIGHTS FILE among the settings")
     _in_processes(processes)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     trained = load_any(path, _device(device), overrides, None if config is None else told.config)
     folder = output or told.output or (path if path.is_dir() else path.parent) / "evaluation"
-    store = detect_layers(trained, _device(device), split, stages or None, folder / "detections", (rank, world))
-    if rank:
+    with Processes.joined() as mine:
+        shard = (mine.rank, mine.world)
+        store = detect_layers(trained, _device(device), split, stages or None, folder / "detections", shard)
+        mine.wait()
+    if mine.rank:
         return 0
     _print_remarks(told.remarks)
-    store.wait()
-    result = score_layers(store, trained, split)
+    result = score_layers(store, *annotations_of(trained, split))
     result.save(folder / "layers.json")
     layerwise_ap({"model": result}).savefig(folder / "layers.png")
     if not keep_detections:
@@ -291,7 +302,7 @@ def convert(
     file: Positional[Path],
     output: Positional[Path],
     overrides: Positional[Arguments] = (),
-    config: ConfigPath | None = None,
+    config: OptionalConfigPath = None,
 ) -> int:
     """Make a published checkpoint, or weights of a backbone, into a file of this kit.
 
@@ -356,7 +367,7 @@ def data_shapes(root: Positional[Path], train: int = 4000, val: int = 200, size:
     return 0
 
 
-def config_show(config: Positional[ConfigPath], overrides: Positional[Arguments] = ()) -> int:
+def config_show(config: Positional[Path], overrides: Positional[Arguments] = ()) -> int:
     """Print a configuration with everything it extends and every default filled in.
 
     A file of the published code is shown as this kit's; what has no counterpart is listed.

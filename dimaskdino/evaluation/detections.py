@@ -1,10 +1,12 @@
 """Detections of whole datasets: as arrays in memory, and on disk in parts that are written once and never twice."""
 
+import contextlib
 import hashlib
 import json
 import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -146,8 +148,10 @@ class DetectionStore(Mapping[str, Detections]):
     """
 
     def __init__(self, folder: Path | None, about: dict[str, Any], images: int, first: bool = True) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix="dimaskdino-") if folder is None else None
-        self.folder = folder if folder is not None else Path(self._temporary.name)  # type: ignore[union-attr]
+        if folder is None:
+            folder = Path(tempfile.mkdtemp(prefix="dimaskdino-"))
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.folder = folder
         self.images = images
         note, text = self.folder / "about.json", json.dumps(about, indent=1, sort_keys=True)
         waited = 0.0
@@ -189,13 +193,16 @@ class DetectionStore(Mapping[str, Detections]):
         names = {"stages": json.dumps(list(stages))}
         write_whole(self._file(part), lambda path: save_file(arrays, path, names))
 
-    def wait(self) -> None:
-        """Return when every part has been written, by other processes too."""
-        while self.missing():
-            time.sleep(POLL_SECONDS)
+    @contextlib.contextmanager
+    def _opened(self, part: int) -> Iterator[Any]:
+        try:
+            with safe_open(self._file(part), framework="np") as file:
+                yield file
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self._file(part)} cannot be read ({error}); delete it and evaluate again") from None
 
     def _names(self) -> list[str]:
-        with safe_open(self._file(0), framework="np") as file:
+        with self._opened(0) as file:
             return json.loads(file.metadata()["stages"])
 
     def __iter__(self) -> Iterator[str]:
@@ -215,11 +222,8 @@ class DetectionStore(Mapping[str, Detections]):
             raise KeyError(stage)
         parts = []
         for part in self.parts:
-            try:
-                with safe_open(self._file(part), framework="np") as file:
-                    parts.append(Detections(*(file.get_tensor(f"{stage}/{f.name}") for f in fields(Detections))))
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{self._file(part)} cannot be read ({error}); delete it and evaluate again") from None
+            with self._opened(part) as file:
+                parts.append(Detections(*(file.get_tensor(f"{stage}/{field.name}") for field in fields(Detections))))
         return Detections.joined(parts)
 
     def remove(self) -> None:

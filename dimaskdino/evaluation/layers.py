@@ -1,7 +1,7 @@
 """AP of every stage, in one pass over the data: where detection lags behind segmentation."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,12 +131,24 @@ def evaluate_layers(
     Raises:
         UserError: an unknown stage, a model for another number of classes than the data, bad data.
     """
-    return score_layers(detect_layers(model, device, split, stages, folder), model, split)
+    found = detect_layers(model, device, split, stages, folder)
+    return score_layers(found, *annotations_of(model, split))
 
 
-def score_layers(found: DetectionStore, model: TrainedModel, split: str | None = None) -> LayerwiseAP:
-    """Box and mask AP of detections; one stage is in memory at a time."""
+def annotations_of(model: TrainedModel, split: str | None = None) -> tuple[Path, str]:
+    """The annotations that a model is evaluated on, and what to say of the result's origin."""
     annotations, _ = find_split(model.config.data.root, split or model.config.data.val)
+    return annotations, f"step {model.step}, {annotations}"
+
+
+def score_layers(found: Mapping[str, Detections], annotations: Path, source: str) -> LayerwiseAP:
+    """Box and mask AP of the detections of each stage.
+
+    Args:
+        found: by stage name; a `DetectionStore` keeps one stage in memory at a time.
+        annotations: the truth, COCO json.
+        source: what was evaluated on what, for people.
+    """
     truth = read_truth(annotations)
     scored = {}
     for name in tqdm(found, "scoring", mininterval=2):
@@ -145,7 +157,7 @@ def score_layers(found: DetectionStore, model: TrainedModel, split: str | None =
             average_precision(truth, detections.boxes, "box"),
             average_precision(truth, detections.masks, "mask") if detections.has_masks else None,
         )
-    return LayerwiseAP(scored, len(truth.dataset["images"]), f"step {model.step}, {annotations}")
+    return LayerwiseAP(scored, len(truth.dataset["images"]), source)
 
 
 def detect_layers(

@@ -7,11 +7,9 @@ random states and no data position: the step says both, and a run that was kille
 
 import contextlib
 import math
-import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -19,7 +17,6 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -32,6 +29,7 @@ from dimaskdino.errors import UserError
 from dimaskdino.interop.published import load_any
 from dimaskdino.modeling import Detector, ImageBatch
 from dimaskdino.modeling.backbone import ResNet
+from dimaskdino.processes import Processes
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.training.checkpoint import load_resume_point, load_weights, save_model, save_resume_point, start_from
 from dimaskdino.training.criterion import Losses, criterion
@@ -46,39 +44,6 @@ class NonFiniteLossError(UserError):
 
 class Stopped(Exception):
     """The run was asked to stop and has saved its state."""
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process's place among the others, as torchrun says it."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    @classmethod
-    @contextlib.contextmanager
-    def joined(cls) -> Iterator["Processes"]:
-        """Join the process group that torchrun announces, if any, and leave it at the end."""
-        world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-        cuda = torch.cuda.is_available()
-        device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        if cuda:
-            torch.cuda.set_device(device)
-        if world > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
-        try:
-            yield cls(int(os.environ.get("RANK", 0)), world, device)
-        finally:
-            if world > 1:
-                dist.destroy_process_group()
-
-    def sum(self, *values: float) -> Tensor:
-        """The sum of each number over all processes, left on the device so that nothing waits for it."""
-        tensor = torch.tensor(values, dtype=torch.float32, device=self.device)
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
 
 
 class Readback:
@@ -110,8 +75,7 @@ def train(config: Config, folder: RunFolder) -> None:
     with Processes.joined() as processes:
         if processes.rank == 0:
             shapes.ensure(config.data)
-        if processes.world > 1:
-            dist.barrier()
+        processes.wait()
         Trainer(config, folder, processes).run()
 
 

@@ -17,13 +17,14 @@ from small import FILE, overrides, settings
 from dimaskdino.config import Config
 from dimaskdino.data.loading import training_dataset, training_loader
 from dimaskdino.errors import UserError
+from dimaskdino.processes import Processes
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.training import __main__ as training_main
 from dimaskdino.training import checkpoint
 from dimaskdino.training.checkpoint import load_model, load_resume_point, save_resume_point
 from dimaskdino.training.export import export
 from dimaskdino.training.optimizer import build_optimizer, rate_factor
-from dimaskdino.training.trainer import NonFiniteLossError, Processes, Trainer, train
+from dimaskdino.training.trainer import NonFiniteLossError, Trainer, train
 
 
 def run_training(folder: Path, data: Path, *changes: str) -> RunFolder:
