@@ -28,7 +28,7 @@ class Processes:
         if cuda:
             torch.cuda.set_device(device)
         if world > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
+            _init_process_group("nccl" if cuda else "gloo", world)
         try:
             yield cls(int(os.environ.get("RANK", 0)), world, device)
         finally:
@@ -42,7 +42,29 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of a tensor over all processes."""
+        values = values.clone()
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values / self.world
+
     def wait(self) -> None:
         """Return when every process has come here."""
         if self.world > 1:
             dist.barrier()
+
+
+def _init_process_group(backend: str, world: int) -> None:
+    """As torch does it, but safe when torchrun starts the processes again.
+
+    Its store keeps the addresses of the processes before, and Gloo may read those (seen with torch 2.15: every second
+    restart failed to connect); under a name of its own each generation sees only its own.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend)
+        return
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    generation = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"dimaskdino {generation}", store)
+    dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=world)

@@ -36,9 +36,9 @@ RUN = (
 )
 
 
-def shapes_folder(root: Path) -> Path:
+def shapes_folder(root: Path, val: int = 4) -> Path:
     """12 training and 4 validation images of 64x64 pixels."""
-    generate(root, config.Shapes(train=12, val=4, size=64), processes=0)
+    generate(root, config.Shapes(train=12, val=val, size=64), processes=0)
     return root
 
 

@@ -1,5 +1,6 @@
 """Batches: collation, and a training order that depends on nothing but the seed and the position."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -160,12 +161,23 @@ def batches(loader: DataLoader) -> Iterator[Batch]:
     """The batches of a loader; what a worker process raised comes out as it was raised, without its traceback.
 
     Raises:
-        UserError: an image or annotation cannot be used, or a worker process died.
+        UserError: an image or annotation cannot be used.
     """
     try:
         yield from loader
     except UserError as error:
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+
+
+@contextlib.contextmanager
+def explaining_dead_workers() -> Iterator[None]:
+    """Say what the death of a loader process means; PyTorch raises it anywhere in the code, by a signal handler.
+
+    Raises:
+        UserError: a loader process died.
+    """
+    try:
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

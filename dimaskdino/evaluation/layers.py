@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from dimaskdino.data.coco import find_split
-from dimaskdino.data.loading import Batch, batches, evaluation_dataset, evaluation_loader
+from dimaskdino.data.loading import Batch, batches, evaluation_dataset, evaluation_loader, explaining_dead_workers
 from dimaskdino.errors import UserError
 from dimaskdino.evaluation.coco_ap import AveragePrecision, average_precision, read_truth
 from dimaskdino.evaluation.detections import Detections, DetectionStore, fingerprint
@@ -195,7 +195,8 @@ def detect_layers(
     missing = store.missing(shard)
     loader = evaluation_loader(data, settings, [store.images_of(part) for part in missing])
     found, mine = batches(loader), sum(len(store.images_of(part)) for part in missing)
-    with tqdm(total=mine, desc=f"evaluating {data.annotations_file.stem}", mininterval=2, unit="images") as progress:
+    title = f"evaluating {data.annotations_file.stem}"
+    with explaining_dead_workers(), tqdm(total=mine, desc=title, mininterval=2, unit="images") as progress:
         for part in missing:
             detections: dict[str, list[Detections]] = {}
             while not detections or len(next(iter(detections.values()))) < len(store.images_of(part)):

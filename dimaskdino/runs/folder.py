@@ -64,8 +64,9 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = self.path / "config.yaml"
-            if file.exists() and self.checkpoints.exists() and load_config(file) != config:
-                changed = _changed_keys(dump_config(load_config(file)), dump_config(config))
+            before = load_config(file) if file.exists() and self.checkpoints.exists() else config
+            changed = _changed_keys(before.model_dump(mode="json"), config.model_dump(mode="json"))
+            if changed:
                 raise UserError(
                     f"{self.path} holds a run with other settings ({', '.join(changed[:5])}); resuming needs the same "
                     "ones. Use another folder, or delete this one"
@@ -162,7 +163,7 @@ class Metrics:
         """Write one record; it has a `step`."""
         if self.stream is None:
             return
-        self.stream.write(json.dumps(record) + "\n")
+        self.stream.write(json.dumps(record | {"time": _now()}) + "\n")
         self.stream.flush()
         flat = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         for name, value in (flat | record.get("losses", {})).items():
@@ -195,8 +196,24 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def _changed_keys(before: str, after: str) -> list[str]:
-    return [line.split(":")[0].strip() for line in after.splitlines() if line not in before.splitlines()]
+# these do not change what a training computes, so a run may go on with others
+_FREE = {
+    *("data.root", "data.workers", "data.val", "data.resize"),
+    *("train.accumulate", "train.compile", "train.checkpoint_activations", "train.checkpoint_every", "train.log_every"),
+    "evaluation",
+}
+
+
+def _changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    """Settings that differ and matter to what a training computes."""
+    changed = []
+    for name, value in after.items():
+        key = prefix + name
+        if key in _FREE or before.get(name) == value:
+            continue
+        both = isinstance(value, dict) and isinstance(before.get(name), dict)
+        changed += _changed_keys(before[name], value, f"{key}.") if both else [key]
+    return changed
 
 
 def versions() -> dict[str, Any]:

@@ -48,7 +48,9 @@ def criterion(predictions: Predictions, targets: Targets, settings: config.Loss,
                 losses = stage_losses(stage, matches, targets, settings)
                 terms |= _weighted(f"denoising.{name}", losses, n * groups, settings)
         else:  # nothing to restore, but every parameter keeps its place in the graph
-            terms |= {f"denoising.{s.name}/label": s.class_logits.sum() for s in predictions.denoising.values()}
+            for name, stage in predictions.denoising.items():
+                zeros = dict.fromkeys(("label", "l1", "giou", "mask", "dice"), stage.class_logits.sum())
+                terms |= {f"denoising.{name}/{term}": zero for term, zero in zeros.items()}
     return Losses(terms)
 
 

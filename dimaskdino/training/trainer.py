@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dimaskdino.config import Config
 from dimaskdino.data import shapes
-from dimaskdino.data.loading import Batch, batches, training_dataset, training_loader
+from dimaskdino.data.loading import Batch, batches, explaining_dead_workers, training_dataset, training_loader
 from dimaskdino.data.statistics import describe
 from dimaskdino.errors import UserError
 from dimaskdino.interop.published import load_any
@@ -72,7 +72,7 @@ def train(config: Config, folder: RunFolder) -> None:
         UserError: wrong settings, data or disk; also `NonFiniteLossError`.
         Stopped: SIGTERM or SIGINT; the state is saved and `train` with the same folder goes on.
     """
-    with Processes.joined() as processes:
+    with Processes.joined() as processes, explaining_dead_workers():
         if processes.rank == 0:
             shapes.ensure(config.data)
         processes.wait()
@@ -168,12 +168,12 @@ class Trainer:
             logged, started = self.step, time.perf_counter()
             while self.step < steps:
                 parts = [next(parts_of_steps) for _ in range(self.config.train.accumulate)]
-                losses, norm = self._train_step(parts)
+                terms, norm = self._train_step(parts)
                 self.step += 1
                 progress.update()
                 if self.step % self.config.train.log_every == 0 or self.step == steps:
                     now = time.perf_counter()
-                    record = self._record(losses, norm, (now - started) / (self.step - logged))
+                    record = self._record(terms, norm, (now - started) / (self.step - logged))
                     metrics.write(record)
                     progress.set_postfix(loss=f"{record['loss']:.2f}")
                     logged, started = self.step, now
@@ -189,13 +189,14 @@ class Trainer:
         if self.processes.rank == 0:
             save_model(self.folder.model, self.detector, self.config, self.data.classes, self.step)
 
-    def _train_step(self, parts: list[Batch]) -> tuple[Losses, Tensor]:
-        """One optimizer step over the parts of this process's share of the batch."""
+    def _train_step(self, parts: list[Batch]) -> tuple[dict[str, Tensor], Tensor]:
+        """One optimizer step over the parts of this process's share of the batch: their losses, the gradient's norm."""
         set_rate(self.optimizer, self.step, self.config.schedule)
         statistics = [buffer.clone() for buffer in self._statistics]
         count = sum(sum(part.targets.counts) for part in parts)
         objects, signals = self.processes.sum(count, self._signal is not None)
         objects, signals = objects / self.processes.world, Readback(signals)
+        terms: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             # what is drawn at random belongs to the piece of the batch, whichever process has it
@@ -204,6 +205,7 @@ class Trainer:
             unsynchronised = isinstance(self.model, DistributedDataParallel) and not last
             with self.model.no_sync() if unsynchronised else contextlib.nullcontext():
                 losses = self._forward(part, objects)
+                terms = {name: terms.get(name, 0) + value.detach() for name, value in losses.terms.items()}
                 total = losses.total
                 finite = Readback(total)
                 self.scaler.scale(total).backward()
@@ -215,7 +217,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self._stopping = signals.get() > 0 or (self.processes.world == 1 and self._signal is not None)
-        return losses, norm
+        return terms, norm
 
     def _forward(self, batch: Batch, objects: Tensor) -> Losses:
         device, precision = self.processes.device, self.config.train.precision
@@ -237,9 +239,9 @@ class Trainer:
             "optimizer.lr, or use train.precision=fp32"
         )
 
-    def _record(self, losses: Losses, norm: Tensor, seconds: float) -> dict[str, Any]:
+    def _record(self, terms: dict[str, Tensor], norm: Tensor, seconds: float) -> dict[str, Any]:
         remaining = self.config.schedule.steps - self.step
-        values = torch.stack(list(losses.terms.values())).tolist()
+        values = self.processes.mean(torch.stack(list(terms.values()))).tolist()
         return {
             "step": self.step,
             "loss": sum(values),
@@ -248,7 +250,7 @@ class Trainer:
             "seconds_per_step": seconds,
             "images_per_second": self.config.train.batch_size / seconds,
             "remaining_seconds": remaining * seconds,
-            "losses": dict(zip(losses.terms, values, strict=True)),
+            "losses": dict(zip(terms, values, strict=True)),
         }
 
     @contextlib.contextmanager

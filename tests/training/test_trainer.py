@@ -4,14 +4,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from faults import assert_equal_models, finish, process, wait_for_step
 from small import FILE, overrides, settings
 
 from dimaskdino.config import Config
@@ -36,39 +34,6 @@ def run_training(folder: Path, data: Path, *changes: str) -> RunFolder:
     return run
 
 
-def process(folder: Path, data: Path, *changes: str, processes: int = 1) -> subprocess.Popen:
-    arguments = ["dimaskdino.training", str(FILE), str(folder), *overrides(data, *changes)]
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    return subprocess.Popen(
-        [sys.executable, "-m", *(launcher if processes > 1 else []), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads() if processes == 1 else 1)},
-    )
-
-
-def assert_finishes(trainer: subprocess.Popen) -> None:
-    output, _ = trainer.communicate()
-    assert trainer.returncode == 0, output
-
-
-def wait_for_step(run: RunFolder, step: int, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if any(record["step"] >= step for record in run.read_metrics()):
-            return
-        time.sleep(0.05)
-    raise TimeoutError(f"step {step} was not reached")
-
-
-def assert_equal_models(a: Path, b: Path) -> None:
-    left, right = load_file(a), load_file(b)
-    assert left.keys() == right.keys()
-    different = [key for key in left if not torch.equal(left[key], right[key])]
-    assert different == []
-
-
 @pytest.fixture(scope="module")
 def finished(shapes_data, tmp_path_factory) -> RunFolder:
     return run_training(tmp_path_factory.mktemp("run"), shapes_data)
@@ -86,52 +51,6 @@ def test_a_run_leaves_its_records(finished):
     model = load_model(finished.path)
     assert model.step == 6
     assert model.classes == ["disk", "rectangle", "triangle", "star", "ring"]
-
-
-def test_a_killed_run_ends_with_the_same_weights(finished, shapes_data, tmp_path):
-    run = RunFolder(tmp_path / "killed")
-    for reached in (1, 3, 5):  # before the first checkpoint, after it, and after the second
-        trainer = process(run.path, shapes_data, "data.workers=1")
-        wait_for_step(run, reached)
-        trainer.kill()
-        trainer.communicate()
-        assert run.status()["state"] == "failed"
-        assert "killed" in run.status()["reason"]
-    assert_finishes(process(run.path, shapes_data, "data.workers=1"))
-    assert_equal_models(finished.model, run.model)
-    assert [record["step"] for record in run.read_metrics()] == [1, 2, 3, 4, 5, 6]
-
-
-def test_sigterm_saves_and_resumes(finished, shapes_data, tmp_path):
-    run = RunFolder(tmp_path / "stopped")
-    trainer = process(run.path, shapes_data, "train.checkpoint_every=100")
-    wait_for_step(run, 2)
-    trainer.send_signal(signal.SIGTERM)
-    output, _ = trainer.communicate()
-    if trainer.returncode:  # it may have been done already
-        assert trainer.returncode == 75
-        assert "stopped by SIGTERM" in output
-        assert "SIGTERM" in run.status()["reason"]
-        state, _ = load_resume_point(run.checkpoints)
-        assert state["step"] >= 2
-    assert_finishes(process(run.path, shapes_data, "train.checkpoint_every=100"))
-    assert_equal_models(finished.model, run.model)
-
-
-def test_a_second_run_in_the_same_folder_is_refused(shapes_data, tmp_path):
-    run = RunFolder(tmp_path)
-    with run.running():
-        trainer = process(tmp_path, shapes_data)
-        output, _ = trainer.communicate()
-        assert trainer.returncode == 1
-        assert "another run is using" in output
-        assert run.status()["state"] == "running"
-    assert run.status()["state"] == "finished"
-
-
-def test_resuming_with_other_settings_is_refused(finished, shapes_data):
-    with pytest.raises(UserError, match=r"other settings \(.*lr.*Use another folder"):
-        finished.write_config(settings(shapes_data, "optimizer.lr=1e-5"))
 
 
 def one_step_gradients(data: Path, folder: Path, *changes: str) -> dict[str, torch.Tensor]:
@@ -189,7 +108,7 @@ def assert_gradients_of_a_run(folder: Path, wanted: dict[str, torch.Tensor], con
 @pytest.mark.slow
 def test_a_compiled_model_has_the_same_gradients_and_can_be_read_back(shapes_data, tmp_path):
     plain = one_step_gradients(shapes_data, tmp_path / "a", *ONE_STEP)
-    assert_finishes(process(tmp_path / "b", shapes_data, *ONE_STEP, "train.compile=true"))
+    finish(process(tmp_path / "b", shapes_data, *ONE_STEP, "train.compile=true"))
     assert_gradients_of_a_run(tmp_path / "b", plain, settings(shapes_data, *ONE_STEP), 1e-3)
     assert load_model(tmp_path / "b").step == 1
 
@@ -199,7 +118,7 @@ def test_a_compiled_model_has_the_same_gradients_and_can_be_read_back(shapes_dat
 def test_two_processes_have_the_gradients_of_one(batch_size, shapes_data, tmp_path):
     """Everything random included; with 5 images the processes have 2 and 3 of them, and other numbers of objects."""
     changes = (*ONE_STEP, f"train.batch_size={batch_size}")
-    assert_finishes(process(tmp_path / "two", shapes_data, *changes, processes=2))
+    finish(process(tmp_path / "two", shapes_data, *changes, processes=2))
     one = one_step_gradients(shapes_data, tmp_path / "one", *changes, "train.accumulate=2")
     assert_gradients_of_a_run(tmp_path / "two", one, settings(shapes_data, *changes), 1e-4)
 
