@@ -19,7 +19,7 @@ setup: .venv/.installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "Installing PyTorch and the other packages: about 5 GB, some minutes."
-	$(BIN)/python -m pip install -qq -e ./ops -e '.[notebooks,dev]'
+	$(BIN)/python -m pip install -qq -e ./ops -e '.[notebooks,timm,dev]'
 	@$(BIN)/python -m ms_deform_attn build || echo "Going on with the PyTorch version of the operator."
 	@touch $@
 

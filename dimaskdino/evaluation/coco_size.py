@@ -191,7 +191,7 @@ def main(images: int = 5000, stages: int = 9, detections: int = 100, output: Pat
         detections: Detections an image and stage.
         output: File to append the result to, one line of json.
     """
-    record = measure(images, stages, detections) | {"versions": versions()}
+    record = measure(images, stages, detections) | {"versions": {k: v for k, v in versions().items() if k != "command"}}
     print(json.dumps(record, indent=1))
     if output:
         with output.open("a") as file:

@@ -3,6 +3,7 @@
 Every measurement runs in a process of its own, since a process's peak memory never goes down again.
 """
 
+import contextlib
 import json
 import platform
 import resource
@@ -10,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,6 +43,7 @@ class Measurement:
         gflop: floating-point operations of one repetition, forward only; deformable attention is included where
             its compiled kernels run.
         operator: which deformable-attention implementation ran.
+        parts: seconds of each part, medians of as many further repetitions that wait at the borders between parts.
     """
 
     task: Task
@@ -58,6 +60,7 @@ class Measurement:
     threads: int
     torch: str
     operator: str
+    parts: dict[str, float]
 
 
 def made_up_sample(height: int, width: int, objects: int, classes: int, seed: int = 0) -> Sample:
@@ -91,6 +94,12 @@ def measure(config: Config, task: Task, height: int, width: int, objects: int, r
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
+    clocks = []
+    for _ in range(repeat):
+        with PartClock(detector, device) as clock:
+            run(clock)
+        clocks.append(clock.seconds)
+    parts = {name: statistics.median(seconds[name] for seconds in clocks) for name in clocks[0]}
     peak = _peak_memory(device)
     gflop = count_gflop(run) if task == "inference" else None
     return Measurement(
@@ -108,36 +117,98 @@ def measure(config: Config, task: Task, height: int, width: int, objects: int, r
         torch.get_num_threads(),
         torch.__version__,
         ms_deform_attn.status(),
+        parts,
     )
 
 
-def _inference(config: Config, detector: Detector, device: torch.device, h: int, w: int) -> Callable[[], Any]:
+class PartClock:
+    """Seconds spent in each part of a detector, without what other parts do when they are called from it.
+
+    Waits for the device at every border between parts, so the sum is more than an undisturbed run.
+    """
+
+    def __init__(self, detector: Detector, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device, self._running, self._since = device, ["other"], time.perf_counter()
+        self._hooks = []
+        for name, module in detector.named_children():
+            self._hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self.enter(name)))
+            self._hooks.append(module.register_forward_hook(lambda *_: self.leave()))
+
+    def _switch(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        now, part = time.perf_counter(), self._running[-1]
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._since
+        self._since = now
+
+    def enter(self, part: str) -> None:
+        """From here on time belongs to a part."""
+        self._switch()
+        self._running.append(part)
+
+    def leave(self) -> None:
+        """From here on time belongs to the part before again."""
+        self._switch()
+        self._running.pop()
+
+    def __enter__(self) -> "PartClock":
+        self._since = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._switch()
+        for hook in self._hooks:
+            hook.remove()
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time in this block belongs to a part."""
+        self.enter(name)
+        try:
+            yield
+        finally:
+            self.leave()
+
+
+class _NoClock:
+    def part(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+Run = Callable[..., Any]
+
+
+def _inference(config: Config, detector: Detector, device: torch.device, h: int, w: int) -> Run:
     image = made_up_sample(h, w, 0, config.model.classes).image
     detector.eval()
 
-    def run() -> Any:
+    def run(clock: PartClock | _NoClock = _NoClock()) -> Any:  # noqa: B008
         with torch.inference_mode():
             batch = ImageBatch.from_images([image], device)
             last = detector(batch).last
-            return postprocess(last, batch.sizes, batch.padded_size, [(h, w)], config.evaluation.detections)
+            with clock.part("postprocess"):
+                return postprocess(last, batch.sizes, batch.padded_size, [(h, w)], config.evaluation.detections)
 
     return run
 
 
-def _training(
-    config: Config, detector: Detector, device: torch.device, h: int, w: int, objects: int
-) -> Callable[[], Any]:
+def _training(config: Config, detector: Detector, device: torch.device, h: int, w: int, objects: int) -> Run:
     batch = collate([made_up_sample(h, w, objects, config.model.classes)])
     targets = batch.targets.to(device)
     optimizer = build_optimizer(detector, config.optimizer)
     detector.train()
 
-    def run() -> None:
+    def run(clock: PartClock | _NoClock = _NoClock()) -> None:  # noqa: B008
         predictions = detector(ImageBatch.from_images(batch.images, device), targets)
-        criterion(predictions, targets, config.loss, objects).total.backward()
-        torch.nn.utils.clip_grad_norm_(detector.parameters(), config.optimizer.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        with clock.part("matching and losses"):
+            total = criterion(predictions, targets, config.loss, objects).total
+        with clock.part("backward"):
+            total.backward()
+        with clock.part("clipping and optimizer"):
+            torch.nn.utils.clip_grad_norm_(detector.parameters(), config.optimizer.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     return run
 
@@ -197,6 +268,9 @@ def main(
         f"peak {result.peak_memory_gib:.1f} GiB{gflop}, {result.parameters / 1e6:.1f} M parameters; "
         f"{result.device}, {result.threads} threads, torch {result.torch}, {result.operator}"
     )
+    whole = sum(result.parts.values())
+    for name, seconds in sorted(result.parts.items(), key=lambda part: -part[1]):
+        print(f"  {name:<24}{seconds:7.3f} s {100 * seconds / whole:5.1f} %")
     if output:
         with output.open("a") as file:
             file.write(json.dumps({"config": config.stem, **asdict(result)}) + "\n")
