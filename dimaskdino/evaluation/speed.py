@@ -20,6 +20,7 @@ import ms_deform_attn
 import numpy as np
 import torch
 import tyro
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dimaskdino.config import Config, load_config
@@ -131,9 +132,10 @@ class PartClock:
         self.seconds: dict[str, float] = {}
         self._device, self._running, self._since = device, ["other"], time.perf_counter()
         self._hooks = []
-        for name, module in detector.named_children():
-            self._hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self.enter(name)))
-            self._hooks.append(module.register_forward_hook(lambda *_: self.leave()))
+        for name, child in detector.named_children():
+            for module in child if isinstance(child, nn.ModuleList) else [child]:
+                self._hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self.enter(name)))
+                self._hooks.append(module.register_forward_hook(lambda *_: self.leave()))
 
     def _switch(self) -> None:
         if self._device.type == "cuda":

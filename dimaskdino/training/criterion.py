@@ -1,10 +1,10 @@
 """The loss: every stage's predictions against the objects they are matched to (section 7)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -37,25 +37,26 @@ def criterion(predictions: Predictions, targets: Targets, settings: config.Loss,
     """
     stages = list(predictions.stages.values())
     n = torch.as_tensor(objects, dtype=torch.float32, device=targets.boxes.device).clamp(min=1)
-    terms: dict[str, Tensor] = {}
+    groups = predictions.denoising_groups
     with torch.autocast(targets.boxes.device.type, enabled=False):
-        for stage, matches in zip(stages, match(stages, targets, settings), strict=True):
-            terms |= _weighted(stage.name, stage_losses(stage, matches, targets, settings), n, settings)
-        groups = predictions.denoising_groups
+        judged = list(zip(stages, match(stages, targets, settings), strict=True))
+        names, divisors = [stage.name for stage in stages], [n] * len(stages)
         if groups:
-            matches = denoising_matches(targets, groups)
-            for name, stage in predictions.denoising.items():
-                losses = stage_losses(stage, matches, targets, settings)
-                terms |= _weighted(f"denoising.{name}", losses, n * groups, settings)
-        else:  # nothing to restore, but every parameter keeps its place in the graph
-            for name, stage in predictions.denoising.items():
-                zeros = dict.fromkeys(("label", "l1", "giou", "mask", "dice"), stage.class_logits.sum())
-                terms |= {f"denoising.{name}/{term}": zero for term, zero in zeros.items()}
+            restored = denoising_matches(targets, groups)
+            judged += [(stage, restored) for stage in predictions.denoising.values()]
+            names += [f"denoising.{name}" for name in predictions.denoising]
+            divisors += [n * groups] * len(predictions.denoising)
+        sums = stage_losses(judged, targets, settings)
+    terms = {
+        f"{name}/{term}": getattr(settings.weights, term) * value / divisor
+        for name, divisor, losses in zip(names, divisors, sums, strict=True)
+        for term, value in losses.items()
+    }
+    if not groups:  # nothing to restore, but every parameter keeps its place in the graph
+        for name, stage in predictions.denoising.items():
+            zeros = dict.fromkeys(("label", "l1", "giou", "mask", "dice"), stage.class_logits.sum())
+            terms |= {f"denoising.{name}/{term}": zero for term, zero in zeros.items()}
     return Losses(terms)
-
-
-def _weighted(name: str, sums: dict[str, Tensor], n: Tensor, settings: config.Loss) -> dict[str, Tensor]:
-    return {f"{name}/{term}": getattr(settings.weights, term) * value / n for term, value in sums.items()}
 
 
 def denoising_matches(targets: Targets, groups: int) -> Matches:
@@ -68,50 +69,79 @@ def denoising_matches(targets: Targets, groups: int) -> Matches:
     return Matches.from_lists(pairs, targets.labels.device)
 
 
-def stage_losses(stage: Stage, matches: Matches, targets: Targets, settings: config.Loss) -> dict[str, Tensor]:
-    """Unweighted sums of one stage's losses: label, l1, giou, and mask and dice where the stage has masks."""
-    image, query, target = matches.image, matches.query, matches.target
-    boxes, target_boxes = stage.boxes[image, query].float(), targets.boxes[image, target]
-    losses = {
-        "label": label_loss(stage, matches, targets),
-        "l1": functional.l1_loss(boxes, target_boxes, reduction="sum"),
-        "giou": (1 - generalized_iou(boxes, target_boxes)).sum(),
-    }
-    if stage.mask_embedding is not None and stage.mask_features is not None:
-        # (rows of one image, C) · (C, h, w), image after image
-        embeddings = stage.mask_embedding[image, query].float().split(list(matches.counts))
-        features = stage.mask_features.float()
-        logits = torch.cat([torch.einsum("rc,chw->rhw", e, f) for e, f in zip(embeddings, features, strict=True)])
-        losses |= mask_losses(logits, targets.masks[image, target], settings)
+Judged = Sequence[tuple[Stage, Matches]]
+
+
+def stage_losses(judged: Judged, targets: Targets, settings: config.Loss) -> list[dict[str, Tensor]]:
+    """Unweighted sums of every stage's losses: label, l1, giou, and mask and dice where the stage has masks.
+
+    All stages are computed together: on a GPU a few large steps take less time than many small ones.
+    """
+    counts = [sum(matches.counts) for _, matches in judged]
+    boxes = torch.cat([stage.boxes[m.image, m.query].float() for stage, m in judged])
+    wanted = torch.cat([targets.boxes[m.image, m.target] for _, m in judged])
+    l1 = (boxes - wanted).abs().sum(-1).split(counts)
+    giou = (1 - generalized_iou(boxes, wanted)).split(counts)
+    losses = [
+        {"label": label, "l1": a.sum(), "giou": b.sum()}
+        for label, a, b in zip(label_losses(judged, targets), l1, giou, strict=True)
+    ]
+    with_masks = [i for i, (stage, _) in enumerate(judged) if stage.has_masks]
+    if with_masks:
+        found = mask_losses([judged[i] for i in with_masks], targets, settings)
+        for i, mask, dice in zip(with_masks, *found, strict=True):
+            losses[i] |= {"mask": mask, "dice": dice}
     return losses
 
 
-def label_loss(stage: Stage, matches: Matches, targets: Targets) -> Float[Tensor, ""]:
-    """Focal loss summed over queries and classes; queries without an object have no class."""
-    logits = stage.class_logits.float()
-    wanted = torch.zeros_like(logits)
-    wanted[matches.image, matches.query, targets.labels[matches.image, matches.target]] = 1
-    cross_entropy = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-    p = logits.sigmoid()
-    wrong = wanted * (1 - p) + (1 - wanted) * p
-    balance = wanted * ALPHA + (1 - wanted) * (1 - ALPHA)
-    return (balance * wrong**GAMMA * cross_entropy).sum()
+def label_losses(judged: Judged, targets: Targets) -> list[Tensor]:
+    """Focal loss of each stage, summed over queries and classes; queries without an object have no class."""
+    losses: dict[int, Tensor] = {}
+    for shape in {stage.class_logits.shape for stage, _ in judged}:
+        alike = [i for i, (stage, _) in enumerate(judged) if stage.class_logits.shape == shape]
+        logits = torch.stack([judged[i][0].class_logits.float() for i in alike])
+        wanted = torch.zeros_like(logits)
+        for one, i in zip(wanted, alike, strict=True):
+            m = judged[i][1]
+            one[m.image, m.query, targets.labels[m.image, m.target]] = 1
+        cross_entropy = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+        p = logits.sigmoid()
+        wrong = wanted * (1 - p) + (1 - wanted) * p
+        balance = wanted * ALPHA + (1 - wanted) * (1 - ALPHA)
+        losses |= dict(zip(alike, (balance * wrong**GAMMA * cross_entropy).flatten(1).sum(1), strict=True))
+    return [losses[i] for i in range(len(judged))]
 
 
-def mask_losses(logits: Float[Tensor, "R h w"], masks: Tensor, settings: config.Loss) -> dict[str, Tensor]:
-    """BCE averaged over points and dice, summed over the masks.
+def mask_losses(judged: Judged, targets: Targets, settings: config.Loss) -> tuple[Tensor, Tensor]:
+    """BCE averaged over points, and dice, summed over the masks of each stage: two tensors with a number a stage.
 
     Args:
-        logits: mask logits at stride 4.
-        masks: (R, H, W) uint8, at the size of the input.
+        judged: stages with masks.
+        targets: the objects.
         settings: number and choice of the points.
     """
-    if not len(logits):  # nothing matched: zero, but part of the graph
-        return {"mask": logits.sum(), "dice": logits.sum()}
-    points = uncertain_points(logits, settings)
-    x = sample_maps(logits.unsqueeze(1), points).squeeze(1)
-    t = sample_masks(masks, points)
+    B, M, H, W = targets.masks.shape
+    logits, objects, owners = [], [], []
+    # stages that share their mask features are multiplied with them in one step an image
+    for features in {id(stage.mask_features): stage.mask_features for stage, _ in judged}.values():
+        sharing = [i for i, (stage, _) in enumerate(judged) if stage.mask_features is features]
+        queries = {i: judged[i][1].query.split(list(judged[i][1].counts)) for i in sharing}
+        chosen = {i: judged[i][1].target.split(list(judged[i][1].counts)) for i in sharing}
+        for b in range(B):
+            embeddings = torch.cat([judged[i][0].mask_embedding[b, queries[i][b]].float() for i in sharing])
+            logits.append(torch.einsum("rc,chw->rhw", embeddings, features[b].float()))
+            objects += [b * M + chosen[i][b] for i in sharing]
+            owners += [np.full(judged[i][1].counts[b], i) for i in sharing]
+    x = torch.cat(logits)
+    if not len(x):  # nothing matched: zero, but part of the graph
+        zeros = x.sum().expand(len(judged))
+        return zeros, zeros
+    points = uncertain_points(x, settings)
+    t = sample_masks(targets.masks.reshape(B * M, H, W), torch.cat(objects), points)
+    x = sample_maps(x.unsqueeze(1), points).squeeze(1)
     bce = functional.binary_cross_entropy_with_logits(x, t, reduction="none").mean(-1)
     p = x.sigmoid()
     dice = 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)
-    return {"mask": bce.sum(), "dice": dice.sum()}
+    # (stages, masks) ones where the mask is the stage's: a sum whose order never changes
+    member = torch.from_numpy(np.arange(len(judged))[:, None] == np.concatenate(owners)).to(x.device).float()
+    return member @ bce, member @ dice

@@ -74,7 +74,8 @@ def matching_costs(stages: Sequence[Stage], targets: Targets, settings: config.L
     B, M, H, W = targets.masks.shape
     points = torch.rand(B, settings.points, 2, device=targets.masks.device)
     expanded = points[:, None].expand(B, M, -1, -1).flatten(0, 1)
-    target_points = sample_masks(targets.masks.reshape(B * M, H, W), expanded).view(B, M, settings.points)
+    every = torch.arange(B * M, device=targets.masks.device)
+    target_points = sample_masks(targets.masks.reshape(B * M, H, W), every, expanded).view(B, M, settings.points)
     sampled: dict[int, Tensor] = {}  # most stages share their mask features
     costs = []
     for stage in stages:

@@ -1,7 +1,7 @@
 """Bilinear values of feature maps and masks at points, and PointRend's choice of points."""
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional
 
@@ -14,18 +14,20 @@ def sample_maps(maps: Float[Tensor, "N C h w"], points: Float[Tensor, "N P 2"]) 
     return functional.grid_sample(maps, grid, padding_mode="zeros", align_corners=False).squeeze(2)
 
 
-def sample_masks(masks: UInt8[Tensor, "N H W"], points: Float[Tensor, "N P 2"]) -> Float[Tensor, "N P"]:
-    """Like `sample_maps` for uint8 masks, without a floating-point copy of the whole masks."""
+def sample_masks(
+    masks: UInt8[Tensor, "N H W"], rows: Int[Tensor, " R"], points: Float[Tensor, "R P 2"]
+) -> Float[Tensor, "R P"]:
+    """Like `sample_maps` for uint8 masks, the mask `rows[r]` at `points[r]`, without a copy of whole masks."""
     _, H, W = masks.shape
     x, y = points[..., 0] * W - 0.5, points[..., 1] * H - 0.5
     x0, y0 = x.floor(), y.floor()
-    flat = masks.flatten(1)
+    flat, start = masks.flatten(), (rows * (H * W))[:, None]
     values = torch.zeros_like(x)
     for cx, wx in ((x0, 1 - (x - x0)), (x0 + 1, x - x0)):
         for cy, wy in ((y0, 1 - (y - y0)), (y0 + 1, y - y0)):
             inside = (cx >= 0) & (cx < W) & (cy >= 0) & (cy < H)
             index = cy.clamp(0, H - 1).long() * W + cx.clamp(0, W - 1).long()
-            values += wx * wy * inside * flat.gather(1, index)
+            values += wx * wy * inside * flat[start + index]
     return values
 
 
