@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 from small import FILE, overrides, shapes_folder, trained_file
 
-from dimaskdino.runs.folder import RunFolder, versions
+from dimaskdino.runs.folder import RunFolder, environment
 from dimaskdino.training.checkpoint import load_resume_point
 
 STOPPED = 75
@@ -361,7 +361,7 @@ def main(output: Path | None = None) -> None:
     survived = sum(result == "survived" for result in results.values())
     print(f"{survived} of {len(results)} faults survived")
     if output:
-        output.write_text(json.dumps({"faults": results, "versions": versions()}, indent=1) + "\n")
+        output.write_text(json.dumps({"faults": results, "versions": environment()}, indent=1) + "\n")
     sys.exit(survived < len(results))
 
 

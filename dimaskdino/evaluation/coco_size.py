@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dimaskdino.evaluation.coco_ap import average_precision, read_truth
 from dimaskdino.evaluation.detections import Detections, DetectionStore
 from dimaskdino.evaluation.layers import score_layers
-from dimaskdino.runs.folder import versions
+from dimaskdino.runs.folder import environment
 
 HEIGHT, WIDTH = 480, 640
 CLASSES = 80
@@ -191,7 +191,7 @@ def main(images: int = 5000, stages: int = 9, detections: int = 100, output: Pat
         detections: Detections an image and stage.
         output: File to append the result to, one line of json.
     """
-    record = measure(images, stages, detections) | {"versions": {k: v for k, v in versions().items() if k != "command"}}
+    record = measure(images, stages, detections) | {"versions": environment()}
     print(json.dumps(record, indent=1))
     if output:
         with output.open("a") as file:

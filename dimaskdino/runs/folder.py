@@ -217,7 +217,12 @@ def _changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "
 
 
 def versions() -> dict[str, Any]:
-    """What the run's numbers depend on besides the configuration."""
+    """What the run's numbers depend on besides the configuration, and the command."""
+    return environment() | {"command": sys.argv}
+
+
+def environment() -> dict[str, Any]:
+    """What measurements depend on: packages, machine, devices."""
     packages = {}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -230,5 +235,4 @@ def versions() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_threads": torch.get_num_threads(),
         "devices": devices,
-        "command": sys.argv,
     }

@@ -1,6 +1,7 @@
 """Training: resuming exactly, accumulating, several processes, and everything that can go wrong on the way."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -155,6 +156,17 @@ def test_bf16_starts_where_fp32_does(finished, shapes_data, tmp_path):
     records = run_training(tmp_path, shapes_data, "train.precision=bf16").read_metrics()
     assert records[0]["loss"] == pytest.approx(finished.read_metrics()[0]["loss"], rel=0.02)
     assert records[0]["loss"] != finished.read_metrics()[0]["loss"]  # it really ran in another precision
+
+
+@pytest.mark.slow
+def test_fp16_finds_a_loss_scale_and_trains(shapes_data, tmp_path):
+    changes = ("train.precision=fp16", "schedule.steps=20", "schedule.drops=[19]", "train.checkpoint_every=20")
+    records = run_training(tmp_path, shapes_data, *changes).read_metrics()
+    scale = load_resume_point(tmp_path / "checkpoints")[0]["scaler"]["scale"]
+    assert 1 <= scale < 65536  # it starts too high for these gradients, and steps that overflow are left out
+    assert not math.isfinite(records[0]["grad_norm"])
+    assert math.isfinite(records[-1]["grad_norm"])
+    assert all(math.isfinite(record["loss"]) for record in records)
 
 
 def test_loss_goes_down(shapes_data, tmp_path):
