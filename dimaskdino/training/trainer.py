@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dimaskdino.config import Config
+from dimaskdino.config import Data as DataSettings
 from dimaskdino.data import shapes
 from dimaskdino.data.loading import Batch, batches, explaining_dead_workers, training_dataset, training_loader
 from dimaskdino.data.statistics import describe
@@ -79,6 +80,17 @@ def train(config: Config, folder: RunFolder) -> None:
         Trainer(config, folder, processes).run()
 
 
+def _look_at(data: DataSettings) -> None:
+    """Tell what the training data are, and stop now rather than in hours if images are missing."""
+    found = describe(data.root, data.train)
+    print(f"training data: {found.summary()}")
+    if found.missing_files and not data.skip_bad_images:
+        raise UserError(
+            f"{len(found.missing_files)} images of '{data.train}' are missing, the first {found.missing_files[0]} "
+            "(data.skip_bad_images=true goes on without them)"
+        )
+
+
 def _checkpoint_activations(detector: Detector, backbone: bool) -> None:
     """Recompute the layers in the backward pass; the backbone's only if that leaves no trace in its batch norm."""
     layers = [*detector.pixel_decoder.layers, *detector.decoder.layers]
@@ -101,7 +113,7 @@ class Trainer:
                 f"{len(self.data.classes)} categories"
             )
         if processes.rank == 0:
-            print(f"training data: {describe(config.data.root, config.data.train).summary()}")
+            _look_at(config.data)
         torch.manual_seed(config.train.seed)
         self.detector = Detector(config.model).to(processes.device)
         self.optimizer = build_optimizer(self.detector, config.optimizer)

@@ -152,6 +152,17 @@ def test_a_batch_that_cannot_be_split(shapes_data):
         training_loader(training_dataset(config), config, 0, 0, 4)
 
 
+def test_missing_images_are_noticed_before_the_first_step(shapes_data, tmp_path):
+    data = Path(shutil.copytree(shapes_data, tmp_path / "data"))
+    gone = sorted((data / "images" / "train").iterdir())[3]
+    gone.unlink()
+    with pytest.raises(UserError, match=rf"1 images of 'train' are missing, the first .*{gone.name} .*skip_bad_images"):
+        run_training(tmp_path / "run", data)
+    assert RunFolder(tmp_path / "run").read_metrics() == []
+    records = run_training(tmp_path / "other", data, "data.skip_bad_images=true").read_metrics()
+    assert any(gone.name in record.get("skipped", "") for record in records)
+
+
 def test_bf16_starts_where_fp32_does(finished, shapes_data, tmp_path):
     records = run_training(tmp_path, shapes_data, "train.precision=bf16").read_metrics()
     assert records[0]["loss"] == pytest.approx(finished.read_metrics()[0]["loss"], rel=0.02)
