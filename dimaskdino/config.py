@@ -53,6 +53,9 @@ class Selection(Section):
     mask_to_box: Literal["mask2box", "bitmask", "no"] = Field(
         "mask2box", description="boxes of the first selected tokens: from their masks (two conventions) or predicted"
     )
+    detach: bool = Field(
+        True, description="as published: the first selected tokens learn from their own losses, not from what follows"
+    )
 
     @field_validator("k")
     @classmethod
@@ -88,6 +91,16 @@ class BATO(Section):
     generation: bool = Field(
         True, description="table 6: make guiding tokens; off: keys and values are the guide itself"
     )
+    after: tuple[PositiveInt, ...] = Field(
+        (1,), description="decoder layers after which it acts, each time with the same weights. As published: the first"
+    )
+
+    @field_validator("after")
+    @classmethod
+    def _ascending(cls, after: tuple[int, ...]) -> tuple[int, ...]:
+        if not after or list(after) != sorted(set(after)):
+            raise ValueError(f"the layers' numbers must ascend, as in [1, 2, 3], got {list(after)}")
+        return after
 
 
 class Denoising(Section):
@@ -120,6 +133,12 @@ class Model(Section):
             )
         if not self.bato.enabled:
             return self
+        # one decoder layer leaves BATO nothing to act on: the published code then drops it
+        if 1 < self.decoder.layers <= self.bato.after[-1]:
+            raise ValueError(
+                f"bato.after={list(self.bato.after)} needs a layer behind the last of these, got "
+                f"decoder.layers={self.decoder.layers}"
+            )
         without_di = len(self.selection.k) == 1
         if without_di != (self.bato.guidance == "T_i"):
             raise ValueError(

@@ -38,6 +38,7 @@ class FirstSelection(nn.Module):
         super().__init__()
         C = model.hidden_dim
         self.k, self.mask_to_box = model.selection.k[0], model.selection.mask_to_box
+        self.detach = model.selection.detach
         self.project = nn.Linear(C, C)
         self.norm = nn.LayerNorm(C)
         nn.init.xavier_uniform_(self.project.weight)
@@ -49,7 +50,8 @@ class FirstSelection(nn.Module):
         """Select tokens.
 
         Returns:
-            T_s1, detached, with mask-guided boxes; and the stage `first_selection`, which is supervised.
+            T_s1, detached unless the settings say otherwise, with mask-guided boxes; and the stage `first_selection`,
+            which is supervised.
         """
         proposals = proposal_boxes(T_i)
         valid = ((proposals > 0.01) & (proposals < 0.99)).all(-1)
@@ -62,7 +64,9 @@ class FirstSelection(nn.Module):
         stage = heads("first_selection", content, boxes, mask_features)
         if self.mask_to_box != "no":
             boxes = through_logits(mask_guided_boxes(stage, exact=self.mask_to_box == "bitmask"))
-        return SelectedTokens(content.detach(), boxes.detach(), indices, scores.detach()), stage
+        if self.detach:
+            content, boxes = content.detach(), boxes.detach()
+        return SelectedTokens(content, boxes, indices, scores.detach()), stage
 
 
 def proposal_boxes(levels: FeatureLevels) -> Float[Tensor, "N 4"]:

@@ -46,7 +46,7 @@ class LayerOutput:
 
 
 class Decoder(nn.Module):
-    """The stack of layers; `layers` picks a part of it, so that BATO can renew the tokens in between."""
+    """The stack of layers, run one at a time, so that BATO can renew the tokens in between."""
 
     def __init__(self, model: config.Model) -> None:
         super().__init__()
@@ -61,37 +61,33 @@ class Decoder(nn.Module):
 
     def forward(
         self,
+        number: int,
         queries: Queries,
         memory: FeatureLevels,
         heads: PredictionHeads,
-        layers: slice,
         mask: Tensor | None = None,
         trace: Trace | None = None,
-    ) -> list[LayerOutput]:
-        """Run some of the layers.
+    ) -> LayerOutput:
+        """Run one layer.
 
         Args:
-            queries: content and boxes to start from. Boxes get gradients from the next layer's predictions (look
-                forward twice) but not through the layer itself, except in layer 0, whose boxes come undetached from
+            number: which, from 1, as in the stages' names.
+            queries: content and boxes to start from. Boxes get gradients from the layer's predictions (look forward
+                twice) but not through the layer itself, except in layer 1, whose boxes come undetached from
                 De-Imbalance.
-            memory: T_i for layer 0, T_bal for the others.
+            memory: T_i, or T_bal after BATO.
             heads: its box head refines the boxes.
-            layers: which of the layers.
             mask: (Q, Q) bool, True where a query must not look at another.
             trace: where to note boxes and sampling points, or None.
         """
-        outputs = []
-        first = layers.start == 0
-        for layer in self.layers[layers]:
-            reference = queries.boxes if first else queries.boxes.detach()
-            x, sampling = layer(queries.content, self.position(reference), reference, memory, mask)
-            boxes = (heads.box(x) + inverse_sigmoid(reference)).sigmoid()
-            outputs.append(LayerOutput(Queries(x, boxes), queries.boxes))
-            queries, first = Queries(x, boxes), False
-            if trace is not None:
-                trace.references.append(reference)
-                trace.sampling.append(sampling)
-        return outputs
+        reference = queries.boxes if number == 1 else queries.boxes.detach()
+        position = self.position(reference)
+        x, sampling = self.layers[number - 1](queries.content, position, reference, memory, mask)
+        boxes = (heads.box(x) + inverse_sigmoid(reference)).sigmoid()
+        if trace is not None:
+            trace.references.append(reference)
+            trace.sampling.append(sampling)
+        return LayerOutput(Queries(x, boxes), queries.boxes)
 
 
 def random_boxes(like: Tensor) -> Tensor:

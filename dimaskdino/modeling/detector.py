@@ -80,11 +80,17 @@ class Detector(nn.Module):
         stages.append(self.heads("decoder.0", queries.content, queries.boxes, F))
 
         # Eq. 4: the residual, Q_bal = MHCA(T_s2, T_i), is the first layer
-        outputs = self.decoder(queries, T_i, self.heads, slice(0, 1), mask, notes)
-        stages.append(self._predict("decoder.1", outputs[0], F))
-        T_bal, F_bal = self._optimize(T_i, F, selections, outputs[0].queries.after(start), notes)
-        outputs = self.decoder(outputs[0].queries, T_bal, self.heads, slice(1, None), mask, notes)
-        stages += [self._predict(f"decoder.{i}", output, F_bal) for i, output in enumerate(outputs, start=2)]
+        memory, mask_features, bato = T_i, F, self.settings.bato
+        for number in range(1, self.settings.decoder.layers + 1):
+            output = self.decoder(number, queries, memory, self.heads, mask, notes)
+            stages.append(self._predict(f"decoder.{number}", output, mask_features))
+            queries = output.queries
+            if number == 1 and notes is not None:
+                notes.Q_bal = queries.after(start)
+            if self.token_optimization is not None and number in bato.after:
+                guide = self._guide(selections, queries.after(start))
+                noted = notes if number == bato.after[0] else None
+                memory, mask_features = self.token_optimization(memory, mask_features, guide, self.heads, noted)
 
         if notes is not None:
             notes.T_i, notes.T_s, notes.mask_features = T_i, selections, F
@@ -107,19 +113,12 @@ class Detector(nn.Module):
         boxes = (self.heads.box(y) + inverse_sigmoid(output.started_from)).sigmoid()
         return self.heads(name, y, boxes, mask_features)
 
-    def _optimize(
-        self, T_i: FeatureLevels, F: Tensor, selections: list[SelectedTokens], Q_bal: Queries, trace: Trace | None
-    ) -> tuple[FeatureLevels, Tensor]:
-        """BATO with the guide that the settings name; without BATO the tokens stay as they are."""
-        if trace is not None:
-            trace.Q_bal = Q_bal
-        if self.token_optimization is None:
-            return T_i, F
-        guides = {"T_i": Q_bal, "Q_bal": Q_bal}
+    def _guide(self, selections: list[SelectedTokens], queries: Queries) -> Guide:
+        """What guides BATO, by its name in the settings."""
+        guides = {"T_i": queries, "Q_bal": queries}
         guides |= {f"T_s{i}": Queries(s.content, s.boxes) for i, s in enumerate(selections, start=1)}
         source = guides[self.settings.bato.guidance]
-        position = self.decoder.position(source.boxes.detach())
-        return self.token_optimization(T_i, F, Guide(source.content, position), self.heads, trace)
+        return Guide(source.content, self.decoder.position(source.boxes.detach()))
 
     @staticmethod
     def _collect(

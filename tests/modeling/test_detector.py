@@ -104,6 +104,8 @@ def test_matching_queries_do_not_see_denoising_queries():
         ("model.pixel_decoder.levels=3",),
         ("model.hidden_dim=96", "model.heads=4", "model.points=3"),
         ("model.denoising.queries=0",),
+        ("model.decoder.layers=3", "model.bato.after=[1, 2]"),
+        ("model.selection.detach=false",),
     ],
 )
 def test_every_parameter_of_every_variant_is_trained(changes):
@@ -117,6 +119,28 @@ def test_every_parameter_of_every_variant_is_trained(changes):
     unused = [name for name, p in model.named_parameters() if p.grad is None]
     allowed = ["denoising.labels.weight"] if "model.denoising.queries=0" in changes else []
     assert unused == allowed
+
+
+@torch.no_grad()
+def test_bato_acts_after_the_layers_that_the_settings_name():
+    """The same weights at each place, so two models differ from the first place on that only one of them has."""
+    batch, stages = ImageBatch.from_images(noise((64, 64))), {}
+    for after in ("[1]", "[1, 2]", "[2]"):
+        model = detector("model.decoder.layers=3", f"model.bato.after={after}")
+        stages[after] = {n: s.mask_logits() for n, s in model(batch).stages.items() if n.startswith("decoder.")}
+    for a, b, same in (("[1]", "[1, 2]", 2), ("[1]", "[2]", 1), ("[1, 2]", "[2]", 1)):
+        for number in range(4):
+            equal = torch.equal(stages[a][f"decoder.{number}"], stages[b][f"decoder.{number}"])
+            assert equal == (number <= same), (a, b, number)
+
+
+def test_only_undetached_selection_learns_from_the_decoder():
+    for detach in (True, False):
+        model = detector(f"model.selection.detach={detach}", "model.selection.mask_to_box=mask2box")
+        predictions = model(ImageBatch.from_images(noise((64, 64))))
+        weight = model.first_selection.project.weight
+        (gradient,) = torch.autograd.grad(predictions.last.class_logits.sum(), [weight], allow_unused=True)
+        assert (gradient is None or not gradient.abs().sum()) == detach
 
 
 @torch.no_grad()
