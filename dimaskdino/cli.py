@@ -47,6 +47,9 @@ Processes = Annotated[
 ]
 
 
+STUDY_NOTEBOOK = Path("notebooks/runs/study.ipynb")
+
+
 def train(
     config: ConfigPath, overrides: Positional[Arguments] = (), run: Path | None = None, processes: Processes = 1
 ) -> int:
@@ -92,6 +95,7 @@ def evaluate(
     stages: tuple[str, ...] = (),
     output: Path | None = None,
     keep_detections: bool = False,
+    bootstrap: int = 0,
     device: Device = "auto",
     processes: Processes = 1,
 ) -> int:
@@ -109,10 +113,13 @@ def evaluate(
         stages: Only these stages, such as decoder.1 decoder.6; all by default.
         output: Folder for layers.json and layers.png; by default evaluation/ beside the model.
         keep_detections: Leave the detections of every stage in the output folder.
+        bootstrap: How often to draw the images again, 1000 for example, for 95 % intervals of the first and the last
+            decoder layer's AP; the draws go into bootstrap.npz, from which studies compare models.
         device: Where to run.
         processes: Evaluating processes on this machine, one for each GPU.
     """
-    from dimaskdino.evaluation.layers import annotations_of, detect_layers, score_layers
+    from dimaskdino.evaluation.bootstrap import bootstrap as draw_again
+    from dimaskdino.evaluation.layers import FIRST_LAYER, annotations_of, detect_layers, score_layers
     from dimaskdino.interop.published import load_any
     from dimaskdino.interop.published_config import load_settings, starts_settings, translate_pairs
     from dimaskdino.processes import Processes
@@ -137,9 +144,15 @@ def evaluate(
     result = score_layers(store, *annotations_of(trained, split))
     result.save(folder / "layers.json")
     layerwise_ap({"model": result}).savefig(folder / "layers.png")
+    print(result.table())
+    if bootstrap:
+        chosen = dict.fromkeys(name for name in (FIRST_LAYER, next(reversed(result.stages))) if name in result.stages)
+        drawn = draw_again({name: store[name] for name in chosen}, annotations_of(trained, split)[0], bootstrap)
+        drawn.save(folder / "bootstrap.npz")
+        for name, (low, high) in drawn.intervals().items():
+            print(f"{name} AP: {low:.1f} to {high:.1f} on 95 % of {bootstrap} draws of the images")
     if not keep_detections:
         store.remove()
-    print(result.table())
     print(f"written: {folder / 'layers.json'}, {folder / 'layers.png'}")
     return 0
 
@@ -227,31 +240,53 @@ def run(
 
 
 def study(
-    file: Positional[Path],
-    folder: Positional[Path],
+    name: Positional[str],
+    folder: Positional[Path | None] = None,
     overrides: Positional[Overrides] = (),
     scale: str = "shapes",
-    seeds: tuple[int, ...] = (0, 1, 2),
+    seeds: tuple[int, ...] = (),
+    parallel: int | None = None,
+    plan: bool = False,
 ) -> int:
-    """Run the rows of a table of the paper, each with several seeds, and compare them.
+    """Train and evaluate the variants of a study, such as a table of the paper, with several seeds; compare them.
 
-    For example: dimaskdino study configs/ablations/table_4.yaml runs/ablations
+    For example: dimaskdino study table_4
 
     Runs that have a result are not run again, so an interrupted study goes on where it was, and studies that share a
-    row share its runs.
+    variant share its runs. A run that fails does not stop the others. FOLDER/NAME receives the executed notebook
+    study.ipynb, table.md, table.json and figures; FOLDER/runs the runs.
 
     Args:
-        file: YAML file of the study.
-        folder: Folder of the runs.
+        name: A study of configs/ablations (table_3 to table_9, figure_1, …) or a YAML file.
+        folder: Folder of the runs and reports; by default runs/studies/SCALE.
         overrides: Settings for every row, after its own.
         scale: One of the study's scales; shapes takes about ten minutes a run on one core, coco days on eight GPUs.
-        seeds: Seeds of the training.
+        seeds: Seeds of the training; by default the study's.
+        parallel: How many runs go at once; by default one for each GPU, and one without any.
+        plan: Only show what there is to run and what it costs.
     """
-    from dimaskdino.runs.study import load_study, run_study
+    from dimaskdino.runs.launch import project_root
+    from dimaskdino.runs.notebooks import run_notebook
+    from dimaskdino.runs.study import find_study, load_study
+    from dimaskdino.runs.study_runs import plan_study
 
-    chosen = load_study(file)
-    run_study(chosen, scale, seeds, folder, overrides)
-    print(f"{chosen.title}, means of the seeds ± standard deviation\n{chosen.table(chosen.measured(folder))}")
+    file = find_study(name)
+    target = folder or Path("runs", "studies", scale)
+    todo = plan_study(load_study(file), scale, seeds, target, overrides, parallel)
+    print(todo.describe())
+    if plan:
+        return 0
+    report = target / file.stem
+    parameters = {
+        "study": os.path.relpath(file, project_root()),
+        "run": os.path.relpath(report, project_root()),
+        "scale": scale,
+        "seeds": list(seeds),
+        "changes": list(overrides),
+        "parallel": parallel or 0,
+    }
+    print(f"written: {run_notebook(project_root() / STUDY_NOTEBOOK, report, parameters, echo=True)}")
+    print((report / "table.md").read_text())
     return 0
 
 

@@ -9,6 +9,7 @@ from hotcoco import COCO, COCOeval
 from jaxtyping import Float
 
 Kind = Literal["box", "mask"]
+IOU_TYPE: dict[Kind, str] = {"box": "bbox", "mask": "segm"}  # COCO's names
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def precision_curves(
 
 def _accumulated(truth: COCO, detections: list[dict[str, Any]], kind: Kind) -> tuple[np.ndarray, COCOeval]:
     """Precision (IoU thresholds, recalls, classes, areas: all s m l), −1 where there is no object."""
-    evaluation = COCOeval(truth, truth.load_res(detections), {"box": "bbox", "mask": "segm"}[kind])
+    evaluation = COCOeval(truth, truth.load_res(detections), IOU_TYPE[kind])
     evaluation.evaluate()
     evaluation.accumulate()
     assert evaluation.eval is not None

@@ -17,6 +17,8 @@ from dimaskdino.evaluation.detections import Detections, DetectionStore, fingerp
 from dimaskdino.modeling import ImageBatch, Predictions, Stage, postprocess
 from dimaskdino.training.checkpoint import TrainedModel
 
+FIRST_LAYER = "decoder.1"
+
 
 @dataclass(frozen=True)
 class StageAP:
@@ -57,9 +59,9 @@ class LayerwiseAP:
         Raises:
             UserError: the first decoder layer was not evaluated.
         """
-        if "decoder.1" not in self.stages:
-            raise UserError(f"{self.source}: decoder.1 was not evaluated, only {', '.join(self.stages)}")
-        chosen = {"first": self.stages["decoder.1"], "last": self.last}
+        if FIRST_LAYER not in self.stages:
+            raise UserError(f"{self.source}: {FIRST_LAYER} was not evaluated, only {', '.join(self.stages)}")
+        chosen = {"first": self.stages[FIRST_LAYER], "last": self.last}
         return {name: {"box": s.box.AP, "mask": s.mask.AP if s.mask else None} for name, s in chosen.items()}
 
     def table(self) -> str:

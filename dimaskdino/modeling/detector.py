@@ -13,7 +13,6 @@ from dimaskdino.modeling.heads import PredictionHeads
 from dimaskdino.modeling.layers import inverse_sigmoid
 from dimaskdino.modeling.pixel_decoder import PixelDecoder
 from dimaskdino.modeling.records import (
-    FeatureLevels,
     ImageBatch,
     Predictions,
     Queries,

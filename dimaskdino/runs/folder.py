@@ -55,6 +55,20 @@ class RunFolder:
     def log(self) -> Path:
         return self.path / "train.log"
 
+    def check_config(self, config: Config) -> None:
+        """See whether a run with this configuration may go on from the one that is here, which has one too.
+
+        Raises:
+            UserError: it computes something else.
+        """
+        before = load_config(self.path / "config.yaml")
+        changed = _changed_keys(before.model_dump(mode="json"), config.model_dump(mode="json"))
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run with other settings ({', '.join(changed[:5])}); resuming needs the same "
+                "ones. Use another folder, or delete this one"
+            )
+
     def write_config(self, config: Config) -> None:
         """Note the configuration and the versions.
 
@@ -64,13 +78,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = self.path / "config.yaml"
-            before = load_config(file) if file.exists() and self.checkpoints.exists() else config
-            changed = _changed_keys(before.model_dump(mode="json"), config.model_dump(mode="json"))
-            if changed:
-                raise UserError(
-                    f"{self.path} holds a run with other settings ({', '.join(changed[:5])}); resuming needs the same "
-                    "ones. Use another folder, or delete this one"
-                )
+            if file.exists() and self.checkpoints.exists():
+                self.check_config(config)
             file.write_text(dump_config(config))
             (self.path / "versions.json").write_text(json.dumps(versions(), indent=1))
         except OSError as error:

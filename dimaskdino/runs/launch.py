@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ def training_command(config: str, run: Path, overrides: Sequence[str], processes
     ]
 
 
-def _end_with_parent() -> None:
-    """Ask Linux to send SIGTERM when the parent dies, so that a killed notebook kernel leaves no training behind."""
+def end_with_parent() -> None:
+    """Ask Linux to send SIGTERM when the parent dies, so that a killed notebook kernel leaves nothing behind."""
     with contextlib.suppress(OSError, AttributeError):
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
@@ -47,9 +47,17 @@ class TrainingProcess:
         run: the run folder.
         overrides: `key=value` settings.
         processes: how many, one for each GPU.
+        environment: variables that differ from this process's, such as CUDA_VISIBLE_DEVICES.
     """
 
-    def __init__(self, config: str, run: Path | str, overrides: Sequence[str] = (), processes: int = 1) -> None:
+    def __init__(
+        self,
+        config: str,
+        run: Path | str,
+        overrides: Sequence[str] = (),
+        processes: int = 1,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder = RunFolder(run)
         self.folder.path.mkdir(parents=True, exist_ok=True)
         with self.folder.log.open("a") as log:
@@ -59,8 +67,8 @@ class TrainingProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # an interrupted cell must not interrupt it in the middle of a step
-                preexec_fn=_end_with_parent,
-                env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(processes)))},
+                preexec_fn=end_with_parent,
+                env={"OMP_NUM_THREADS": str(_threads(processes))} | os.environ | (environment or {}),
             )
 
     def __enter__(self) -> "TrainingProcess":

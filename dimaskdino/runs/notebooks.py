@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,14 @@ def check_parameters(notebook: Path, values: Mapping[str, Any]) -> dict[str, Any
     return dict(values)
 
 
-def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any]) -> Path:
+def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], echo: bool = False) -> Path:
     """Execute a notebook with parameters; the executed copy goes into the folder.
+
+    Args:
+        notebook: what to execute.
+        folder: where the executed copy goes.
+        parameters: values of its parameters; the others keep their defaults.
+        echo: pass on what it writes to standard error, such as progress, while it runs.
 
     Returns:
         The executed notebook.
@@ -75,7 +82,12 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any]) ->
     folder.mkdir(parents=True, exist_ok=True)
     os.environ[NOTEBOOK_FOLDER] = str(folder.resolve())
     try:
-        papermill.execute_notebook(str(notebook), str(output), values, progress_bar=True, kernel_name="python3")
+        papermill.execute_notebook(
+            *(str(notebook), str(output), values),
+            progress_bar=not echo,
+            stderr_file=sys.stderr if echo else None,
+            kernel_name="python3",
+        )
     except papermill.PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue}" if error.ename != "UserError" else error.evalue
         RunFolder(folder).note_failure(reason)

@@ -1,20 +1,18 @@
-"""Studies: the rows of one table of the paper, each a few settings away from one configuration, over several seeds."""
+"""Studies: variants of a model, each a few settings away from one configuration, trained with several seeds."""
 
-import statistics
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
-from tqdm import tqdm
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dimaskdino.config import Config, Section, load_config
 from dimaskdino.errors import UserError
-from dimaskdino.evaluation.layers import LayerwiseAP, evaluate_layers
-from dimaskdino.runs.folder import RunFolder
-from dimaskdino.runs.launch import TrainingProcess
-from dimaskdino.training.checkpoint import load_model
+from dimaskdino.evaluation.comparison import Measurement, Quantity
+
+FOLDER = Path("configs/ablations")
 
 
 class Row(Section):
@@ -22,22 +20,28 @@ class Row(Section):
 
     name: str = Field(description="also the name of its runs: rows of several studies with one name are one variant")
     label: str
-    published: str = Field(description="its place in the paper's tables: keys and positions with dots between them")
+    against: str | None = Field(None, description="the row that it is compared with")
+    published: str | None = Field(None, description="its place in the paper's tables: keys and positions between dots")
     settings: dict[str, tuple[str, ...]] = Field({}, description="`key=value` by scale; those of `all` come first")
 
 
 class Study(Section):
-    """A table of the paper as variants of one configuration.
+    """Variants of one configuration.
 
     Attributes:
         title: for people.
         columns: data sets that the paper gives numbers for, and the key below `Row.published` of each ("" if none).
+        report: what to compare: `STAGE.box`, `STAGE.mask` or `STAGE.imbalance`, where the stage may be `first` or
+            `last`, for the decoder layers.
+        seeds: seeds of the training.
         scales: the configuration that the settings change, by scale; absolute paths after `load_study`.
         rows: the variants.
     """
 
     title: str
-    columns: dict[str, str]
+    columns: dict[str, str] = Field({})
+    report: tuple[str, ...]
+    seeds: tuple[int, ...]
     scales: dict[str, Path]
     rows: tuple[Row, ...]
 
@@ -47,7 +51,31 @@ class Study(Section):
         names = [row.name for row in rows]
         if len(set(names)) != len(names):
             raise ValueError(f"every row needs a name of its own, got {', '.join(names)}")
+        for row in rows:
+            if row.against is not None and row.against not in names:
+                raise ValueError(f"{row.name} is compared with {row.against}, but the rows are {', '.join(names)}")
         return rows
+
+    @field_validator("report")
+    @classmethod
+    def _quantities(cls, report: tuple[str, ...]) -> tuple[str, ...]:
+        for text in report:
+            Quantity.parse(text)
+        return report
+
+    @model_validator(mode="after")
+    def _published(self) -> "Study":
+        missing = [row.name for row in self.rows if self.columns and row.published is None]
+        if missing:
+            raise ValueError(f"the study has published columns, but no place of {', '.join(missing)} in them")
+        return self
+
+    @property
+    def quantities(self) -> tuple[Quantity, ...]:
+        return tuple(map(Quantity.parse, self.report))
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
 
     def overrides(self, row: Row, scale: str, seed: int = 0) -> list[str]:
         """Settings that make the scale's configuration into a run of this row.
@@ -64,48 +92,57 @@ class Study(Section):
         overrides = self.overrides(row, scale, seed)
         return load_config(self.scales[scale], overrides)
 
-    def published(self, tables: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
-        """Box and mask AP by column and row name, from the paper's tables (`docs/paper_tables.json`)."""
-        found: dict[str, dict[str, tuple[float, float]]] = {column: {} for column in self.columns}
+    def published(self, tables: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+        """By column, row name and quantity, from the paper's tables (`docs/paper_tables.json`).
+
+        Where the paper gives one number for boxes and one for masks, they are those of the last layer.
+        """
+        found: dict[str, dict[str, dict[str, float]]] = {column: {} for column in self.columns}
         for row in self.rows:
             for column, key in self.columns.items():
                 node: Any = tables
-                for step in [*row.published.split("."), *([key] if key else [])]:
+                for step in [*(row.published or "").split("."), *([key] if key else [])]:
                     node = node[int(step) if isinstance(node, list) else step]
-                found[column][row.name] = node["box"], node["mask"]
+                layers = node if "last" in node else {"last": node}
+                values = {f"{layer}.{kind}": ap[kind] for layer, ap in layers.items() for kind in ("box", "mask")}
+                values |= {f"{layer}.imbalance": ap["mask"] - ap["box"] for layer, ap in layers.items()}
+                found[column][row.name] = values
         return found
 
-    def measured(self, folder: Path) -> dict[str, list[LayerwiseAP]]:
-        """What has been measured in a folder of runs, by row name, one result a seed; rows without any are left out."""
-        results = {}
+    def measured(self, folder: Path) -> dict[str, dict[int, Measurement]]:
+        """What has been measured in a study folder, by row name and seed; rows without any are left out."""
+        results: dict[str, dict[int, Measurement]] = {}
         for row in self.rows:
-            files = sorted(folder.glob(f"{row.name}_*/evaluation/layers.json"))
-            seeds = [f for f in files if f.parents[1].name.removeprefix(f"{row.name}_").isdigit()]
-            if seeds:
-                results[row.name] = [LayerwiseAP.load(file) for file in seeds]
+            for file in sorted((folder / "runs").glob(f"{row.name}_*/evaluation/layers.json")):
+                seed = file.parents[1].name.removeprefix(f"{row.name}_")
+                if seed.isdigit():
+                    results.setdefault(row.name, {})[int(seed)] = Measurement.load(file.parents[1])
         return results
 
-    def table(self, results: Mapping[str, Sequence[LayerwiseAP]]) -> str:
-        """Means over the seeds ± their standard deviation: last layer, and how far boxes lag at the first."""
-        header = f"{'':<34}{'box AP':>14}{'mask AP':>14}{'first layer: mask − box':>26}{'seeds':>7}"
-        lines = [header, "-" * len(header)]
-        for row in self.rows:
-            if row.name not in results:
-                lines.append(f"{row.label:<34}{'–':>14}{'–':>14}{'–':>26}{0:>7}")
-                continue
-            layers = [result.first_and_last() for result in results[row.name]]
-            cells = [
-                _spread([layer["last"]["box"] for layer in layers]),
-                _spread([layer["last"]["mask"] for layer in layers]),
-                _spread([layer["first"]["mask"] - layer["first"]["box"] for layer in layers], "+"),
-            ]
-            lines.append(f"{row.label:<34}{cells[0]:>14}{cells[1]:>14}{cells[2]:>26}{len(layers):>7}")
-        return "\n".join(lines)
+
+def run_path(folder: Path, row: Row, seed: int) -> Path:
+    """Where in a study folder the run of a row and seed lies."""
+    return folder / "runs" / f"{row.name}_{seed}"
 
 
-def _spread(values: Sequence[float], sign: str = "") -> str:
-    mean = f"{statistics.mean(values):{sign}.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+def find_study(name: str) -> Path:
+    """The file of a study: a path, or the name of one in `configs/ablations`.
+
+    Raises:
+        UserError: there is neither.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return path
+    known = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+    if name in known:
+        return FOLDER / f"{name}.yaml"
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    there = (
+        f"{FOLDER} has {', '.join(known)}" if known else f"there is no {FOLDER} here; start from the project's folder"
+    )
+    raise UserError(f"no study '{name}'; {hint}{there}")
 
 
 def load_study(path: Path) -> Study:
@@ -121,37 +158,10 @@ def load_study(path: Path) -> Study:
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors())
+        problems = []
+        for problem in error.errors():
+            reason = problem["ctx"]["error"] if problem["type"] == "value_error" else problem["msg"].lower()
+            problems.append(": ".join([*map(str, problem["loc"]), str(reason)]))
         raise UserError(f"{path} is not a study: {'; '.join(problems)}") from None
     scales = {name: (path.parent / file).resolve() for name, file in study.scales.items()}
     return study.model_copy(update={"scales": scales})
-
-
-def run_study(study: Study, scale: str, seeds: Sequence[int], folder: Path, changes: Sequence[str] = ()) -> None:
-    """Train and evaluate every row with every seed that has no result yet; all rows of a seed before the next seed.
-
-    An interrupted study goes on where it was.
-
-    Args:
-        study: what to run.
-        scale: one of its scales.
-        seeds: seeds of the training.
-        folder: each run goes into `folder/ROW_SEED`.
-        changes: settings for every row, after its own.
-
-    Raises:
-        UserError: a run failed, or the folder holds runs of another scale or with other settings; nothing is lost.
-    """
-    todo = [(row, seed) for seed in seeds for row in study.rows]
-    for row, seed in tqdm(todo, study.title, mininterval=1):
-        run = RunFolder(folder / f"{row.name}_{seed}")
-        result = run.path / "evaluation" / "layers.json"
-        overrides = [*study.overrides(row, scale, seed), *changes]
-        if result.exists():
-            if load_config(run.path / "config.yaml") != load_config(study.scales[scale], overrides):
-                raise UserError(f"{run.path} holds a run with other settings than this study's; use another folder")
-            continue
-        with TrainingProcess(str(study.scales[scale]), run.path, overrides) as training:
-            for _ in training.follow():
-                pass
-        evaluate_layers(load_model(run.path)).save(result)

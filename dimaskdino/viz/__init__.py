@@ -1,8 +1,9 @@
 """Figures of records and arrays; nothing here trains or runs a model."""
 
-from dimaskdino.viz.curves import draw_ablation, draw_precision_recall, first_and_last_layer, layerwise_ap, loss_curves
+from dimaskdino.viz.curves import draw_precision_recall, first_and_last_layer, layerwise_ap, loss_curves
 from dimaskdino.viz.detections import draw_instances, draw_stages
 from dimaskdino.viz.objects import draw_mean_ious, draw_objects
+from dimaskdino.viz.studies import draw_ablation, draw_differences, draw_study_layers
 from dimaskdino.viz.tokens import (
     draw_guidance,
     draw_interaction,
@@ -16,6 +17,7 @@ from dimaskdino.viz.training import draw_denoising, draw_loss_terms, draw_matchi
 __all__ = [
     "draw_ablation",
     "draw_denoising",
+    "draw_differences",
     "draw_guidance",
     "draw_instances",
     "draw_interaction",
@@ -28,6 +30,7 @@ __all__ = [
     "draw_sampling",
     "draw_selection",
     "draw_stages",
+    "draw_study_layers",
     "draw_token_maps",
     "first_and_last_layer",
     "layerwise_ap",

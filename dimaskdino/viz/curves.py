@@ -1,6 +1,6 @@
 """Curves over decoder layers and over training steps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,14 @@ def short_name(stage: str) -> str:
     return _SHORT.get(stage, stage)
 
 
+def stage_order(results: Iterable[LayerwiseAP]) -> list[str]:
+    """The names of all stages that any of the results has, in the order of the model."""
+    names = dict.fromkeys(name for result in results for name in result.stages)
+    kinds = ("first_selection", "token_interaction", "decoder")
+    parts = {name: name.partition(".") for name in names}
+    return sorted(names, key=lambda name: (kinds.index(parts[name][0]), int(parts[name][2] or 0)))
+
+
 def layerwise_ap(runs: Mapping[str, LayerwiseAP]) -> Figure:
     """Box and mask AP of every stage, and below how far segmentation is ahead, for one or several runs.
 
@@ -33,8 +41,7 @@ def layerwise_ap(runs: Mapping[str, LayerwiseAP]) -> Figure:
         runs: results by the name to show. One run: boxes and masks in their own colours, values written out.
             Several: a colour a run, boxes solid and masks dashed.
     """
-    names = list(dict.fromkeys(name for result in runs.values() for name in result.stages))
-    names.sort(key=lambda n: (("first", "token", "decod").index(n[:5]), n))
+    names = stage_order(runs.values())
     place = {name: i for i, name in enumerate(names)}
     with style():
         figure = NotebookFigure(figsize=(max(7.0, 1.05 * len(names)), 5.6), layout="constrained")
@@ -182,36 +189,4 @@ def draw_precision_recall(curves: Mapping[str, Float[np.ndarray, "101"]], title:
             axes.plot(recall, precision, line, color=colour, label=f"{name}: AP {100 * precision.mean():.1f}")
         axes.set(xlabel="recall", ylabel="precision", title=title, xlim=(0, 1.01), ylim=(0, 1.03))
         axes.legend(loc="lower left")
-    return figure
-
-
-def draw_ablation(
-    rows: Mapping[str, str], columns: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str
-) -> Figure:
-    """Box and mask AP of variants of a model, a panel for each source of numbers; a bar marks the mean of several.
-
-    Args:
-        rows: labels by row name, from top to bottom.
-        columns: by the name to show, (box AP, mask AP) of every run of each row; rows without any are left empty.
-        title: above all panels.
-    """
-    place = {name: len(rows) - 1 - i for i, name in enumerate(rows)}
-    with style():
-        figure = NotebookFigure(figsize=(3.6 * len(columns) + 2.2, 0.62 * len(rows) + 1.9), layout="constrained")
-        panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-        for axes, (column, found) in zip(panels, columns.items(), strict=True):
-            for kind, (colour, marker, shift) in enumerate(((BOX, "s", 0.14), (MASK, "o", -0.14))):
-                for name, values in found.items():
-                    x, y = [pair[kind] for pair in values], place[name] + shift
-                    axes.plot(x, [y] * len(x), marker, color=colour, alpha=0.55 if len(x) > 1 else 1, markersize=7)
-                    if len(x) > 1:
-                        axes.plot([np.mean(x)] * 2, [y - 0.16, y + 0.16], color=colour, linewidth=2.5)
-                axes.plot([], [], marker, color=colour, label=("box", "mask")[kind])
-            axes.set(title=column, xlabel="AP (%)", ylim=(-0.6, len(rows) - 0.4))
-            axes.margins(x=0.1)
-            if not found:
-                axes.set(xticks=[], xlabel="nothing measured")
-        panels[0].set_yticks(list(place.values()), list(rows.values()))
-        panels[-1].legend(loc="best")
-        figure.suptitle(title)
     return figure

@@ -20,8 +20,9 @@ from matplotlib.figure import Figure
 from dimaskdino.evaluation.layers import LayerwiseAP
 from dimaskdino.evaluation.objects import track_objects
 from dimaskdino.evaluation.predict import Look
-from dimaskdino.viz.curves import draw_ablation, layerwise_ap, short_name
+from dimaskdino.viz.curves import layerwise_ap, short_name
 from dimaskdino.viz.objects import draw_objects
+from dimaskdino.viz.studies import draw_ablation
 from dimaskdino.viz.tokens import draw_guidance, draw_sampling, draw_selection
 
 

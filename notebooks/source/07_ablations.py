@@ -9,18 +9,21 @@
 # *Prerequisites*: chapters 1, 3, 4 and 6; mean and standard deviation. *Time*: 60 minutes.
 
 # %% tags=["parameters"]
-results: str = "configs/ablations/results"  # folder with runs of the studies: ROW_SEED/evaluation/layers.json
+results: str = "notebooks/studies"  # a study folder: runs/ROW_SEED/evaluation/layers.json
 
 # %%
 import json
 import os
 from pathlib import Path
 
+from IPython.display import Markdown
+
 from dimaskdino.course import checks
 from dimaskdino.modeling import Detector
 from dimaskdino.runs import project_root
 from dimaskdino.runs.study import load_study
-from dimaskdino.viz import draw_ablation, layerwise_ap
+from dimaskdino.runs.study_report import StudyReport
+from dimaskdino.viz import draw_ablation, draw_differences, draw_study_layers
 from dimaskdino.viz.explorers import explore_studies
 
 os.chdir(project_root())
@@ -70,9 +73,13 @@ checks.check_settings(triple_selection, "triple", next(s for s in studies if "ta
 # %%
 def columns_of(study):
     """Published numbers of a study, one pair a row, and those measured on the shapes, one a seed."""
-    found = {f"{name}, published": {r: [p] for r, p in rows.items()} for name, rows in study.published(tables).items()}
+    found = {
+        f"{name}, published": {row: [(ap["last.box"], ap["last.mask"])] for row, ap in rows.items()}
+        for name, rows in study.published(tables).items()
+    }
     measured = {
-        row: [(r.last.box.AP, r.last.mask.AP) for r in runs] for row, runs in study.measured(Path(results)).items()
+        row: [(m.result.last.box.AP, m.result.last.mask.AP) for m in runs.values()]
+        for row, runs in study.measured(Path(results)).items()
     }
     return found | {"shapes, 2,000 steps": measured}
 
@@ -81,21 +88,21 @@ labels = {study.title: {row.name: row.label for row in study.rows} for study in 
 draw_ablation(labels[modules.title], columns_of(modules), modules.title)
 
 # %%
-measured = modules.measured(Path(results))
-print(modules.table(measured))
+report = StudyReport.of(modules, "shapes", Path(results))
+for row, runs in report.measured.items():
+    values = ", ".join(f"{m.result.last.box.AP:.1f}" for m in runs.values())
+    print(f"{labels[modules.title][row]}: box AP {values}")
 
 # %% [markdown]
 # **Read it.** Do the rows come in the same order as in the paper? How large is the difference between two rows,
-# compared with the scatter of the seeds within one? And the last column: which module narrows the lag of the first
-# layer here, and which one would you have expected from its place in the model? The distances are not those on COCO:
-# the model is small, the training short, and the shapes are not photographs. A miniature can show *that* something
-# happens, not how much of it there is.
+# compared with the scatter of the seeds within one? The distances are not those on COCO: the model is small, the
+# training short, and the shapes are not photographs. A miniature can show *that* something happens, not how much of it
+# there is.
 #
 # ### Explore
 #
 # The other tables. Where nothing has been measured, the panel is empty; `dimaskdino study
-# configs/ablations/table_5.yaml runs/ablations` fills it, ten minutes a run, and `results` above then names that
-# folder.
+# table_5` fills it, ten minutes a run, and `results` above then names its folder, `runs/studies/shapes`.
 
 # %%
 explore_studies(labels, {study.title: columns_of(study) for study in studies})
@@ -125,20 +132,37 @@ def paired(a, b):
 
 
 if checks.check_paired(paired):
-    base = [result.last.box.AP for result in measured.get("neither", [])]
+    box = modules.quantities[0]
+    base = list(report.values("neither", box).values())
     for name in ("di", "bato", "di_bato"):
-        other = [result.last.box.AP for result in measured.get(name, [])]
+        other = list(report.values(name, box).values())
         if len(base) == len(other) > 1:
             mean, error = paired(base, other)
             print(f"{labels[modules.title][name]} − neither: {mean:+.1f} ± {error:.1f} points of box AP")
 
 # %% [markdown]
-# ## Where along the layers does it act?
-#
-# Table 4 looks at the end. The layers tell *where* a module acts: the first seed of every row.
+# A mean of three seeds is uncertain twice over. Other **trainings** would have given other models: the thin grey
+# intervals are 95 % intervals from the seeds' differences, by Student's t, which with three seeds is wide. And other
+# **images** would have given other APs for these very models: the thick blue ones draw the 200 images again, with
+# replacement, a thousand times, the same images for both models (a *paired bootstrap*).
 
 # %%
-layerwise_ap({labels[modules.title][name]: runs[0] for name, runs in measured.items()})
+draw_differences(report.comparisons(), "Differences to the model with neither module")
+
+# %%
+Markdown(report.markdown())
+
+# %% [markdown]
+# Which of the paper's signs could you defend with these runs? Which module narrows the lag of the first layer, and
+# which one would you have expected from its place in the model?
+#
+# ## Where along the layers does it act?
+#
+# Table 4 looks at the end. The layers tell *where* a module acts.
+
+# %%
+by_label = {labels[modules.title][name]: [m.result for m in runs.values()] for name, runs in report.measured.items()}
+draw_study_layers(by_label, "Table 4 in miniature, every stage")
 
 # %% [markdown]
 # ### Exercise 7.3, to discuss

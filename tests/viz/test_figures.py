@@ -5,6 +5,7 @@ import torch
 
 from dimaskdino import config
 from dimaskdino.evaluation.coco_ap import AveragePrecision
+from dimaskdino.evaluation.comparison import Difference, Interval
 from dimaskdino.evaluation.layers import LayerwiseAP, StageAP
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.denoising import Denoising
@@ -12,11 +13,13 @@ from dimaskdino.modeling.records import Targets
 from dimaskdino.viz import (
     draw_ablation,
     draw_denoising,
+    draw_differences,
     draw_instances,
     draw_loss_terms,
     draw_matching,
     draw_precision_recall,
     draw_stages,
+    draw_study_layers,
     layerwise_ap,
     loss_curves,
 )
@@ -162,3 +165,26 @@ def test_ablation_marks_runs_and_their_mean():
     assert data == [[10.0, 14.0], [12.0, 12.0], [12.0, 16.0], [14.0, 14.0]]
     assert none.get_xlabel() == "nothing measured"
     assert [label.get_text() for label in coco.get_yticklabels()] == ["A", "B"]
+
+
+def test_study_layers_show_means_and_deviations():
+    other = LayerwiseAP(RESULT.stages | {"decoder.1": StageAP(ap(34.0), ap(30.0))}, 4, "")
+    figure = draw_study_layers({"A": [RESULT, other], "B": [RESULT]}, "title")
+    box, mask, lag, _ = figure.axes
+    assert list(box.lines[0].get_ydata()) == [10, 15, 16, 32]
+    assert list(mask.lines[0].get_ydata()) == [20, 21, 29]
+    assert list(lag.lines[1].get_ydata()) == [10, 5, -2]
+    heights = box.collections[0].get_paths()[0].vertices[:, 1]
+    assert np.isclose([heights.min(), heights.max()], [10, 32 + 8**0.5]).all()  # (30, 34): deviation √8
+    assert [text.get_text() for text in figure.axes[3].get_legend().get_texts()] == ["A (2)", "B (1)"]
+
+
+def test_differences_show_seeds_intervals_and_published():
+    found = Difference({0: 2.0, 1: 4.0}, Interval(1.0, 5.0), Interval(-9.0, 15.0))
+    single = Difference({0: -1.0}, None, None)
+    panels = {"box AP": {"b − a": (found, {"COCO": 0.8}), "c − a": (single, {})}, "lag": {"c − a": (single, {})}}
+    box, lag = draw_differences(panels, "title").axes
+    drawn = [list(line.get_xdata()) for line in box.lines if len(line.get_xdata())]
+    assert drawn == [[-9, 15], [1, 5], [2, 4], [3], [0.8], [-1], [-1], [0, 0]]
+    assert [list(line.get_xdata()) for line in lag.lines] == [[-1], [-1], [0, 0]]
+    assert [label.get_text() for label in box.get_yticklabels()] == ["b − a", "c − a"]
