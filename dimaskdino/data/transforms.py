@@ -64,6 +64,17 @@ def evaluation_resize(settings: config.Resize) -> Callable[[Sample], Sample]:
     return resize
 
 
+def resize_with_objects(settings: config.Resize) -> Callable[[Sample], Sample]:
+    """Resize the image for testing, and its masks with it; objects that nothing is left of are removed."""
+
+    def resize(sample: Sample) -> Sample:
+        image = resize_image(sample.image, settings)
+        masks = v2.functional.resize(tv_tensors.Mask(sample.masks), list(image.shape[-2:])).as_subclass(Tensor)
+        return without_empty(replace(sample, image=image, masks=masks))
+
+    return resize
+
+
 def resize_image(image: Tensor, settings: config.Resize) -> Tensor:
     """(3, h, w) uint8 with its shortest side at `shortest`, or its longest at `longest` if that is smaller."""
     height, width = image.shape[-2:]

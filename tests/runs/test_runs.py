@@ -169,10 +169,14 @@ def test_train_evaluate_and_compare_notebooks(shapes_data, tmp_path):
     executed = run_notebook(NOTEBOOKS / "compare.ipynb", tmp_path / "compare", compare)
     figures = [*run.rglob("*.png"), *(tmp_path / "compare").rglob("*.png")]
     assert len(figures) == 4
+    inside = {"models": [str(run)], "run": str(tmp_path / "inside"), "images": 2}
+    instruments = run_notebook(NOTEBOOKS / "instruments.ipynb", tmp_path / "inside", inside)
+    assert json.loads((tmp_path / "inside" / "instruments.json").read_text())["mine"]["objects"] > 0
     for notebook, words in (
         (run / "train.ipynb", "step 6 of 6"),
         (evaluation / "evaluate.ipynb", "first decoder layer: mask − box ="),
         (executed, "mine: box AP"),
+        (instruments, "objects with a token"),
     ):
         text = summary_of(notebook)
         assert text.startswith("**finished**")

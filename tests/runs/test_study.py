@@ -35,7 +35,7 @@ def test_every_row_is_a_configuration_and_has_published_numbers(file):
     for numbers in study.published(TABLES).values():
         assert set(numbers) == {row.name for row in study.rows}
         for values in numbers.values():
-            assert all(10 < ap < 60 for name, ap in values.items() if not name.endswith("imbalance"))
+            assert all(10 < ap < 150 for name, ap in values.items() if not name.endswith("imbalance"))
             assert values["last.imbalance"] == values["last.mask"] - values["last.box"]
 
 
@@ -190,7 +190,7 @@ def test_a_study_runs_and_goes_on_whatever_fails(shapes_data, tmp_path):
 @pytest.mark.slow
 def test_the_command_writes_a_report_and_interrupting_it_loses_nothing(shapes_data, tmp_path):
     study = write_study(tmp_path, rows=[{"name": "a", "label": "A"}])
-    changes = overrides(shapes_data, "schedule.steps=60", "train.checkpoint_every=1")
+    changes = overrides(shapes_data, "schedule.steps=150", "train.checkpoint_every=1")
     command = [sys.executable, "-m", "dimaskdino", "study", str(study), str(tmp_path / "out"), *changes]
     run = tmp_path / "out" / "runs" / "a_0"
     started = subprocess.Popen([*command, "--scale", "tiny"], cwd=ROOT, stderr=subprocess.PIPE)
@@ -204,11 +204,11 @@ def test_the_command_writes_a_report_and_interrupting_it_loses_nothing(shapes_da
     stopped = json.loads((run / "status.json").read_text())
     assert stopped["state"] == "failed"
     reached = max(json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines())
-    assert 0 < reached < 60
+    assert 0 < reached < 150
     again = subprocess.run([*command, "--scale", "tiny"], cwd=ROOT, capture_output=True, text=True, env=os.environ)
     assert again.returncode == 0, again.stderr
     assert "1 runs, 0 done, 1 to do" in again.stdout
-    assert f"{60 - reached} of 60 steps left" in again.stdout
+    assert f"{150 - reached} of 150 steps left" in again.stdout
     assert "| A" in again.stdout
     report = tmp_path / "out" / "study"
     assert {"study.ipynb", "table.md", "table.json", "rows.png", "layers.png"} <= {

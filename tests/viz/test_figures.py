@@ -6,18 +6,25 @@ import torch
 from dimaskdino import config
 from dimaskdino.evaluation.coco_ap import AveragePrecision
 from dimaskdino.evaluation.comparison import Difference, Interval
+from dimaskdino.evaluation.instruments import Calibration, GradientConflict, MatchedObjects, Survey
 from dimaskdino.evaluation.layers import LayerwiseAP, StageAP
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.denoising import Denoising
 from dimaskdino.modeling.records import Targets
 from dimaskdino.viz import (
     draw_ablation,
+    draw_calibration,
     draw_denoising,
     draw_differences,
+    draw_gradient_conflict,
+    draw_guidance_rank,
+    draw_imbalance_by_group,
     draw_instances,
     draw_loss_terms,
+    draw_matched_queries,
     draw_matching,
     draw_precision_recall,
+    draw_selection_recall,
     draw_stages,
     draw_study_layers,
     layerwise_ap,
@@ -188,3 +195,62 @@ def test_differences_show_seeds_intervals_and_published():
     assert drawn == [[-9, 15], [1, 5], [2, 4], [3], [0.8], [-1], [-1], [0, 0]]
     assert [list(line.get_xdata()) for line in lag.lines] == [[-1], [-1], [0, 0]]
     assert [label.get_text() for label in box.get_yticklabels()] == ["b − a", "c − a"]
+
+
+def survey(stages, query, box, mask, recall, rank, conflict):
+    matched = MatchedObjects(stages, torch.tensor(query), torch.tensor(box), torch.tensor(mask))
+    kept = {name: torch.tensor(values) for name, values in recall.items()}
+    return Survey(matched, kept, torch.tensor(rank), conflict)
+
+
+DI = survey(
+    ("decoder.0", "decoder.1"),
+    [[1, 2], [1, 3]],
+    [[0.5, 0.7], [0.8, 1.0]],
+    [[0.9, 0.9], [1.0, 1.0]],
+    {"T_i": [True, True], "T_s1": [True, True], "T_s2": [True, False]},
+    [2.0, 4.0],
+    {"decoder": [GradientConflict(2.0, 1.0, -0.5), GradientConflict(4.0, 1.0, 0.1)]},
+)
+PLAIN = survey(
+    ("first_selection", "decoder.0", "decoder.1"),
+    [[0, 0], [1, 2], [1, 2]],
+    [[0.1, 0.1], [0.2, 0.2], [0.3, 0.5]],
+    [[0.1, 0.1], [0.2, 0.2], [0.3, 0.3]],
+    {"T_i": [True, True], "T_s1": [False, False]},
+    [],
+    {},
+)
+
+
+def test_matched_queries_and_their_stability():
+    left, right = draw_matched_queries({"DI": DI, "plain": PLAIN}).axes
+    assert [list(line.get_xdata()) for line in left.lines] == [[1, 2], [1, 2], [0, 1, 2], [0, 1, 2]]
+    np.testing.assert_allclose(left.lines[0].get_ydata(), [0.6, 0.9])
+    np.testing.assert_allclose(left.lines[2].get_ydata(), [0.1, 0.2, 0.4])
+    assert [list(line.get_ydata()) for line in right.lines] == [[0.5], [1.0]]
+    assert [t.get_text() for t in right.get_xticklabels()] == ["input → 1"]
+
+
+def test_selection_recall_and_guidance_rank():
+    bars = draw_selection_recall({"DI": DI, "plain": PLAIN}).axes[0].patches
+    assert [bar.get_height() for bar in bars] == [1, 1, 0.5, 1, 0]
+    rank = draw_guidance_rank({"DI": DI, "plain": PLAIN}, 10).axes[0]
+    assert [text.get_text() for text in rank.get_legend().get_texts()] == ["DI: mean 3.0 of 10"]
+
+
+def test_gradient_conflict_bars():
+    left, right = draw_gradient_conflict({"DI": DI.conflict}).axes
+    assert [bar.get_height() for bar in left.patches] == [3]
+    np.testing.assert_allclose([bar.get_height() for bar in right.patches], [-0.2])
+
+
+def test_calibration_and_imbalance_by_group():
+    measured = Calibration(np.array([0.2, 0.9]), np.array([0.1, 1.0]), np.array([5, 5]), 0.125)
+    axes = draw_calibration({"DI": {"box, decoder.1": measured}}).axes[0]
+    assert list(axes.lines[1].get_ydata()) == [0.1, 1.0]
+    assert axes.get_legend().get_texts()[0].get_text() == "box, decoder.1: error 0.12"
+    groups = {"small": {"decoder.0": 5.0, "decoder.1": 1.0}, "large": {"decoder.1": -1.0}}
+    axes = draw_imbalance_by_group({"DI": groups}, "title").axes[0]
+    lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines[:2]]
+    assert lines == [([0, 1], [5, 1]), ([1], [-1])]
