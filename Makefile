@@ -2,7 +2,8 @@
 # make test   set up, run the tests           make test-all   the slow ones too
 # make lab    set up, open the notebooks      make lint       what continuous integration checks besides the tests
 # make site   execute the course and make pages and slides of it, in build/site/html
-# make benchmark   time the operator; on a machine with a GPU: make gpu-check   build, test and time its GPU kernels
+# make benchmark   time the operator; on a machine with a GPU: make gpu-check   build, test and time its GPU
+#             kernels, and the R50 models
 # PYTHON=python3.12 make demo   with another Python (3.11 or newer)
 
 PYTHON ?= python3
@@ -53,4 +54,5 @@ gpu-check: setup
 	$(BIN)/python -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "no GPU that torch can use")'
 	$(BIN)/python -m ms_deform_attn build
 	$(BIN)/python -m pytest ops/tests
+	$(BIN)/python -m dimaskdino.evaluation.gpu_check docs/measurements/gpu_speed.jsonl
 	$(MAKE) benchmark

@@ -11,7 +11,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +30,7 @@ from dimaskdino.data.loading import collate
 from dimaskdino.modeling import Detector, ImageBatch, postprocess
 from dimaskdino.training.criterion import criterion
 from dimaskdino.training.optimizer import build_optimizer
+from dimaskdino.training.trainer import arrange, autocast
 
 Task = Literal["inference", "training"]
 
@@ -39,7 +41,10 @@ class Measurement:
 
     Attributes:
         seconds: median over the repetitions; `fastest` and `slowest` beside it.
-        images_per_second: images a step / median.
+        images: of one repetition.
+        images_per_second: images / median.
+        precision, compiled, parts_a_step: as `train.precision`, `train.compile` and `train.accumulate` were.
+        synchronisations: how often the processor waited for the device in one repetition (CUDA).
         peak_memory_gib: of the process (CPU) or of the device's allocations (CUDA).
         gflop: floating-point operations of one repetition, forward only; deformable attention is included where
             its compiled kernels run.
@@ -53,7 +58,12 @@ class Measurement:
     seconds: float
     fastest: float
     slowest: float
+    images: int
     images_per_second: float
+    precision: str
+    compiled: bool
+    parts_a_step: int
+    synchronisations: int | None
     peak_memory_gib: float
     gflop: float | None
     parameters: int
@@ -78,15 +88,21 @@ def made_up_sample(height: int, width: int, objects: int, classes: int, seed: in
     return Sample(image, labels, torch.from_numpy(masks), 0, "made up", (height, width))
 
 
-def measure(config: Config, task: Task, height: int, width: int, objects: int, repeat: int) -> Measurement:
-    """Time a task on one made-up image, with random weights, after one repetition to warm up."""
+def measure(
+    config: Config, task: Task, height: int, width: int, objects: int, repeat: int, images: int = 1
+) -> Measurement:
+    """Time a task on made-up images, with random weights, after one repetition to warm up.
+
+    `train.precision`, `train.compile`, `train.checkpoint_activations` and, in training, `train.accumulate` are as in a
+    real run, but for fp16's loss scale.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = config.model.model_copy(update={"backbone": config.model.backbone.model_copy(update={"weights": None})})
     detector = Detector(model).to(device)
-    run = _inference(config, detector, device, height, width)
-    if task == "training":
-        run = _training(config, detector, device, height, width, objects)
+    arrange(detector, config)
+    samples = [made_up_sample(height, width, objects, config.model.classes, seed) for seed in range(images)]
+    run = (_training if task == "training" else _inference)(config, detector, device, samples)
     run()
     times = []
     for _ in range(repeat):
@@ -101,25 +117,39 @@ def measure(config: Config, task: Task, height: int, width: int, objects: int, r
             run(clock)
         clocks.append(clock.seconds)
     parts = {name: statistics.median(seconds[name] for seconds in clocks) for name in clocks[0]}
-    peak = _peak_memory(device)
-    gflop = count_gflop(run) if task == "inference" else None
     return Measurement(
-        task,
-        height,
-        width,
-        statistics.median(times),
-        min(times),
-        max(times),
-        1 / statistics.median(times),
-        peak,
-        gflop,
-        sum(p.numel() for p in detector.parameters()),
-        torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
-        torch.get_num_threads(),
-        torch.__version__,
-        ms_deform_attn.status(),
-        parts,
+        task=task,
+        height=height,
+        width=width,
+        seconds=statistics.median(times),
+        fastest=min(times),
+        slowest=max(times),
+        images=images,
+        images_per_second=images / statistics.median(times),
+        precision=config.train.precision,
+        compiled=config.train.compile,
+        parts_a_step=config.train.accumulate if task == "training" else 1,
+        synchronisations=_count_synchronisations(run) if device.type == "cuda" else None,
+        peak_memory_gib=_peak_memory(device),
+        gflop=count_gflop(run) if task == "inference" and not config.train.compile else None,
+        parameters=sum(p.numel() for p in detector.parameters()),
+        device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        operator=ms_deform_attn.status(),
+        parts=parts,
     )
+
+
+def _count_synchronisations(run: Callable[[], Any]) -> int:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 class PartClock:
@@ -181,32 +211,38 @@ class _NoClock:
 Run = Callable[..., Any]
 
 
-def _inference(config: Config, detector: Detector, device: torch.device, h: int, w: int) -> Run:
-    image = made_up_sample(h, w, 0, config.model.classes).image
+def _inference(config: Config, detector: Detector, device: torch.device, samples: Sequence[Sample]) -> Run:
+    images = [sample.image for sample in samples]
+    sizes = [sample.original_size for sample in samples]
     detector.eval()
 
     def run(clock: PartClock | _NoClock = _NoClock()) -> Any:  # noqa: B008
         with torch.inference_mode():
-            batch = ImageBatch.from_images([image], device)
-            last = detector(batch).last
+            batch = ImageBatch.from_images(images, device)
+            with autocast(device, config.train.precision):
+                last = detector(batch).last
             with clock.part("postprocess"):
-                return postprocess(last, batch.sizes, batch.padded_size, [(h, w)], config.evaluation.detections)
+                return postprocess(last, batch.sizes, batch.padded_size, sizes, config.evaluation.detections)
 
     return run
 
 
-def _training(config: Config, detector: Detector, device: torch.device, h: int, w: int, objects: int) -> Run:
-    batch = collate([made_up_sample(h, w, objects, config.model.classes)])
-    targets = batch.targets.to(device)
+def _training(config: Config, detector: Detector, device: torch.device, samples: Sequence[Sample]) -> Run:
+    size = -(-len(samples) // config.train.accumulate)
+    pieces = [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
+    objects = sum(len(sample.labels) for sample in samples)
     optimizer = build_optimizer(detector, config.optimizer)
     detector.train()
 
     def run(clock: PartClock | _NoClock = _NoClock()) -> None:  # noqa: B008
-        predictions = detector(ImageBatch.from_images(batch.images, device), targets)
-        with clock.part("matching and losses"):
-            total = criterion(predictions, targets, config.loss, objects).total
-        with clock.part("backward"):
-            total.backward()
+        for piece in pieces:
+            targets = piece.targets.to(device)
+            with autocast(device, config.train.precision):
+                predictions = detector(ImageBatch.from_images(piece.images, device), targets)
+            with clock.part("matching and losses"):
+                total = criterion(predictions, targets, config.loss, objects).total
+            with clock.part("backward"):
+                total.backward()
         with clock.part("clipping and optimizer"):
             torch.nn.utils.clip_grad_norm_(detector.parameters(), config.optimizer.clip_norm)
             optimizer.step()
@@ -238,6 +274,7 @@ def main(
     overrides: tyro.conf.Positional[tuple[str, ...]] = (),
     task: Literal["inference", "training", "all"] = "all",
     size: tuple[int, int] | None = None,
+    images: int = 1,
     objects: int = 7,
     repeat: int = 5,
     backend: Annotated[Literal["auto", "reference"], tyro.conf.arg(help="deformable-attention operator")] = "auto",
@@ -249,8 +286,9 @@ def main(
         config: YAML file.
         overrides: Settings that differ, key=value.
         task: What to measure.
-        size: Height and width of the image.
-        objects: Objects in the training image.
+        size: Height and width of the images.
+        images: Images of one repetition; train.accumulate in how many parts a training step takes them.
+        objects: Objects in each image.
         repeat: Repetitions after the first; the median is reported.
         backend: Deformable-attention operator.
         output: Also append the results to this file, a line of json each.
@@ -262,10 +300,11 @@ def main(
         return
     ms_deform_attn.set_backend(backend)
     height, width = size or ((800, 1088) if task == "inference" else (512, 512))
-    result = measure(load_config(config, overrides), task, height, width, objects, repeat)
+    result = measure(load_config(config, overrides), task, height, width, objects, repeat, images)
     gflop = f", {result.gflop:.0f} GFLOP" if result.gflop else ""
     print(
-        f"{config.stem}, {task}, {height}x{width}: {result.seconds:.2f} s (from {result.fastest:.2f} to "
+        f"{config.stem}, {task}, {images} of {height}x{width}, {result.precision}"
+        f"{', compiled' if result.compiled else ''}: {result.seconds:.2f} s (from {result.fastest:.2f} to "
         f"{result.slowest:.2f}, {repeat} times), {result.images_per_second:.2f} images/s, "
         f"peak {result.peak_memory_gib:.1f} GiB{gflop}, {result.parameters / 1e6:.1f} M parameters; "
         f"{result.device}, {result.threads} threads, torch {result.torch}, {result.operator}"

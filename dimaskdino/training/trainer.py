@@ -101,6 +101,20 @@ def _checkpoint_activations(detector: Detector, backbone: bool) -> None:
     apply_activation_checkpointing(detector, check_fn=lambda module: module in chosen)
 
 
+def arrange(detector: Detector, settings: Config) -> None:
+    """Make a detector save activations or run compiled, as the settings of training say; its results stay the same."""
+    if settings.train.checkpoint_activations:
+        _checkpoint_activations(detector, settings.model.backbone.norm == "frozen")
+    if settings.train.compile:
+        detector.backbone.compile()
+        detector.pixel_decoder.compile()
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The precision of a forward pass, `train.precision`."""
+    return torch.autocast(device.type, PRECISIONS.get(precision), enabled=precision != "fp32")
+
+
 class Trainer:
     """One run in one process."""
 
@@ -120,11 +134,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.train.precision == "fp16")
         self.step = 0
         self._resume()
-        if config.train.checkpoint_activations:
-            _checkpoint_activations(self.detector, config.model.backbone.norm == "frozen")
-        if config.train.compile:
-            self.detector.backbone.compile()
-            self.detector.pixel_decoder.compile()
+        arrange(self.detector, config)
         self.model: nn.Module = self.detector
         if processes.world > 1:
             self.model = DistributedDataParallel(self.detector)
@@ -232,10 +242,10 @@ class Trainer:
         return terms, norm
 
     def _forward(self, batch: Batch, objects: Tensor) -> Losses:
-        device, precision = self.processes.device, self.config.train.precision
+        device = self.processes.device
         images = ImageBatch.from_images(batch.images, device)
         targets = batch.targets.to(device)
-        with torch.autocast(device.type, PRECISIONS.get(precision), enabled=precision != "fp32"):
+        with autocast(device, self.config.train.precision):
             predictions = self.model(images, targets)
         return criterion(predictions, targets, self.config.loss, objects)
 

@@ -1,13 +1,18 @@
 """The clocks behind the tables of times: every moment belongs to one part, and nothing is left behind."""
 
 import time
+from pathlib import Path
 
 import torch
 from small import settings
 
+from dimaskdino.config import load_config
 from dimaskdino.data.speed import measure as measure_loading
+from dimaskdino.evaluation.gpu_check import cases
 from dimaskdino.evaluation.speed import PartClock, measure
 from dimaskdino.modeling import Detector, ImageBatch
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def test_parts_add_up_to_the_whole(shapes_data):
@@ -33,6 +38,17 @@ def test_measurements_name_their_parts(shapes_data):
     assert {"matching and losses", "backward", "clipping and optimizer"} <= set(trained.parts)
     assert min(trained.parts.values()) >= 0
     assert "postprocess" in measure(config, "inference", 64, 64, 0, 1).parts
+    in_parts = measure(settings(shapes_data, "train.precision=bf16", "train.accumulate=2"), "training", 64, 64, 2, 1, 3)
+    assert (in_parts.images, in_parts.parts_a_step, in_parts.precision) == (3, 2, "bf16")
+    assert in_parts.images_per_second == 3 / in_parts.seconds
     loading = measure_loading(config, 6)
     assert set(loading["milliseconds_an_image"]) == {"decode", "masks", "decode and masks", "jitter", "collate"}
     assert loading["images_per_second"] > 0
+
+
+def test_cases_of_the_gpu_check_are_configurations():
+    for file, *arguments in cases():
+        overrides = [a for a in arguments if "=" in a]
+        assert load_config(ROOT / file, overrides).model.backbone.name == "resnet50"
+        assert arguments[len(overrides)] == "--task"
+    assert len({tuple(case) for case in cases()}) == len(cases())

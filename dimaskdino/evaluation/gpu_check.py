@@ -1,0 +1,74 @@
+"""What a GPU does with the R50 models: `python -m dimaskdino.evaluation.gpu_check OUTPUT`, about ten minutes.
+
+Each line of the output is one measurement of `dimaskdino.evaluation.speed`, with the device's name. A measurement that
+fails, for want of memory for example, is named at the end and does not stop the others.
+"""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from dimaskdino.errors import UserError
+
+MODEL = "dimaskdino_r50_4scale_bs16_12ep"
+BASELINE = "maskdino_r50_4scale_bs16_12ep"
+LIMIT_SECONDS = 300
+
+
+def cases() -> list[list[str]]:
+    """Arguments of `dimaskdino.evaluation.speed`, the most wanted first.
+
+    The paper's test size on both models, whose ratio it reports; larger batches; a share of the recipe's batch of 16
+    as each of 8 GPUs has it; the whole batch on one GPU.
+    """
+    found = []
+    for name, precision, compiled in itertools.product((MODEL, BASELINE), ("fp32", "bf16"), ("false", "true")):
+        found.append(["inference", "800 1333", "1", name, precision, compiled])
+    for size, images, precision in itertools.product(("800 1333", "1024 1024"), ("1", "8"), ("fp32", "bf16")):
+        if (size, images) != ("800 1333", "1"):
+            found.append(["inference", size, images, MODEL, precision, "false"])
+    for precision, compiled in itertools.product(("fp32", "bf16"), ("false", "true")):
+        found.append(["training", "1024 1024", "2", MODEL, precision, compiled])
+    found.append(["training", "1024 1024", "16", MODEL, "fp32", "false", "train.accumulate=8"])
+    found.append(["training", "1024 1024", "16", MODEL, "bf16", "false", "train.accumulate=4"])
+    arguments = []
+    for task, size, images, name, precision, compiled, *more in found:
+        settings = [f"train.precision={precision}", f"train.compile={compiled}", *more]
+        shape = ["--task", task, "--size", *size.split(), "--images", images]
+        arguments.append([f"configs/coco/instance-segmentation/{name}.yaml", *settings, *shape])
+    return arguments
+
+
+def main(
+    output: tyro.conf.Positional[Path],
+    repeat: Annotated[int, tyro.conf.arg(help="Repetitions after the first; the median is kept.")] = 10,
+) -> int:
+    """Measure the R50 models on a GPU; each measurement is appended to a file, a line of json each."""
+    if not torch.cuda.is_available():
+        raise UserError("no GPU that torch can use")
+    failed = []
+    todo = cases()
+    for number, arguments in enumerate(todo, start=1):
+        kept = ["--repeat", str(repeat), "--output", str(output)]
+        command = [sys.executable, "-m", "dimaskdino.evaluation.speed", *arguments, *kept]
+        print(f"[{number}/{len(todo)}] {' '.join(arguments[1:])}", flush=True)
+        try:
+            subprocess.run(
+                [*command, "--repeat", str(repeat), "--output", str(output)], check=True, timeout=LIMIT_SECONDS
+            )
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            failed.append(f"{' '.join(arguments)}: {error}")
+    print("\n".join([f"written: {output}", *(f"failed: {line}" for line in failed)]))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(tyro.cli(main))
+    except UserError as error:
+        sys.exit(str(error))
