@@ -131,7 +131,7 @@ def run_study(plan: Plan) -> dict[str, str]:
         Why runs failed, by their titles; empty if none did.
     """
     slots: queue.Queue[Mapping[str, str]] = queue.Queue()
-    for slot in _environments(plan.parallel):
+    for slot in environments(plan.parallel):
         slots.put(slot)
     jobs = _Jobs(slots)
     failed: dict[str, str] = {}
@@ -155,7 +155,7 @@ def run_study(plan: Plan) -> dict[str, str]:
     return failed
 
 
-def _environments(parallel: int) -> list[dict[str, str]]:
+def environments(parallel: int) -> list[dict[str, str]]:
     """What each of the runs that go at once sees: a GPU of its own as far as there are any, and its share of cores."""
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel)))
     count = torch.cuda.device_count()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from small import overrides
 
@@ -19,7 +20,7 @@ from dimaskdino.evaluation.coco_ap import AveragePrecision
 from dimaskdino.evaluation.layers import LayerwiseAP, StageAP
 from dimaskdino.runs.study import find_study, load_study
 from dimaskdino.runs.study_report import StudyReport
-from dimaskdino.runs.study_runs import plan_study, run_study
+from dimaskdino.runs.study_runs import environments, plan_study, run_study
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
@@ -159,6 +160,27 @@ def test_pairs_of_other_images_are_refused(tmp_path):
     BootstrapAP("others", BootstrapAP.load(file).samples).save(file)
     with pytest.raises(UserError, match="different images"):
         StudyReport.of(study, "tiny", tmp_path).markdown()
+
+
+@pytest.mark.parametrize(
+    ("given", "devices", "parallel", "expected"),
+    [
+        (None, 3, 3, ["0", "1", "2"]),
+        ("4,7", 2, 2, ["4", "7"]),
+        ("4,7", 2, 3, ["4", "7", "4"]),
+        (None, 0, 2, [None, None]),
+    ],
+)
+def test_runs_that_go_at_once_share_the_gpus_and_cores(monkeypatch, given, devices, parallel, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    found = environments(parallel)
+    assert [environment.get("CUDA_VISIBLE_DEVICES") for environment in found] == expected
+    assert {environment["OMP_NUM_THREADS"] for environment in found} == {str(12 // parallel)}
 
 
 @pytest.mark.slow
