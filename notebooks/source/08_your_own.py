@@ -25,10 +25,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import nn
 
-from dimaskdino.cli import data_check
 from dimaskdino.config import Shapes, load_config
 from dimaskdino.course import begin, checks
 from dimaskdino.data.coco import CocoDataset
+from dimaskdino.data.commands import check as data_check
 from dimaskdino.data.loading import batches, training_dataset, training_loader
 from dimaskdino.data.shapes import CLASSES, scene
 from dimaskdino.evaluation.layers import evaluate_layers
