@@ -106,9 +106,10 @@ def resampled_ap(
         for the order among equal scores in one image.
     """
     total, defined = np.zeros(weights.shape[1]), np.zeros(weights.shape[1])
+    as_float = weights.astype(np.float32)  # counts stay far below 2²⁴, so sums are exact
     for curve in _ranked(truth, detections, kind):
         objects = curve.objects @ weights
-        precision = curve.mean_precision(weights, objects)
+        precision = curve.mean_precision(as_float, objects)
         total += np.where(objects > 0, precision, 0)
         defined += objects > 0
     with np.errstate(invalid="ignore"):
@@ -130,7 +131,7 @@ class _Ranked:
     objects: Int[np.ndarray, " images"]
 
     def mean_precision(
-        self, weights: Int[np.ndarray, "images draws"], objects: Int[np.ndarray, " draws"]
+        self, weights: Float[np.ndarray, "images draws"], objects: Int[np.ndarray, " draws"]
     ) -> Float[np.ndarray, " draws"]:
         """Precision averaged over the recalls 0, 0.01, … 1, for each draw.
 
@@ -141,9 +142,8 @@ class _Ranked:
         if not len(at):
             return np.zeros(weights.shape[1])
         # rows: hits; columns: images; how many detections of each image stand up to and including that hit
-        hits, all_of = (_running_counts(self.image, counted, at, len(weights)) for counted in (self.hit, ~self.hit))
-        W = weights.astype(np.float32)
-        true, false = hits @ W, all_of @ W
+        hits, others = (_running_counts(self.image, counted, at, len(weights)) for counted in (self.hit, ~self.hit))
+        true, false = hits @ weights, others @ weights
         with np.errstate(invalid="ignore", divide="ignore"):
             precision = np.nan_to_num(true / (true + false))
             recall = true.astype(np.float64) / objects

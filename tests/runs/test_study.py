@@ -215,7 +215,9 @@ def test_the_command_writes_a_report_and_interrupting_it_loses_nothing(shapes_da
     changes = overrides(shapes_data, "schedule.steps=150", "train.checkpoint_every=1")
     command = [sys.executable, "-m", "dimaskdino", "study", str(study), str(tmp_path / "out"), *changes]
     run = tmp_path / "out" / "runs" / "a_0"
-    started = subprocess.Popen([*command, "--scale", "tiny"], cwd=ROOT, stderr=subprocess.PIPE)
+    # where the tests run in the background, SIGINT is ignored, and children inherit that
+    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    started = subprocess.Popen([*command, "--scale", "tiny"], cwd=ROOT, stderr=subprocess.PIPE, **listening)
     deadline = time.monotonic() + 120
     while not list(run.glob("checkpoints/*")) and time.monotonic() < deadline:
         time.sleep(0.2)

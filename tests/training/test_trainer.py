@@ -176,7 +176,8 @@ def test_fp16_finds_a_loss_scale_and_trains(shapes_data, tmp_path):
     scale = load_resume_point(tmp_path / "checkpoints")[0]["scaler"]["scale"]
     assert 1 <= scale < 65536  # it starts too high for these gradients, and steps that overflow are left out
     assert not math.isfinite(records[0]["grad_norm"])
-    assert math.isfinite(records[-1]["grad_norm"])
+    # a step that overflows now and then belongs to the method
+    assert sum(math.isfinite(record["grad_norm"]) for record in records[10:]) >= 5
     assert all(math.isfinite(record["loss"]) for record in records)
 
 
