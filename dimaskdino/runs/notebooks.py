@@ -75,8 +75,12 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
             says so too.
     """
     import papermill
+    import zmq
     from nbclient.exceptions import DeadKernelError
+    from traitlets.config import Config
 
+    # Otherwise the kernel warns, at every start, that it talks in plain text.
+    encryption = Config({"KernelManager": {"transport_encryption": "auto"}} if zmq.has("curve") else {})
     output = folder / notebook.name
     values = check_parameters(notebook, parameters)
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,6 +91,7 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
             progress_bar=not echo,
             stderr_file=sys.stderr if echo else None,
             kernel_name="python3",
+            config=encryption,
         )
     except papermill.PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue}" if error.ename != "UserError" else error.evalue

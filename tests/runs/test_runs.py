@@ -189,10 +189,11 @@ def test_train_evaluate_and_compare_notebooks(shapes_data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_notebook_that_fails_says_why_and_keeps_what_it_did(shapes_data, tmp_path):
+def test_a_notebook_that_fails_says_why_and_keeps_what_it_did(shapes_data, tmp_path, capfd):
     parameters = {"config": str(FILE), "run": str(tmp_path), "overrides": ["train.batchsize=3"]}
     with pytest.raises(UserError, match=r"did you mean 'train.batch_size'.*\n.*as far as it got"):
         run_notebook(NOTEBOOKS / "train.ipynb", tmp_path, parameters)
+    assert "encryption" not in capfd.readouterr().err  # the kernel's warning about plain text
     assert "train.batch_size" in RunFolder(tmp_path).status()["reason"]
     text = summary_of(tmp_path / "train.ipynb")
     assert text.startswith("**failed**")
