@@ -69,7 +69,8 @@ def bootstrap(found: Mapping[str, Detections], annotations: Path, draws: int = D
     """AP on redrawn images, for every stage and kind.
 
     Args:
-        found: detections by stage name; every stage takes a few seconds for 200 images, minutes for 5,000.
+        found: detections by stage name; every stage takes a few seconds for 200 images, up to ten
+            minutes for 5,000.
         annotations: the truth, COCO json.
         draws: how often the images are drawn.
     """

@@ -1,22 +1,28 @@
 """What a GPU does with the R50 models: `python -m dimaskdino.evaluation.gpu_check OUTPUT`, about ten minutes.
 
 Each line of the output is one measurement of `dimaskdino.evaluation.speed`, with the device's name. A measurement that
-fails, for want of memory for example, is named at the end and does not stop the others.
+fails, for want of memory for example, is named at the end and does not stop the others. At the end stands what the
+measurements mean for the 12-epoch recipe.
 """
 
 import itertools
+import json
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
 
+from dimaskdino.config import load_config
 from dimaskdino.errors import UserError
 
 MODEL = "dimaskdino_r50_4scale_bs16_12ep"
 BASELINE = "maskdino_r50_4scale_bs16_12ep"
+CONFIGS = Path("configs/coco/instance-segmentation")
+BATCH = 16
 LIMIT_SECONDS = 300
 
 
@@ -40,8 +46,37 @@ def cases() -> list[list[str]]:
     for task, size, images, name, precision, compiled, *more in found:
         settings = [f"train.precision={precision}", f"train.compile={compiled}", *more]
         shape = ["--task", task, "--size", *size.split(), "--images", images]
-        arguments.append([f"configs/coco/instance-segmentation/{name}.yaml", *settings, *shape])
+        arguments.append([str(CONFIGS / f"{name}.yaml"), *settings, *shape])
     return arguments
+
+
+def outlook(measurements: Iterable[Mapping[str, Any]], steps: int) -> list[str]:
+    """The ratio of the two models' speeds, and how long a schedule takes.
+
+    Args:
+        measurements: lines of the output; where something was measured again, the later line counts.
+        steps: of the schedule, with a batch of 16.
+
+    Returns:
+        Lines of text. The time on 8 GPUs is that of each one's share, without what they tell each other.
+    """
+    latest = {
+        tuple(m[key] for key in ("task", "precision", "compiled", "config", "height", "images")): m["seconds"]
+        for m in measurements
+    }
+    lines = []
+    for (task, precision, compiled, config, height, images), seconds in latest.items():
+        how = f"{precision}{', compiled' if compiled else ''}"
+        baseline = latest.get((task, precision, compiled, BASELINE, height, images))
+        if config == MODEL and baseline is not None:
+            lines.append(
+                f"{task}, {how}, {images} of height {height}: {images / seconds:.1f} images/s, MaskDINO "
+                f"{images / baseline:.1f}, ratio {baseline / seconds:.3f} (published: 7.7 / 8.0 = {7.7 / 8.0:.3f})"
+            )
+        if task == "training" and BATCH % images == 0:
+            gpus = BATCH // images
+            lines.append(f"{steps:,} steps, {how}, {gpus} such GPU{'s' * (gpus > 1)}: {steps * seconds / 3600:.1f} h")
+    return lines
 
 
 def main(
@@ -54,16 +89,17 @@ def main(
     failed = []
     todo = cases()
     for number, arguments in enumerate(todo, start=1):
-        kept = ["--repeat", str(repeat), "--output", str(output)]
-        command = [sys.executable, "-m", "dimaskdino.evaluation.speed", *arguments, *kept]
+        command = [sys.executable, "-m", "dimaskdino.evaluation.speed", *arguments]
+        command += ["--repeat", str(repeat), "--output", str(output)]
         print(f"[{number}/{len(todo)}] {' '.join(arguments[1:])}", flush=True)
         try:
-            subprocess.run(
-                [*command, "--repeat", str(repeat), "--output", str(output)], check=True, timeout=LIMIT_SECONDS
-            )
+            subprocess.run(command, check=True, timeout=LIMIT_SECONDS)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             failed.append(f"{' '.join(arguments)}: {error}")
-    print("\n".join([f"written: {output}", *(f"failed: {line}" for line in failed)]))
+    measurements = map(json.loads, output.read_text().splitlines()) if output.exists() else []
+    schedule = load_config(CONFIGS / f"{MODEL}.yaml").schedule
+    lines = [f"written: {output}", *outlook(measurements, schedule.steps), *(f"failed: {line}" for line in failed)]
+    print("\n".join(lines))
     return 1 if failed else 0
 
 

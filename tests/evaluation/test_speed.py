@@ -8,7 +8,7 @@ from small import settings
 
 from dimaskdino.config import load_config
 from dimaskdino.data.speed import measure as measure_loading
-from dimaskdino.evaluation.gpu_check import cases
+from dimaskdino.evaluation.gpu_check import BASELINE, MODEL, cases, outlook
 from dimaskdino.evaluation.speed import PartClock, measure
 from dimaskdino.modeling import Detector, ImageBatch
 
@@ -52,3 +52,21 @@ def test_cases_of_the_gpu_check_are_configurations():
         assert load_config(ROOT / file, overrides).model.backbone.name == "resnet50"
         assert arguments[len(overrides)] == "--task"
     assert len({tuple(case) for case in cases()}) == len(cases())
+
+
+def test_outlook_of_the_gpu_check():
+    def line(config: str, task: str, images: int, seconds: float) -> dict:
+        made = {"task": task, "config": config, "images": images, "seconds": seconds, "height": 800}
+        return {**made, "precision": "bf16", "compiled": False}
+
+    measured = [
+        line(MODEL, "inference", 8, 4.0),  # measured again below
+        line(MODEL, "inference", 8, 2.0),
+        line(BASELINE, "inference", 8, 1.6),
+        line(MODEL, "training", 2, 0.5),
+        line(MODEL, "training", 16, 3.6),
+    ]
+    ratio, eight, one = outlook(measured, 1000)
+    assert "4.0 images/s, MaskDINO 5.0, ratio 0.800" in ratio
+    assert eight.endswith("8 such GPUs: 0.1 h")
+    assert one.endswith("1 such GPU: 1.0 h")
