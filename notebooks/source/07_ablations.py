@@ -101,8 +101,8 @@ for row, runs in report.measured.items():
 #
 # ### Explore
 #
-# The other tables. Where nothing has been measured, the panel is empty; `dimaskdino study
-# table_5` fills it, ten minutes a run, and `results` above then names its folder, `runs/studies/shapes`.
+# The other tables. Where a row has a single mark, one seed has been run; `dimaskdino study table_5` runs the study's
+# three, ten minutes each, and `results` above then names its folder, `runs/studies/shapes`.
 
 # %%
 explore_studies(labels, {study.title: columns_of(study) for study in studies})
@@ -141,8 +141,8 @@ if checks.check_paired(paired):
             print(f"{labels[modules.title][name]} − neither: {mean:+.1f} ± {error:.1f} points of box AP")
 
 # %% [markdown]
-# A mean of three seeds is uncertain twice over. Other **trainings** would have given other models: the thin grey
-# intervals are 95 % intervals from the seeds' differences, by Student's t, which with three seeds is wide. And other
+# A mean of a few seeds is uncertain twice over. Other **trainings** would have given other models: the thin grey
+# intervals are 95 % intervals from the seeds' differences, by Student's t, which with few seeds is wide. And other
 # **images** would have given other APs for these very models: the thick blue ones draw the 200 images again, with
 # replacement, a thousand times, the same images for both models (a *paired bootstrap*).
 
