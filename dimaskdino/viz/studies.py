@@ -103,10 +103,12 @@ def draw_differences(panels: Mapping[str, Mapping[str, tuple[Difference, Mapping
     place = {name: len(names) - 1 - i for i, name in enumerate(names)}
     columns = list(dict.fromkeys(c for found in panels.values() for _, there in found.values() for c in there))
     with style():
-        figure = NotebookFigure(figsize=(3.4 * len(panels) + 2.6, 0.75 * len(names) + 2.0), layout="constrained")
-        for axes, (label, found) in zip(
-            figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
-        ):
+        across = min(3, len(panels))
+        down = -(-len(panels) // across)
+        size = (3.4 * across + 2.6, (0.75 * len(names) + 1.3) * down + 0.7)
+        figure = NotebookFigure(figsize=size, layout="constrained")
+        grid = iter(figure.subplots(down, across, sharey=True, squeeze=False).ravel())
+        for (label, found), axes in zip(panels.items(), grid, strict=False):
             for name, (difference, published) in found.items():
                 y = place[name]
                 for interval, shift, width, colour in (
@@ -126,6 +128,8 @@ def draw_differences(panels: Mapping[str, Mapping[str, tuple[Difference, Mapping
             axes.axvline(0, color="black", linewidth=0.8)
             axes.set(title=label, xlabel="points", ylim=(-0.6, len(names) - 0.3))
             axes.margins(x=0.1)
+        for axes in grid:  # places that are left over
+            axes.remove()
         figure.axes[0].set_yticks(list(place.values()), names)
         axes = figure.axes[0]
         marks = [

@@ -195,6 +195,10 @@ def test_differences_show_seeds_intervals_and_published():
     assert drawn == [[-9, 15], [1, 5], [2, 4], [3], [0.8], [-1], [-1], [0, 0]]
     assert [list(line.get_xdata()) for line in lag.lines] == [[-1], [-1], [0, 0]]
     assert [label.get_text() for label in box.get_yticklabels()] == ["b − a", "c − a"]
+    four = {title: {"c − a": (single, {})} for title in ("first", "second", "third", "fourth")}
+    drawn = draw_differences(four, "title").axes  # three beside each other, the fourth below
+    assert [axes.get_title() for axes in drawn] == list(four)
+    assert [label.get_text() for label in drawn[3].get_yticklabels()] == ["c − a"]
 
 
 def survey(stages, query, box, mask, recall, rank, conflict):
