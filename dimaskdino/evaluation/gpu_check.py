@@ -1,4 +1,4 @@
-"""What a GPU does with the R50 models: `python -m dimaskdino.evaluation.gpu_check OUTPUT`, about ten minutes.
+"""What a GPU does with the R50 models: `python -m dimaskdino.evaluation.gpu_check OUTPUT`.
 
 Each line of the output is one measurement of `dimaskdino.evaluation.speed`, with the device's name. A measurement that
 fails, for want of memory for example, is named at the end and does not stop the others. At the end stands what the
