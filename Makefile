@@ -55,6 +55,6 @@ gpu-check: setup
 	$(BIN)/python -m ms_deform_attn build
 	$(BIN)/python -m pytest ops/tests
 	$(MAKE) benchmark
-	$(BIN)/python -m dimaskdino.evaluation.gpu_check docs/measurements/gpu_speed.jsonl
+	$(BIN)/python -m dimaskdino.benchmarks.gpu_check docs/measurements/gpu_speed.jsonl
 	if command -v compute-sanitizer; then compute-sanitizer --error-exitcode 1 --target-processes all \
 		$(BIN)/python -m pytest -q ops/tests -k 'odd_sizes or nowhere or borders'; fi

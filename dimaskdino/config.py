@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from dimaskdino.errors import UserError
+from dimaskdino.resources import find_config
 
 
 class Section(BaseModel):
@@ -147,6 +148,10 @@ class Model(Section):
             )
         return self
 
+    def without_backbone_weights(self) -> "Model":
+        """The same model with a randomly initialised backbone, for weights that are loaded afterwards."""
+        return self.model_copy(update={"backbone": self.backbone.model_copy(update={"weights": None})})
+
 
 class Weights(Section):
     """One weight for each term, of the loss or of the matching cost."""
@@ -267,13 +272,14 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML file with everything it extends, then apply `key=value` overrides.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of one of the kit's configurations, such as `shapes/dimaskdino_r18`.
         overrides: such as `train.batch_size=8` or `model.selection.k=[300]`; values are YAML.
 
     Raises:
         UserError: a file that is missing or not YAML, an unknown key (the nearest valid one is named), a wrong value.
     """
-    return parse_config(read_tree(Path(path)), overrides, str(path))
+    path = find_config(path)
+    return parse_config(read_tree(path), overrides, str(path))
 
 
 def parse_config(tree: dict[str, Any], overrides: Iterable[str], source: str) -> Config:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from small import FILE, overrides, shapes_folder, trained_file
 
 from dimaskdino.runs.folder import RunFolder, environment
-from dimaskdino.training.checkpoint import load_resume_point
+from dimaskdino.training.resume_points import load_resume_point
 
 STOPPED = 75
 LONG = ("schedule.steps=5000", "schedule.drops=[4999]", "train.checkpoint_every=5000")
@@ -36,7 +36,7 @@ LONG = ("schedule.steps=5000", "schedule.drops=[4999]", "train.checkpoint_every=
 
 def process(folder: Path, data: Path, *changes: str, processes: int = 1, restarts: int = 0) -> subprocess.Popen:
     """A training in a process of its own, or in several under torchrun."""
-    arguments = ["dimaskdino.training", str(FILE), str(folder), *overrides(data, *changes)]
+    arguments = ["dimaskdino.training.launch", str(FILE), str(folder), *overrides(data, *changes)]
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
     return subprocess.Popen(
         [sys.executable, "-m", *([*launcher, "-m"] if processes > 1 else []), *arguments],
@@ -212,7 +212,7 @@ def dead_rank(scene: Scene) -> None:
     changes = ("schedule.steps=60", "train.checkpoint_every=2")
     trainer = scene.start(*changes, processes=2)
     wait_for_step(scene.run, 3)
-    children(trainer, "dimaskdino.training")[1].kill()
+    children(trainer, "dimaskdino.training.launch")[1].kill()
     fail(trainer)
     assert scene.run.status()["state"] == "failed"
     finish(scene.start(*changes, processes=2))
@@ -224,7 +224,7 @@ def elastic_restart(scene: Scene) -> None:
     changes = ("schedule.steps=60", "train.checkpoint_every=2")
     trainer = scene.start(*changes, processes=2, restarts=1)
     wait_for_step(scene.run, 3)
-    children(trainer, "dimaskdino.training")[0].kill()
+    children(trainer, "dimaskdino.training.launch")[0].kill()
     finish(trainer)
     assert scene.run.status()["state"] == "finished"
     assert_equal_models(scene.run.model, scene.undisturbed(*changes, processes=2))

@@ -1,4 +1,4 @@
-"""The recorded cases of `tests/data/golden`: weights, images and models, made as their README describes."""
+"""The recorded cases of `tests/fixtures/golden`: weights, images and models, made as their README describes."""
 
 import json
 import zlib
@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from dimaskdino import config
-from dimaskdino.interop.published import convert_state
+from dimaskdino.checkpoints.published import convert_state
 from dimaskdino.modeling import Detector
 
-FOLDER = Path(__file__).parent / "data" / "golden"
+FOLDER = Path(__file__).parent / "fixtures" / "golden"
 
 # the models that the recorded options are changes of
 _DI = config.Model()

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from dimaskdino import config
+from dimaskdino.checkpoints import save_model
 from dimaskdino.config import Config, load_config
 from dimaskdino.data.shapes import CLASSES, generate
 from dimaskdino.modeling import Detector
-from dimaskdino.training.checkpoint import save_model
 
 FILE = Path(__file__).parent.parent / "configs" / "shapes" / "dimaskdino_r18.yaml"
 MODEL = (

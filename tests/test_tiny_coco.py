@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from small import FILE
 
+from dimaskdino import load
 from dimaskdino.config import load_config
 from dimaskdino.data.coco import CocoDataset
-from dimaskdino.evaluation.layers import evaluate_layers
-from dimaskdino.evaluation.predict import predict_stages
+from dimaskdino.evaluation.layerwise_ap import evaluate_layers
+from dimaskdino.evaluation.predict import predict_images
 from dimaskdino.runs.folder import RunFolder
-from dimaskdino.training.checkpoint import load_model
 from dimaskdino.training.trainer import train
 
 TINY_COCO = Path(__file__).parents[2] / "shared" / "data" / "tiny_coco"
@@ -37,12 +37,12 @@ def test_train_resume_evaluate_predict(tmp_path):
     first, last = (sum(r["loss"] for r in part) / 4 for part in (records[:4], records[-4:]))
     assert last < 0.7 * first
 
-    model = load_model(tmp_path)
+    model = load(tmp_path)
     result = evaluate_layers(model)
     assert list(result.stages)[-1] == "decoder.6"
     assert len(result.stages) == 10
     assert result.images == 6
     sample = CocoDataset(TINY_COCO, "val2017")[0]
-    found = predict_stages(model, sample.image)
+    found = predict_images(model, [sample.image])[0]
     assert all(len(instances.scores) == 100 for instances in found.values())
     assert found["decoder.6"].masks.shape == (100, *sample.original_size)

@@ -20,10 +20,10 @@ from torchvision.ops import box_iou, generalized_box_iou
 
 from dimaskdino.config import Section, load_config
 from dimaskdino.errors import UserError
-from dimaskdino.evaluation.objects import mask_iou
+from dimaskdino.inspection.objects import mask_iou
 from dimaskdino.modeling.de_imbalance import mask_guided_boxes
-from dimaskdino.modeling.records import Stage
-from dimaskdino.runs.study import Study
+from dimaskdino.modeling.structures import Stage
+from dimaskdino.studies.study import Study
 
 
 @dataclass(frozen=True)

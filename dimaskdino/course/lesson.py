@@ -7,10 +7,10 @@ from pathlib import Path
 
 from dimaskdino.data import shapes
 from dimaskdino.data.coco import CocoDataset
-from dimaskdino.evaluation.layers import LayerwiseAP, evaluate_layers
-from dimaskdino.evaluation.predict import Look, look_at
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, evaluate_layers
+from dimaskdino.inspection.look import Look
+from dimaskdino.model import Model, load
 from dimaskdino.runs import RunFolder, project_root
-from dimaskdino.training.checkpoint import TrainedModel, load_model
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Lesson:
         run: the run folder that it comes from; a file's folder if it is no run's.
     """
 
-    trained: TrainedModel
+    trained: Model
     data: CocoDataset
     run: RunFolder
 
@@ -31,7 +31,7 @@ class Lesson:
         """Some images as the model sees them: of the first 3·count those with at least three objects, then others."""
         samples = [self.data[i] for i in range(min(3 * count, len(self.data)))]
         samples.sort(key=lambda sample: -min(len(sample.labels), 3))
-        return [look_at(self.trained, sample) for sample in samples[:count]]
+        return [self.trained.inspect(sample) for sample in samples[:count]]
 
     def layerwise_ap(self) -> LayerwiseAP:
         """AP of every stage: as the run folder has it, else measured now."""
@@ -53,7 +53,7 @@ def begin(model: str, overrides: Iterable[str] = ()) -> Lesson:
     """
     os.chdir(project_root())
     path = Path(model)
-    trained = load_model(path, overrides=overrides)
+    trained = load(path, overrides=overrides)
     data = trained.config.data
     shapes.ensure(data)
     return Lesson(trained, CocoDataset(data.root, data.val), RunFolder(path if path.is_dir() else path.parent))

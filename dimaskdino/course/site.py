@@ -12,10 +12,10 @@ import nbformat
 from nbconvert import SlidesExporter
 from nbformat import NotebookNode
 from papermill import execute_notebook
-from tqdm import tqdm
 
 from dimaskdino.errors import UserError
-from dimaskdino.runs.launch import project_root
+from dimaskdino.progress import progress_bar
+from dimaskdino.runs.processes import project_root
 
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -76,7 +76,7 @@ def build(root: Path, output: Path, notebooks: list[Path]) -> Path:
     shutil.copytree(root / "docs" / "site", source)
     shutil.copyfile(root / "docs" / "instructors.md", source / "instructors.md")
     slides = SlidesExporter(reveal_scroll=True)
-    for path in tqdm(notebooks, "chapters"):
+    for path in progress_bar(notebooks, "chapters"):
         executed = still(execute_notebook(str(path), None, cwd=path.parent, progress_bar=False))
         nbformat.write(executed, source / path.name)
         text, _ = slides.from_notebook_node(with_slides(executed))

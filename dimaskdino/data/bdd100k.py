@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 from pycocotools import mask as coco_mask
-from tqdm import tqdm
 
-from dimaskdino.data.coco import read_annotations
+from dimaskdino.data.coco import encode_masks, read_annotations
 from dimaskdino.errors import UserError
+from dimaskdino.progress import progress_bar
 
 CLASSES = ("pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
 _ALIASES = {"person": "pedestrian", "motor": "motorcycle", "bike": "bicycle"}  # of earlier releases
@@ -66,7 +66,7 @@ def convert(root: Path, split: str) -> Path:
         "annotations": [],
         "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)],
     }
-    for name, size, instances in tqdm(frames, f"converting {split}", unit="images", mininterval=1):
+    for name, size, instances in progress_bar(frames, f"converting {split}", unit="images"):
         if not (images / name).exists():
             raise UserError(f"the image {images / name} does not exist, but it has labels")
         number = len(content["images"]) + 1
@@ -114,8 +114,7 @@ def _instances(pixels: UInt8[np.ndarray, "h w 4"], file: Path) -> Iterator[_Inst
         kind, bits = int(category[inside][0]), int(attributes[inside][0])
         if kind > len(CLASSES):
             continue  # traffic lights and signs have boxes only
-        rle = coco_mask.encode(np.asfortranarray(inside.astype(np.uint8)))
-        rle["counts"] = rle["counts"].decode()
+        rle = encode_masks(inside[None])[0]
         yield _Instance(kind, bool(bits & (_CROWD | _IGNORE)), rle)
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
-from PIL import Image, ImageOps
+from jaxtyping import Bool, Float, Int, UInt8
 from pycocotools import mask as coco_mask
 from torch import Tensor
+from torchvision.ops import masks_to_boxes
 
+from dimaskdino.data.images import load_image
 from dimaskdino.errors import UserError
 
 # where folders in use keep a split's annotations and images; {} is the split's name
@@ -46,18 +47,19 @@ class Sample:
     original_size: tuple[int, int]
     skipped: tuple[str, ...] = ()
 
-    @classmethod
-    def of_photo(cls, path: Path) -> "Sample":
-        """An image without annotations.
+    @property
+    def boxes(self) -> Float[Tensor, "M 4"]:
+        """Tight boxes of the masks, xyxy in pixels of the image. The upper bounds include the last pixel."""
+        if not len(self.masks):
+            return torch.zeros(0, 4)
+        boxes = masks_to_boxes(self.masks)
+        return boxes + boxes.new_tensor([0, 0, 1, 1])
 
-        Raises:
-            UserError: it cannot be read.
-        """
-        image = load_image(path)
+    @classmethod
+    def of_image(cls, image: UInt8[Tensor, "3 h w"], file: str = "") -> "Sample":
+        """An image without annotations."""
         size = (image.shape[-2], image.shape[-1])
-        return cls(
-            image, torch.zeros(0, dtype=torch.int64), torch.zeros(0, *size, dtype=torch.uint8), 0, str(path), size
-        )
+        return cls(image, torch.zeros(0, dtype=torch.int64), torch.zeros(0, *size, dtype=torch.uint8), 0, file, size)
 
 
 def find_split(root: Path, split: str) -> tuple[Path, Path]:
@@ -145,6 +147,18 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         if not self.images:
             raise UserError(f"{self.annotations_file} has no image with an object in it")
 
+    def check_classes(self, count: int) -> None:
+        """Check that a model for `count` classes fits this dataset.
+
+        Raises:
+            UserError: the dataset has another number of categories.
+        """
+        if len(self.classes) != count:
+            raise UserError(
+                f"the model has {count} classes, but {self.annotations_file} has {len(self.classes)} categories; for "
+                f"training set model.classes={len(self.classes)}"
+            )
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -192,43 +206,13 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
             raise UserError(f"{where} has a segmentation that cannot be read: {error}") from None
 
 
-def load_image(path: Path, expected: tuple[int | None, int | None] = (None, None)) -> UInt8[Tensor, "3 h w"]:
-    """Any image that Pillow reads, as RGB: grey, palette, CMYK, RGBA (alpha dropped) and 16-bit are converted.
-
-    Args:
-        path: the file.
-        expected: (h, w) that the annotations give. The orientation stored in the file is applied unless only the
-            unrotated image has that size.
-
-    Raises:
-        UserError: missing, not an image, truncated, or of another size than expected.
-    """
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            stored = opened.copy()
-            upright = ImageOps.exif_transpose(opened)
-    except FileNotFoundError:
-        raise UserError(f"the image {path} does not exist") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"the image {path} cannot be read, it may be truncated or no image: {error}") from None
-    image = upright
-    if None not in expected:
-        fitting = [x for x in (upright, stored) if (x.height, x.width) == expected]
-        if not fitting:
-            raise UserError(
-                f"the image {path} is {stored.height}x{stored.width}, the annotations say "
-                f"{expected[0]}x{expected[1]} (h x w)"
-            )
-        image = fitting[0]
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: keep the upper 8
-        values = np.asarray(image).astype(np.float64)
-        grey = np.clip(values / (257 if values.max() > 255 else 1), 0, 255).astype(np.uint8)
-        image = Image.fromarray(grey)
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-
-
 def without_empty(sample: Sample) -> Sample:
     """The sample without the objects whose mask is empty."""
     keep = sample.masks.flatten(1).any(1).bool()
     return replace(sample, labels=sample.labels[keep], masks=sample.masks[keep])
+
+
+def encode_masks(masks: Bool[np.ndarray, "n h w"]) -> list[dict[str, Any]]:
+    """Compressed run lengths (RLE) of masks, ready for json: `size` [h, w] and `counts`, a string."""
+    encoded = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
+    return [{"size": list(rle["size"]), "counts": rle["counts"].decode()} for rle in encoded]

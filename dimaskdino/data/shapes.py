@@ -9,10 +9,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from dimaskdino import config
+from dimaskdino.data.coco import encode_masks
 from dimaskdino.errors import UserError
+from dimaskdino.progress import progress_bar
 
 CLASSES = ("disk", "rectangle", "triangle", "star", "ring")
 SPLITS = ("train", "val")
@@ -57,7 +58,7 @@ def _write_split(root: Path, split: str, settings: config.Shapes, processes: int
     count = getattr(settings, split)
     images, annotations = [], []
     scenes = DataLoader(_Scenes(folder, settings, split, count), batch_size=None, num_workers=processes)
-    for index, (name, objects) in enumerate(tqdm(scenes, f"shapes {split}", count, mininterval=1)):
+    for index, (name, objects) in enumerate(progress_bar(scenes, f"shapes {split}", count)):
         images.append({"id": index, "file_name": name, "height": settings.size, "width": settings.size})
         annotations += [{"id": len(annotations) + i + 1, "image_id": index, **o} for i, o in enumerate(objects)]
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
@@ -86,9 +87,8 @@ def _objects(labels: list[int], masks: list[Array]) -> list[dict]:
     """Annotations in COCO format, without their ids."""
     objects = []
     for label, mask in zip(labels, masks, strict=True):
-        encoded = coco_mask.encode(np.asfortranarray(mask))
+        encoded = encode_masks(mask[None].astype(bool))[0]
         x, y, w, h = coco_mask.toBbox(encoded).tolist()
-        encoded["counts"] = encoded["counts"].decode()
         objects.append(
             {
                 "category_id": label + 1,

@@ -1,1 +1,1 @@
-"""COCO AP of one set of predictions and of every stage; speed, FLOPs and memory."""
+"""COCO AP of one set of predictions and of every stage, and predictions for single images."""

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from hotcoco import COCO, COCOeval
 from jaxtyping import Bool, Float, Int
-from tqdm import tqdm
 
 from dimaskdino.errors import UserError
 from dimaskdino.evaluation.coco_ap import IOU_TYPE, Kind, read_truth
 from dimaskdino.evaluation.detections import Detections
+from dimaskdino.progress import progress_bar
 
 DRAWS = 1000
 CONFIDENCE = 0.95
@@ -78,7 +78,7 @@ def bootstrap(found: Mapping[str, Detections], annotations: Path, draws: int = D
     ids = sorted(image["id"] for image in truth.dataset["images"])
     weights = image_draws(len(ids), draws)
     samples = {}
-    for name in tqdm(found, "bootstrap", mininterval=2):
+    for name in progress_bar(found, "bootstrap"):
         detections = found[name]
         samples[f"{name}/box"] = resampled_ap(truth, detections.boxes, "box", weights)
         if detections.has_masks:

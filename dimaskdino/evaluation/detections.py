@@ -19,9 +19,9 @@ from pycocotools import mask as coco_mask
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dimaskdino.checkpoints.model_files import TrainedModel, write_atomically
 from dimaskdino.errors import UserError
 from dimaskdino.modeling import Instances
-from dimaskdino.training.checkpoint import TrainedModel, write_whole
 
 PART = 50  # images
 POLL_SECONDS = 0.5
@@ -163,7 +163,7 @@ class DetectionStore(Mapping[str, Detections]):
         if not note.exists() or note.read_text() != text:
             self.remove()
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(note, lambda path: path.write_text(text))
+            write_atomically(note, lambda path: path.write_text(text))
 
     @property
     def parts(self) -> range:
@@ -191,7 +191,7 @@ class DetectionStore(Mapping[str, Detections]):
             joined = Detections.joined(images)
             arrays |= {f"{name}/{field.name}": getattr(joined, field.name) for field in fields(joined)}
         names = {"stages": json.dumps(list(stages))}
-        write_whole(self._file(part), lambda path: save_file(arrays, path, names))
+        write_atomically(self._file(part), lambda path: save_file(arrays, path, names))
 
     @contextlib.contextmanager
     def _opened(self, part: int) -> Iterator[Any]:

@@ -1,1 +1,1 @@
-"""Published checkpoints and configurations, and the bridge to detectron2."""
+"""The model in other tools: detectron2, supervision and the Hugging Face Hub. Each is optional."""

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
+from dimaskdino.checkpoints.published import convert_state, is_published, our_name
+from dimaskdino.checkpoints.published_settings import flatten, known_keys, translate_changes
 from dimaskdino.config import Config, parse_config
 from dimaskdino.data.coco import Sample
-from dimaskdino.data.loading import collate
+from dimaskdino.data.dataloader import collate
 from dimaskdino.data.transforms import PADDING
 from dimaskdino.errors import UserError
-from dimaskdino.interop.published import convert_state, is_published, our_name
-from dimaskdino.interop.published_config import flatten, known_keys, translate_changes
 from dimaskdino.modeling import Detector, ImageBatch, postprocess
 from dimaskdino.training.criterion import criterion
 from dimaskdino.training.optimizer import build_optimizer

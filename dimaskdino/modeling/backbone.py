@@ -11,7 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from dimaskdino import config
 from dimaskdino.errors import UserError
-from dimaskdino.modeling.pretrained import SUFFIXES, load_timm, resnets, torchvision_weights
+from dimaskdino.modeling.backbone_weights import SUFFIXES, load_timm, resnets, torchvision_weights
 
 STRIDES = (4, 8, 16, 32)
 SWIN_DROP_PATH = 0.3  # as detectors with a Swin backbone are trained

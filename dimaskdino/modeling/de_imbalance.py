@@ -1,10 +1,12 @@
 """De-Imbalance: residual double-selection of feature tokens (section 3, Eq. 1–4).
 
 Detection lags in the first decoder layers because a token describes its own place well but not the object around it.
-DI keeps more tokens than needed (first selection), lets tokens of one object exchange what they know (token
-interaction), and keeps the best of the result (second selection). The residual of Eq. 4 is decoder layer 0, which
-attends to the original tokens.
+De-Imbalance keeps more tokens than needed (first selection), lets the tokens of one object exchange information (token
+interaction), and keeps the best of the result (second selection). The residual connection of Eq. 4 is the first decoder
+layer, which attends to the original tokens.
 """
+
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +23,7 @@ from dimaskdino.modeling.layers import (
     sine_boxes,
     through_logits,
 )
-from dimaskdino.modeling.records import FeatureLevels, SelectedTokens, Stage, Trace
+from dimaskdino.modeling.structures import FeatureLevels, SelectedTokens, Stage
 
 MASK_CHUNK = 64  # masks computed at a time for the mask-guided boxes, to bound memory
 
@@ -32,7 +34,12 @@ def gather_rows(x: Float[Tensor, "B N D"], indices: Int[Tensor, "B k"]) -> Float
 
 
 class FirstSelection(nn.Module):
-    """Eq. 1: the k1 feature tokens that look most like an object, with boxes from their masks."""
+    """The k1 feature tokens that look most like an object, with boxes from their masks (Eq. 1).
+
+        T_s1 = Top_k1(T_i)                               (scored by the class head)
+
+    In the code `T_i.tokens` are the feature tokens, `indices` the rows of T_s1 in them, `content` the selected tokens.
+    """
 
     def __init__(self, model: config.Model) -> None:
         super().__init__()
@@ -124,13 +131,36 @@ class TokenInteractionLayer(nn.Module):
         self.attention = Attention(model.hidden_dim, model.heads)
         self.ffn = FeedForward(model.hidden_dim, model.decoder.ffn_dim)
 
-    def forward(self, x: Tensor, position: Tensor, weights: bool) -> tuple[Tensor, Tensor | None]:
-        x, attention = self.attention(x, x + position, x + position, x, weights=weights)
+    def forward(self, x: Tensor, position: Tensor, need_weights: bool) -> tuple[Tensor, Tensor | None]:
+        x, attention = self.attention(x, x + position, x + position, x, need_weights=need_weights)
         return self.ffn(x), attention
 
 
+@dataclass(frozen=True)
+class DeImbalanceOutput:
+    """What one round of token interaction and selection gives.
+
+    Attributes:
+        tokens: the selected tokens, undetached.
+        stages: the supervised stages `token_interaction.i`.
+        attention: per layer the attention among the tokens (B, k, k), mean over the heads; None if not asked for.
+    """
+
+    tokens: SelectedTokens
+    stages: list[Stage]
+    attention: list[Tensor | None]
+
+
 class DeImbalance(nn.Module):
-    """Token interaction and one further selection (Eq. 2, 3); a triple selection uses two of these."""
+    """Token interaction and one further selection. A triple selection uses two of these.
+
+    For the double selection of the paper, with `tokens` = T_s1 and the result's `tokens` = T_s2:
+
+        T_s1' = FFN(MHSA(T_s1))                          (Eq. 2, `layers`)
+        T_s2  = Top_k2(T_s1')                            (Eq. 3, scored by the class head)
+
+    The residual connection of Eq. 4, Q_bal = MHCA(T_s2, T_i), is the decoder's first layer.
+    """
 
     def __init__(self, model: config.Model, k: int) -> None:
         super().__init__()
@@ -145,31 +175,29 @@ class DeImbalance(nn.Module):
         self.box = box_head(C)
 
     def forward(
-        self, tokens: SelectedTokens, heads: PredictionHeads, first_name: int, trace: Trace | None
-    ) -> tuple[SelectedTokens, list[Stage]]:
+        self, tokens: SelectedTokens, heads: PredictionHeads, first_stage: int, need_weights: bool
+    ) -> DeImbalanceOutput:
         """Let the tokens interact and keep the best k.
 
         Args:
             tokens: T_s1 (or T_s2 in a triple selection).
             heads: the shared prediction heads.
-            first_name: number of the first token-interaction stage.
-            trace: where to note the attention, or None.
-
-        Returns:
-            The selected tokens, undetached, and the supervised stages `token_interaction.i`.
+            first_stage: number of the first token-interaction stage.
+            need_weights: also return the attention.
         """
         x, reference = tokens.content, tokens.boxes
-        C, stages = x.shape[-1], []
-        for number, layer in enumerate(self.layers, start=first_name):
+        C = x.shape[-1]
+        stages: list[Stage] = []
+        attention: list[Tensor | None] = []
+        for number, layer in enumerate(self.layers, start=first_stage):
             reference = reference.detach()
-            x, attention = layer(x, self.position(sine_boxes(reference, C)), weights=trace is not None)
+            x, weights = layer(x, self.position(sine_boxes(reference, C)), need_weights)
+            attention.append(weights)
             reference = (self.box(x) + inverse_sigmoid(reference)).sigmoid()
             # quirks: the heads' norm on top of this one; a second step from the already refined, undetached box
             y = self.norm(x)
             boxes = (self.box(y) + inverse_sigmoid(reference)).sigmoid()
             stages.append(heads(f"token_interaction.{number}", y, boxes, None))
-            if trace is not None:
-                trace.interaction_attention.append(attention)
         scores, rows = heads.label(self.norm(x)).amax(-1).topk(min(self.k, x.shape[1]), dim=1)
         selected = SelectedTokens(
             gather_rows(x, rows),
@@ -177,4 +205,4 @@ class DeImbalance(nn.Module):
             tokens.indices.gather(1, rows),
             scores.detach(),
         )
-        return selected, stages
+        return DeImbalanceOutput(selected, stages, attention)

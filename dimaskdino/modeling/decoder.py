@@ -16,11 +16,19 @@ from dimaskdino.modeling.layers import (
     reset_matrices,
     sine_boxes,
 )
-from dimaskdino.modeling.records import FeatureLevels, Queries, Trace
+from dimaskdino.modeling.structures import FeatureLevels, Queries
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention among the queries, deformable attention to the feature tokens, feed-forward block."""
+    """Self-attention among the queries, deformable attention to the feature tokens, feed-forward block.
+
+        x = LN(x + MHSA(x + p, x + p, x))                (self-attention)
+        x = LN(x + MSDeformAttn(x + p, ref, memory))     (MHCA of Eq. 4 and 9)
+        x = LN(x + FFN(x))
+
+    `x` is the content of the queries, `p` the position embedding of their boxes `ref`, and `memory` is T_i, or T_bal
+    after BATO.
+    """
 
     def __init__(self, model: config.Model) -> None:
         super().__init__()
@@ -30,23 +38,32 @@ class DecoderLayer(nn.Module):
         self.ffn = FeedForward(C, model.decoder.ffn_dim)
 
     def forward(
-        self, x: Tensor, position: Tensor, reference: Tensor, memory: FeatureLevels, mask: Tensor | None
+        self, x: Tensor, position: Tensor, reference: Tensor, memory: FeatureLevels, attention_mask: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        x, _ = self.self_attention(x, x + position, x + position, x, mask)
+        x, _ = self.self_attention(x, x + position, x + position, x, attention_mask)
         x, sampling = self.cross_attention(x, x + position, reference, memory)
         return self.ffn(x), sampling
 
 
 @dataclass(frozen=True)
 class LayerOutput:
-    """A decoder layer's result: its queries, with refined boxes, and the boxes (B, Q, 4) that it started from."""
+    """The result of one decoder layer.
+
+    Attributes:
+        queries: the queries, with refined boxes.
+        started_from: boxes (B, Q, 4) that the layer started from, with their gradients.
+        reference: the same boxes as the layer's reference, detached except in layer 1.
+        sampling: locations (B, Q, heads, levels, points, 2) and weights of the deformable attention.
+    """
 
     queries: Queries
     started_from: Tensor
+    reference: Tensor
+    sampling: tuple[Tensor, Tensor]
 
 
 class Decoder(nn.Module):
-    """The stack of layers, run one at a time, so that BATO can renew the tokens in between."""
+    """The stack of layers, run one at a time, so that BATO can optimise the tokens in between."""
 
     def __init__(self, model: config.Model) -> None:
         super().__init__()
@@ -65,29 +82,24 @@ class Decoder(nn.Module):
         queries: Queries,
         memory: FeatureLevels,
         heads: PredictionHeads,
-        mask: Tensor | None = None,
-        trace: Trace | None = None,
+        attention_mask: Tensor | None = None,
     ) -> LayerOutput:
         """Run one layer.
 
         Args:
-            number: which, from 1, as in the stages' names.
+            number: number of the layer, from 1 as in the stages' names.
             queries: content and boxes to start from. Boxes get gradients from the layer's predictions (look forward
                 twice) but not through the layer itself, except in layer 1, whose boxes come undetached from
                 De-Imbalance.
             memory: T_i, or T_bal after BATO.
             heads: its box head refines the boxes.
-            mask: (Q, Q) bool, True where a query must not look at another.
-            trace: where to note boxes and sampling points, or None.
+            attention_mask: (Q, Q) bool, True where a query must not attend to another.
         """
         reference = queries.boxes if number == 1 else queries.boxes.detach()
         position = self.position(reference)
-        x, sampling = self.layers[number - 1](queries.content, position, reference, memory, mask)
+        x, sampling = self.layers[number - 1](queries.content, position, reference, memory, attention_mask)
         boxes = (heads.box(x) + inverse_sigmoid(reference)).sigmoid()
-        if trace is not None:
-            trace.references.append(reference)
-            trace.sampling.append(sampling)
-        return LayerOutput(Queries(x, boxes), queries.boxes)
+        return LayerOutput(Queries(x, boxes), queries.boxes, reference, sampling)
 
 
 def random_boxes(like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dimaskdino import config
 from dimaskdino.modeling.layers import through_logits
-from dimaskdino.modeling.records import Queries, Targets
+from dimaskdino.modeling.structures import Queries, Targets
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class DenoisingQueries:
 
     queries: Queries
     groups: int
-    mask: Bool[Tensor, "R R"]
+    attention_mask: Bool[Tensor, "R R"]
 
 
 class Denoising(nn.Module):
@@ -55,10 +55,12 @@ class Denoising(nn.Module):
         content = self.labels(labels) * valid.unsqueeze(-1)
         # 0.5 (a logit of 0) where there is no object
         boxes = torch.where(valid.unsqueeze(-1), through_logits(boxes), 0.5)
-        return DenoisingQueries(Queries(content, boxes), groups, self._mask(groups, M, matching, labels.device))
+        return DenoisingQueries(
+            Queries(content, boxes), groups, self._attention_mask(groups, M, matching, labels.device)
+        )
 
     @staticmethod
-    def _mask(groups: int, M: int, matching: int, device: torch.device) -> Bool[Tensor, "R R"]:
+    def _attention_mask(groups: int, M: int, matching: int, device: torch.device) -> Bool[Tensor, "R R"]:
         group = torch.arange(groups * M, device=device) // max(M, 1)
         group = torch.cat([group, torch.full((matching,), -1, device=device)])
         # a query may look at its own group and at the matching queries (-1)

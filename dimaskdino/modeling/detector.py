@@ -6,13 +6,14 @@ from torch import Tensor, nn
 
 from dimaskdino import config
 from dimaskdino.modeling.backbone import build_backbone
+from dimaskdino.modeling.bato import Guide, TokenOptimization
 from dimaskdino.modeling.de_imbalance import DeImbalance, FirstSelection
 from dimaskdino.modeling.decoder import Decoder, LayerOutput, random_boxes
 from dimaskdino.modeling.denoising import Denoising, DenoisingQueries
 from dimaskdino.modeling.heads import PredictionHeads
 from dimaskdino.modeling.layers import inverse_sigmoid
 from dimaskdino.modeling.pixel_decoder import PixelDecoder
-from dimaskdino.modeling.records import (
+from dimaskdino.modeling.structures import (
     ImageBatch,
     Predictions,
     Queries,
@@ -21,7 +22,6 @@ from dimaskdino.modeling.records import (
     Targets,
     Trace,
 )
-from dimaskdino.modeling.token_optimization import Guide, TokenOptimization
 
 
 class Detector(nn.Module):
@@ -61,38 +61,49 @@ class Detector(nn.Module):
         Returns:
             The stages `first_selection`, `token_interaction.i`, `decoder.0` (before the first layer) to `decoder.L`.
         """
-        notes = Trace() if trace else None
         features = self.backbone(images.pixels.contiguous(memory_format=torch.channels_last))
         T_i, F = self.pixel_decoder(features)
         T_i = T_i.reversed()  # the decoder wants the levels in the opposite order
 
+        # De-Imbalance, Eq. 1-3
         tokens, first = self.first_selection(T_i, self.heads, F)
-        selections, stages = [tokens], [first]
+        selections, stages, interactions = [tokens], [first], []
         for block in self.de_imbalance:
-            tokens, interactions = block(tokens, self.heads, len(stages) - 1, notes)
-            selections.append(tokens)
-            stages += interactions
+            interactions.append(block(selections[-1], self.heads, len(stages) - 1, need_weights=trace))
+            selections.append(interactions[-1].tokens)
+            stages += interactions[-1].stages
 
-        queries, denoising = self._decoder_queries(tokens, targets)
-        start = queries.content.shape[1] - tokens.content.shape[1]  # the matching queries come last
-        mask = denoising.mask if denoising else None
+        queries, denoising = self._decoder_queries(selections[-1], targets)
+        start = queries.content.shape[1] - selections[-1].content.shape[1]  # the matching queries come last
+        attention_mask = denoising.attention_mask if denoising else None
         stages.append(self.heads("decoder.0", queries.content, queries.boxes, F))
 
-        # Eq. 4: the residual, Q_bal = MHCA(T_s2, T_i), is the first layer
-        memory, mask_features, bato = T_i, F, self.settings.bato
+        # Decoder, Eq. 9-11; its first layer is the residual of Eq. 4, Q_bal = MHCA(T_s2, T_i)
+        memory, mask_features = T_i, F
+        layers, optimized = [], []
         for number in range(1, self.settings.decoder.layers + 1):
-            output = self.decoder(number, queries, memory, self.heads, mask, notes)
-            stages.append(self._predict(f"decoder.{number}", output, mask_features))
-            queries = output.queries
-            if number == 1 and notes is not None:
-                notes.Q_bal = queries.after(start)
-            if self.token_optimization is not None and number in bato.after:
+            layers.append(self.decoder(number, queries, memory, self.heads, attention_mask))
+            stages.append(self._predict(f"decoder.{number}", layers[-1], mask_features))
+            queries = layers[-1].queries
+            # BATO, Eq. 5-8
+            if self.token_optimization is not None and number in self.settings.bato.after:
                 guide = self._guide(selections, queries.after(start))
-                noted = notes if number == bato.after[0] else None
-                memory, mask_features = self.token_optimization(memory, mask_features, guide, self.heads, noted)
+                need_weights = trace and not optimized
+                optimized.append(self.token_optimization(memory, mask_features, guide, self.heads, need_weights))
+                memory, mask_features = optimized[-1].T_bal, optimized[-1].mask_features
 
-        if notes is not None:
-            notes.T_i, notes.T_s, notes.mask_features = T_i, selections, F
+        notes = None
+        if trace:
+            notes = Trace(
+                T_i=T_i,
+                T_s=selections,
+                interaction_attention=[attention for output in interactions for attention in output.attention],
+                Q_bal=layers[0].queries.after(start),
+                mask_features=F,
+                references=[layer.reference for layer in layers],
+                sampling=[layer.sampling for layer in layers],
+                bato=optimized[0] if optimized else None,
+            )
         return self._collect(stages, start, denoising, notes)
 
     def _decoder_queries(

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from dimaskdino import config
 from dimaskdino.modeling.layers import MLP
-from dimaskdino.modeling.records import Stage
+from dimaskdino.modeling.structures import Stage
 
 
 def box_head(C: int) -> MLP:

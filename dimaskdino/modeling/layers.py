@@ -8,7 +8,7 @@ from jaxtyping import Float
 from ms_deform_attn import ms_deform_attn
 from torch import Tensor, nn
 
-from dimaskdino.modeling.records import FeatureLevels
+from dimaskdino.modeling.structures import FeatureLevels
 
 TEMPERATURE = 10000.0
 
@@ -94,7 +94,13 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(C)
 
     def forward(
-        self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, weights: bool = False
+        self,
+        x: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        need_weights: bool = False,
     ) -> tuple[Float[Tensor, "B Q C"], Tensor | None]:
         """Attend and normalise.
 
@@ -103,10 +109,10 @@ class Attention(nn.Module):
             query: (B, Q, C).
             key: (B, R, C).
             value: (B, R, C).
-            mask: (Q, R) bool, True where attention is forbidden.
-            weights: also return the attention (B, Q, R), mean over the heads.
+            attention_mask: (Q, R) bool, True where attention is forbidden.
+            need_weights: also return the attention (B, Q, R), mean over the heads.
         """
-        attended, attention = self.attention(query, key, value, attn_mask=mask, need_weights=weights)
+        attended, attention = self.attention(query, key, value, attn_mask=attention_mask, need_weights=need_weights)
         return self.norm(x + attended), attention
 
 

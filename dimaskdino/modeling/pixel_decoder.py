@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dimaskdino import config
 from dimaskdino.modeling.layers import DeformableAttention, FeedForward, group_norm, reset_matrices, sine_positions
-from dimaskdino.modeling.records import FeatureLevels, resize_to
+from dimaskdino.modeling.structures import FeatureLevels, resize_to
 
 MASK_STRIDE, FINEST_STRIDE = 4, 8
 

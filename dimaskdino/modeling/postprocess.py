@@ -1,47 +1,16 @@
 """From a stage's predictions to instances at the size that the caller wants (section 8)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import box_convert
 
-from dimaskdino.modeling.records import Stage
+from dimaskdino.modeling.structures import Instances, Stage
 
 MASK_CHUNK = 16  # masks enlarged at a time, to bound memory
-
-
-@dataclass(frozen=True)
-class Instances:
-    """The detections in one image, best first.
-
-    Attributes:
-        boxes: (n, 4) xyxy in pixels of the output size.
-        scores: (n,) in [0, 1].
-        labels: (n,) class indices.
-        query_masks: (u, h, w), the masks of the u different queries among the detections; None without masks.
-        mask_index: (n,), which of them belongs to each detection.
-    """
-
-    boxes: Float[Tensor, "n 4"]
-    scores: Float[Tensor, " n"]
-    labels: Int[Tensor, " n"]
-    query_masks: Bool[Tensor, "u h w"] | None
-    mask_index: Int[Tensor, " n"]
-
-    @property
-    def masks(self) -> Bool[Tensor, "n h w"]:
-        """The mask of every detection.
-
-        Raises:
-            ValueError: the stage predicts no masks.
-        """
-        if self.query_masks is None:
-            raise ValueError("these detections have no masks")
-        return self.query_masks[self.mask_index]
 
 
 @torch.no_grad()

@@ -2,27 +2,27 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from dimaskdino.runs.launch import TrainingProcess, project_root
+from dimaskdino.runs.processes import TrainingProcess, project_root
 
-if TYPE_CHECKING:  # the training processes themselves do without
+if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NOTEBOOK_FOLDER = "DIMASKDINO_NOTEBOOK_FOLDER"  # where the executed notebook will lie, set by `run_notebook`
+NOTEBOOK_FOLDER = "DIMASKDINO_NOTEBOOK_FOLDER"  # folder of the executed notebook, set by `run_notebook`
 
 
 class Summary:
-    """The top of a run's notebook: what came of the run, filled in when the cells below have done their work.
+    """The top of a run's notebook: the state, the results and links, filled in when the cells below have run.
 
-    Make it before changing the folder, since its links start from where the notebook lies. Used in a `with` statement,
-    it says what went wrong if the statements inside fail.
+    Make it before changing the folder, since its links start from the notebook's folder. In a `with` statement it shows
+    the error if the statements inside fail.
 
     Args:
-        run: the run folder, from the project's folder.
+        run: the run folder, relative to the project's folder.
     """
 
     def __init__(self, run: str) -> None:
@@ -41,13 +41,13 @@ class Summary:
         figure: "Figure | None" = None,
         links: Mapping[str, Path | str] | None = None,
     ) -> None:
-        """Fill it in.
+        """Replace the content of the summary.
 
         Args:
             state: one word, such as finished.
-            lines: what there is to say, Markdown.
-            figure: shown below.
-            links: paths by their names; those that do not exist are left out.
+            lines: paragraphs, Markdown.
+            figure: shown below the text.
+            links: paths by their names; paths that do not exist are left out.
         """
         existing = {name: project_root() / path for name, path in (links or {}).items()}
         shown = [f"[{name}]({self._link(path)})" for name, path in existing.items() if path.exists()]
@@ -70,23 +70,26 @@ class Summary:
             self.show("failed", [reason], links={"run folder": self.folder})
 
 
-def show_training(training: TrainingProcess, steps: int, refresh: float = 10) -> None:
-    """Follow a training: a line of progress and the loss curves, until it ends.
+def show_training(
+    training: TrainingProcess,
+    steps: int,
+    plot: "Callable[[Mapping[str, Sequence[dict[str, Any]]]], Figure]",
+    refresh: float = 10,
+) -> None:
+    """Follow a training in a notebook: a line of progress and the loss curves, until it ends.
 
-    Interrupting stops the training after its current step, with a checkpoint.
+    Interrupting the cell stops the training after its current step, with a checkpoint.
 
     Args:
         training: the running process.
-        steps: how many it has to do.
+        steps: number of steps of the training.
+        plot: draws the records of runs, by name: `dimaskdino.viz.plot_losses`.
         refresh: seconds between updates of the curves.
 
     Raises:
         UserError: the training failed; the message is its own.
     """
-    # needs a notebook, and matplotlib, which the training processes themselves do without
     from IPython.display import display
-
-    from dimaskdino.viz import loss_curves
 
     line = display({"text/plain": f"starting; details in {training.folder.log}"}, raw=True, display_id=True)
     curves = display({"text/plain": ""}, raw=True, display_id=True)
@@ -99,13 +102,13 @@ def show_training(training: TrainingProcess, steps: int, refresh: float = 10) ->
                 continue
             line.update({"text/plain": _progress(latest, steps)}, raw=True)
             if time.monotonic() - drawn >= refresh:
-                curves.update(loss_curves({training.folder.path.name: records}))
+                curves.update(plot({training.folder.path.name: records}))
                 drawn = time.monotonic()
     except KeyboardInterrupt:
         training.stop()
         line.update({"text/plain": f"interrupted: {training.folder.status().get('reason')}"}, raw=True)
         raise
-    curves.update(loss_curves({training.folder.path.name: records}))
+    curves.update(plot({training.folder.path.name: records}))
 
 
 def _progress(record: dict[str, Any], steps: int) -> str:

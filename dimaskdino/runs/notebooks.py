@@ -3,15 +3,21 @@
 import difflib
 import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import yaml
 
+from dimaskdino.config import load_config
 from dimaskdino.errors import UserError
+from dimaskdino.progress import progress_bar
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.runs.live import NOTEBOOK_FOLDER
+
+POLL_SECONDS = 1.0
 
 
 def notebook_parameters(notebook: Path) -> dict[str, dict[str, Any]]:
@@ -43,7 +49,7 @@ def parse_parameters(notebook: Path, assignments: Sequence[str]) -> dict[str, An
 
 
 def check_parameters(notebook: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters that the notebook has, with values of the types it declares."""
+    """Check that a notebook has these parameters and that the values have the types it declares."""
     declared = notebook_parameters(notebook)
     for name, value in values.items():
         if name not in declared:
@@ -62,17 +68,17 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
     """Execute a notebook with parameters; the executed copy goes into the folder.
 
     Args:
-        notebook: what to execute.
-        folder: where the executed copy goes.
+        notebook: the notebook.
+        folder: folder for the executed copy.
         parameters: values of its parameters; the others keep their defaults.
-        echo: pass on what it writes to standard error, such as progress, while it runs.
+        echo: show in the terminal what it writes to standard error, and the progress of a training in the folder.
 
     Returns:
         The executed notebook.
 
     Raises:
-        UserError: unknown parameters, or the notebook failed; its own message is passed on, and the folder's status
-            says so too.
+        UserError: unknown parameters, or the notebook failed. The message is the notebook's own, and the status of the
+            folder has it too.
     """
     import papermill
     import zmq
@@ -86,19 +92,62 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
     folder.mkdir(parents=True, exist_ok=True)
     os.environ[NOTEBOOK_FOLDER] = str(folder.resolve())
     try:
-        papermill.execute_notebook(
-            *(str(notebook), str(output), values),
-            progress_bar=not echo,
-            stderr_file=sys.stderr if echo else None,
-            kernel_name="python3",
-            config=encryption,
-        )
+        with _TrainingProgress(folder, echo):
+            papermill.execute_notebook(
+                *(str(notebook), str(output), values),
+                progress_bar=not echo,
+                stderr_file=sys.stderr if echo else None,
+                kernel_name="python3",
+                config=encryption,
+            )
     except papermill.PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue}" if error.ename != "UserError" else error.evalue
         RunFolder(folder).note_failure(reason)
         raise UserError(f"{reason}\nthe notebook as far as it got: {output}") from None
     except DeadKernelError:
-        reason = "the notebook's kernel died, perhaps for want of memory"
+        reason = "the notebook's kernel died, perhaps because memory ran out"
         RunFolder(folder).note_failure(reason)
         raise UserError(f"{reason}\nthe notebook as far as it got: {output}") from None
     return output
+
+
+class _TrainingProgress:
+    """Shows the training that a notebook starts in a folder as a progress bar in the terminal.
+
+    A notebook shows its own progress to those who look at it; those who started it from a terminal see this bar. It
+    reads the folder's metrics, so it works whatever process trains.
+    """
+
+    def __init__(self, folder: Path, enabled: bool) -> None:
+        self._folder, self._enabled = RunFolder(folder), enabled
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> None:
+        if self._enabled:
+            self._seen = len(self._folder.read_metrics())
+            self._thread.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._enabled:
+            self._ended.set()
+            self._thread.join()
+
+    def _follow(self) -> None:
+        bar = None
+        while True:
+            ended = self._ended.wait(POLL_SECONDS)
+            records = [record for record in self._folder.read_metrics()[self._seen :] if "loss" in record]
+            if records and bar is None:
+                steps = load_config(self._folder.path / "config.yaml").schedule.steps
+                bar = progress_bar(description="training", total=steps, initial=records[0]["step"], unit="step")
+            if records and bar is not None and records[-1]["step"] > bar.n:
+                bar.set_postfix(loss=f"{records[-1]['loss']:.2f}", refresh=False)
+                bar.update(records[-1]["step"] - bar.n)
+            finished = bar is not None and bar.n >= (bar.total or 0)
+            if ended or finished:
+                break
+        if bar is not None:
+            bar.close()

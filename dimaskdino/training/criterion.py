@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dimaskdino import config
-from dimaskdino.modeling.records import Predictions, Stage, Targets
+from dimaskdino.modeling.structures import Predictions, Stage, Targets
 from dimaskdino.training.boxes import generalized_iou
 from dimaskdino.training.matcher import ALPHA, GAMMA, Matches, match
 from dimaskdino.training.points import sample_maps, sample_masks, uncertain_points

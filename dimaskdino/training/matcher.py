@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dimaskdino import config
-from dimaskdino.modeling.records import Stage, Targets
+from dimaskdino.modeling.structures import Stage, Targets
 from dimaskdino.training.boxes import generalized_iou
 from dimaskdino.training.points import sample_maps, sample_masks
 

@@ -19,24 +19,24 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
+from dimaskdino.checkpoints import load_checkpoint
+from dimaskdino.checkpoints.model_files import initialize_from, load_weights, save_model
 from dimaskdino.config import Config
 from dimaskdino.config import Data as DataSettings
 from dimaskdino.data import shapes
-from dimaskdino.data.loading import Batch, batches, explaining_dead_workers, training_dataset, training_loader
-from dimaskdino.data.statistics import describe
+from dimaskdino.data.dataloader import Batch, batches, explaining_dead_workers, training_dataset, training_loader
+from dimaskdino.data.summary import describe
+from dimaskdino.distributed import DistributedContext
 from dimaskdino.errors import UserError
-from dimaskdino.interop.published import load_any
 from dimaskdino.modeling import Detector, ImageBatch
 from dimaskdino.modeling.backbone import ResNet
-from dimaskdino.processes import Processes
+from dimaskdino.modeling.precision import autocast
+from dimaskdino.progress import progress_bar
 from dimaskdino.runs.folder import RunFolder
-from dimaskdino.training.checkpoint import load_resume_point, load_weights, save_model, save_resume_point, start_from
 from dimaskdino.training.criterion import Losses, criterion
 from dimaskdino.training.optimizer import build_optimizer, set_rate
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from dimaskdino.training.resume_points import load_resume_point, save_resume_point
 
 
 class NonFiniteLossError(UserError):
@@ -73,11 +73,11 @@ def train(config: Config, folder: RunFolder) -> None:
         UserError: wrong settings, data or disk; also `NonFiniteLossError`.
         Stopped: SIGTERM or SIGINT; the state is saved and `train` with the same folder goes on.
     """
-    with Processes.joined() as processes, explaining_dead_workers():
-        if processes.rank == 0:
+    with DistributedContext.join() as context, explaining_dead_workers():
+        if context.rank == 0:
             shapes.ensure(config.data)
-        processes.wait()
-        Trainer(config, folder, processes).run()
+        context.barrier()
+        Trainer(config, folder, context).run()
 
 
 def _look_at(data: DataSettings) -> None:
@@ -110,33 +110,24 @@ def arrange(detector: Detector, settings: Config) -> None:
         detector.pixel_decoder.compile()
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The precision of a forward pass, `train.precision`."""
-    return torch.autocast(device.type, PRECISIONS.get(precision), enabled=precision != "fp32")
-
-
 class Trainer:
     """One run in one process."""
 
-    def __init__(self, config: Config, folder: RunFolder, processes: Processes) -> None:
-        self.config, self.folder, self.processes = config, folder, processes
+    def __init__(self, config: Config, folder: RunFolder, context: DistributedContext) -> None:
+        self.config, self.folder, self.context = config, folder, context
         self.data = training_dataset(config)
-        if len(self.data.classes) != config.model.classes:
-            raise UserError(
-                f"model.classes is {config.model.classes}, but {self.data.annotations_file} has "
-                f"{len(self.data.classes)} categories"
-            )
-        if processes.rank == 0:
+        self.data.check_classes(config.model.classes)
+        if context.rank == 0:
             _look_at(config.data)
         torch.manual_seed(config.train.seed)
-        self.detector = Detector(config.model).to(processes.device)
+        self.detector = Detector(config.model).to(context.device)
         self.optimizer = build_optimizer(self.detector, config.optimizer)
-        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.train.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(context.device.type, enabled=config.train.precision == "fp16")
         self.step = 0
         self._resume()
         arrange(self.detector, config)
         self.model: nn.Module = self.detector
-        if processes.world > 1:
+        if context.world_size > 1:
             self.model = DistributedDataParallel(self.detector)
         self._signal: str | None = None  # that this process received
         self._stopping = False  # that some process received one; the same step for all of them
@@ -146,7 +137,7 @@ class Trainer:
 
     def _resume(self) -> None:
         state, remark = load_resume_point(self.folder.checkpoints)
-        if remark and self.processes.rank == 0:
+        if remark and self.context.rank == 0:
             print(f"{remark}; going on from the one before")
         if state is None:
             self._start_from(self.config.train.weights)
@@ -159,13 +150,13 @@ class Trainer:
     def _start_from(self, weights: Path | None) -> None:
         if weights is None:
             return
-        left = start_from(self.detector, load_any(weights).detector.state_dict(), str(weights))
-        if self.processes.rank == 0:
+        left = initialize_from(self.detector, load_checkpoint(weights).detector.state_dict(), str(weights))
+        if self.context.rank == 0:
             new = f"; for other classes, so these begin anew: {', '.join(left)}" if left else ""
             print(f"starting from {weights}{new}")
 
     def _save(self) -> None:
-        if self.processes.rank:
+        if self.context.rank:
             return
         state: dict[str, Any] = {
             "model": self.detector.state_dict(),
@@ -181,11 +172,11 @@ class Trainer:
         """Train, log, save; leaves `model.safetensors`."""
         steps, every = self.config.schedule.steps, self.config.train.checkpoint_every
         self.model.train()
-        loader = training_loader(self.data, self.config, self.step, self.processes.rank, self.processes.world)
+        loader = training_loader(self.data, self.config, self.step, self.context.rank, self.context.world_size)
         parts_of_steps = batches(loader)
-        with self._stopping_on_signals(), self.folder.metrics(self.step, self.processes.rank == 0) as metrics:
-            progress = tqdm(
-                total=steps, initial=self.step, desc="training", mininterval=2, disable=self.processes.rank > 0
+        with self._stopping_on_signals(), self.folder.metrics(self.step, self.context.rank == 0) as metrics:
+            progress = progress_bar(
+                total=steps, initial=self.step, description="training", disable=self.context.rank > 0
             )
             logged, started = self.step, time.perf_counter()
             while self.step < steps:
@@ -208,7 +199,7 @@ class Trainer:
                     reason = self._signal or "a signal to another process"
                     raise Stopped(f"{reason} at step {self.step} of {steps}; run again to go on from there")
             progress.close()
-        if self.processes.rank == 0:
+        if self.context.rank == 0:
             save_model(self.folder.model, self.detector, self.config, self.data.classes, self.step)
 
     def _train_step(self, parts: list[Batch]) -> tuple[dict[str, Tensor], Tensor]:
@@ -216,13 +207,13 @@ class Trainer:
         set_rate(self.optimizer, self.step, self.config.schedule)
         statistics = [buffer.clone() for buffer in self._statistics]
         count = sum(sum(part.targets.counts) for part in parts)
-        objects, signals = self.processes.sum(count, self._signal is not None)
-        objects, signals = objects / self.processes.world, Readback(signals)
+        objects, signals = self.context.sum(count, self._signal is not None)
+        objects, signals = objects / self.context.world_size, Readback(signals)
         terms: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             # what is drawn at random belongs to the piece of the batch, whichever process has it
-            entropy = [self.config.train.seed, 2, self.step, self.processes.rank * len(parts) + i]
+            entropy = [self.config.train.seed, 2, self.step, self.context.rank * len(parts) + i]
             torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
             unsynchronised = isinstance(self.model, DistributedDataParallel) and not last
             with self.model.no_sync() if unsynchronised else contextlib.nullcontext():
@@ -238,11 +229,11 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._stopping = signals.get() > 0 or (self.processes.world == 1 and self._signal is not None)
+        self._stopping = signals.get() > 0 or (self.context.world_size == 1 and self._signal is not None)
         return terms, norm
 
     def _forward(self, batch: Batch, objects: Tensor) -> Losses:
-        device = self.processes.device
+        device = self.context.device
         images = ImageBatch.from_images(batch.images, device)
         targets = batch.targets.to(device)
         with autocast(device, self.config.train.precision):
@@ -263,7 +254,7 @@ class Trainer:
 
     def _record(self, terms: dict[str, Tensor], norm: Tensor, seconds: float) -> dict[str, Any]:
         remaining = self.config.schedule.steps - self.step
-        values = self.processes.mean(torch.stack(list(terms.values()))).tolist()
+        values = self.context.mean(torch.stack(list(terms.values()))).tolist()
         return {
             "step": self.step,
             "loss": sum(values),

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from dimaskdino.evaluation.layers import LayerwiseAP
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.viz.style import BOX, CYCLE, GREY, MASK, NotebookFigure, style
 
 RUNNING_MEANS = 60  # how many stretches a long run is shown in, about
@@ -34,7 +34,7 @@ def stage_order(results: Iterable[LayerwiseAP]) -> list[str]:
     return sorted(names, key=lambda name: (kinds.index(parts[name][0]), int(parts[name][2] or 0)))
 
 
-def layerwise_ap(runs: Mapping[str, LayerwiseAP]) -> Figure:
+def plot_layerwise_ap(runs: Mapping[str, LayerwiseAP]) -> Figure:
     """Box and mask AP of every stage, and below how far segmentation is ahead, for one or several runs.
 
     Args:
@@ -90,7 +90,7 @@ def _imbalance(axes: Any, result: LayerwiseAP, place: dict[str, int], number: in
         axes.margins(y=0.3)
 
 
-def loss_curves(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
+def plot_losses(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
     """Total loss, and the last decoder layer's losses, over the steps; long runs as running means.
 
     Args:
@@ -142,7 +142,7 @@ class _PlainLog(LogFormatter):
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
-def first_and_last_layer(models: Mapping[str, Mapping[str, Mapping[str, float]]], title: str) -> Figure:
+def plot_first_and_last_layer(models: Mapping[str, Mapping[str, Mapping[str, float]]], title: str) -> Figure:
     """Figure 1 of the paper: box and mask AP of the first and of the last decoder layer.
 
     Args:
@@ -169,7 +169,7 @@ def first_and_last_layer(models: Mapping[str, Mapping[str, Mapping[str, float]]]
     return figure
 
 
-def draw_precision_recall(curves: Mapping[str, Float[np.ndarray, "101"]], title: str) -> Figure:
+def plot_precision_recall(curves: Mapping[str, Float[np.ndarray, "101"]], title: str) -> Figure:
     """Precision-recall curves; the area below each, its AP, is in the legend.
 
     Args:

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dimaskdino.modeling import Instances
@@ -22,37 +24,30 @@ def draw_instances(
     axes: Axes | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Masks, boxes, class names and scores over an image.
+    """Draw masks, boxes, class names and scores over an image.
 
     Args:
         image: (3, h, w) uint8 RGB.
         instances: detections at the image's size.
         classes: class names.
         threshold: detections with a lower score are left out.
-        axes: where to draw; a new figure at the image's aspect if None.
+        axes: where to draw; a new figure with the image's aspect ratio by default.
         title: above the image.
     """
     height, width = image.shape[-2:]
     with style():
         if axes is None:
-            shown = 7.0
-            scale = shown / max(height, width)
+            scale = 7.0 / max(height, width)
             figure = NotebookFigure(figsize=(max(2.0, width * scale), max(2.0, height * scale)), layout="constrained")
             axes = figure.subplots()
-        canvas = image.permute(1, 2, 0).cpu().numpy().astype(np.float64) / 255
         kept = (instances.scores >= threshold).nonzero().flatten().tolist()
         size = 9 if max(height, width) >= 64 else 7
+        axes.imshow(_with_masks(image, instances, kept), extent=(0, width, height, 0))
         for number, i in reversed(list(enumerate(kept))):  # the best on top
-            colour = np.array(to_rgb(CYCLE[number % len(CYCLE)]))
-            if instances.query_masks is not None:
-                mask = instances.query_masks[instances.mask_index[i]].cpu().numpy()
-                canvas[mask] = 0.5 * canvas[mask] + 0.5 * colour
-        axes.imshow(canvas, extent=(0, width, height, 0))
-        for number, i in reversed(list(enumerate(kept))):
             colour = CYCLE[number % len(CYCLE)]
             x0, y0, x1, y1 = instances.boxes[i].tolist()
             axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=colour, linewidth=1.6))
-            text = f"{classes[int(instances.labels[i])]} {float(instances.scores[i]):.2f}"
+            text = _label(instances, classes, i).replace("$", r"\$")
             box = {"facecolor": colour, "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
             x, y = min(max(x0, 0), width), min(max(y0, 0.065 * height), height)
             axes.text(x, y, text, fontsize=size, color="white", bbox=box, va="bottom", clip_on=True)
@@ -64,24 +59,56 @@ def draw_instances(
     return figure_of
 
 
+def paint_instances(
+    image: Tensor, instances: Instances, classes: Sequence[str], threshold: float = 0.0
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Paint detections into the pixels of an image, for videos: like `draw_instances`, at the image's own size."""
+    kept = (instances.scores >= threshold).nonzero().flatten().tolist()
+    canvas = Image.fromarray((255 * _with_masks(image, instances, kept)).astype(np.uint8))
+    draw = ImageDraw.Draw(canvas)
+    for number, i in reversed(list(enumerate(kept))):
+        colour = CYCLE[number % len(CYCLE)]
+        corners = instances.boxes[i].tolist()
+        draw.rectangle(corners, outline=colour, width=2)
+        text = _label(instances, classes, i)
+        place = (corners[0], max(0.0, corners[1] - 12))
+        draw.rectangle(draw.textbbox(place, text), fill=colour)
+        draw.text(place, text, fill="white")
+    return np.asarray(canvas)
+
+
+def _with_masks(image: Tensor, instances: Instances, kept: Sequence[int]) -> np.ndarray:
+    """The image (h, w, 3) in [0, 1] with the masks blended in, the best on top."""
+    canvas = image.permute(1, 2, 0).cpu().numpy().astype(np.float64) / 255
+    if instances.query_masks is not None:
+        for number, i in reversed(list(enumerate(kept))):
+            mask = instances.query_masks[instances.mask_index[i]].cpu().numpy()
+            canvas[mask] = 0.5 * canvas[mask] + 0.5 * np.array(to_rgb(CYCLE[number % len(CYCLE)]))
+    return canvas
+
+
+def _label(instances: Instances, classes: Sequence[str], i: int) -> str:
+    return f"{classes[int(instances.labels[i])]} {float(instances.scores[i]):.2f}"
+
+
 def draw_stages(
-    image: Tensor, found: Mapping[str, Instances], classes: Sequence[str], threshold: float = 0.3
+    image: Tensor, stages: Mapping[str, Instances], classes: Sequence[str], threshold: float = 0.3
 ) -> Figure:
-    """One image with the detections of several stages side by side.
+    """Draw one image with the detections of several stages side by side.
 
     Args:
         image: (3, h, w) uint8 RGB.
-        found: detections at the image's size by stage name.
+        stages: detections at the image's size by stage name.
         classes: class names.
         threshold: detections with a lower score are left out.
     """
-    columns = min(4, len(found))
-    rows = -(-len(found) // columns)
+    columns = min(4, len(stages))
+    rows = -(-len(stages) // columns)
     aspect = image.shape[-2] / image.shape[-1]
     figure = NotebookFigure(figsize=(3.4 * columns, (3.4 * aspect + 0.4) * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for each in axes[len(found) :]:
+    for each in axes[len(stages) :]:
         each.set_axis_off()
-    for each, (name, instances) in zip(axes, found.items(), strict=False):
+    for each, (name, instances) in zip(axes, stages.items(), strict=False):
         draw_instances(image, instances, classes, threshold, each, short_name(name).replace("\n", " "))
     return figure

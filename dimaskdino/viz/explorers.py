@@ -17,12 +17,12 @@ import traitlets
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dimaskdino.evaluation.layers import LayerwiseAP
-from dimaskdino.evaluation.objects import track_objects
-from dimaskdino.evaluation.predict import Look
-from dimaskdino.viz.curves import layerwise_ap, short_name
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
+from dimaskdino.inspection.look import Look
+from dimaskdino.inspection.objects import track_objects
+from dimaskdino.viz.curves import plot_layerwise_ap, short_name
 from dimaskdino.viz.objects import draw_objects
-from dimaskdino.viz.studies import draw_ablation
+from dimaskdino.viz.studies import plot_ablation
 from dimaskdino.viz.tokens import draw_guidance, draw_sampling, draw_selection
 
 
@@ -248,7 +248,7 @@ def explore_curves(runs: Mapping[str, LayerwiseAP]) -> Explorer:
     chosen = widgets.SelectMultiple(options=list(runs), value=list(runs), description="runs", style=_STYLE)
 
     def draw(names: tuple[str, ...]) -> Figure:
-        return layerwise_ap({name: runs[name] for name in names or runs})
+        return plot_layerwise_ap({name: runs[name] for name in names or runs})
 
     def describe(names: tuple[str, ...]) -> str:
         return "Last stage: " + "; ".join(f"{n} box AP {runs[n].last.box.AP:.1f}" for n in names or runs)
@@ -264,11 +264,11 @@ def explore_studies(
 
     Args:
         rows: for each study's title the labels by row name.
-        columns: for each study's title what `draw_ablation` takes.
+        columns: for each study's title what `plot_ablation` takes.
     """
 
     def draw(study: str) -> Figure:
-        return draw_ablation(rows[study], columns[study], study)
+        return plot_ablation(rows[study], columns[study], study)
 
     def describe(study: str) -> str:
         parts = []

@@ -3,8 +3,8 @@
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from dimaskdino.evaluation.objects import ObjectTrack, true_boxes
-from dimaskdino.evaluation.predict import Look
+from dimaskdino.inspection.look import Look
+from dimaskdino.inspection.objects import ObjectTrack
 from dimaskdino.viz.curves import short_name
 from dimaskdino.viz.detections import draw_instances
 from dimaskdino.viz.style import BOX, CYCLE, MASK, NotebookFigure, style
@@ -18,7 +18,7 @@ def draw_objects(look: Look, track: ObjectTrack, stage: str, threshold: float = 
         figure = NotebookFigure(figsize=(15, 4.9), layout="constrained")
         truth, found, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.25])
         draw_image(look, truth, "1 true object" if objects == 1 else f"{objects} true objects")
-        for number, (x0, y0, x1, y1) in enumerate(true_boxes(look.sample).tolist()):
+        for number, (x0, y0, x1, y1) in enumerate(look.sample.boxes.tolist()):
             colour = CYCLE[number % len(CYCLE)]
             truth.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=colour, linewidth=1.8))
             name = f"{number + 1} {look.classes[int(look.sample.labels[number])]}"
@@ -41,7 +41,7 @@ def draw_objects(look: Look, track: ObjectTrack, stage: str, threshold: float = 
     return figure
 
 
-def draw_mean_ious(tracks: list[ObjectTrack]) -> Figure:
+def plot_mean_ious(tracks: list[ObjectTrack]) -> Figure:
     """Mean box and mask IoU over the objects of several images, stage by stage.
 
     Objects that nothing of their class was found for count with 0.

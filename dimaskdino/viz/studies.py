@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from dimaskdino.evaluation.comparison import Difference
-from dimaskdino.evaluation.layers import LayerwiseAP
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
+from dimaskdino.studies.comparison import Difference
 from dimaskdino.viz.curves import short_name, stage_order
 from dimaskdino.viz.style import BOX, CYCLE, GREY, MASK, NotebookFigure, style
 
 
-def draw_ablation(
+def plot_ablation(
     rows: Mapping[str, str], columns: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str
 ) -> Figure:
     """Box and mask AP of variants of a model, a panel for each source of numbers; a bar marks the mean of several.
@@ -44,7 +44,7 @@ def draw_ablation(
     return figure
 
 
-def draw_study_layers(rows: Mapping[str, Sequence[LayerwiseAP]], title: str) -> Figure:
+def plot_study_layers(rows: Mapping[str, Sequence[LayerwiseAP]], title: str) -> Figure:
     """Box AP, mask AP and the imbalance at every stage, for variants of a model: mean and standard deviation.
 
     Args:
@@ -91,7 +91,7 @@ def _at(results: Sequence[LayerwiseAP], stage: str, what: str) -> list[float]:
     return [value for value in found if value is not None]
 
 
-def draw_differences(panels: Mapping[str, Mapping[str, tuple[Difference, Mapping[str, float]]]], title: str) -> Figure:
+def plot_differences(panels: Mapping[str, Mapping[str, tuple[Difference, Mapping[str, float]]]], title: str) -> Figure:
     """Differences between variants: each seed, their mean, its intervals, and what was published.
 
     Args:

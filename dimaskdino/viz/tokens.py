@@ -11,9 +11,9 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from dimaskdino.evaluation.objects import token_owners, true_boxes
-from dimaskdino.evaluation.predict import Look
-from dimaskdino.modeling.records import SelectedTokens
+from dimaskdino.inspection.look import Look
+from dimaskdino.inspection.objects import token_owners
+from dimaskdino.modeling.structures import SelectedTokens
 from dimaskdino.viz.style import CYCLE, GREY, ORANGE, NotebookFigure, style
 
 _MARKERS = ("o", "s", "^", "D")  # one a level, finest first
@@ -66,7 +66,7 @@ def draw_selection(look: Look, selections: Sequence[int] = (0, 1), k: Sequence[i
             outlines = np.stack([x, y, x + w, y, x + w, y + h, x, y + h, x, y], axis=1).reshape(-1, 5, 2)
             axes.add_collection(LineCollection(list(outlines), colors=CYCLE[number], linewidths=0.7, alpha=0.55))
             _scatter_tokens(look, axes, tokens, CYCLE[number], 34, shown)
-            for x0, y0, x1, y1 in true_boxes(look.sample).tolist():
+            for x0, y0, x1, y1 in look.sample.boxes.tolist():
                 axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="black", linewidth=1.8))
         figure.supxlabel("black: true boxes    marker: level, ○ finest, then □ △ ◇", fontsize=10)
     return figure

@@ -64,7 +64,7 @@ def _box(axes: Axes, image: Tensor, box: Tensor, colour: str, line: str) -> None
     axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=colour, linestyle=line, linewidth=1.8))
 
 
-def draw_loss_terms(losses: Mapping[str, float], title: str = "Weighted losses of one batch, by stage") -> Figure:
+def plot_loss_terms(losses: Mapping[str, float], title: str = "Weighted losses of one batch, by stage") -> Figure:
     """The weighted losses as a bar for each stage.
 
     Args:
@@ -110,11 +110,11 @@ def draw_denoising(image: Tensor, truth: Tensor, denoising: DenoisingQueries, ob
             for number in range(objects):
                 _box(axes[group], image, truth[number], CYCLE[number % len(CYCLE)], "-")
                 _box(axes[group], image, noised[group, number], CYCLE[number % len(CYCLE)], ":")
-        axes[-1].imshow(denoising.mask.numpy(), cmap=ListedColormap([SKY, "white"]), vmin=0, vmax=1)
+        axes[-1].imshow(denoising.attention_mask.numpy(), cmap=ListedColormap([SKY, "white"]), vmin=0, vmax=1)
         axes[-1].axhline(rows - 0.5, color=BLUE, linewidth=1)
         axes[-1].axvline(rows - 0.5, color=BLUE, linewidth=1)
         axes[-1].set(xlabel="is looked at", ylabel="looks", title="self-attention: blue is allowed")
-        places = [rows / 2, rows + (len(denoising.mask) - rows) / 2]
+        places = [rows / 2, rows + (len(denoising.attention_mask) - rows) / 2]
         axes[-1].set_xticks(places, ["denoising", "matching"])
         axes[-1].set_yticks(places, ["denoising", "matching"], rotation=90, va="center")
         axes[-1].grid(False)

@@ -19,12 +19,11 @@ images: int = 6  # images to look at
 overrides: list = []  # settings that differ from those of the training, such as data.root
 
 # %%
-import json
-from pathlib import Path
 
 from dimaskdino.course import begin, checks
-from dimaskdino.evaluation.objects import track_objects
-from dimaskdino.viz import draw_mean_ious, draw_objects, first_and_last_layer, layerwise_ap
+from dimaskdino.inspection.objects import track_objects
+from dimaskdino.studies.report import paper_tables
+from dimaskdino.viz import draw_objects, plot_first_and_last_layer, plot_layerwise_ap, plot_mean_ious
 from dimaskdino.viz.explorers import explore_curves, explore_layers
 
 lesson = begin(model, overrides)
@@ -36,9 +35,9 @@ lesson = begin(model, overrides)
 # behind its masks; with De-Imbalance and BATO half a point is left.
 
 # %%
-published = json.loads(Path("docs/paper_tables.json").read_text())["figure_1_layer_ap_bdd100k"]
+published = paper_tables()["figure_1_layer_ap_bdd100k"]
 names = {"maskdino": "MaskDINO", "dimaskdino": "DI-MaskDINO"}
-first_and_last_layer({names[k]: published[k] for k in names}, "Published, BDD100K")
+plot_first_and_last_layer({names[k]: published[k] for k in names}, "Published, BDD100K")
 
 # %% [markdown]
 # ## Measured: a small model and its baseline
@@ -50,7 +49,7 @@ first_and_last_layer({names[k]: published[k] for k in names}, "Published, BDD100
 # %%
 result = lesson.layerwise_ap()
 models = {"MaskDINO": begin(baseline, overrides).layerwise_ap(), "DI-MaskDINO": result}
-first_and_last_layer({name: layers.first_and_last() for name, layers in models.items()}, "Measured, shapes")
+plot_first_and_last_layer({name: layers.first_and_last() for name, layers in models.items()}, "Measured, shapes")
 
 # %% [markdown]
 # **Compare.** The lag of the first layer shrinks here too. Two things are different: masks stay ahead of boxes at the
@@ -72,7 +71,7 @@ first_and_last_layer({name: layers.first_and_last() for name, layers in models.i
 print(result.table())
 
 # %%
-layerwise_ap({"DI-MaskDINO": result})
+plot_layerwise_ap({"DI-MaskDINO": result})
 
 # %% [markdown]
 # ### Explore
@@ -122,7 +121,7 @@ draw_objects(looks[0], tracks[0], list(looks[0].predictions.stages)[-1])
 # Solid lines are boxes, dashed ones masks. Over all the images looked at:
 
 # %%
-draw_mean_ious(tracks)
+plot_mean_ious(tracks)
 
 # %% [markdown]
 # ### Explore

@@ -28,8 +28,8 @@ overrides: list = []  # settings that differ from those of the training, such as
 import torch
 
 from dimaskdino.course import begin, checks
-from dimaskdino.evaluation.objects import token_owners, track_objects
-from dimaskdino.viz import draw_interaction, draw_mean_ious, draw_selection
+from dimaskdino.inspection.objects import token_owners, track_objects
+from dimaskdino.viz import draw_interaction, draw_selection, plot_mean_ious
 from dimaskdino.viz.explorers import explore_selection
 
 lesson = begin(model, overrides)
@@ -141,7 +141,7 @@ if checks.check_recall(recall):
 
 # %%
 tracks = [track_objects(look) for look in looks]
-draw_mean_ious(tracks)
+plot_mean_ious(tracks)
 
 # %% [markdown]
 # ### Exercise 3.4, to discuss

@@ -23,7 +23,7 @@ overrides: list = []  # settings that differ from those of the training, such as
 import torch
 
 from dimaskdino.course import begin, checks
-from dimaskdino.evaluation.objects import box_owners, token_owners
+from dimaskdino.inspection.objects import box_owners, token_owners
 from dimaskdino.viz import draw_guidance, draw_mask_features, draw_token_maps
 from dimaskdino.viz.explorers import explore_guidance
 
@@ -36,7 +36,7 @@ print(f"{trace.T_g_mask.shape[1]} guiding tokens for {trace.T_i.tokens.shape[1]}
 # ## Guiding tokens
 #
 # The $G$ queries whose best class scores highest (`TokenOptimization._guiding_tokens` in
-# `dimaskdino/modeling/token_optimization.py`):
+# `dimaskdino/modeling/bato.py`):
 #
 # ```python
 # T_g_mask = heads.mask(gather_rows(guide.content, indices))

@@ -18,11 +18,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from dimaskdino.course import begin, checks
-from dimaskdino.data.loading import collate, training_dataset
+from dimaskdino.data.dataloader import collate, training_dataset
 from dimaskdino.modeling import ImageBatch
 from dimaskdino.training.criterion import criterion
 from dimaskdino.training.matcher import match, matching_costs
-from dimaskdino.viz import draw_denoising, draw_loss_terms, draw_matching, loss_curves
+from dimaskdino.viz import draw_denoising, draw_matching, plot_loss_terms, plot_losses
 
 lesson = begin(model, overrides)
 settings = lesson.trained.config
@@ -94,7 +94,7 @@ checks.check_cheapest(cheapest)
 
 # %%
 losses = criterion(predictions, targets, settings.loss, sum(targets.counts))
-draw_loss_terms({name: float(value) for name, value in losses.terms.items()})
+plot_loss_terms({name: float(value) for name, value in losses.terms.items()})
 
 # %% [markdown]
 # **Read it.** Which stage has the largest loss, and which term? The token-interaction stages have no masks, so they
@@ -162,7 +162,7 @@ draw_denoising(sample.image, targets.boxes[0], denoising, targets.labels.shape[1
 
 # %%
 records = lesson.run.read_metrics()
-loss_curves({"DI-MaskDINO": records}) if records else print("no records")
+plot_losses({"DI-MaskDINO": records}) if records else print("no records")
 
 # %% [markdown]
 # The steps down are where the learning rate is lowered (`schedule.drops`). To train one yourself, in about a quarter

@@ -22,9 +22,8 @@ from torchvision.ops import box_iou
 
 from dimaskdino.course import begin, checks
 from dimaskdino.evaluation.coco_ap import precision_curves, read_truth
-from dimaskdino.evaluation.layers import detect_layers
-from dimaskdino.evaluation.objects import true_boxes
-from dimaskdino.viz import draw_precision_recall, layerwise_ap
+from dimaskdino.evaluation.layerwise_ap import detect_layers
+from dimaskdino.viz import plot_layerwise_ap, plot_precision_recall
 
 lesson = begin(model, overrides)
 found = detect_layers(lesson.trained)
@@ -118,7 +117,7 @@ if solved:
     category, scores, right, objects = lesson.data.category_ids[number], [], [], 0
     for i in range(len(lesson.data)):
         sample = lesson.data[i]
-        boxes = true_boxes(sample)[sample.labels == number] if len(sample.labels) else torch.zeros(0, 4)
+        boxes = sample.boxes[sample.labels == number]
         mine = [d for d in found[stage].boxes if d["image_id"] == sample.image_id and d["category_id"] == category]
         mine.sort(key=lambda d: -d["score"])
         corners = torch.tensor([d["bbox"] for d in mine]).view(-1, 4)
@@ -140,7 +139,7 @@ curves = {
     for least in (0.5, 0.75, 0.9)
     for kind in ("box", "mask")
 }
-draw_precision_recall(curves, f"{label}, {stage}")
+plot_precision_recall(curves, f"{label}, {stage}")
 
 # %% [markdown]
 # **Read it.** A curve that ends early misses objects; one that sags has wrong detections with high scores. What does
@@ -155,7 +154,7 @@ result = lesson.layerwise_ap()
 print(result.table())
 
 # %%
-layerwise_ap({"DI-MaskDINO": result})
+plot_layerwise_ap({"DI-MaskDINO": result})
 
 # %% [markdown]
 # ### Exercise 6.4, to discuss

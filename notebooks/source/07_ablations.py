@@ -12,7 +12,6 @@
 results: str = "notebooks/studies"  # a study folder: runs/ROW_SEED/evaluation/layers.json
 
 # %%
-import json
 import os
 from pathlib import Path
 
@@ -21,14 +20,14 @@ from IPython.display import Markdown
 from dimaskdino.course import checks
 from dimaskdino.modeling import Detector
 from dimaskdino.runs import project_root
-from dimaskdino.runs.study import load_study
-from dimaskdino.runs.study_report import StudyReport
-from dimaskdino.viz import draw_ablation, draw_differences, draw_study_layers
+from dimaskdino.studies.report import StudyReport, paper_tables
+from dimaskdino.studies.study import load_study
+from dimaskdino.viz import plot_ablation, plot_differences, plot_study_layers
 from dimaskdino.viz.explorers import explore_studies
 
 os.chdir(project_root())
 studies = [load_study(path) for path in sorted(Path("configs/ablations").glob("table_*.yaml"))]
-tables = json.loads(Path("docs/paper_tables.json").read_text())
+tables = paper_tables()
 modules = next(study for study in studies if "table 4" in study.title)
 
 # %% [markdown]
@@ -85,7 +84,7 @@ def columns_of(study):
 
 
 labels = {study.title: {row.name: row.label for row in study.rows} for study in studies}
-draw_ablation(labels[modules.title], columns_of(modules), modules.title)
+plot_ablation(labels[modules.title], columns_of(modules), modules.title)
 
 # %%
 report = StudyReport.of(modules, "shapes", Path(results))
@@ -147,7 +146,7 @@ if checks.check_paired(paired):
 # replacement, a thousand times, the same images for both models (a *paired bootstrap*).
 
 # %%
-draw_differences(report.comparisons(), "Differences to the model with neither module")
+plot_differences(report.comparisons(), "Differences to the model with neither module")
 
 # %%
 Markdown(report.markdown())
@@ -162,7 +161,7 @@ Markdown(report.markdown())
 
 # %%
 by_label = {labels[modules.title][name]: [m.result for m in runs.values()] for name, runs in report.measured.items()}
-draw_study_layers(by_label, "Table 4 in miniature, every stage")
+plot_study_layers(by_label, "Table 4 in miniature, every stage")
 
 # %% [markdown]
 # ### Exercise 7.3, to discuss

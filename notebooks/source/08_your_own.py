@@ -25,21 +25,20 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import nn
 
+from dimaskdino import load
+from dimaskdino.cli.data import check as data_check
 from dimaskdino.config import Shapes, load_config
 from dimaskdino.course import begin, checks
 from dimaskdino.data.coco import CocoDataset
-from dimaskdino.data.commands import check as data_check
-from dimaskdino.data.loading import batches, training_dataset, training_loader
+from dimaskdino.data.dataloader import batches, training_dataset, training_loader
 from dimaskdino.data.shapes import CLASSES, scene
-from dimaskdino.evaluation.layers import evaluate_layers
-from dimaskdino.evaluation.objects import track_objects
-from dimaskdino.evaluation.predict import predict_stages
+from dimaskdino.evaluation.layerwise_ap import evaluate_layers
+from dimaskdino.inspection.objects import track_objects
 from dimaskdino.modeling import ImageBatch
 from dimaskdino.runs import TrainingProcess, show_training
-from dimaskdino.training.checkpoint import load_model
 from dimaskdino.training.criterion import criterion
 from dimaskdino.training.optimizer import build_optimizer
-from dimaskdino.viz import draw_instances, layerwise_ap
+from dimaskdino.viz import plot_layerwise_ap, plot_losses
 
 lesson = begin(model, overrides)
 folder = Path(folder).resolve()
@@ -132,24 +131,23 @@ changes = [
 ]
 run = folder / f"fine_tuned_{steps}"
 with TrainingProcess(config, run, [*changes, f"train.weights={Path(model).resolve()}"]) as training:
-    show_training(training, steps)
+    show_training(training, steps, plot_losses)
 
 # %% [markdown]
 # Was it worth it? The same number of steps from nothing:
 
 # %%
 with TrainingProcess(config, folder / f"from_nothing_{steps}", changes) as training:
-    show_training(training, steps)
+    show_training(training, steps, plot_losses)
 
 # %%
-results = {name: evaluate_layers(load_model(folder / f"{name}_{steps}")) for name in ("fine_tuned", "from_nothing")}
-layerwise_ap(results)
+results = {name: evaluate_layers(load(folder / f"{name}_{steps}")) for name in ("fine_tuned", "from_nothing")}
+plot_layerwise_ap(results)
 
 # %%
-tuned = load_model(run)
+tuned = load(run)
 sample = CocoDataset(folder / "data", "val")[0]
-found = next(reversed(predict_stages(tuned, sample.image).values()))
-draw_instances(sample.image, found, tuned.classes, threshold=0.3)
+tuned.predict(sample.image)
 
 # %% [markdown]
 # ### Exercise 8.2, to discuss

@@ -23,27 +23,22 @@ images: int = 4  # photographs to look at
 overrides: list = []  # settings that differ from the configuration
 
 # %%
-import json
 import os
 from pathlib import Path
 
-import torch
-
-from dimaskdino.cli import convert
+from dimaskdino import load, load_config
 from dimaskdino.course import begin, checks
-from dimaskdino.data.coco import Sample
-from dimaskdino.evaluation.layers import evaluate_layers
-from dimaskdino.evaluation.predict import find_images, look_at
+from dimaskdino.data.images import find_files
+from dimaskdino.evaluation.layerwise_ap import evaluate_layers
 from dimaskdino.runs import project_root
-from dimaskdino.training.checkpoint import load_model
+from dimaskdino.studies.report import paper_tables
 from dimaskdino.viz import (
     draw_guidance,
     draw_sampling,
     draw_selection,
     draw_stages,
     draw_token_maps,
-    first_and_last_layer,
-    layerwise_ap,
+    plot_first_and_last_layer,
 )
 from dimaskdino.viz.explorers import explore_guidance, explore_sampling, explore_selection
 
@@ -55,12 +50,8 @@ from dimaskdino.viz.explorers import explore_guidance, explore_sampling, explore
 # %%
 os.chdir(project_root())
 if checkpoint:
-    converted = Path(checkpoint).with_suffix(".safetensors").resolve()
-    if not converted.exists():
-        convert(Path(checkpoint), converted, tuple(overrides), Path(config))  # `dimaskdino convert`, see its --help
-    trained = load_model(converted)
-    samples = [Sample.of_photo(path) for path in find_images([Path(photos)])[:images]]
-    looks = [look_at(trained, sample) for sample in samples]
+    trained = load(checkpoint, config=load_config(config, overrides))
+    looks = [trained.inspect(file) for file, _ in find_files([Path(photos)])[:images]]
 else:
     lesson = begin(model, overrides)
     trained, looks = lesson.trained, lesson.looks(images)
@@ -111,13 +102,13 @@ explore_guidance(looks)
 
 # %%
 if coco:
-    measured = load_model(converted, overrides=[f"data.root={coco}"])
-    layerwise = evaluate_layers(measured, "cuda" if torch.cuda.is_available() else "cpu")
-    figure = layerwise_ap({"published weights": layerwise})
+    measured = load(checkpoint, config=load_config(config, [*overrides, f"data.root={coco}"]))
+    layerwise = evaluate_layers(measured)
+    figure = plot_layerwise_ap({"published weights": layerwise})
 else:
-    published = json.loads(Path("docs/paper_tables.json").read_text())["figure_1_layer_ap_bdd100k"]
+    published = paper_tables()["figure_1_layer_ap_bdd100k"]
     names = {"maskdino": "MaskDINO", "dimaskdino": "DI-MaskDINO"}
-    figure = first_and_last_layer({names[k]: published[k] for k in names}, "Published, BDD100K")
+    figure = plot_first_and_last_layer({names[k]: published[k] for k in names}, "Published, BDD100K")
 figure  # noqa: B018
 
 # %% [markdown]

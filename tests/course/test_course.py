@@ -13,13 +13,13 @@ from small import FILE, RUN, trained_file
 from small import MODEL as SMALL_MODEL
 from torchvision.ops import box_iou
 
+from dimaskdino import load
 from dimaskdino.course import begin, checks
 from dimaskdino.course.build import notebooks_of, repository, with_solutions, without_solutions
 from dimaskdino.errors import UserError
-from dimaskdino.evaluation.layers import LayerwiseAP
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.runs import RunFolder
-from dimaskdino.runs.study import load_study
-from dimaskdino.training.checkpoint import load_model
+from dimaskdino.studies.study import load_study
 
 NOTEBOOKS = Path(__file__).parent.parent.parent / "notebooks"
 SOURCES = sorted((NOTEBOOKS / "source").glob("*.py"))
@@ -53,7 +53,7 @@ def test_shipped_models_are_small_and_say_what_they_reach():
     models = NOTEBOOKS / "models"
     assert sum(file.stat().st_size for file in models.rglob("*.safetensors")) < 25e6
     for name in ("dimaskdino", "maskdino"):
-        trained = load_model(models / name)
+        trained = load(models / name)
         assert trained.step == trained.config.schedule.steps == 10_000
         assert list(LayerwiseAP.load(models / name / "evaluation" / "layers.json").stages)[-1] == "decoder.4"
         assert RunFolder(models / name).read_metrics()[-1]["step"] == 10_000

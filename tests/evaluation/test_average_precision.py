@@ -18,7 +18,7 @@ from dimaskdino.evaluation.coco_ap import (
     read_truth,
 )
 from dimaskdino.evaluation.detections import Detections
-from dimaskdino.evaluation.layers import LayerwiseAP, StageAP
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
 from dimaskdino.modeling import Instances
 
 

@@ -11,16 +11,17 @@ import pytest
 import torch
 from small import trained_file
 
+from dimaskdino import load
+from dimaskdino.benchmarks import coco_ap as coco_benchmark
 from dimaskdino.errors import UserError
-from dimaskdino.evaluation import coco_size, detections, layers
+from dimaskdino.evaluation import detections, layerwise_ap
 from dimaskdino.evaluation.detections import Detections, DetectionStore
-from dimaskdino.evaluation.layers import annotations_of, detect_layers, evaluate_layers, score_layers
-from dimaskdino.training.checkpoint import load_model
+from dimaskdino.evaluation.layerwise_ap import annotations_of, detect_layers, evaluate_layers, score_layers
 
 
 @pytest.fixture(scope="module")
 def model(shapes_data, tmp_path_factory):
-    return load_model(trained_file(tmp_path_factory.mktemp("model") / "model.safetensors", shapes_data))
+    return load(trained_file(tmp_path_factory.mktemp("model") / "model.safetensors", shapes_data))
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def assert_same(a, b):
 
 def test_an_interrupted_evaluation_goes_on(model, small_parts, tmp_path, monkeypatch):
     whole = detect_layers(model)
-    real, calls = layers._detect, []
+    real, calls = layerwise_ap._detect, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -45,7 +46,7 @@ def test_an_interrupted_evaluation_goes_on(model, small_parts, tmp_path, monkeyp
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(layers, "_detect", interrupted)
+    monkeypatch.setattr(layerwise_ap, "_detect", interrupted)
     with pytest.raises(KeyboardInterrupt):
         detect_layers(model, folder=tmp_path / "d")
     assert len(list((tmp_path / "d").glob("*.safetensors"))) == 2
@@ -110,14 +111,14 @@ def test_two_processes_evaluate_as_one(shapes_data, tmp_path, monkeypatch):
     )
     assert done.returncode == 0, done.stderr
     two = json.loads((tmp_path / "evaluation" / "layers.json").read_text())
-    evaluate_layers(load_model(file)).save(tmp_path / "one.json")
+    evaluate_layers(load(file)).save(tmp_path / "one.json")
     assert two == json.loads((tmp_path / "one.json").read_text())
     assert not (tmp_path / "evaluation" / "detections").exists()
 
 
 def test_the_measurement_at_the_size_of_coco_agrees_with_pycocotools(monkeypatch):
-    monkeypatch.setattr(coco_size, "SHAPES", 40)
-    record = coco_size.measure(images=60, stages=2, detections=20)
+    monkeypatch.setattr(coco_benchmark, "SHAPES", 40)
+    record = coco_benchmark.measure(images=60, stages=2, detections=20)
     for kind in ("box", "mask"):
         assert record["one_stage"][kind]["largest_difference"] < 1e-9
     assert 5 < record["ap"]["decoder.0"][0] < 95

@@ -1,4 +1,4 @@
-"""Predictions against recorded outputs of the published implementations (bars: tests/data/golden/README.md)."""
+"""Predictions against recorded outputs of the published implementations (bars: tests/fixtures/golden/README.md)."""
 
 import numpy as np
 import pytest

@@ -13,10 +13,10 @@ from jupyter_client.manager import start_new_kernel
 from small import FILE, overrides
 
 from dimaskdino.errors import UserError
-from dimaskdino.evaluation.layers import LayerwiseAP
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.runs import RunFolder, TrainingProcess
 from dimaskdino.runs.notebooks import check_parameters, parse_parameters, run_notebook
-from dimaskdino.training.checkpoint import load_resume_point
+from dimaskdino.training.resume_points import load_resume_point
 
 NOTEBOOKS = Path(__file__).parent.parent.parent / "notebooks" / "runs"
 
@@ -79,7 +79,7 @@ def test_leaving_a_training_early_stops_it_with_a_checkpoint(shapes_data, tmp_pa
 def test_a_training_that_fails_says_why(shapes_data, tmp_path):
     with (
         TrainingProcess(str(FILE), tmp_path, [*overrides(shapes_data), "model.classes=9"]) as training,
-        pytest.raises(UserError, match=r"model.classes is 9, but .*has 5 categories"),
+        pytest.raises(UserError, match=r"the model has 9 classes, but .*has 5 categories"),
     ):
         list(training.follow())
 

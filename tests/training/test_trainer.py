@@ -13,16 +13,17 @@ import torch
 from faults import assert_equal_models, finish, process, wait_for_step
 from small import FILE, overrides, settings
 
+from dimaskdino import load
 from dimaskdino.config import Config
-from dimaskdino.data.loading import training_dataset, training_loader
+from dimaskdino.data.dataloader import training_dataset, training_loader
+from dimaskdino.distributed import DistributedContext
 from dimaskdino.errors import UserError
-from dimaskdino.processes import Processes
+from dimaskdino.runs.export import export
 from dimaskdino.runs.folder import RunFolder
-from dimaskdino.training import __main__ as training_main
-from dimaskdino.training import checkpoint
-from dimaskdino.training.checkpoint import load_model, load_resume_point, save_resume_point
-from dimaskdino.training.export import export
+from dimaskdino.training import launch as training_main
+from dimaskdino.training import resume_points
 from dimaskdino.training.optimizer import build_optimizer, rate_factor
+from dimaskdino.training.resume_points import load_resume_point, save_resume_point
 from dimaskdino.training.trainer import NonFiniteLossError, Trainer, train
 
 
@@ -49,13 +50,13 @@ def test_a_run_leaves_its_records(finished):
     assert {"decoder.2/giou", "token_interaction.1/l1", "denoising.decoder.0/dice"} <= set(records[-1]["losses"])
     assert json.loads((finished.path / "versions.json").read_text())["packages"]["torch"] == torch.__version__
     assert list((finished.path / "tensorboard").iterdir())
-    model = load_model(finished.path)
+    model = load(finished.path)
     assert model.step == 6
     assert model.classes == ["disk", "rectangle", "triangle", "star", "ring"]
 
 
 def one_step_gradients(data: Path, folder: Path, *changes: str) -> dict[str, torch.Tensor]:
-    trainer = Trainer(settings(data, *changes), RunFolder(folder), Processes(0, 1, torch.device("cpu")))
+    trainer = Trainer(settings(data, *changes), RunFolder(folder), DistributedContext(0, 1, torch.device("cpu")))
     gradients: dict[str, torch.Tensor] = {}
 
     def remember(*_: object) -> None:
@@ -88,7 +89,7 @@ def test_recomputed_activations_change_nothing(shapes_data, tmp_path):
     for name, gradient in plain.items():
         torch.testing.assert_close(saving[name], gradient, msg=name)
     run = run_training(tmp_path / "c", shapes_data, "train.checkpoint_activations=true")
-    assert load_model(run.path).step == 6
+    assert load(run.path).step == 6
 
 
 ONE_STEP = ("schedule.steps=1", "schedule.drops=[1]", "schedule.warmup=0", "optimizer.weight_decay=0", *UNCLIPPED)
@@ -97,7 +98,7 @@ ONE_STEP = ("schedule.steps=1", "schedule.drops=[1]", "schedule.warmup=0", "opti
 def assert_gradients_of_a_run(folder: Path, wanted: dict[str, torch.Tensor], config: Config, tolerance: float) -> None:
     """Compare the gradient of a run's only step, from AdamW's first moment, which is a tenth of it."""
     resume_point, _ = load_resume_point(folder / "checkpoints")
-    trainer = Trainer(config, RunFolder(folder / "new"), Processes(0, 1, torch.device("cpu")))
+    trainer = Trainer(config, RunFolder(folder / "new"), DistributedContext(0, 1, torch.device("cpu")))
     trainer.optimizer.load_state_dict(resume_point["optimizer"])
     parameters = dict(trainer.detector.named_parameters())
     assert len(wanted) > 100
@@ -111,7 +112,7 @@ def test_a_compiled_model_has_the_same_gradients_and_can_be_read_back(shapes_dat
     plain = one_step_gradients(shapes_data, tmp_path / "a", *ONE_STEP)
     finish(process(tmp_path / "b", shapes_data, *ONE_STEP, "train.compile=true"))
     assert_gradients_of_a_run(tmp_path / "b", plain, settings(shapes_data, *ONE_STEP), 1e-3)
-    assert load_model(tmp_path / "b").step == 1
+    assert load(tmp_path / "b").step == 1
 
 
 @pytest.mark.slow
@@ -130,7 +131,7 @@ def test_two_processes_train_together(shapes_data, tmp_path):
     output, _ = trainer.communicate(timeout=300)
     assert trainer.returncode == 0, output
     assert RunFolder(tmp_path).status()["state"] == "finished"
-    assert load_model(tmp_path).step == 6
+    assert load(tmp_path).step == 6
 
 
 @pytest.mark.slow
@@ -217,7 +218,7 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.torch, "save", full)
+    monkeypatch.setattr(resume_points.torch, "save", full)
     with pytest.raises(UserError, match=r"No space left.*Free some space.*untouched"):
         save_resume_point(tmp_path, {"model": {}, "step": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
@@ -262,27 +263,27 @@ def test_loading_runs_no_code(tmp_path):
 
     torch.save({"model": Evil(), "step": 1}, tmp_path / "evil.pt")
     with pytest.raises(UserError, match="more than tensors"):
-        load_model(tmp_path / "evil.pt")
+        load(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
 
 
 def test_models_that_cannot_be_used(finished, tmp_path):
     with pytest.raises(UserError, match="holds no trained model"):
-        load_model(tmp_path)
+        load(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
-        load_model(tmp_path / "none.safetensors")
+        load(tmp_path / "none.safetensors")
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(finished.model.read_bytes()[:5000])
     with pytest.raises(UserError, match="truncated"):
-        load_model(cut)
+        load(cut)
     with pytest.raises(UserError, match=r"another architecture.*parameters"):
-        load_model(finished.path, overrides=["model.decoder.layers=3"])
+        load(finished.path, overrides=["model.decoder.layers=3"])
     with pytest.raises(UserError, match="trained for 5 classes, the configuration says 7"):
-        load_model(finished.path, overrides=["model.classes=7"])
+        load(finished.path, overrides=["model.classes=7"])
 
 
 def test_data_with_another_number_of_classes(shapes_data, tmp_path):
-    with pytest.raises(UserError, match=r"model.classes is 7, but .*train.json has 5 categories"):
+    with pytest.raises(UserError, match=r"the model has 7 classes, but .*train.json has 5 categories"):
         run_training(tmp_path, shapes_data, "model.classes=7")
 
 
@@ -313,26 +314,28 @@ def test_parameter_groups_and_rates(shapes_data):
 
 def test_fine_tuning_starts_from_a_trained_model(finished, shapes_data, tmp_path, capsys):
     same = settings(shapes_data, f"train.weights={finished.path}")
-    trained = load_model(finished.path).detector.state_dict()
-    trainer = Trainer(same, RunFolder(tmp_path / "same"), Processes(0, 1, torch.device("cpu")))
+    trained = load(finished.path).detector.state_dict()
+    trainer = Trainer(same, RunFolder(tmp_path / "same"), DistributedContext(0, 1, torch.device("cpu")))
     started = trainer.detector.state_dict()
     assert all(torch.equal(started[key], value) for key, value in trained.items())
 
     data = two_classes(shapes_data, tmp_path / "data")
     other = settings(data, f"train.weights={finished.path}", "model.classes=2")
-    started = Trainer(other, RunFolder(tmp_path / "other"), Processes(0, 1, torch.device("cpu"))).detector.state_dict()
+    started = Trainer(
+        other, RunFolder(tmp_path / "other"), DistributedContext(0, 1, torch.device("cpu"))
+    ).detector.state_dict()
     left = {"heads.label.weight", "heads.label.bias", "denoising.labels.weight"}
     assert all(torch.equal(started[key], value) for key, value in trained.items() if key not in left)
     assert all(len(started[key]) == 2 for key in left)
     assert "these begin anew: heads.label.weight" in capsys.readouterr().out
 
     for weights, change, words in (
-        (finished.path, "model.hidden_dim=64", "of another architecture"),
+        (finished.path, "model.hidden_dim=64", "has another architecture"),
         (tmp_path / "none.pt", "train.seed=0", "does not exist"),
     ):
         wrong = settings(shapes_data, f"train.weights={weights}", change)
         with pytest.raises(UserError, match=words):
-            Trainer(wrong, RunFolder(tmp_path / "wrong"), Processes(0, 1, torch.device("cpu")))
+            Trainer(wrong, RunFolder(tmp_path / "wrong"), DistributedContext(0, 1, torch.device("cpu")))
 
 
 def two_classes(shapes_data: Path, folder: Path) -> Path:
@@ -351,7 +354,7 @@ def test_an_exported_run_is_a_run_of_half_the_size(finished, tmp_path):
     target = RunFolder(tmp_path / "shared")
     export(finished, target)
     assert target.model.stat().st_size < 0.6 * finished.model.stat().st_size
-    before, after = (load_model(run.path) for run in (finished, target))
+    before, after = (load(run.path) for run in (finished, target))
     assert (after.config, after.classes, after.step) == (before.config, before.classes, before.step)
     for key, value in before.detector.state_dict().items():
         rounded = value.half().float() if value.ndim > 1 else value

@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 from small import trained_file
 
+from dimaskdino import load
 from dimaskdino.data.coco import CocoDataset
 from dimaskdino.evaluation.coco_ap import AveragePrecision
-from dimaskdino.evaluation.layers import LayerwiseAP, StageAP
-from dimaskdino.evaluation.objects import track_objects
-from dimaskdino.evaluation.predict import look_at
-from dimaskdino.training.checkpoint import load_model
-from dimaskdino.viz import draw_interaction, draw_mask_features, draw_mean_ious, draw_token_maps
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
+from dimaskdino.inspection.look import look_at
+from dimaskdino.inspection.objects import track_objects
+from dimaskdino.viz import draw_interaction, draw_mask_features, draw_token_maps, plot_mean_ious
 from dimaskdino.viz.explorers import (
     explore_curves,
     explore_guidance,
@@ -27,7 +27,7 @@ from dimaskdino.viz.explorers import (
 
 @pytest.fixture(scope="module")
 def looks(shapes_data, tmp_path_factory):
-    model = load_model(trained_file(tmp_path_factory.mktemp("model") / "model.safetensors", shapes_data))
+    model = load(trained_file(tmp_path_factory.mktemp("model") / "model.safetensors", shapes_data))
     data = CocoDataset(shapes_data, "val")
     return [look_at(model, data[i]) for i in range(3)]
 
@@ -102,7 +102,7 @@ def test_studies_by_their_titles():
 
 
 def test_guidance_needs_bato(looks):
-    trace = replace(looks[0].trace, guidance_attention=None)
+    trace = replace(looks[0].trace, bato=None)
     without = replace(looks[0], predictions=replace(looks[0].predictions, trace=trace))
     with pytest.raises(ValueError, match="no BATO"):
         explore_guidance([without])
@@ -110,5 +110,5 @@ def test_guidance_needs_bato(looks):
 
 def test_other_figures_of_the_intermediates(looks):
     figures = [draw_interaction(looks[1]), draw_token_maps(looks[1]), draw_mask_features(looks[1], 3)]
-    for figure in [*figures, draw_mean_ious([track_objects(looks[1])])]:
+    for figure in [*figures, plot_mean_ious([track_objects(looks[1])])]:
         assert np.asarray(Image.open(io.BytesIO(figure._repr_png_()[0]))).std() > 5  # something is drawn

@@ -5,30 +5,30 @@ import torch
 
 from dimaskdino import config
 from dimaskdino.evaluation.coco_ap import AveragePrecision
-from dimaskdino.evaluation.comparison import Difference, Interval
-from dimaskdino.evaluation.instruments import Calibration, GradientConflict, MatchedObjects, Survey
-from dimaskdino.evaluation.layers import LayerwiseAP, StageAP
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
+from dimaskdino.inspection.diagnostics import Calibration, GradientConflict, MatchedObjects, Survey
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.denoising import Denoising
-from dimaskdino.modeling.records import Targets
+from dimaskdino.modeling.structures import Targets
+from dimaskdino.studies.comparison import Difference, Interval
 from dimaskdino.viz import (
-    draw_ablation,
-    draw_calibration,
     draw_denoising,
-    draw_differences,
-    draw_gradient_conflict,
-    draw_guidance_rank,
-    draw_imbalance_by_group,
     draw_instances,
-    draw_loss_terms,
-    draw_matched_queries,
     draw_matching,
-    draw_precision_recall,
-    draw_selection_recall,
     draw_stages,
-    draw_study_layers,
-    layerwise_ap,
-    loss_curves,
+    plot_ablation,
+    plot_calibration,
+    plot_differences,
+    plot_gradient_conflict,
+    plot_guidance_rank,
+    plot_imbalance_by_group,
+    plot_layerwise_ap,
+    plot_loss_terms,
+    plot_losses,
+    plot_matched_queries,
+    plot_precision_recall,
+    plot_selection_recall,
+    plot_study_layers,
 )
 
 
@@ -49,7 +49,7 @@ RESULT = LayerwiseAP(
 
 
 def test_layerwise_curves_hold_every_value_at_its_stage():
-    top, bottom = layerwise_ap({"a": RESULT}).axes
+    top, bottom = plot_layerwise_ap({"a": RESULT}).axes
     box, mask = top.lines
     assert (list(box.get_xdata()), list(box.get_ydata())) == ([0, 1, 2, 3], [10, 15, 16, 30])
     assert (list(mask.get_xdata()), list(mask.get_ydata())) == ([0, 2, 3], [20, 21, 28])
@@ -62,7 +62,7 @@ def test_layerwise_curves_hold_every_value_at_its_stage():
 
 def test_two_runs_of_different_depth_share_the_axis():
     shallow = LayerwiseAP({"first_selection": StageAP(ap(1), ap(2)), "decoder.1": StageAP(ap(3), ap(4))}, 4, "")
-    top, _ = layerwise_ap({"a": RESULT, "b": shallow}).axes
+    top, _ = plot_layerwise_ap({"a": RESULT, "b": shallow}).axes
     assert list(top.lines[2].get_xdata()) == [0, 3]
     assert {text.get_text() for text in top.get_legend().get_texts()} == {"a: box", "a: mask", "b: box", "b: mask"}
 
@@ -70,7 +70,7 @@ def test_two_runs_of_different_depth_share_the_axis():
 def test_loss_curves():
     losses = {f"decoder.{i}/{t}": 1.0 + i for i in (1, 2) for t in ("label", "l1", "giou", "mask", "dice")}
     records = [{"step": s, "loss": 9.0 / s, "losses": losses} for s in (1, 2, 3)] + [{"step": 3, "skipped": "x"}]
-    left, right = loss_curves({"a": records, "empty": []}).axes
+    left, right = plot_losses({"a": records, "empty": []}).axes
     assert list(left.lines[0].get_ydata()) == [9.0, 4.5, 3.0]
     assert all(set(line.get_ydata()) == {3.0} for line in right.lines)  # of the last layer
 
@@ -78,7 +78,7 @@ def test_loss_curves():
 def test_long_runs_are_shown_as_running_means():
     losses = dict.fromkeys((f"decoder.1/{t}" for t in ("label", "l1", "giou", "mask", "dice")), 1.0)
     records = [{"step": s, "loss": 1.0 + s % 2, "losses": losses} for s in range(120)]
-    raw, mean = loss_curves({"a": records}).axes[0].lines
+    raw, mean = plot_losses({"a": records}).axes[0].lines
     assert list(raw.get_ydata()) == [1.0, 2.0] * 60
     assert list(mean.get_ydata()) == [1.5] * 119
     assert list(mean.get_xdata()) == [s + 0.5 for s in range(119)]
@@ -122,7 +122,7 @@ def test_bars_of_the_losses_add_up():
         "token_interaction.0/label": 4.0,
         "denoising.decoder.0/dice": 3.0,
     }
-    axes = draw_loss_terms(losses).axes[0]
+    axes = plot_loss_terms(losses).axes[0]
     assert [t.get_text() for t in axes.get_yticklabels()] == [
         "decoder input",
         "token inter. 1",
@@ -153,7 +153,7 @@ def test_precision_recall_says_the_area():
         "mask, IoU ≥ 0.5": np.ones(101),
         "box, IoU ≥ 0.9": np.zeros(101),
     }
-    axes = draw_precision_recall(curves, "disk").axes[0]
+    axes = plot_precision_recall(curves, "disk").axes[0]
     assert [text.get_text().split(": ")[1] for text in axes.get_legend().get_texts()] == [
         "AP 50.0",
         "AP 100.0",
@@ -165,7 +165,7 @@ def test_precision_recall_says_the_area():
 
 def test_ablation_marks_runs_and_their_mean():
     columns = {"COCO": {"a": [(30.0, 20.0)]}, "shapes": {"a": [(10.0, 12.0), (14.0, 16.0)]}, "none": {}}
-    figure = draw_ablation({"a": "A", "b": "B"}, columns, "title")
+    figure = plot_ablation({"a": "A", "b": "B"}, columns, "title")
     coco, shapes, none = figure.axes
     assert [list(line.get_xdata()) for line in coco.lines if len(line.get_xdata())] == [[30.0], [20.0]]
     data = [list(line.get_xdata()) for line in shapes.lines if len(line.get_xdata())]
@@ -176,7 +176,7 @@ def test_ablation_marks_runs_and_their_mean():
 
 def test_study_layers_show_means_and_deviations():
     other = LayerwiseAP(RESULT.stages | {"decoder.1": StageAP(ap(34.0), ap(30.0))}, 4, "")
-    figure = draw_study_layers({"A": [RESULT, other], "B": [RESULT]}, "title")
+    figure = plot_study_layers({"A": [RESULT, other], "B": [RESULT]}, "title")
     box, mask, lag, _ = figure.axes
     assert list(box.lines[0].get_ydata()) == [10, 15, 16, 32]
     assert list(mask.lines[0].get_ydata()) == [20, 21, 29]
@@ -190,13 +190,13 @@ def test_differences_show_seeds_intervals_and_published():
     found = Difference({0: 2.0, 1: 4.0}, Interval(1.0, 5.0), Interval(-9.0, 15.0))
     single = Difference({0: -1.0}, None, None)
     panels = {"box AP": {"b − a": (found, {"COCO": 0.8}), "c − a": (single, {})}, "lag": {"c − a": (single, {})}}
-    box, lag = draw_differences(panels, "title").axes
+    box, lag = plot_differences(panels, "title").axes
     drawn = [list(line.get_xdata()) for line in box.lines if len(line.get_xdata())]
     assert drawn == [[-9, 15], [1, 5], [2, 4], [3], [0.8], [-1], [-1], [0, 0]]
     assert [list(line.get_xdata()) for line in lag.lines] == [[-1], [-1], [0, 0]]
     assert [label.get_text() for label in box.get_yticklabels()] == ["b − a", "c − a"]
     four = {title: {"c − a": (single, {})} for title in ("first", "second", "third", "fourth")}
-    drawn = draw_differences(four, "title").axes  # three beside each other, the fourth below
+    drawn = plot_differences(four, "title").axes  # three beside each other, the fourth below
     assert [axes.get_title() for axes in drawn] == list(four)
     assert [label.get_text() for label in drawn[3].get_yticklabels()] == ["c − a"]
 
@@ -228,7 +228,7 @@ PLAIN = survey(
 
 
 def test_matched_queries_and_their_stability():
-    left, right = draw_matched_queries({"DI": DI, "plain": PLAIN}).axes
+    left, right = plot_matched_queries({"DI": DI, "plain": PLAIN}).axes
     assert [list(line.get_xdata()) for line in left.lines] == [[1, 2], [1, 2], [0, 1, 2], [0, 1, 2]]
     np.testing.assert_allclose(left.lines[0].get_ydata(), [0.6, 0.9])
     np.testing.assert_allclose(left.lines[2].get_ydata(), [0.1, 0.2, 0.4])
@@ -237,24 +237,24 @@ def test_matched_queries_and_their_stability():
 
 
 def test_selection_recall_and_guidance_rank():
-    bars = draw_selection_recall({"DI": DI, "plain": PLAIN}).axes[0].patches
+    bars = plot_selection_recall({"DI": DI, "plain": PLAIN}).axes[0].patches
     assert [bar.get_height() for bar in bars] == [1, 1, 0.5, 1, 0]
-    rank = draw_guidance_rank({"DI": DI, "plain": PLAIN}, 10).axes[0]
+    rank = plot_guidance_rank({"DI": DI, "plain": PLAIN}, 10).axes[0]
     assert [text.get_text() for text in rank.get_legend().get_texts()] == ["DI: mean 3.0 of 10"]
 
 
 def test_gradient_conflict_bars():
-    left, right = draw_gradient_conflict({"DI": DI.conflict}).axes
+    left, right = plot_gradient_conflict({"DI": DI.conflict}).axes
     assert [bar.get_height() for bar in left.patches] == [3]
     np.testing.assert_allclose([bar.get_height() for bar in right.patches], [-0.2])
 
 
 def test_calibration_and_imbalance_by_group():
     measured = Calibration(np.array([0.2, 0.9]), np.array([0.1, 1.0]), np.array([5, 5]), 0.125)
-    axes = draw_calibration({"DI": {"box, decoder.1": measured}}).axes[0]
+    axes = plot_calibration({"DI": {"box, decoder.1": measured}}).axes[0]
     assert list(axes.lines[1].get_ydata()) == [0.1, 1.0]
     assert axes.get_legend().get_texts()[0].get_text() == "box, decoder.1: error 0.12"
     groups = {"small": {"decoder.0": 5.0, "decoder.1": 1.0}, "large": {"decoder.1": -1.0}}
-    axes = draw_imbalance_by_group({"DI": groups}, "title").axes[0]
+    axes = plot_imbalance_by_group({"DI": groups}, "title").axes[0]
     lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines[:2]]
     assert lines == [([0, 1], [5, 1]), ([1], [-1])]

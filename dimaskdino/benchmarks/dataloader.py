@@ -1,0 +1,90 @@
+"""Time of loading training images: decoding, masks, augmentation, collation, and what a number of workers delivers.
+
+python -m dimaskdino.benchmarks.dataloader CONFIG data.root=data/coco --output docs/measurements/loading.jsonl
+"""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from dimaskdino.config import Config, load_config
+from dimaskdino.data.coco import CocoDataset
+from dimaskdino.data.dataloader import collate, training_dataset, training_loader
+from dimaskdino.data.images import load_image
+from dimaskdino.data.transforms import large_scale_jitter
+
+
+def measure(config: Config, images: int) -> dict[str, Any]:
+    """Milliseconds an image of each part in one process, and images a second of the loader.
+
+    Args:
+        config: its data, jitter, batch size and workers.
+        images: how many to load.
+    """
+    plain = CocoDataset(config.data.root, config.data.train, only_with_objects=True)
+    jitter = large_scale_jitter(config.data.jitter)
+    parts: dict[str, list[float]] = {"decode": [], "decode and masks": [], "jitter": [], "collate": []}
+
+    def timed(part: str, function: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = function()
+        parts[part].append(1000 * (time.perf_counter() - started))
+        return result
+
+    for i in range(images):
+        index = i % len(plain)
+        path = plain.image_folder / plain.images[index]["file_name"]
+        timed("decode", lambda path=path: load_image(path))
+        sample = timed("decode and masks", lambda index=index: plain[index])
+        jittered = timed("jitter", lambda sample=sample: jitter(sample))
+        timed("collate", lambda jittered=jittered: collate([jittered]))
+    medians = {part: statistics.median(times) for part, times in parts.items()}
+    batch, workers = config.train.batch_size, config.data.workers
+    loader = iter(training_loader(training_dataset(config), config, 0, 0, 1))
+    for _ in range(2 * max(workers, 1)):
+        next(loader)  # the workers have started and have filled their queues
+    started, loaded = time.perf_counter(), 0
+    while loaded < images:
+        loaded += len(next(loader).images)
+    seconds = time.perf_counter() - started
+    return {
+        "images": images,
+        "jitter": config.data.jitter.size,
+        "batch_size": batch,
+        "workers": workers,
+        "cpu_cores": os.cpu_count(),
+        "milliseconds_per_image": medians | {"masks": medians["decode and masks"] - medians["decode"]},
+        "images_per_second": loaded / seconds,
+        "seconds_per_batch": seconds / loaded * batch,
+    }
+
+
+def main(
+    config: tyro.conf.Positional[Path],
+    overrides: tyro.conf.Positional[tuple[str, ...]] = (),
+    images: int = 64,
+    output: Path | None = None,
+) -> None:
+    """Measure how fast training images are loaded.
+
+    Args:
+        config: YAML file.
+        overrides: Settings that differ, key=value; data.workers and train.batch_size as for one GPU.
+        images: How many images to load.
+        output: File to append the result to, one line of json.
+    """
+    result = measure(load_config(config, overrides), images)
+    print(json.dumps(result, indent=1))
+    if output:
+        with output.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,321 @@
+"""Time, memory and arithmetic of a configuration: `python -m dimaskdino.benchmarks.model CONFIG`.
+
+Every measurement runs in a process of its own, since a process's peak memory never goes down again.
+"""
+
+import contextlib
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import ms_deform_attn
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dimaskdino.config import Config, load_config
+from dimaskdino.data.coco import Sample
+from dimaskdino.data.dataloader import collate
+from dimaskdino.modeling import Detector, ImageBatch, postprocess
+from dimaskdino.modeling.precision import autocast
+from dimaskdino.training.criterion import criterion
+from dimaskdino.training.optimizer import build_optimizer
+from dimaskdino.training.trainer import arrange
+
+Task = Literal["inference", "training"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One configuration on one task.
+
+    Attributes:
+        seconds: median over the repetitions; `fastest` and `slowest` beside it.
+        images: of one repetition.
+        images_per_second: images / median.
+        precision, compiled, parts_per_step: as `train.precision`, `train.compile` and `train.accumulate` were.
+        synchronisations: how often the processor waited for the device in one repetition (CUDA).
+        peak_memory_gib: of the process (CPU) or of the device's allocations (CUDA).
+        gflop: floating-point operations of one repetition, forward only; deformable attention is included where
+            its compiled kernels run.
+        operator: which deformable-attention implementation ran.
+        parts: seconds of each part, medians of as many further repetitions that wait at the borders between parts.
+    """
+
+    task: Task
+    height: int
+    width: int
+    seconds: float
+    fastest: float
+    slowest: float
+    images: int
+    images_per_second: float
+    precision: str
+    compiled: bool
+    parts_per_step: int
+    synchronisations: int | None
+    peak_memory_gib: float
+    gflop: float | None
+    parameters: int
+    device: str
+    threads: int
+    torch: str
+    operator: str
+    parts: dict[str, float]
+
+
+def made_up_sample(height: int, width: int, objects: int, classes: int, seed: int = 0) -> Sample:
+    """A noise image with ellipses for objects, to measure with."""
+    rng = np.random.default_rng(seed)
+    yy, xx = np.mgrid[0:height, 0:width]
+    masks = np.zeros((objects, height, width), np.uint8)
+    for mask in masks:
+        cx, cy = rng.uniform(0.2, 0.8, 2) * (width, height)
+        rx, ry = rng.uniform(0.05, 0.25, 2) * (width, height)
+        mask[((xx - cx) / rx) ** 2 + ((yy - cy) / ry) ** 2 <= 1] = 1
+    image = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
+    labels = torch.from_numpy(rng.integers(0, classes, objects))
+    return Sample(image, labels, torch.from_numpy(masks), 0, "made up", (height, width))
+
+
+def measure(
+    config: Config, task: Task, height: int, width: int, objects: int, repeat: int, images: int = 1
+) -> Measurement:
+    """Time a task on made-up images, with random weights, after one repetition to warm up.
+
+    `train.precision`, `train.compile`, `train.checkpoint_activations` and, in training, `train.accumulate` are as in a
+    real run, but for fp16's loss scale.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    detector = Detector(config.model.without_backbone_weights()).to(device)
+    arrange(detector, config)
+    samples = [made_up_sample(height, width, objects, config.model.classes, seed) for seed in range(images)]
+    run = (_training if task == "training" else _inference)(config, detector, device, samples)
+    run()
+    times = []
+    for _ in range(repeat):
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    clocks = []
+    for _ in range(repeat):
+        with PartClock(detector, device) as clock:
+            run(clock)
+        clocks.append(clock.seconds)
+    parts = {name: statistics.median(seconds[name] for seconds in clocks) for name in clocks[0]}
+    return Measurement(
+        task=task,
+        height=height,
+        width=width,
+        seconds=statistics.median(times),
+        fastest=min(times),
+        slowest=max(times),
+        images=images,
+        images_per_second=images / statistics.median(times),
+        precision=config.train.precision,
+        compiled=config.train.compile,
+        parts_per_step=config.train.accumulate if task == "training" else 1,
+        synchronisations=_count_synchronisations(run) if device.type == "cuda" else None,
+        peak_memory_gib=_peak_memory(device),
+        gflop=count_gflop(run) if task == "inference" and not config.train.compile else None,
+        parameters=sum(p.numel() for p in detector.parameters()),
+        device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        operator=ms_deform_attn.status(),
+        parts=parts,
+    )
+
+
+def _count_synchronisations(run: Callable[[], Any]) -> int:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+class PartClock:
+    """Seconds spent in each part of a detector, without what other parts do when they are called from it.
+
+    Waits for the device at every border between parts, so the sum is more than an undisturbed run.
+    """
+
+    def __init__(self, detector: Detector, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device, self._running, self._since = device, ["other"], time.perf_counter()
+        self._hooks = []
+        for name, child in detector.named_children():
+            for module in child if isinstance(child, nn.ModuleList) else [child]:
+                self._hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self.enter(name)))
+                self._hooks.append(module.register_forward_hook(lambda *_: self.leave()))
+
+    def _switch(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        now, part = time.perf_counter(), self._running[-1]
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._since
+        self._since = now
+
+    def enter(self, part: str) -> None:
+        """From here on time belongs to a part."""
+        self._switch()
+        self._running.append(part)
+
+    def leave(self) -> None:
+        """From here on time belongs to the part before again."""
+        self._switch()
+        self._running.pop()
+
+    def __enter__(self) -> "PartClock":
+        self._since = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._switch()
+        for hook in self._hooks:
+            hook.remove()
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time in this block belongs to a part."""
+        self.enter(name)
+        try:
+            yield
+        finally:
+            self.leave()
+
+
+class _NoClock:
+    def part(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+Run = Callable[..., Any]
+
+
+def _inference(config: Config, detector: Detector, device: torch.device, samples: Sequence[Sample]) -> Run:
+    images = [sample.image for sample in samples]
+    sizes = [sample.original_size for sample in samples]
+    detector.eval()
+
+    def run(clock: PartClock | _NoClock = _NoClock()) -> Any:  # noqa: B008
+        with torch.inference_mode():
+            batch = ImageBatch.from_images(images, device)
+            with autocast(device, config.train.precision):
+                last = detector(batch).last
+            with clock.part("postprocess"):
+                return postprocess(last, batch.sizes, batch.padded_size, sizes, config.evaluation.detections)
+
+    return run
+
+
+def _training(config: Config, detector: Detector, device: torch.device, samples: Sequence[Sample]) -> Run:
+    size = -(-len(samples) // config.train.accumulate)
+    pieces = [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
+    objects = sum(len(sample.labels) for sample in samples)
+    optimizer = build_optimizer(detector, config.optimizer)
+    detector.train()
+
+    def run(clock: PartClock | _NoClock = _NoClock()) -> None:  # noqa: B008
+        for piece in pieces:
+            targets = piece.targets.to(device)
+            with autocast(device, config.train.precision):
+                predictions = detector(ImageBatch.from_images(piece.images, device), targets)
+            with clock.part("matching and losses"):
+                total = criterion(predictions, targets, config.loss, objects).total
+            with clock.part("backward"):
+                total.backward()
+        with clock.part("clipping and optimizer"):
+            torch.nn.utils.clip_grad_norm_(detector.parameters(), config.optimizer.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def count_gflop(run: Callable[[], Any]) -> float:
+    """Floating-point operations of a call, in units of 10⁹; a multiply-add counts as two."""
+
+    def deformable(value: Any, shapes: Any, location: Any, attention: Any, **_: Any) -> int:
+        return ms_deform_attn.flops(torch.Size(location), value[3])
+
+    custom = {torch.ops.ms_deform_attn.forward: deformable}
+    with FlopCounterMode(display=False, custom_mapping=custom) as counter:
+        run()
+    return counter.get_total_flops() / 1e9
+
+
+def _peak_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main(
+    config: tyro.conf.Positional[Path],
+    overrides: tyro.conf.Positional[tuple[str, ...]] = (),
+    task: Literal["inference", "training", "all"] = "all",
+    size: tuple[int, int] | None = None,
+    images: int = 1,
+    objects: int = 7,
+    repeat: int = 5,
+    backend: Annotated[Literal["auto", "reference"], tyro.conf.arg(help="deformable-attention operator")] = "auto",
+    output: Path | None = None,
+) -> None:
+    """Measure inference (800x1088 by default) and a training step (512x512 by default) of a configuration.
+
+    Args:
+        config: YAML file.
+        overrides: Settings that differ, key=value.
+        task: What to measure.
+        size: Height and width of the images.
+        images: Images of one repetition; train.accumulate in how many parts a training step takes them.
+        objects: Objects in each image.
+        repeat: Repetitions after the first; the median is reported.
+        backend: Deformable-attention operator.
+        output: Also append the results to this file, a line of json each.
+    """
+    if task == "all":
+        for one in ("inference", "training"):
+            arguments = [*sys.argv[1:], "--task", one]
+            subprocess.run([sys.executable, "-m", "dimaskdino.benchmarks.model", *arguments], check=True)
+        return
+    ms_deform_attn.set_backend(backend)
+    height, width = size or ((800, 1088) if task == "inference" else (512, 512))
+    result = measure(load_config(config, overrides), task, height, width, objects, repeat, images)
+    gflop = f", {result.gflop:.0f} GFLOP" if result.gflop else ""
+    print(
+        f"{config.stem}, {task}, {images} of {height}x{width}, {result.precision}"
+        f"{', compiled' if result.compiled else ''}: {result.seconds:.2f} s (from {result.fastest:.2f} to "
+        f"{result.slowest:.2f}, {repeat} times), {result.images_per_second:.2f} images/s, "
+        f"peak {result.peak_memory_gib:.1f} GiB{gflop}, {result.parameters / 1e6:.1f} M parameters; "
+        f"{result.device}, {result.threads} threads, torch {result.torch}, {result.operator}"
+    )
+    whole = sum(result.parts.values())
+    for name, seconds in sorted(result.parts.items(), key=lambda part: -part[1]):
+        print(f"  {name:<24}{seconds:7.3f} s {100 * seconds / whole:5.1f} %")
+    if output:
+        with output.open("a") as file:
+            file.write(json.dumps({"config": config.stem, **asdict(result)}) + "\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,184 @@
+"""Models in this kit's own format: weights, configuration and class names in one safetensors file."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dimaskdino.config import Config, parse_config
+from dimaskdino.errors import UserError
+from dimaskdino.modeling import Detector, ImageBatch, Predictions
+from dimaskdino.modeling.precision import Precision, autocast
+from dimaskdino.serialization import read_pt, read_safetensors, write_atomically
+
+MODEL, LAST, PREVIOUS = "model.safetensors", "last.pt", "previous.pt"
+# parameters whose shape depends on the number of classes
+CLASS_PARAMETERS = ("heads.label.weight", "heads.label.bias", "denoising.labels.weight")
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A detector with what is needed to use it.
+
+    Attributes:
+        detector: the network.
+        config: the settings that it was trained with.
+        classes: class names, in the order of the class indices.
+        step: number of optimizer steps that it was trained for.
+        precision: precision of the forward pass.
+    """
+
+    detector: Detector
+    config: Config
+    classes: list[str]
+    step: int
+    precision: Precision = "fp32"
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the detector is on."""
+        return next(self.detector.parameters()).device
+
+    def forward(self, images: ImageBatch, trace: bool = False) -> Predictions:
+        """Predictions of every stage, without gradients.
+
+        Args:
+            images: the batch, on the detector's device.
+            trace: also return the paper's intermediates.
+        """
+        with torch.inference_mode(), autocast(self.device, self.precision):
+            return self.detector(images, trace=trace)
+
+
+def save_model(
+    path: Path, detector: Detector, config: Config, classes: list[str], step: int, half: bool = False
+) -> None:
+    """Write weights, configuration and class names to one safetensors file.
+
+    Args:
+        path: the file.
+        detector: the model to write.
+        config: the configuration that it was built and trained with.
+        classes: class names.
+        step: number of optimizer steps that it was trained for.
+        half: store matrices and kernels in float16. Vectors stay in float32: they need little room, and the statistics
+            of batch norm may lie outside float16's range.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"config": config.model_dump_json(), "classes": json.dumps(classes), "step": str(step)}
+    state = {key: value.detach().cpu().contiguous() for key, value in detector.state_dict().items()}
+    if half:
+        state = {key: value.half() if value.ndim > 1 else value for key, value in state.items()}
+    write_atomically(path, lambda partial: save_file(state, partial, metadata))
+
+
+def load_model_file(path: Path, overrides: Iterable[str] = ()) -> TrainedModel:
+    """Load a model of this kit from a run folder, a `model.safetensors` or a resume point (`.pt`).
+
+    Args:
+        path: the folder or file.
+        overrides: `key=value` settings that differ from those stored with the model, such as `data.root=my/data`.
+
+    Raises:
+        UserError: there is no model, it is truncated, or it does not fit the configuration stored with it.
+    """
+    path = _model_path(path)
+    weights, config, classes, step = _read_model(path)
+    settings = parse_config(json.loads(config), overrides, str(path))
+    detector = Detector(settings.model.without_backbone_weights())
+    load_weights(detector, weights, str(path))
+    return TrainedModel(detector.eval(), settings, classes, step)
+
+
+def _model_path(path: Path) -> Path:
+    """The file that a run folder or a path to a file stands for."""
+    if path.is_dir():
+        candidates = [path / "checkpoints" / name for name in (MODEL, LAST, PREVIOUS)] + [path / MODEL]
+        existing = [candidate for candidate in candidates if candidate.exists()]
+        if not existing:
+            raise UserError(f"{path} holds no trained model (looked for {', '.join(map(str, candidates))})")
+        return existing[0]
+    if not path.exists():
+        raise UserError(f"the model {path} does not exist")
+    return path
+
+
+def _read_model(path: Path) -> tuple[dict[str, Tensor], str, list[str], int]:
+    """Weights, configuration as json, class names and step of a file."""
+    if path.suffix == ".safetensors":
+        weights, metadata = read_safetensors(path)
+        if "config" not in metadata:
+            raise UserError(f"{path} holds tensors but no configuration of this kit")
+        return weights, metadata["config"], json.loads(metadata["classes"]), int(metadata["step"])
+    state = read_resume_point(path)
+    return state["model"], state["config"], state["classes"], state["step"]
+
+
+def read_resume_point(path: Path) -> dict[str, Any]:
+    """Read a file that a training writes to resume from.
+
+    Raises:
+        UserError: it cannot be read or is no resume point of this kit.
+    """
+    state = read_pt(path)
+    if not isinstance(state, dict) or "model" not in state:
+        raise UserError(
+            f"{path} is not a checkpoint of this kit. To convert a published one: dimaskdino convert {path} OUTPUT"
+        )
+    return state
+
+
+def initialize_from(detector: Detector, weights: dict[str, Tensor], source: str) -> list[str]:
+    """Initialise a new model with the weights of a trained one, for fine-tuning.
+
+    Args:
+        detector: the new model. Where the number of classes differs, it keeps its own random weights.
+        weights: state dict of the trained model.
+        source: where the weights come from, for error messages.
+
+    Returns:
+        Names of the parameters that stay re-initialised.
+
+    Raises:
+        UserError: the trained model has another architecture.
+    """
+    own = detector.state_dict()
+    fresh = [key for key in CLASS_PARAMETERS if key in weights and weights[key].shape != own[key].shape]
+    load_weights(detector, weights | {key: own[key] for key in fresh}, source)
+    return fresh
+
+
+def load_weights(detector: Detector, weights: dict[str, Tensor], source: str) -> None:
+    """Load a state dict into a model.
+
+    Raises:
+        UserError: it has another number of classes or another architecture. The model is unchanged then.
+    """
+    expected = detector.state_dict()
+    classes = weights.get("heads.label.bias")
+    if classes is not None and classes.shape != expected["heads.label.bias"].shape:
+        raise UserError(
+            f"{source} was trained for {len(classes)} classes, the configuration says "
+            f"{len(expected['heads.label.bias'])} (model.classes)"
+        )
+    missing, unexpected = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
+    reshaped = sorted(k for k in set(expected) & set(weights) if expected[k].shape != weights[k].shape)
+    problems = [
+        f"{len(keys)} parameters {what} (first {keys[0]})"
+        for what, keys in (("missing", missing), ("not in the model", unexpected), ("of another shape", reshaped))
+        if keys
+    ]
+    if problems:
+        raise UserError(
+            f"{source} has another architecture than the configuration: {', '.join(problems)}. "
+            "Compare its configuration with yours"
+        )
+    detector.load_state_dict(weights)

@@ -1,0 +1,439 @@
+"""Settings of the published implementations, detectron2's YAML files and `KEY VALUE` pairs, as settings of this kit.
+
+Every key ends in one of four places: it sets something here, it agrees with what this kit always does, it asks for
+something else than what this kit does, or it has no counterpart. The last two are told, never dropped.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dimaskdino.config import Config, load_config, parse_config, read_tree
+from dimaskdino.errors import UserError
+from dimaskdino.resources import find_config
+
+_MODEL, _HEAD, _DINO = "MODEL", "MODEL.SEM_SEG_HEAD", "MODEL.MaskDINO"
+
+# the same value under another name
+_SAME = {
+    f"{_HEAD}.NUM_CLASSES": "model.classes",
+    f"{_HEAD}.TOTAL_NUM_FEATURE_LEVELS": "model.pixel_decoder.levels",
+    f"{_HEAD}.TRANSFORMER_ENC_LAYERS": "model.pixel_decoder.layers",
+    f"{_HEAD}.DIM_FEEDFORWARD": "model.pixel_decoder.ffn_dim",
+    f"{_DINO}.HIDDEN_DIM": "model.hidden_dim",
+    f"{_DINO}.NHEADS": "model.heads",
+    f"{_DINO}.DEC_LAYERS": "model.decoder.layers",
+    f"{_DINO}.DIM_FEEDFORWARD": "model.decoder.ffn_dim",
+    f"{_DINO}.NUM_GUIDING_TOKENS": "model.bato.guiding_tokens",
+    f"{_DINO}.INITIALIZE_BOX_TYPE": "model.selection.mask_to_box",
+    f"{_DINO}.DN_NUM": "model.denoising.queries",
+    f"{_DINO}.TRAIN_NUM_POINTS": "loss.points",
+    f"{_DINO}.OVERSAMPLE_RATIO": "loss.oversample",
+    f"{_DINO}.IMPORTANCE_SAMPLE_RATIO": "loss.uncertain_fraction",
+    **{
+        f"{_DINO}.{prefix}{theirs}_WEIGHT": f"loss.{section}.{ours}"
+        for prefix, section in (("", "weights"), ("COST_", "cost"))
+        for theirs, ours in (("CLASS", "label"), ("MASK", "mask"), ("DICE", "dice"), ("BOX", "l1"), ("GIOU", "giou"))
+    },
+    "INPUT.IMAGE_SIZE": "data.jitter.size",
+    "INPUT.MIN_SCALE": "data.jitter.min_scale",
+    "INPUT.MAX_SCALE": "data.jitter.max_scale",
+    "INPUT.MIN_SIZE_TEST": "data.resize.shortest",
+    "INPUT.MAX_SIZE_TEST": "data.resize.longest",
+    "DATALOADER.NUM_WORKERS": "data.workers",
+    "SOLVER.BASE_LR": "optimizer.lr",
+    "SOLVER.BACKBONE_MULTIPLIER": "optimizer.backbone_lr_factor",
+    "SOLVER.WEIGHT_DECAY": "optimizer.weight_decay",
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": "optimizer.clip_norm",
+    "SOLVER.IMS_PER_BATCH": "train.batch_size",
+    "SOLVER.MAX_ITER": "schedule.steps",
+    "SOLVER.STEPS": "schedule.drops",
+    "SOLVER.GAMMA": "schedule.drop_factor",
+    "SOLVER.CHECKPOINT_PERIOD": "train.checkpoint_every",
+    "TEST.DETECTIONS_PER_IMAGE": "evaluation.detections",
+}
+
+# what this kit always does, whatever the file says
+_ALWAYS: dict[str, Any] = {
+    f"{_MODEL}.BACKBONE.FREEZE_AT": 0,
+    f"{_MODEL}.PIXEL_MEAN": [123.675, 116.28, 103.53],
+    f"{_MODEL}.PIXEL_STD": [58.395, 57.12, 57.375],
+    f"{_MODEL}.RESNETS.STEM_TYPE": "basic",
+    f"{_MODEL}.RESNETS.STEM_OUT_CHANNELS": 64,
+    f"{_MODEL}.RESNETS.STRIDE_IN_1X1": False,
+    f"{_MODEL}.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    f"{_MODEL}.SWIN.APE": False,
+    f"{_MODEL}.SWIN.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    f"{_HEAD}.CONVS_DIM": 256,
+    f"{_HEAD}.MASK_DIM": 256,
+    f"{_HEAD}.NORM": "GN",
+    f"{_HEAD}.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+    f"{_HEAD}.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES": ["res3", "res4", "res5"],
+    f"{_HEAD}.NUM_FEATURE_LEVELS": 3,
+    f"{_HEAD}.COMMON_STRIDE": 4,
+    f"{_DINO}.DEEP_SUPERVISION": True,
+    f"{_DINO}.DROPOUT": 0.0,
+    f"{_DINO}.ENC_LAYERS": 0,
+    f"{_DINO}.PRE_NORM": False,
+    f"{_DINO}.ENFORCE_INPUT_PROJ": False,
+    f"{_DINO}.SIZE_DIVISIBILITY": 32,
+    f"{_DINO}.INITIAL_PRED": True,
+    f"{_DINO}.TWO_STAGE": True,
+    f"{_DINO}.LEARN_TGT": False,
+    f"{_DINO}.DN": "seg",
+    f"{_DINO}.TEST.SEMANTIC_ON": False,
+    f"{_DINO}.TEST.INSTANCE_ON": True,
+    f"{_DINO}.TEST.PANOPTIC_ON": False,
+    "INPUT.FORMAT": "RGB",
+    "SOLVER.OPTIMIZER": "ADAMW",
+    "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR",
+    "SOLVER.WEIGHT_DECAY_NORM": 0.0,
+    "SOLVER.WEIGHT_DECAY_EMBED": 0.0,
+    "SOLVER.CLIP_GRADIENTS.ENABLED": True,
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "full_model",
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": 2.0,
+    "DATALOADER.FILTER_EMPTY_ANNOTATIONS": True,
+}
+
+# names of classes in the published code; which model they mean is read from other keys
+_NAMES = (
+    f"{_MODEL}.META_ARCHITECTURE",
+    f"{_HEAD}.NAME",
+    f"{_HEAD}.PIXEL_DECODER_NAME",
+    f"{_DINO}.TRANSFORMER_DECODER_NAME",
+)
+
+_SWIN = {  # (EMBED_DIM, WINDOW_SIZE) -> timm's name
+    (96, 7): "swin_tiny_patch4_window7_224",
+    (128, 12): "swin_base_patch4_window12_384",
+    (192, 12): "swin_large_patch4_window12_384",
+}
+_RESNET_WEIGHTS = "ImageNetPretrained/torchvision/"  # detectron2's copies of torchvision's first ImageNet weights
+_DATASETS = {  # names registered in detectron2 -> folder and split
+    f"coco_{year}_{split}": ("coco", f"{split}{year}") for year in (2014, 2017) for split in ("train", "val")
+}
+_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.\w+)*$")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a configuration file and the arguments behind it say.
+
+    Attributes:
+        config: every setting.
+        output: `OUTPUT_DIR`, if given.
+        weights: a trained model that `MODEL.WEIGHTS` names, if it does.
+        remarks: published keys that ask for something this kit does not do, or that it does not have; one line each.
+    """
+
+    config: Config
+    output: Path | None = None
+    weights: Path | None = None
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass
+class _Translation:
+    """Published settings on their way into ours."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    output: Path | None = None
+    weights: Path | None = None
+    remarks: list[str] = field(default_factory=list)
+
+
+def load_settings(path: str | Path, arguments: Iterable[str] = ()) -> Settings:
+    """Read a configuration, of this kit's or of the published form, and apply arguments of both forms to it.
+
+    Args:
+        path: YAML file, or the name of one of the kit's configurations.
+        arguments: `key=value` (this kit's settings) and pairs `KEY`, `VALUE` (the published ones, such as
+            `SOLVER.IMS_PER_BATCH`, `8`); this kit's win.
+
+    Raises:
+        UserError: a file or value that cannot be used.
+    """
+    path = find_config(path)
+    overrides, pairs = split_arguments(arguments)
+    published = is_published(path)
+    base = Config() if published else load_config(path, overrides)
+    keys = (flatten(read_tree(path, "_BASE_")) if published else {}) | pairs
+    translation = _translate(keys, base.model.selection.k)
+    if published:
+        _choose_model(keys, path, translation)
+    changes = [*_as_overrides(translation.values), *overrides]
+    config = parse_config(base.model_dump(mode="json"), changes, str(path))
+    return Settings(config, translation.output, translation.weights, tuple(translation.remarks))
+
+
+def translate_pairs(arguments: Iterable[str]) -> tuple[list[str], Settings]:
+    """Arguments of both forms as `key=value`, for a model whose configuration is stored with it.
+
+    Raises:
+        UserError: a value that cannot be used, or a setting of the architecture.
+    """
+    overrides, pairs = split_arguments(arguments)
+    translation = _translate(pairs, None)
+    changes = [*_as_overrides(translation.values), *overrides]
+    return changes, Settings(Config(), translation.output, translation.weights, tuple(translation.remarks))
+
+
+def translate_changes(changes: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:
+    """Published settings that differ from the published model's, as `key=value`, and remarks on the others."""
+    translation = _translate(changes, Config().model.selection.k)
+    return _as_overrides(translation.values), tuple(translation.remarks)
+
+
+def known_keys() -> dict[str, Any]:
+    """The published keys with a single counterpart, or none that varies, and their values in this kit's default."""
+    known: dict[str, Any] = dict(_ALWAYS)
+    for key, ours in _SAME.items():
+        value: Any = Config()
+        for name in ours.split("."):
+            value = getattr(value, name)
+        known[key] = list(value) if isinstance(value, tuple) else value
+    k1, k2 = Config().model.selection.k
+    return known | dict(zip(_TOGETHER, (k1, k2), strict=True))
+
+
+def is_published(path: Path) -> bool:
+    """Whether a YAML file is of the published form: its sections are in capitals."""
+    return any(key == "_BASE_" or _KEY.match(str(key)) for key in read_tree(path))
+
+
+def starts_settings(argument: str) -> bool:
+    """Whether an argument is a setting of either form, not the name of a file."""
+    return bool(_KEY.match(argument)) or bool(re.match(r"[a-z_.]+=", argument))
+
+
+def split_arguments(arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
+    """`key=value` arguments, and the others as pairs of a published key and its value.
+
+    Raises:
+        UserError: an argument that is neither, or a key without a value.
+    """
+    overrides, pairs, rest = [], {}, iter(arguments)
+    for argument in rest:
+        if _KEY.match(argument):
+            value = next(rest, None)
+            if value is None:
+                raise UserError(f"{argument} needs a value behind it: {argument} VALUE")
+            pairs[argument] = _literal(value)
+        elif "=" in argument:
+            overrides.append(argument)
+        else:
+            raise UserError(
+                f"'{argument}' is neither key=value, for example train.batch_size=8, nor a published KEY with its "
+                "VALUE behind it, for example SOLVER.IMS_PER_BATCH 8"
+            )
+    return overrides, pairs
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"A": {"B": 1}}` as `{"A.B": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = _literal(value)
+    return flat
+
+
+def _literal(value: Any) -> Any:
+    """A value as detectron2 reads it: texts such as `(1, 2)` are Python literals where they can be."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+    return list(found) if isinstance(found, tuple) else found
+
+
+def _as_overrides(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def _translate(keys: Mapping[str, Any], k: tuple[int, ...] | None) -> _Translation:
+    made = _Translation()
+    for key, value in keys.items():
+        if key in _SAME:
+            made.values[_SAME[key]] = list(value) if isinstance(value, tuple) else value
+        elif key in _ALWAYS:
+            if not _equal(value, _ALWAYS[key]):
+                made.remarks.append(f"{key} = {value}: this kit always has {_ALWAYS[key]}")
+        elif key in _SPECIAL:
+            _SPECIAL[key](value, keys, made)
+        elif key not in (*_NAMES, *_TOGETHER, "VERSION"):
+            made.remarks.append(f"{key} = {value}: has no counterpart here")
+    _selections(keys, k, made)
+    return made
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return list(a) == list(b) if isinstance(a, list | tuple) and isinstance(b, list) else a == b
+
+
+_TOGETHER = (f"{_DINO}.FIRST_SELECTED_QUERIES", f"{_DINO}.NUM_OBJECT_QUERIES")
+
+
+def _selections(keys: Mapping[str, Any], k: tuple[int, ...] | None, made: _Translation) -> None:
+    """k1 and k2 come from two keys."""
+    first, last = (keys.get(key) for key in _TOGETHER)
+    if first is None and last is None:
+        return
+    if k is None:
+        raise UserError(
+            f"{' and '.join(_TOGETHER)} belong to the architecture: name its configuration with --config, or set "
+            "model.selection.k=[…]"
+        )
+    double = len(k) > 1 or first is not None
+    made.values["model.selection.k"] = [first or k[0], last or k[-1]] if double else [last]
+
+
+def _choose_model(keys: Mapping[str, Any], path: Path, made: _Translation) -> None:
+    """Tell DI-MaskDINO from the baseline, which the published files do by code, not by settings."""
+    own = [key for key in (f"{_DINO}.FIRST_SELECTED_QUERIES", f"{_DINO}.NUM_GUIDING_TOKENS") if key in keys]
+    named = [str(keys[key]) for key in _NAMES if key in keys]
+    di = bool(own) or any(re.match(r"di[-_]?mask", name, re.IGNORECASE) for name in [*named, path.name])
+    if not di:
+        made.values["model.bato.enabled"] = False
+        made.values["model.selection.k"] = [keys.get(f"{_DINO}.NUM_OBJECT_QUERIES", 300)]
+    made.remarks.append(f"{path.name} is read as {'DI-MaskDINO' if di else 'the baseline MaskDINO'}")
+
+
+def _resnet_depth(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
+    made.values["model.backbone.name"] = f"resnet{value}"
+
+
+def _resnet_norm(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
+    kinds = {"FrozenBN": "frozen", "BN": "batch"}
+    if value in kinds:
+        made.values["model.backbone.norm"] = kinds[value]
+    else:
+        made.remarks.append(f"{_MODEL}.RESNETS.NORM = {value}: this kit has {' and '.join(kinds)}")
+
+
+def _swin(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
+    size = (keys.get(f"{_MODEL}.SWIN.EMBED_DIM"), keys.get(f"{_MODEL}.SWIN.WINDOW_SIZE"))
+    if size in _SWIN:
+        made.values["model.backbone.name"] = _SWIN[size]
+    else:
+        made.remarks.append(f"{_MODEL}.SWIN with EMBED_DIM, WINDOW_SIZE = {size}: none of {list(_SWIN)}")
+
+
+def _swin_detail(key: str) -> Callable[[Any, Mapping[str, Any], _Translation], None]:
+    def told(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
+        expected = {"DROP_PATH_RATE": 0.3, "PATCH_SIZE": 4, "MLP_RATIO": 4.0, "QKV_BIAS": True, "PATCH_NORM": True}
+        if key in expected and value != expected[key]:
+            made.remarks.append(f"{_MODEL}.SWIN.{key} = {value}: this kit always has {expected[key]}")
+
+    return told
+
+
+def _backbone(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
+    if value == "D2SwinTransformer":
+        _swin(value, keys, made)
+    elif value != "build_resnet_backbone":
+        made.remarks.append(
+            f"{_MODEL}.BACKBONE.NAME = {value}: set model.backbone.name to one of torchvision's or timm's"
+        )
+
+
+def _weights(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
+    """A backbone to start from, or a whole model."""
+    if not value:
+        made.values["model.backbone.weights"] = None
+    elif _RESNET_WEIGHTS in str(value) and "://" in str(value):
+        made.values["model.backbone.weights"] = "IMAGENET1K_V1"
+    elif "://" in str(value):
+        made.remarks.append(f"{_MODEL}.WEIGHTS = {value}: download the file and give its path")
+    elif str(value).endswith(".pkl"):
+        made.values["model.backbone.weights"] = str(value)
+    else:
+        made.weights = Path(value)
+
+
+def _output(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
+    made.output = Path(str(value))
+
+
+def _datasets(split: str) -> Callable[[Any, Mapping[str, Any], _Translation], None]:
+    def chosen(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
+        names = [value] if isinstance(value, str) else list(value)
+        if len(names) == 1 and names[0] in _DATASETS:
+            made.values["data.root"] = f"data/{_DATASETS[names[0]][0]}"
+            made.values[f"data.{split}"] = _DATASETS[names[0]][1]
+        elif names:
+            made.remarks.append(
+                f"DATASETS.{split.upper()} = {names}: name a folder with data.root and a split with data.{split}; "
+                "'dimaskdino data detectron2' makes a folder of a registered dataset"
+            )
+
+    return chosen
+
+
+def _warmup(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
+    made.values["schedule.warmup"] = 0 if keys.get("SOLVER.WARMUP_FACTOR") == 1 else value
+
+
+def _silent(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
+    """Read together with another key."""
+
+
+def _mixed_precision(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
+    made.values["train.precision"] = "bf16" if value else "fp32"
+    if value:
+        made.remarks.append("SOLVER.AMP.ENABLED = True: bf16 here; train.precision=fp16 is what detectron2 takes")
+
+
+def _noise(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
+    made.values["model.denoising.box_noise"] = value
+    made.values["model.denoising.label_noise"] = value / 2
+
+
+def _flip(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
+    if value in ("horizontal", "none"):
+        made.values["data.jitter.flip"] = 0.5 if value == "horizontal" else 0.0
+    else:
+        made.remarks.append(f"INPUT.RANDOM_FLIP = {value}: this kit flips horizontally or not at all")
+
+
+def _seed(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
+    if value >= 0:  # below 0 means any
+        made.values["train.seed"] = value
+
+
+def _mapper(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
+    if not str(value).endswith("instance_lsj"):
+        made.remarks.append(f"INPUT.DATASET_MAPPER_NAME = {value}: this kit trains with large-scale jitter")
+
+
+_SPECIAL: dict[str, Callable[[Any, Mapping[str, Any], _Translation], None]] = {
+    f"{_MODEL}.BACKBONE.NAME": _backbone,
+    f"{_MODEL}.RESNETS.DEPTH": _resnet_depth,
+    f"{_MODEL}.RESNETS.NORM": _resnet_norm,
+    **{
+        f"{_MODEL}.SWIN.{key}": _swin_detail(key)
+        for key in (
+            *("EMBED_DIM", "WINDOW_SIZE", "DEPTHS", "NUM_HEADS", "PRETRAIN_IMG_SIZE", "USE_CHECKPOINT", "PATCH_SIZE"),
+            *("MLP_RATIO", "QKV_BIAS", "PATCH_NORM", "DROP_PATH_RATE"),
+        )
+    },
+    f"{_MODEL}.WEIGHTS": _weights,
+    f"{_DINO}.DN_NOISE_SCALE": _noise,
+    "OUTPUT_DIR": _output,
+    "DATASETS.TRAIN": _datasets("train"),
+    "DATASETS.TEST": _datasets("val"),
+    "INPUT.DATASET_MAPPER_NAME": _mapper,
+    "INPUT.RANDOM_FLIP": _flip,
+    "SOLVER.AMP.ENABLED": _mixed_precision,
+    "SOLVER.WARMUP_ITERS": _warmup,
+    "SOLVER.WARMUP_FACTOR": _silent,
+    "SEED": _seed,
+}

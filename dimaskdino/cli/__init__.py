@@ -1,0 +1,39 @@
+"""The command line: `dimaskdino COMMAND`. Each command calls functions that Python users can call too.
+
+Commands import what they need when they run, so that help is fast.
+"""
+
+import sys
+
+from tyro.extras import SubcommandApp
+
+from dimaskdino.cli import config, data, models, notebooks, training
+from dimaskdino.errors import UserError
+
+app = SubcommandApp()
+for _function in (
+    *(training.train, models.evaluate, models.predict),
+    *(notebooks.run, notebooks.study, training.status, training.export, models.convert),
+):
+    app.command(_function)
+_data = SubcommandApp()
+for _function in (data.shapes, data.check, data.bdd100k, data.detectron2):
+    _data.command(_function)
+app.command(_data, name="data", help="Generate the built-in data, check a dataset, or convert one.")
+_config = SubcommandApp()
+for _function in (config.show, config.keys, config.names):
+    _config.command(_function, name={"names": "list"}.get(_function.__name__, _function.__name__))
+app.command(_config, name="config", help="List configurations and settings, or show a configuration.")
+
+
+def main() -> None:
+    """Entry point of `dimaskdino`. Errors that a person can fix are one line, without a traceback."""
+    try:
+        description = "DI-MaskDINO: joint object detection and instance segmentation."
+        sys.exit(app.cli(prog="dimaskdino", description=description))
+    except UserError as error:
+        print(f"dimaskdino: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("dimaskdino: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,41 @@
+"""The commands about configurations: `dimaskdino config …`."""
+
+from tyro.conf import Positional
+
+from dimaskdino.cli.options import Settings, print_remarks
+
+
+def show(config: Positional[str], overrides: Positional[Settings] = ()) -> int:
+    """Print a configuration with everything it extends and every default filled in.
+
+    For example: dimaskdino config show shapes/dimaskdino_r18
+
+    A file of the published code is shown as this kit's settings; what differs is listed.
+
+    Args:
+        config: Name of a configuration, or a YAML file.
+        overrides: Settings that differ from it.
+    """
+    from dimaskdino.checkpoints.published_settings import load_settings
+    from dimaskdino.config import dump_config
+
+    settings = load_settings(config, overrides)
+    print_remarks(settings.remarks)
+    print(dump_config(settings.config), end="")
+    return 0
+
+
+def keys() -> int:
+    """List every setting by its key."""
+    from dimaskdino.config import keys_of
+
+    print("\n".join(keys_of()))
+    return 0
+
+
+def names() -> int:
+    """List the configurations that come with the kit."""
+    from dimaskdino.resources import config_names
+
+    print("\n".join(config_names()))
+    return 0

@@ -1,0 +1,102 @@
+"""The commands about datasets: `dimaskdino data …`."""
+
+import sys
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from dimaskdino.errors import UserError
+from dimaskdino.progress import progress_bar
+
+
+def shapes(root: Positional[Path], train: int = 4000, val: int = 200, size: int = 128, seed: int = 0) -> int:
+    """Generate the built-in shapes data in COCO format.
+
+    For example: dimaskdino data shapes data/shapes
+
+    Args:
+        root: Folder to make.
+        train: Training images.
+        val: Validation images.
+        size: Side of the images, pixels.
+        seed: The same seed gives the same data.
+    """
+    from dimaskdino import config
+    from dimaskdino.data.shapes import generate
+
+    generate(root, config.Shapes(train=train, val=val, size=size, seed=seed))
+    print(f"written: {root}; use it with data.root={root} data.train=train data.val=val")
+    return 0
+
+
+def check(
+    root: Positional[Path], splits: Positional[tuple[str, ...]] = ("train2017", "val2017"), read: bool = True
+) -> int:
+    """Count what a COCO-format dataset holds, and report what is missing or wrong.
+
+    For example: dimaskdino data check data/coco; dimaskdino data check my/data train val
+
+    Args:
+        root: Dataset folder.
+        splits: Names of the splits.
+        read: Read every image and mask too, which takes about 20 minutes for COCO; --no-read looks at the annotations
+            and for the files alone.
+    """
+    from dimaskdino.data.coco import CocoDataset
+    from dimaskdino.data.summary import describe
+
+    problems = 0
+    for split in splits:
+        try:
+            found = describe(root, split)
+        except UserError as error:
+            print(f"{split}: {error}", file=sys.stderr)
+            problems += 1
+            continue
+        print(f"{split}: {found.text()}")
+        missing = found.missing_files
+        if missing:
+            problems += len(missing)
+            print(f"{split}: {len(missing)} images are missing, the first {missing[0]}", file=sys.stderr)
+        data = CocoDataset(root, split)
+        for i in progress_bar(range(len(data) if read else 0), f"reading {split}", disable=not read):
+            try:
+                data[i]
+            except UserError as error:
+                problems += 1
+                print(error, file=sys.stderr)
+    print(f"{problems} problems")
+    return 1 if problems else 0
+
+
+def bdd100k(root: Positional[Path], splits: Positional[tuple[str, ...]] = ("train", "val")) -> int:
+    """Make COCO annotations of BDD100K's instance segmentation labels (bitmasks or run lengths).
+
+    Args:
+        root: Folder with images/10k and labels/ins_seg as they come.
+        splits: Names of the splits.
+    """
+    from dimaskdino.data.bdd100k import convert
+
+    for split in splits:
+        print(f"written: {convert(root, split)}")
+    return 0
+
+
+def detectron2(name: Positional[str], root: Positional[Path], register: str | None = None) -> int:
+    """Make a COCO-format folder of a dataset that is registered in detectron2; the images stay where they are.
+
+    Args:
+        name: As registered in detectron2's DatasetCatalog.
+        root: Folder to make.
+        register: Python module whose import registers the dataset.
+    """
+    import importlib
+
+    from dimaskdino.interop.detectron2 import coco_folder
+
+    sys.path.insert(0, "")
+    if register:
+        importlib.import_module(register)
+    print(f"written: {coco_folder(name, root)}; use it with data.root={root} data.train={name}")
+    return 0

@@ -1,0 +1,193 @@
+"""The commands that use a trained model: evaluate, predict, convert."""
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from dimaskdino.cli.options import (
+    Device,
+    ModelSource,
+    OptionalConfigPath,
+    Precision,
+    ProcessCount,
+    Settings,
+    print_remarks,
+    relaunch_distributed,
+)
+from dimaskdino.errors import UserError
+
+
+def evaluate(
+    model_and_settings: Positional[
+        Annotated[
+            tuple[str, ...],
+            arg(metavar="MODEL KEY=VALUE", help="The model, unless MODEL.WEIGHTS names it, and settings as for train."),
+        ]
+    ],
+    config: OptionalConfigPath = None,
+    split: str | None = None,
+    stages: tuple[str, ...] = (),
+    output: Path | None = None,
+    keep_detections: bool = False,
+    bootstrap: int = 0,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    processes: ProcessCount = 1,
+) -> int:
+    """Compute box and mask AP of a trained model at every stage, in one pass over the data.
+
+    For example: dimaskdino evaluate runs/mine data.root=my/data
+
+    The same command again resumes an interrupted evaluation.
+
+    Args:
+        model_and_settings: The model (as for predict), then settings that differ from those it was trained with, such
+            as data.root=my/data or TEST.DETECTIONS_PER_IMAGE 300.
+        config: Configuration that a published checkpoint belongs to; inferred from its weights by default.
+        split: Split to evaluate on; data.val of the configuration by default.
+        stages: Stages to evaluate, such as decoder.1 decoder.6; all by default.
+        output: Folder for layers.json and layers.png; evaluation/ beside the model by default.
+        keep_detections: Keep the detections of every stage in the output folder.
+        bootstrap: Number of bootstrap resamples of the images, such as 1000, for 95 % intervals of the AP of the first
+            and the last decoder layer. They are kept in bootstrap.npz, from which studies compare models.
+        device: Device to run on.
+        precision: Precision of the forward pass.
+        processes: Number of evaluating processes on this machine, one per GPU.
+    """
+    from dimaskdino.checkpoints.published_settings import load_settings, starts_settings, translate_pairs
+    from dimaskdino.distributed import DistributedContext
+    from dimaskdino.evaluation.bootstrap import bootstrap as resample
+    from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, annotations_of, detect_layers, score_layers
+    from dimaskdino.model import load
+    from dimaskdino.viz import plot_layerwise_ap
+
+    named = model_and_settings and not starts_settings(model_and_settings[0])
+    arguments = model_and_settings[1:] if named else model_and_settings
+    overrides, settings = translate_pairs(arguments) if config is None else ([], load_settings(config, arguments))
+    source = model_and_settings[0] if named else settings.weights
+    if source is None:
+        raise UserError("name the model: dimaskdino evaluate MODEL, or MODEL.WEIGHTS FILE among the settings")
+    relaunch_distributed(processes)
+    with DistributedContext.join() as context:
+        trained = load(
+            source,
+            device=device,
+            precision=precision,  # type: ignore[arg-type]
+            overrides=overrides,
+            config=None if config is None else settings.config,
+        )
+        path = Path(source)
+        beside = (
+            path if path.is_dir() else path.parent if path.exists() else Path("runs", str(source).replace("/", "_"))
+        )
+        folder = output or settings.output or beside / "evaluation"
+        shard = (context.rank, context.world_size)
+        store = detect_layers(trained, split, stages or None, folder / "detections", shard)
+        context.barrier()
+    if not context.is_main:
+        return 0
+    print_remarks(settings.remarks)
+    result = score_layers(store, *annotations_of(trained, split))
+    result.save(folder / "layers.json")
+    plot_layerwise_ap({"model": result}).savefig(folder / "layers.png")
+    print(result.table())
+    if bootstrap:
+        chosen = dict.fromkeys(name for name in (FIRST_LAYER, next(reversed(result.stages))) if name in result.stages)
+        resampled = resample({name: store[name] for name in chosen}, annotations_of(trained, split)[0], bootstrap)
+        resampled.save(folder / "bootstrap.npz")
+        for name, (low, high) in resampled.intervals().items():
+            print(f"{name} AP: {low:.1f} to {high:.1f} (95 % interval, {bootstrap} resamples of the images)")
+    if not keep_detections:
+        store.remove()
+    print(f"written: {folder / 'layers.json'}, {folder / 'layers.png'}")
+    return 0
+
+
+def predict(
+    model: Positional[ModelSource],
+    images: Positional[Annotated[tuple[Path, ...], arg(metavar="IMAGE")]],
+    output: Path = Path("predictions"),
+    stage: str | None = None,
+    threshold: float = 0.3,
+    batch_size: int = 8,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+) -> int:
+    """Draw masks, boxes, classes and scores on images and videos, and write them as COCO json.
+
+    For example: dimaskdino predict runs/mine my/photos --threshold 0.5
+
+    The output mirrors the folders of the input. predictions.json has COCO's format, with a score per annotation and
+    masks as run lengths.
+
+    Args:
+        model: The model.
+        images: Image files, videos (with the extra 'video'), or folders of them.
+        output: Folder for the drawn images and predictions.json.
+        stage: Stage to show, such as decoder.1; the last decoder layer by default.
+        threshold: Lowest score that is shown and written.
+        batch_size: Number of images per forward pass, at most.
+        device: Device to run on.
+        precision: Precision of the forward pass.
+    """
+    from dimaskdino.model import load
+    from dimaskdino.predict_files import predict_files
+
+    trained = load(model, device=device, precision=precision)  # type: ignore[arg-type]
+    report = predict_files(trained, images, output, stage, threshold, batch_size)
+    print(f"{report.detections} detections in {len(report.pictures)} files, {len(report.skipped)} skipped")
+    print(f"written: {report.json} and the pictures in {output}")
+    return 0 if report.pictures else 1
+
+
+def convert(
+    file: Positional[Path],
+    output: Positional[Path],
+    overrides: Positional[Settings] = (),
+    config: OptionalConfigPath = None,
+) -> int:
+    """Convert a published checkpoint, or the weights of a backbone, to a file of this kit.
+
+    For example: dimaskdino convert dimaskdino_r50_12ep.pth coco.safetensors
+
+    A DI-MaskDINO or MaskDINO checkpoint becomes a model that every command takes; each of its keys is accounted for.
+    A ResNet of torchvision (.pth) or detectron2 (.pkl) becomes a file for model.backbone.weights.
+
+    Args:
+        file: The published file, .pth or .pkl. No code in it is run.
+        output: File to write, .safetensors; a model's holds its configuration and class names too.
+        overrides: Settings that differ from the configuration.
+        config: Configuration of the model, this kit's or the published one; inferred from the weights by default.
+    """
+    from dimaskdino.checkpoints import save_model
+    from dimaskdino.checkpoints.published import convert_backbone, is_published, load_published
+    from dimaskdino.checkpoints.published_settings import load_settings, translate_pairs
+    from dimaskdino.serialization import read_state_dict
+
+    if not is_published(read_state_dict(file)):
+        name, count = convert_backbone(file, output)
+        print(f"a {name} with {count} parameters and buffers; use it with model.backbone.weights={output}")
+        print(f"written: {output}")
+        return 0
+    changes, settings = translate_pairs(overrides) if config is None else ([], load_settings(config, overrides))
+    print_remarks(settings.remarks)
+    model, conversion = load_published(file, changes, None if config is None else settings.config)
+    save_model(output, model.detector, model.config, model.classes, 0)
+    architecture = model.config.model
+    print(
+        f"{'DI-MaskDINO' if architecture.bato.enabled else 'MaskDINO'}, {architecture.backbone.name}, "
+        f"{architecture.pixel_decoder.levels} levels, {architecture.decoder.layers} decoder layers, "
+        f"{architecture.classes} classes"
+    )
+    if config is None:
+        print(
+            f"not stored in the file, so the published values are used: "
+            f"model.selection.k={list(architecture.selection.k)}, "
+            f"model.selection.mask_to_box={architecture.selection.mask_to_box}, "
+            f"model.bato.guiding_tokens={architecture.bato.guiding_tokens}"
+        )
+    print(f"{len(conversion.renamed)} keys became {len(conversion.state)} parameters and buffers")
+    print(f"ignored, not part of the model: {', '.join(conversion.ignored) or 'none'}")
+    print(f"written: {output}")
+    return 0

@@ -1,0 +1,87 @@
+"""The commands that run notebooks: run, study."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from dimaskdino.cli.options import Overrides
+
+
+def run(
+    notebook: Positional[Path],
+    folder: Positional[Path],
+    parameters: Positional[Annotated[tuple[str, ...], arg(metavar="NAME=VALUE")]] = (),
+) -> int:
+    """Run a parameterised notebook with papermill; the executed notebook goes into a folder.
+
+    For example: dimaskdino run train runs/mine config=shapes/dimaskdino_r18
+
+    Args:
+        notebook: A notebook, or the name of one of the kit's: train, evaluate, compare, study, diagnostics.
+            'papermill --help-notebook NOTEBOOK' lists its parameters.
+        folder: Run folder; also the value of the notebook's parameter `run`.
+        parameters: Parameters of the notebook.
+    """
+    from dimaskdino.resources import find_notebook
+    from dimaskdino.runs.notebooks import parse_parameters, run_notebook
+    from dimaskdino.runs.processes import project_root
+
+    file = find_notebook(notebook)
+    # notebooks take relative paths from the project's folder, wherever they are started
+    values = {"run": os.path.relpath(folder, project_root())} | parse_parameters(file, parameters)
+    print(f"written: {run_notebook(file, folder, values, echo=True)}")
+    return 0
+
+
+def study(
+    name: Positional[str],
+    folder: Positional[Path | None] = None,
+    overrides: Positional[Overrides] = (),
+    scale: str = "shapes",
+    seeds: tuple[int, ...] = (),
+    parallel: int | None = None,
+    plan: bool = False,
+) -> int:
+    """Train and evaluate the variants of a study, such as a table of the paper, with several seeds; compare them.
+
+    For example: dimaskdino study table_4
+
+    Runs that have a result are not run again, so the same command resumes an interrupted study, and studies that share
+    a variant share its runs. A run that fails does not stop the others. FOLDER/NAME receives the executed notebook
+    study.ipynb, table.md, table.json and figures; FOLDER/runs the runs.
+
+    Args:
+        name: A study of configs/ablations (table_3 to table_9, figure_1, …) or a YAML file.
+        folder: Folder of the runs and reports; runs/studies/SCALE by default.
+        overrides: Settings for every row, after its own.
+        scale: One of the study's scales; shapes takes about ten minutes per run on one core, coco days on eight GPUs.
+        seeds: Seeds of the training; the study's by default.
+        parallel: Number of simultaneous runs; by default one per GPU, and one without any.
+        plan: Only show what would run and what it costs.
+    """
+    from dimaskdino.resources import find_notebook
+    from dimaskdino.runs.notebooks import run_notebook
+    from dimaskdino.runs.processes import project_root
+    from dimaskdino.studies.runner import plan_study
+    from dimaskdino.studies.study import find_study, load_study
+
+    file = find_study(name)
+    target = folder or Path("runs", "studies", scale)
+    planned = plan_study(load_study(file), scale, seeds, target, overrides, parallel)
+    print(planned.describe())
+    if plan:
+        return 0
+    report = target / file.stem
+    parameters = {
+        "study": os.path.relpath(file, project_root()),
+        "run": os.path.relpath(report, project_root()),
+        "scale": scale,
+        "seeds": list(seeds),
+        "changes": list(overrides),
+        "parallel": parallel or 0,
+    }
+    print(f"written: {run_notebook(find_notebook('study'), report, parameters, echo=True)}")
+    print((report / "table.md").read_text())
+    return 0

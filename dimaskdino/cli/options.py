@@ -1,0 +1,81 @@
+"""Options that several commands share."""
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+Overrides = Annotated[
+    tuple[str, ...],
+    arg(metavar="KEY=VALUE", help="Settings that differ from the file, such as train.batch_size=8 data.root=my/data."),
+]
+Settings = Annotated[
+    tuple[str, ...],
+    arg(
+        metavar="KEY=VALUE",
+        help="Settings that differ from the file, such as train.batch_size=8; also in the form of the published code, "
+        "SOLVER.IMS_PER_BATCH 8.",
+    ),
+]
+Device = Annotated[str, arg(help="cpu, cuda, cuda:1, mps, or auto: a GPU if there is one.")]
+Precision = Annotated[str, arg(help="Precision of the forward pass: fp32, bf16 or fp16.")]
+ModelSource = Annotated[
+    str,
+    arg(
+        metavar="MODEL",
+        help="Run folder, model.safetensors, resume point, published .pth, a course model such as dimaskdino-shapes, "
+        "or owner/name on the Hugging Face Hub."
+    ),
+]
+ConfigPath = Annotated[
+    str,
+    arg(
+        aliases=["--config-file"],
+        metavar="CONFIG",
+        help="Name of a configuration ('dimaskdino config list'), or a YAML file of this kit or of the published code.",
+    ),
+]
+OptionalConfigPath = Annotated[
+    str | None,
+    arg(
+        aliases=["--config-file"],
+        metavar="CONFIG",
+        help="Configuration that a published checkpoint was trained with; inferred from the weights by default.",
+    ),
+]
+ProcessCount = Annotated[
+    int,
+    arg(
+        aliases=["--num-gpus"], help="Number of processes on this machine, one per GPU. For several machines: torchrun."
+    ),
+]
+
+
+def relaunch_distributed(count: int) -> None:
+    """Run this command again under torchrun with `count` processes; does nothing for one, or inside torchrun."""
+    if count > 1 and "RANK" not in os.environ:
+        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "dimaskdino")
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv[1:]])
+
+
+def print_remarks(remarks: Iterable[str]) -> None:
+    """Print what a published configuration asks for and this kit does differently."""
+    for remark in remarks:
+        print(f"note: {remark}", file=sys.stderr)
+
+
+def existing(path: Path, what: str) -> Path:
+    """The path, if it exists.
+
+    Raises:
+        UserError: it does not.
+    """
+    from dimaskdino.errors import UserError
+
+    if not path.exists():
+        raise UserError(f"the {what} {path} does not exist")
+    return path

@@ -1,0 +1,82 @@
+"""The commands about training runs: train, status, export."""
+
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from dimaskdino.cli.options import ConfigPath, ProcessCount, Settings, relaunch_distributed
+from dimaskdino.errors import UserError
+
+
+def train(
+    config: ConfigPath, overrides: Positional[Settings] = (), run: Path | None = None, processes: ProcessCount = 1
+) -> int:
+    """Train a model, or resume a training.
+
+    For example: dimaskdino train --config shapes/dimaskdino_r18 --run runs/mine
+
+    The run folder receives the complete configuration, metrics, checkpoints and a status. The same command again
+    resumes from the last checkpoint. Ctrl-C finishes the step and saves before it stops.
+
+    Args:
+        config: Configuration.
+        overrides: Settings that differ from the configuration.
+        run: Run folder; OUTPUT_DIR among the settings is the same.
+        processes: Number of training processes on this machine, one per GPU.
+    """
+    from dimaskdino.checkpoints.published_settings import split_arguments
+    from dimaskdino.training.launch import main as train_in_this_process
+
+    _, pairs = split_arguments(overrides)
+    folder = run or pairs.get("OUTPUT_DIR")
+    if not folder or not str(folder):
+        raise UserError("name the run folder: --run FOLDER")
+    relaunch_distributed(processes)
+    return train_in_this_process(config, str(folder), list(overrides))
+
+
+def status(run: Positional[Path]) -> int:
+    """Show whether a run is running, finished or failed and why, its latest results and its files.
+
+    For example: dimaskdino status runs/demo
+
+    Args:
+        run: Run folder.
+    """
+    from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
+    from dimaskdino.runs.folder import RunFolder
+
+    folder = RunFolder(run)
+    current = folder.status()
+    shown = ", ".join(f"{key} {current[key]}" for key in ("state", "reason", "started", "ended") if key in current)
+    print(f"{run}: {shown}")
+    latest = next((record for record in reversed(folder.read_metrics()) if "loss" in record), None)
+    if latest:
+        print(f"step {latest['step']}, loss {latest['loss']:.2f}")
+    evaluation = run / "evaluation" / "layers.json"
+    if evaluation.exists():
+        result = LayerwiseAP.load(evaluation)
+        print(f"AP on {result.images} images, {result.source}\n{result.table()}")
+    written = [*run.rglob("*.ipynb"), *run.rglob("figures/*.png"), *run.rglob("layers.*"), folder.model]
+    files = [path for path in dict.fromkeys(written) if path.exists() and ".ipynb_checkpoints" not in path.parts]
+    print("\n".join(["files:", *(f"  {path}" for path in files)]))
+    return 1 if current["state"] == "failed" else 0
+
+
+def export(run: Positional[Path], target: Positional[Path]) -> int:
+    """Copy a finished run for sharing: weights in half precision, and its records.
+
+    For example: dimaskdino export runs/mine shared/mine
+
+    Args:
+        run: Run folder.
+        target: Folder to create. It is a run folder too: evaluate, predict and the notebooks take it.
+    """
+    from dimaskdino.runs.export import export as write
+    from dimaskdino.runs.folder import RunFolder
+
+    exported = RunFolder(target)
+    write(RunFolder(run), exported)
+    size = exported.model.stat().st_size / 1e6
+    print(f"written: {target}, {size:.1f} MB; next: dimaskdino evaluate {target}")
+    return 0

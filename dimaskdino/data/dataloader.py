@@ -1,0 +1,187 @@
+"""Batches: collation, and a training order that depends on nothing but the seed and the position."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.ops import box_convert
+
+from dimaskdino import config
+from dimaskdino.data.coco import CocoDataset, Sample
+from dimaskdino.data.transforms import evaluation_resize, large_scale_jitter
+from dimaskdino.errors import UserError
+from dimaskdino.modeling.structures import Targets, padded_size
+
+BAD_IMAGES_IN_A_ROW = 20  # more than that is not bad luck but a wrong folder
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of any sizes, their objects padded to one size, and where they come from."""
+
+    images: list[Tensor]
+    targets: Targets
+    image_ids: list[int]
+    files: list[str]
+    original_sizes: list[tuple[int, int]]
+    skipped: list[str]
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Put samples into a batch; boxes are tight boxes of the masks, relative to the padded size."""
+    H, W = padded_size([(s.image.shape[-2], s.image.shape[-1]) for s in samples])
+    M = max(len(s.labels) for s in samples)
+    labels = torch.zeros(len(samples), M, dtype=torch.int64)
+    boxes = torch.zeros(len(samples), M, 4)
+    masks = torch.zeros(len(samples), M, H, W, dtype=torch.uint8)
+    for b, sample in enumerate(samples):
+        m, h, w = sample.masks.shape
+        labels[b, :m] = sample.labels
+        masks[b, :m, :h, :w] = sample.masks
+        if m:
+            boxes[b, :m] = box_convert(sample.boxes.float(), "xyxy", "cxcywh") / torch.tensor([W, H, W, H])
+    return Batch(
+        [s.image for s in samples],
+        Targets(labels, boxes, masks, tuple(len(s.labels) for s in samples)),
+        [s.image_id for s in samples],
+        [s.file for s in samples],
+        [s.original_size for s in samples],
+        [reason for s in samples for reason in s.skipped],
+    )
+
+
+class _ByPosition(Dataset[Sample]):
+    """The endless training sequence: item p is a function of the seed and p alone, whoever loads it and when."""
+
+    def __init__(self, data: CocoDataset, seed: int, skip_bad_images: bool) -> None:
+        self.data, self.seed, self.skip_bad_images = data, seed, skip_bad_images
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def _index(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.data))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
+        return int(self._order[place])
+
+    def __getitem__(self, position: int) -> Sample:
+        index, skipped = self._index(position), []
+        for attempt in range(BAD_IMAGES_IN_A_ROW):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(np.random.SeedSequence([self.seed, 1, position]).generate_state(1)[0]))
+                try:
+                    sample = self.data[(index + attempt) % len(self.data)]
+                except UserError as error:
+                    if not self.skip_bad_images:
+                        raise UserError(f"{error} (data.skip_bad_images=true goes on without such images)") from None
+                    skipped.append(str(error))
+                    continue
+            return replace(sample, skipped=tuple(skipped))
+        raise UserError(f"{BAD_IMAGES_IN_A_ROW} bad images in a row, the last: {skipped[-1]}")
+
+
+class _Positions:
+    """Sampler of the positions of one process's parts of each step, from a step on.
+
+    A step's batch is cut into world × parts pieces, as even as it goes; piece i of process r is number r·parts + i. So
+    eight processes, or four that take two pieces each, or one that takes eight, work on the same pieces.
+    """
+
+    def __init__(self, first: int, steps: int, batch: int, rank: int, world: int, parts: int) -> None:
+        self.first, self.steps, self.batch = first, steps, batch
+        pieces = world * parts
+        cuts = [batch * piece // pieces for piece in range(pieces + 1)]
+        self.parts = [range(cuts[p], cuts[p + 1]) for p in range(rank * parts, (rank + 1) * parts)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first, self.steps):
+            for part in self.parts:
+                yield [step * self.batch + position for position in part]
+
+    def __len__(self) -> int:
+        return (self.steps - self.first) * len(self.parts)
+
+
+def training_dataset(settings: config.Config) -> CocoDataset:
+    """The training split with its augmentation."""
+    data = settings.data
+    return CocoDataset(data.root, data.train, large_scale_jitter(data.jitter), only_with_objects=True)
+
+
+def training_loader(data: CocoDataset, settings: config.Config, first_step: int, rank: int, world: int) -> DataLoader:
+    """Batches from `first_step` on, `train.accumulate` of them a step.
+
+    Raises:
+        UserError: the batch has fewer images than there are parts to take it in.
+    """
+    train = settings.train
+    if train.batch_size < world * train.accumulate:
+        raise UserError(
+            f"train.batch_size = {train.batch_size} is less than one image for each of {world} processes x "
+            f"{train.accumulate} parts"
+        )
+    positions = _Positions(first_step, settings.schedule.steps, train.batch_size, rank, world, train.accumulate)
+    return DataLoader(
+        _ByPosition(data, train.seed, settings.data.skip_bad_images),
+        batch_sampler=positions,  # type: ignore[arg-type]
+        collate_fn=collate,
+        num_workers=settings.data.workers,
+        worker_init_fn=_one_thread,
+    )
+
+
+def evaluation_dataset(settings: config.Config, split: str | None = None) -> CocoDataset:
+    """A split, `data.val` if None, resized for testing."""
+    data = settings.data
+    return CocoDataset(data.root, split or data.val, evaluation_resize(data.resize))
+
+
+def evaluation_loader(data: CocoDataset, settings: config.Config, groups: Sequence[Sequence[int]]) -> DataLoader:
+    """The images at these positions of a dataset, in order; no batch reaches from one group into the next."""
+    size = settings.evaluation.batch_size
+    positions = [list(group[i : i + size]) for group in groups for i in range(0, len(group), size)]
+    return DataLoader(
+        data,
+        batch_sampler=positions,  # type: ignore[arg-type]
+        collate_fn=collate,
+        num_workers=settings.data.workers if positions else 0,
+        worker_init_fn=_one_thread,
+    )
+
+
+def batches(loader: DataLoader) -> Iterator[Batch]:
+    """The batches of a loader; what a worker process raised comes out as it was raised, without its traceback.
+
+    Raises:
+        UserError: an image or annotation cannot be used.
+    """
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+
+
+@contextlib.contextmanager
+def explaining_dead_workers() -> Iterator[None]:
+    """Say what the death of a loader process means; PyTorch raises it anywhere in the code, by a signal handler.
+
+    Raises:
+        UserError: a loader process died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a loader process died ({str(error).splitlines()[0]}), perhaps for want of memory or shared memory; "
+            "try a smaller data.workers"
+        ) from error
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,127 @@
+"""Images as people have them: files, Pillow images, arrays and tensors, all to (3, h, w) uint8 RGB."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dimaskdino.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+
+
+def to_image_tensor(image: ImageInput) -> UInt8[Tensor, "3 h w"]:
+    """Convert an image to (3, h, w) uint8, RGB.
+
+    Args:
+        image: a path; a Pillow image of any mode; an array (h, w, 3) or (h, w); or a tensor (3, h, w) or (1, h, w).
+            Integer values are 0 to 255. Floating-point values are 0 to 1.
+
+    Raises:
+        UserError: the file cannot be read, or the array has another shape, type or range.
+    """
+    if isinstance(image, str | os.PathLike):
+        return load_image(Path(image))
+    if isinstance(image, Image.Image):
+        return _from_pillow(ImageOps.exif_transpose(image))
+    if isinstance(image, np.ndarray):
+        array = torch.from_numpy(np.ascontiguousarray(image))
+        array = array[None] if array.ndim == 2 else array.movedim(-1, 0)
+        expected = "an array (h, w, 3) or (h, w)"
+    elif isinstance(image, Tensor):
+        array, expected = image.detach().cpu(), "a tensor (3, h, w) or (1, h, w)"
+    else:
+        raise UserError(f"an image is a path, a Pillow image, an array or a tensor, got {type(image).__name__}")
+    if array.ndim != 3 or array.shape[0] not in (1, 3) or 0 in array.shape:
+        raise UserError(f"expected {expected}, got the shape {tuple(image.shape)}")
+    return _to_uint8(array).expand(3, -1, -1).contiguous()
+
+
+def _to_uint8(array: Tensor) -> UInt8[Tensor, "c h w"]:
+    if array.dtype == torch.uint8:
+        return array
+    low, high = float(array.min()), float(array.max())
+    limit = 1 if array.is_floating_point() else 255
+    if not 0 <= low <= high <= limit:  # also false for NaN
+        raise UserError(
+            f"{'floating-point' if limit == 1 else 'integer'} images have values from 0 to {limit}, got {low:g} to "
+            f"{high:g}; convert it to uint8"
+        )
+    return (array * (255 / limit)).round().to(torch.uint8)
+
+
+def load_image(path: Path, expected: tuple[int | None, int | None] = (None, None)) -> UInt8[Tensor, "3 h w"]:
+    """Load any image that Pillow reads as RGB. Grey, palette, CMYK and 16-bit images are converted, alpha is dropped.
+
+    Args:
+        path: the file.
+        expected: (h, w) according to the annotations. The orientation stored in the file is applied unless only the
+            unrotated image has that size.
+
+    Raises:
+        UserError: the file is missing, truncated or no image, or has another size than expected.
+    """
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            stored = opened.copy()
+            upright = ImageOps.exif_transpose(opened)
+    except FileNotFoundError:
+        raise UserError(f"the image {path} does not exist") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"the image {path} cannot be read, it may be truncated or no image: {error}") from None
+    image = upright
+    if None not in expected:
+        fitting = [x for x in (upright, stored) if (x.height, x.width) == expected]
+        if not fitting:
+            raise UserError(
+                f"the image {path} is {stored.height}x{stored.width}, the annotations say "
+                f"{expected[0]}x{expected[1]} (h x w)"
+            )
+        image = fitting[0]
+    return _from_pillow(image)
+
+
+def _from_pillow(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
+    if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: keep the upper 8
+        values = np.asarray(image).astype(np.float64)
+        grey = np.clip(values / (257 if values.max() > 255 else 1), 0, 255).astype(np.uint8)
+        image = Image.fromarray(grey)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def find_files(paths: Sequence[Path], suffixes: Sequence[str] = SUFFIXES) -> list[tuple[Path, Path]]:
+    """List image files, folders searched with all their subfolders.
+
+    Args:
+        paths: files and folders.
+        suffixes: what counts as a file of interest inside a folder.
+
+    Returns:
+        Each file with its path relative to the argument it was found under: for a file given directly its name, and
+        with several folders the folder's name first.
+
+    Raises:
+        UserError: a path does not exist, or there is no such file at all.
+    """
+    files: list[tuple[Path, Path]] = []
+    several = sum(path.is_dir() for path in paths) > 1
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} does not exist")
+        if path.is_dir():
+            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in suffixes]
+            start = Path(path.resolve().name) if several else Path()
+            files += [(p, start / p.relative_to(path)) for p in inside]
+        else:
+            files.append((path, Path(path.name)))
+    if not files:
+        raise UserError(f"no file of the types {', '.join(suffixes)} in {', '.join(map(str, paths))}")
+    return files

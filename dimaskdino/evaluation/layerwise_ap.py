@@ -1,0 +1,245 @@
+"""AP of every stage, in one pass over the data: where detection lags behind segmentation."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dimaskdino.checkpoints.model_files import TrainedModel
+from dimaskdino.data.coco import find_split
+from dimaskdino.data.dataloader import Batch, batches, evaluation_dataset, evaluation_loader, explaining_dead_workers
+from dimaskdino.errors import UserError
+from dimaskdino.evaluation.coco_ap import AveragePrecision, average_precision, read_truth
+from dimaskdino.evaluation.detections import Detections, DetectionStore, fingerprint
+from dimaskdino.modeling import ImageBatch, Predictions, Stage, postprocess
+from dimaskdino.progress import progress_bar
+
+FIRST_LAYER = "decoder.1"
+
+
+@dataclass(frozen=True)
+class StageAP:
+    """Box and mask AP of one stage; no mask AP for the stages without masks."""
+
+    box: AveragePrecision
+    mask: AveragePrecision | None
+
+    @property
+    def imbalance(self) -> float | None:
+        """`AP_mask − AP_box`, in points: above 0 detection lags behind segmentation."""
+        if self.mask is None or self.mask.AP is None or self.box.AP is None:
+            return None
+        return self.mask.AP - self.box.AP
+
+
+@dataclass(frozen=True)
+class LayerwiseAP:
+    """AP of the stages of one model on one split.
+
+    Attributes:
+        stages: by stage name, in the order of the model.
+        images: how many images were evaluated.
+        source: what was evaluated on what.
+    """
+
+    stages: dict[str, StageAP]
+    images: int
+    source: str
+
+    @property
+    def last(self) -> StageAP:
+        return next(reversed(self.stages.values()))
+
+    def first_and_last(self) -> dict[str, dict[str, float | None]]:
+        """Box and mask AP of the first and of the last decoder layer, as in figure 1 of the paper.
+
+        Raises:
+            UserError: the first decoder layer was not evaluated.
+        """
+        if FIRST_LAYER not in self.stages:
+            raise UserError(f"{self.source}: {FIRST_LAYER} was not evaluated, only {', '.join(self.stages)}")
+        chosen = {"first": self.stages[FIRST_LAYER], "last": self.last}
+        return {name: {"box": s.box.AP, "mask": s.mask.AP if s.mask else None} for name, s in chosen.items()}
+
+    def table(self) -> str:
+        """The numbers as text, one line a stage, in percent."""
+        header = f"{'stage':<22}{'box AP':>8}{'mask AP':>9}{'mask-box':>10}{'box 50':>8}{'mask 50':>9}"
+        lines = [header, "-" * len(header)]
+        for name, stage in self.stages.items():
+            mask = stage.mask
+            cells = [stage.box.AP, mask and mask.AP, stage.imbalance, stage.box.AP50, mask and mask.AP50]
+            widths, signs = (8, 9, 10, 8, 9), ("", "", "+", "", "")
+            lines.append(f"{name:<22}" + "".join(_cell(c, w, s) for c, w, s in zip(cells, widths, signs, strict=True)))
+        return "\n".join(lines)
+
+    def markdown(self) -> str:
+        """Box and mask AP as a Markdown table, one row per stage, in percent."""
+        lines = ["| stage | box AP | mask AP | mask − box |", "|---|---|---|---|"]
+        for name, stage in self.stages.items():
+            cells = (stage.box.AP, stage.mask and stage.mask.AP), stage.imbalance
+            box, mask = (_cell(value, 0, "") for value in cells[0])
+            lines.append(f"| {name} | {box} | {mask} | {_cell(cells[1], 0, '+')} |")
+        return "\n".join(lines)
+
+    def save(self, path: Path) -> None:
+        """Write as json; `LayerwiseAP.load` reads it."""
+        stages = {
+            name: {
+                "box": stage.box.to_json(),
+                "mask": stage.mask.to_json() if stage.mask else None,
+                "imbalance": stage.imbalance,
+            }
+            for name, stage in self.stages.items()
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"source": self.source, "images": self.images, "stages": stages}, indent=1))
+
+    @classmethod
+    def load(cls, path: Path) -> "LayerwiseAP":
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: the file is missing or is something else.
+        """
+        try:
+            content: dict[str, Any] = json.loads(path.read_text())
+            stages = {
+                name: StageAP(
+                    AveragePrecision(**stage["box"]), AveragePrecision(**stage["mask"]) if stage["mask"] else None
+                )
+                for name, stage in content["stages"].items()
+            }
+            return cls(stages, content["images"], content["source"])
+        except OSError as error:
+            raise UserError(f"no layer-wise AP at {path} ({error.strerror}); run the evaluation first") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a layer-wise AP of this kit ({error})") from None
+
+
+def _cell(value: float | None, width: int, sign: str) -> str:
+    return f"{'–':>{width}}" if value is None else f"{value:>{sign}{width}.1f}"
+
+
+def evaluate_layers(
+    model: TrainedModel,
+    split: str | None = None,
+    stages: Sequence[str] | None = None,
+    folder: Path | None = None,
+) -> LayerwiseAP:
+    """Box and mask AP of the stages of a model.
+
+    Args:
+        model: what to evaluate; its configuration says on which data.
+        split: the configuration's `data.val` if None.
+        stages: names of the stages wanted, all if None; `["decoder.6"]` for the final predictions of six layers.
+        folder: where the detections are kept, so that an interrupted evaluation goes on; None: a temporary one.
+
+    Raises:
+        UserError: an unknown stage, a model for another number of classes than the data, bad data.
+    """
+    found = detect_layers(model, split, stages, folder)
+    return score_layers(found, *annotations_of(model, split))
+
+
+def annotations_of(model: TrainedModel, split: str | None = None) -> tuple[Path, str]:
+    """The annotations that a model is evaluated on, and what to say of the result's origin."""
+    annotations, _ = find_split(model.config.data.root, split or model.config.data.val)
+    return annotations, f"step {model.step}, {annotations}"
+
+
+def score_layers(found: Mapping[str, Detections], annotations: Path, source: str) -> LayerwiseAP:
+    """Box and mask AP of the detections of each stage.
+
+    Args:
+        found: by stage name; a `DetectionStore` keeps one stage in memory at a time.
+        annotations: the truth, COCO json.
+        source: what was evaluated on what, for people.
+    """
+    truth = read_truth(annotations)
+    scored = {}
+    for name in progress_bar(found, "scoring"):
+        detections = found[name]
+        scored[name] = StageAP(
+            average_precision(truth, detections.boxes, "box"),
+            average_precision(truth, detections.masks, "mask") if detections.has_masks else None,
+        )
+    return LayerwiseAP(scored, len(truth.dataset["images"]), source)
+
+
+def detect_layers(
+    model: TrainedModel,
+    split: str | None = None,
+    stages: Sequence[str] | None = None,
+    folder: Path | None = None,
+    shard: tuple[int, int] = (0, 1),
+) -> DetectionStore:
+    """The detections of the stages of a model on a split, by stage name.
+
+    Args:
+        model: as `evaluate_layers`, whose other arguments and errors are the same too.
+        split: the configuration's `data.val` if None.
+        stages: names of the stages wanted, all if None.
+        folder: where they are kept; parts that are there already are not made again.
+        shard: (i, n): this process is number i of n that fill the folder together; only its parts are made here.
+    """
+    settings = model.config
+    data = evaluation_dataset(settings, split)
+    data.check_classes(settings.model.classes)
+    about = {
+        "model": fingerprint(model),
+        "annotations": [str(data.annotations_file.resolve()), data.annotations_file.stat().st_size, len(data)],
+        "resize": settings.data.resize.model_dump(),
+        "detections": settings.evaluation.detections,
+        "stages": list(stages) if stages else None,
+    }
+    store = DetectionStore(folder, about, len(data), first=shard[0] == 0)
+    missing = store.missing(shard)
+    loader = evaluation_loader(data, settings, [store.images_of(part) for part in missing])
+    found, mine = batches(loader), sum(len(store.images_of(part)) for part in missing)
+    title = f"evaluating {data.annotations_file.stem}"
+    with explaining_dead_workers(), progress_bar(total=mine, description=title, unit="images") as progress:
+        for part in missing:
+            detections: dict[str, list[Detections]] = {}
+            while not detections or len(next(iter(detections.values()))) < len(store.images_of(part)):
+                batch = next(found)
+                for name, images in _detect(model, batch, stages, data.category_ids).items():
+                    detections.setdefault(name, []).extend(images)
+                progress.update(len(batch.images))
+            store.write(part, detections)
+    return store
+
+
+def _detect(
+    model: TrainedModel,
+    batch: Batch,
+    stages: Sequence[str] | None,
+    category_ids: Sequence[int],
+) -> dict[str, list[Detections]]:
+    """Every image's detections at the stages."""
+    images = ImageBatch.from_images(batch.images, model.device)
+    predictions = model.forward(images)
+    detections = model.config.evaluation.detections
+    return {
+        name: [
+            Detections.of(image_id, instances, category_ids)
+            for image_id, instances in zip(
+                batch.image_ids,
+                postprocess(stage, images.sizes, images.padded_size, batch.original_sizes, detections),
+                strict=True,
+            )
+        ]
+        for name, stage in chosen_stages(predictions, stages).items()
+    }
+
+
+def chosen_stages(predictions: Predictions, names: Sequence[str] | None) -> dict[str, Stage]:
+    """The stages of these names, in the order of the model; all if None.
+
+    Raises:
+        UserError: the model has no such stage.
+    """
+    for name in names or ():
+        if name not in predictions.stages:
+            raise UserError(f"the model has no stage '{name}'; it has {', '.join(predictions.stages)}")
+    return {name: stage for name, stage in predictions.stages.items() if names is None or name in names}

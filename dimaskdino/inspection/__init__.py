@@ -1,0 +1,1 @@
+"""What a model did with one image, and diagnostics over many images."""

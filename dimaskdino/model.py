@@ -1,0 +1,362 @@
+"""The public interface: load a model, predict on images, look inside, share."""
+
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from dimaskdino.checkpoints import TrainedModel, load_checkpoint, save_model
+from dimaskdino.checkpoints.model_files import MODEL
+from dimaskdino.config import Config
+from dimaskdino.data.coco import Sample, encode_masks
+from dimaskdino.data.images import ImageInput, to_image_tensor
+from dimaskdino.errors import UserError
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
+from dimaskdino.evaluation.predict import predict_images
+from dimaskdino.inspection.look import Look, look_at
+from dimaskdino.interop import hub
+from dimaskdino.interop.supervision import to_supervision
+from dimaskdino.modeling import Instances
+from dimaskdino.modeling.precision import Precision
+from dimaskdino.resources import MODELS, find_model
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """The detections in one image, best first. Shows itself as a picture in a notebook.
+
+    Attributes:
+        image: (3, h, w) uint8, RGB.
+        instances: the detections.
+        classes: names of all classes of the model, by class index.
+        stage: the stage that the detections come from, such as `decoder.6`.
+    """
+
+    image: UInt8[Tensor, "3 h w"]
+    instances: Instances
+    classes: tuple[str, ...]
+    stage: str
+
+    @property
+    def boxes(self) -> Float[Tensor, "n 4"]:
+        """Xyxy in pixels of the image."""
+        return self.instances.boxes
+
+    @property
+    def masks(self) -> Bool[Tensor, "n h w"]:
+        """Masks at the size of the image.
+
+        Raises:
+            ValueError: the stage predicts no masks.
+        """
+        return self.instances.masks
+
+    @property
+    def scores(self) -> Float[Tensor, " n"]:
+        """Scores in [0, 1]."""
+        return self.instances.scores
+
+    @property
+    def labels(self) -> Int[Tensor, " n"]:
+        """Class indices."""
+        return self.instances.labels
+
+    @property
+    def class_names(self) -> list[str]:
+        """Class name of each detection."""
+        return [self.classes[label] for label in self.labels.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __repr__(self) -> str:
+        height, width = self.image.shape[-2:]
+        listed = [f"{name} {score:.2f}" for name, score in zip(self.class_names, self.scores.tolist(), strict=True)]
+        more = f", and {len(self) - 8} more" if len(self) > 8 else ""
+        return f"<Result: {len(self)} detections at {self.stage} in {width}x{height}: {', '.join(listed[:8])}{more}>"
+
+    def plot(self) -> "Figure":
+        """Draw masks, boxes, class names and scores over the image."""
+        from dimaskdino.viz import draw_instances
+
+        title = f"{len(self)} detection{'' if len(self) == 1 else 's'}"
+        return draw_instances(self.image, self.instances, self.classes, threshold=0, title=title)
+
+    def _repr_png_(self) -> Any:
+        return self.plot()._repr_png_()  # type: ignore[attr-defined]
+
+    def save(self, path: str | Path) -> None:
+        """Save the picture of `plot`; the suffix names the format, such as `.png`, `.jpg`, `.pdf` or `.svg`.
+
+        Raises:
+            UserError: the format is unknown or the file cannot be written.
+        """
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.plot().savefig(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot write {path}: {error}") from None
+
+    def to_coco(self, image_id: int = 0, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """Detections in COCO's result format: boxes as xywh in pixels, masks as compressed run lengths (RLE).
+
+        Args:
+            image_id: id of the image.
+            category_ids: the dataset's category id of each class; 1, 2, … by default.
+        """
+        ids = range(1, len(self.classes) + 1) if category_ids is None else category_ids
+        masks = None if self.instances.query_masks is None else encode_masks(self.instances.query_masks.cpu().numpy())
+        records = []
+        for i, (x0, y0, x1, y1) in enumerate(self.boxes.tolist()):
+            record = {
+                "image_id": image_id,
+                "category_id": ids[int(self.labels[i])],
+                "score": float(self.scores[i]),
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+            }
+            if masks is not None:
+                record["segmentation"] = masks[int(self.instances.mask_index[i])]
+            records.append(record)
+        return records
+
+    def to_supervision(self) -> Any:
+        """Detections as `supervision.Detections`, with `data["class_name"]`.
+
+        Raises:
+            UserError: supervision is not installed.
+        """
+        return to_supervision(self.instances, self.classes)
+
+
+class Model(TrainedModel):
+    """A trained model, ready to predict. `load` makes one.
+
+    Attributes:
+        detector: the network, a `torch.nn.Module`.
+        config: the settings that it was trained with.
+        classes: class names, in the order of the class indices.
+        step: number of optimizer steps that it was trained for.
+        precision: precision of the forward pass.
+    """
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the stages that `predict` takes, in the order of the model; the last is the default."""
+        selection = self.config.model.selection
+        interaction_layers = (len(selection.k) - 1) * selection.token_interaction_layers
+        interactions = [f"token_interaction.{i}" for i in range(interaction_layers)]
+        return [
+            "first_selection",
+            *interactions,
+            *(f"decoder.{i}" for i in range(self.config.model.decoder.layers + 1)),
+        ]
+
+    @overload
+    def predict(self, images: ImageInput, *, stage: str | None = ..., threshold: float = ...) -> Result: ...
+    @overload
+    def predict(
+        self, images: Sequence[ImageInput], *, stage: str | None = ..., threshold: float = ..., batch_size: int = ...
+    ) -> list[Result]: ...
+    def predict(
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        *,
+        stage: str | None = None,
+        threshold: float = 0.3,
+        batch_size: int = 8,
+    ) -> Result | list[Result]:
+        """Detect objects in an image, or in each image of a list.
+
+        Images are resized as in testing; results are at the size of the image.
+
+        Args:
+            images: a path, a Pillow image, an array (h, w, 3), a tensor (3, h, w), or a list of these. Arrays and
+                tensors are RGB; integers are 0 to 255, floating-point values 0 to 1.
+            stage: the stage to take the detections from, such as `decoder.1`; the last decoder layer by default.
+            threshold: detections with a lower score are left out.
+            batch_size: number of images per forward pass, at most. Images of different sizes never share one, so
+                that results do not depend on the other images.
+
+        Returns:
+            A result, or one per image of the list, in its order.
+
+        Raises:
+            UserError: an image cannot be read, or the model has no such stage.
+
+        Example:
+            >>> result = dimaskdino.load("dimaskdino-shapes").predict("photo.jpg", threshold=0.5)
+            >>> result.boxes.shape
+            torch.Size([3, 4])
+        """
+        several = isinstance(images, list | tuple)
+        inputs: Sequence[ImageInput] = images if several else [images]  # type: ignore[assignment,list-item]
+        tensors = [to_image_tensor(image) for image in inputs]
+        name = self.stages[-1] if stage is None else stage
+        found = predict_images(self, tensors, [name], batch_size) if tensors else []
+        results = [
+            Result(image, _above(instances[name], threshold), tuple(self.classes), name)
+            for image, instances in zip(tensors, found, strict=True)
+        ]
+        return results if several else results[0]
+
+    def inspect(self, image: ImageInput | Sample) -> Look:
+        """Run the model on one image and keep every stage and the paper's intermediates by name.
+
+        Args:
+            image: as for `predict`, or a dataset's sample with its objects.
+
+        Returns:
+            A `Look`, with `predictions.stages["decoder.1"]`, `instances("decoder.1")`, `trace.T_s2`,
+            `trace.guidance_attention` and so on.
+
+        Raises:
+            UserError: the image cannot be read.
+        """
+        sample = image if isinstance(image, Sample) else Sample.of_image(to_image_tensor(image))
+        return look_at(self, sample)
+
+    def save(self, folder: str | Path, layerwise_ap: LayerwiseAP | None = None) -> None:
+        """Write the model to a folder that `load` reads and the hub takes.
+
+        The folder receives `model.safetensors`, `config.json`, a model card `README.md` and, with `layerwise_ap`,
+        `layers.json`.
+
+        Args:
+            folder: the folder; created if it does not exist.
+            layerwise_ap: AP of every stage, for the model card.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(folder / MODEL, self.detector, self.config, self.classes, self.step)
+            settings = {"classes": self.classes, "step": self.step, **self.config.model_dump(mode="json")}
+            (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+            if layerwise_ap is not None:
+                layerwise_ap.save(folder / "layers.json")
+            (folder / "README.md").write_text(_model_card(self, layerwise_ap))
+        except OSError as error:
+            raise UserError(f"cannot write the model to {folder}: {error.strerror}") from None
+
+    def push_to_hub(self, hub_id: str, layerwise_ap: LayerwiseAP | None = None, private: bool = False) -> str:
+        """Upload the files that `save` writes to the Hugging Face Hub.
+
+        Args:
+            hub_id: `owner/name`; created if it does not exist.
+            layerwise_ap: AP of every stage, for the model card.
+            private: whether a new repository is private.
+
+        Returns:
+            The address of the upload.
+
+        Raises:
+            UserError: `huggingface_hub` is missing, nobody is logged in, or the upload failed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder, layerwise_ap)
+            return hub.upload(Path(folder), hub_id, private)
+
+
+def load(
+    source: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    precision: Precision = "fp32",
+    overrides: Iterable[str] = (),
+    config: Config | None = None,
+) -> Model:
+    """Load a trained model.
+
+    Args:
+        source: one of
+
+            * a run folder, such as `runs/demo`, or a folder that `Model.save` wrote,
+            * a file: `model.safetensors`, a resume point `.pt`, a published checkpoint `.pth` or `.pkl`,
+            * a model of the course: `dimaskdino-shapes` or `maskdino-shapes`,
+            * a model on the Hugging Face Hub: `owner/name` or `owner/name@revision`.
+        device: `auto` takes a GPU if there is one, else the CPU; or any device of torch.
+        precision: precision of the forward pass: `fp32`, `bf16` or `fp16`.
+        overrides: `key=value` settings that differ from those stored with the model, such as
+            `data.resize.shortest=640`.
+        config: the configuration that a published checkpoint was trained with; by default inferred from the weights.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        UserError: there is no such model, it is truncated, or it does not fit its configuration.
+    """
+    path = Path(source)
+    if not path.exists():
+        shipped = find_model(str(source))
+        if shipped is not None:
+            path = shipped
+        elif isinstance(source, str) and hub.is_hub_id(source) and not path.suffix and not path.parent.exists():
+            path = hub.download(source)
+        elif not path.suffix and len(path.parts) == 1:
+            raise UserError(f"no model '{source}': neither a path nor one of {', '.join(MODELS)}")
+    trained = load_checkpoint(path, find_device(device), overrides, config)
+    return Model(trained.detector, trained.config, trained.classes, trained.step, precision)
+
+
+def find_device(device: str | torch.device = "auto") -> torch.device:
+    """The device of that name; `auto` is a GPU if there is one (the process's own under torchrun), else the CPU.
+
+    Raises:
+        UserError: torch knows no such device, or has none here.
+    """
+    if device == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        return torch.zeros(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the device '{device}' cannot be used here: {reason}") from None
+
+
+def _above(instances: Instances, threshold: float) -> Instances:
+    keep = instances.scores >= threshold
+    return replace(
+        instances,
+        boxes=instances.boxes[keep],
+        scores=instances.scores[keep],
+        labels=instances.labels[keep],
+        mask_index=instances.mask_index[keep],
+    )
+
+
+def _model_card(model: Model, layerwise_ap: LayerwiseAP | None) -> str:
+    settings = model.config.model
+    name = "DI-MaskDINO" if settings.bato.enabled or len(settings.selection.k) > 1 else "MaskDINO"
+    classes = ", ".join(model.classes[:20]) + (", …" if len(model.classes) > 20 else "")
+    text = f"""---
+library_name: dimaskdino
+pipeline_tag: image-segmentation
+tags: [object-detection, instance-segmentation, di-maskdino]
+---
+
+# {name}, {settings.backbone.name}
+
+{name} for {len(model.classes)} classes, trained for {model.step:,} steps: {classes}.
+
+```python
+import dimaskdino
+
+result = dimaskdino.load("OWNER/NAME").predict("photo.jpg")
+```
+"""
+    if layerwise_ap is not None:
+        text += f"\nAP on {layerwise_ap.images} images, by stage:\n\n{layerwise_ap.markdown()}\n"
+    return text

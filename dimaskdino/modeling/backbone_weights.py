@@ -1,0 +1,151 @@
+"""Weights that a backbone starts from: by name, or from a file of torchvision's, detectron2's or timm's making."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+from dimaskdino import config
+from dimaskdino.errors import UserError
+from dimaskdino.serialization import read_state_dict
+
+SUFFIXES = (".pth", ".pt", ".pkl", ".safetensors")
+
+# detectron2's names of a ResNet's parts -> torchvision's
+_DETECTRON2 = [
+    (r"^stem\.conv1\.norm\.", "bn1."),
+    (r"^stem\.conv1\.", "conv1."),
+    (r"^res([2-5])\.(\d+)\.shortcut\.norm\.", r"layer\1.\2.downsample.1."),
+    (r"^res([2-5])\.(\d+)\.shortcut\.", r"layer\1.\2.downsample.0."),
+    (r"^res([2-5])\.(\d+)\.conv(\d)\.norm\.", r"layer\1.\2.bn\3."),
+    (r"^res([2-5])\.", r"layer\1."),
+    (r"^(?:stem\.fc|linear)\.", "fc."),
+]
+
+
+def resnets() -> list[str]:
+    """Names of torchvision's ResNets."""
+    return [name for name in models.list_models(module=models) if name.startswith(("resnet", "resnext", "wide_"))]
+
+
+def torchvision_weights(settings: config.Backbone) -> dict[str, Tensor]:
+    """Weights of a ResNet by torchvision's name (downloaded once) or from a file, checked against the architecture.
+
+    Raises:
+        UserError: there are none of this name, they cannot be had, or they are of another architecture.
+    """
+    assert settings.weights is not None
+    if Path(settings.weights).suffix in SUFFIXES:
+        return resnet_state(Path(settings.weights), settings.name)
+    try:
+        state = models.get_model_weights(settings.name)[settings.weights].get_state_dict()
+    except KeyError as error:
+        raise UserError(
+            f"model.backbone.weights: torchvision has no weights '{settings.weights}' for {settings.name}; a file "
+            f"must end in {', '.join(SUFFIXES)}"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"model.backbone.weights: '{settings.weights}' could not be downloaded ({error}). Download the file on "
+            "another machine and give its path (….pth), or train from scratch with "
+            "model.backbone.weights=null model.backbone.norm=batch"
+        ) from error
+    return _checked(state, settings.weights, settings.name)
+
+
+def resnet_state(path: Path, name: str) -> dict[str, Tensor]:
+    """A ResNet's weights under torchvision's names, without the classifier.
+
+    Args:
+        path: a file of torchvision's (`.pth`), of detectron2's (`.pkl`), or one written by `dimaskdino convert`.
+        name: the ResNet that it should be.
+
+    Raises:
+        UserError: it cannot be read, or is not that ResNet; detectron2's older Caffe2 files, which want blue first
+            and have the stride elsewhere, are refused.
+    """
+    return _checked(_read_resnet(path), str(path), name)
+
+
+def recognise_resnet(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """Which ResNet of torchvision a file holds, and its weights as `resnet_state` gives them.
+
+    Raises:
+        UserError: it cannot be read, or holds none of them.
+    """
+    state = _read_resnet(path)
+    for name in resnets():
+        with torch.device("meta"):
+            expected = _without_classifier(models.get_model(name, weights=None).state_dict())
+        shapes = {key: value.shape for key, value in expected.items() if "num_batches" not in key}
+        if shapes == {key: value.shape for key, value in state.items() if "num_batches" not in key}:
+            return name, state
+    raise UserError(
+        f"{path} is neither a published checkpoint nor a ResNet of torchvision (first key {next(iter(state))})"
+    )
+
+
+def _read_resnet(path: Path) -> dict[str, Tensor]:
+    state = read_state_dict(path)
+    if "conv1_w" in state:
+        raise UserError(
+            f"{path} holds a Caffe2 ResNet (BGR images, stride in the first convolution of a block), which the "
+            "published models do not use; take ImageNetPretrained/torchvision/R-50.pkl or torchvision's own file"
+        )
+    if "stem.conv1.weight" in state:
+        state = {torchvision_name(key): value for key, value in state.items()}
+    return _without_classifier(state)
+
+
+def _without_classifier(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if not key.startswith("fc.")}
+
+
+def torchvision_name(key: str) -> str:
+    """Torchvision's name of a parameter in a detectron2 ResNet."""
+    for pattern, replacement in _DETECTRON2:
+        if re.match(pattern, key):
+            renamed = re.sub(pattern, replacement, key)
+            # res2 is layer1
+            return re.sub(r"^layer(\d)", lambda match: f"layer{int(match[1]) - 1}", renamed)
+    return key
+
+
+def _checked(state: dict[str, Tensor], source: str, name: str) -> dict[str, Tensor]:
+    expected = _without_classifier(models.get_model(name, weights=None).state_dict())
+    wrong = [
+        key
+        for key, value in expected.items()
+        if "num_batches" not in key and (key not in state or state[key].shape != value.shape)
+    ]
+    if wrong:
+        raise UserError(
+            f"model.backbone.weights: {source} does not hold a torchvision {name}: "
+            f"{wrong[0]} is missing or has another shape ({len(wrong)} such)"
+        )
+    return _without_classifier(state)
+
+
+def load_timm(net: nn.Module, settings: config.Backbone) -> None:
+    """Put the weights of a file into a timm backbone.
+
+    Raises:
+        UserError: it cannot be read, or is of another architecture.
+    """
+    assert settings.weights is not None
+    state = read_state_dict(Path(settings.weights))
+    # models that are made for their features flatten the first dot of layers.0 and its like
+    state = {key: value for key, value in state.items() if not key.startswith(("head.", "fc."))}
+    named = state if set(net.state_dict()) & set(state) else {_flattened(key): value for key, value in state.items()}
+    missing, _ = net.load_state_dict(named, strict=False)
+    if missing:
+        raise UserError(
+            f"model.backbone.weights: {settings.weights} does not hold timm's {settings.name}: {missing[0]} is missing "
+            f"({len(missing)} such)"
+        )
+
+
+def _flattened(key: str) -> str:
+    return re.sub(r"^(layers|stages|blocks)\.(\d+)", r"\1_\2", key)

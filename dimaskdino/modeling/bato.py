@@ -1,0 +1,81 @@
+"""BATO: balance-aware tokens optimisation (section 4, Eq. 5–8).
+
+After the first decoder layer the queries describe boxes and masks in balance. BATO makes guiding tokens from the best
+of them and lets every feature token attend to these. The later decoder layers then see T_bal instead of T_i.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dimaskdino import config
+from dimaskdino.modeling.de_imbalance import gather_rows
+from dimaskdino.modeling.heads import PredictionHeads
+from dimaskdino.modeling.layers import Attention, FeedForward, group_norm, reset_matrices, sine_positions
+from dimaskdino.modeling.pixel_decoder import FINEST_STRIDE
+from dimaskdino.modeling.structures import FeatureLevels, TokenOptimizationOutput, resize_to
+
+
+@dataclass(frozen=True)
+class Guide:
+    """What guides the feature tokens: T_s1, T_s2 or the queries, content (B, Q, C) and position (B, Q, C)."""
+
+    content: Float[Tensor, "B Q C"]
+    position: Float[Tensor, "B Q C"]
+
+
+class TokenOptimization(nn.Module):
+    """Cross-attention from feature tokens to guiding tokens, and refreshed mask features.
+
+        T_g^mask = MLP(Top(Q_bal)),  T_g^box = the same queries' box embeddings             (Eq. 5, 6)
+        T_bal    = FFN(MHCA(q = T_i + p, k = T_g^mask + T_g^box, v = T_g^mask))             (Eq. 7, 8)
+
+    with a residual connection and LN around each block. In the code the query embedding of the decoder's boxes is
+    `Guide.position`, the number of guiding tokens `guiding_tokens`, and p the sine position without level embedding.
+    """
+
+    def __init__(self, model: config.Model) -> None:
+        super().__init__()
+        C = model.hidden_dim
+        self.guiding_tokens, self.generation = model.bato.guiding_tokens, model.bato.generation
+        self.attention = Attention(C, model.heads)
+        self.ffn = FeedForward(C, model.decoder.ffn_dim)
+        self.mask_features = nn.Sequential(
+            nn.Conv2d(C, C, kernel_size=3, padding=1, bias=False), group_norm(C), nn.ReLU(inplace=True)
+        )
+        reset_matrices(self)
+
+    def forward(
+        self,
+        T_i: FeatureLevels,
+        mask_features: Float[Tensor, "B C h w"],
+        guide: Guide,
+        heads: PredictionHeads,
+        need_weights: bool,
+    ) -> TokenOptimizationOutput:
+        """Optimise the tokens.
+
+        Args:
+            T_i: feature tokens.
+            mask_features: F.
+            guide: what the guiding tokens are made of.
+            heads: scores the guide (**quirk**: without the heads' norm) and turns it into T_g^mask.
+            need_weights: also return the attention.
+        """
+        key, value, indices = self._guiding_tokens(guide, heads)
+        query = T_i.tokens + sine_positions(T_i)
+        x, attention = self.attention(T_i.tokens, query, key, value, need_weights=need_weights)
+        T_bal = T_i.with_tokens(self.ffn(x))
+        # F' = ReLU(GN(conv(F + T_bal at stride 8, enlarged)))
+        refreshed = self.mask_features(mask_features + resize_to(T_bal.map(FINEST_STRIDE), mask_features))
+        return TokenOptimizationOutput(T_bal, refreshed, value, key - value, indices, attention)
+
+    def _guiding_tokens(self, guide: Guide, heads: PredictionHeads) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values (B, G, C) of the attention, and the rows of the guide that they come from."""
+        if not self.generation:
+            return guide.content, guide.content, None
+        scores = heads.label(guide.content).amax(-1)
+        indices = scores.topk(min(self.guiding_tokens, scores.shape[1]), dim=1).indices
+        T_g_mask = heads.mask(gather_rows(guide.content, indices))
+        return T_g_mask + gather_rows(guide.position, indices), T_g_mask, indices

@@ -1,0 +1,221 @@
+"""What a study still has to run, what that costs, and running it: several at once, whatever becomes of each."""
+
+import os
+import queue
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from dimaskdino.config import Config, load_config
+from dimaskdino.errors import UserError
+from dimaskdino.evaluation.bootstrap import DRAWS
+from dimaskdino.progress import progress_bar
+from dimaskdino.runs.folder import RunFolder
+from dimaskdino.runs.processes import TrainingProcess, end_with_parent
+from dimaskdino.studies.study import Study, run_path
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training with its evaluation."""
+
+    title: str
+    path: Path
+    config_file: Path
+    overrides: tuple[str, ...]
+    config: Config
+
+    @property
+    def done(self) -> bool:
+        return (self.path / "evaluation" / "layers.json").exists()
+
+    @property
+    def step(self) -> int:
+        """How far its training has come."""
+        return max((record["step"] for record in RunFolder(self.path).read_metrics()), default=0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of a study, all rows of a seed before the next seed.
+
+    Attributes:
+        runs: every run, those that are done too.
+        parallel: how many go at once.
+        seconds_per_step: as measured in runs of this folder; None before there are any.
+    """
+
+    runs: tuple[PlannedRun, ...]
+    parallel: int
+    seconds_per_step: float | None
+
+    @property
+    def missing(self) -> tuple[PlannedRun, ...]:
+        return tuple(run for run in self.runs if not run.done)
+
+    def describe(self) -> str:
+        """What there is to do and what it costs, in a few lines."""
+        missing = self.missing
+        lines = [f"{len(self.runs)} runs, {len(self.runs) - len(missing)} done, {len(missing)} to do"]
+        if not missing:
+            return lines[0]
+        left = {run: max(0, run.config.schedule.steps - run.step) for run in missing}
+        images = sum(steps * run.config.train.batch_size for run, steps in left.items())
+        lines += [f"  {run.title}: {left[run]:,} of {run.config.schedule.steps:,} steps left" for run in missing]
+        cost = f"{sum(left.values()):,} steps, {images:,} images of training"
+        if self.seconds_per_step is None:
+            cost += "; how long that takes is known after the first run"
+        else:
+            seconds = sum(left.values()) * self.seconds_per_step / min(self.parallel, len(missing))
+            cost += (
+                f"; about {timedelta(seconds=round(seconds))} at the {self.seconds_per_step:.2f} s a step measured here"
+            )
+        return "\n".join([*lines, f"{cost}, {self.parallel} at a time"])
+
+
+def plan_study(
+    study: Study,
+    scale: str,
+    seeds: Sequence[int],
+    folder: Path,
+    changes: Sequence[str] = (),
+    parallel: int | None = None,
+) -> Plan:
+    """What running a study means.
+
+    Args:
+        study: what to run.
+        scale: one of its scales.
+        seeds: seeds of the training; the study's own if empty.
+        folder: the study folder; each run goes into `folder/runs/ROW_SEED`.
+        changes: settings for every row, after its own.
+        parallel: how many runs at once; by default one for each GPU, and one without any.
+
+    Raises:
+        UserError: a row is no configuration, or the folder holds runs with other settings; nothing has been started.
+    """
+    if parallel is not None and parallel < 1:
+        raise UserError(f"at least one run has to go at a time, got {parallel}")
+    runs = []
+    for seed in seeds or study.seeds:
+        for row in study.rows:
+            overrides = (*study.overrides(row, scale, seed), *changes)
+            config, path = load_config(study.scales[scale], overrides), run_path(folder, row, seed)
+            if (path / "config.yaml").exists():
+                RunFolder(path).check_config(config)
+            runs.append(PlannedRun(f"{row.label}, seed {seed}", path, study.scales[scale], overrides, config))
+    timed = [
+        record["seconds_per_step"]
+        for file in (folder / "runs").glob("*/metrics.jsonl")
+        for record in RunFolder(file.parent).read_metrics()[-1:]
+        if "seconds_per_step" in record
+    ]
+    speed = statistics.median(timed) if timed else None
+    return Plan(tuple(runs), parallel or max(1, torch.cuda.device_count()), speed)
+
+
+def run_study(plan: Plan) -> dict[str, str]:
+    """Train and evaluate what is missing. A run that fails does not stop the others.
+
+    Interrupting stops all of them after their current steps, with checkpoints; the same plan goes on from there.
+
+    Returns:
+        Why runs failed, by their titles; empty if none did.
+    """
+    slots: queue.Queue[Mapping[str, str]] = queue.Queue()
+    for slot in environments(plan.parallel):
+        slots.put(slot)
+    jobs = _Jobs(slots)
+    failed: dict[str, str] = {}
+    with (
+        progress_bar(total=len(plan.runs), initial=len(plan.runs) - len(plan.missing), description="runs") as progress,
+        ThreadPoolExecutor(plan.parallel) as workers,
+    ):
+        pending: dict[Future[None], PlannedRun] = {workers.submit(jobs.work, run): run for run in plan.missing}
+        try:
+            while pending:
+                ended, _ = wait(pending, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    run, error = pending.pop(future), future.exception()
+                    progress.update()
+                    if error is not None:
+                        failed[run.title] = str(error)
+                        progress.write(f"failed: {run.title}: {str(error).splitlines()[0]}", file=sys.stderr)
+        except BaseException:
+            jobs.stop()
+            raise
+    return failed
+
+
+def environments(parallel: int) -> list[dict[str, str]]:
+    """What each of the runs that go at once sees: a GPU of its own as far as there are any, and its share of cores."""
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel)))
+    count = torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(i) for i in range(count)]
+    devices = [{"CUDA_VISIBLE_DEVICES": names[i % count]} if count else {} for i in range(parallel)]
+    return [{"OMP_NUM_THREADS": threads} | device for device in devices]
+
+
+class _Jobs:
+    """The runs that go on in the worker threads."""
+
+    def __init__(self, slots: "queue.Queue[Mapping[str, str]]") -> None:
+        self.slots = slots
+        self.stopping = threading.Event()
+        self.trainings: set[TrainingProcess] = set()
+        self.evaluations: set[subprocess.Popen] = set()
+
+    def work(self, run: PlannedRun) -> None:
+        """One run from where it is to its end."""
+        environment = self.slots.get()
+        try:
+            self._train(run, environment)
+            self._evaluate(run, environment)
+        finally:
+            self.slots.put(environment)
+
+    def _train(self, run: PlannedRun, environment: Mapping[str, str]) -> None:
+        if self.stopping.is_set():
+            raise UserError("not started")
+        with TrainingProcess(str(run.config_file), run.path, run.overrides, environment=environment) as training:
+            self.trainings.add(training)
+            if self.stopping.is_set():  # set after the question above, before it could be told to stop
+                training.stop()
+            for _ in training.follow():
+                pass
+            self.trainings.discard(training)
+
+    def _evaluate(self, run: PlannedRun, environment: Mapping[str, str]) -> None:
+        if self.stopping.is_set():
+            raise UserError("not evaluated")
+        command = [sys.executable, "-m", "dimaskdino", "evaluate", str(run.path), "--bootstrap", str(DRAWS)]
+        with RunFolder(run.path).log.open("a") as log:
+            evaluation = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | environment,
+                preexec_fn=end_with_parent,
+            )
+        self.evaluations.add(evaluation)
+        if evaluation.wait():
+            raise UserError(f"the evaluation did not finish; the reason is at the end of {RunFolder(run.path).log}")
+        self.evaluations.discard(evaluation)
+
+    def stop(self) -> None:
+        """Stop all of them; trainings save their state first."""
+        self.stopping.set()
+        for evaluation in list(self.evaluations):
+            evaluation.terminate()
+        for training in list(self.trainings):
+            training.stop()

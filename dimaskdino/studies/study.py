@@ -1,0 +1,164 @@
+"""Studies: variants of a model, each a few settings away from one configuration, trained with several seeds."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from dimaskdino.config import Config, Section, load_config
+from dimaskdino.errors import UserError
+from dimaskdino.resources import configs_folder
+from dimaskdino.studies.comparison import Measurement, Quantity
+
+
+class Row(Section):
+    """One variant of the model."""
+
+    name: str = Field(description="also the name of its runs: rows of several studies with one name are one variant")
+    label: str
+    against: str | None = Field(None, description="the row that it is compared with")
+    published: str | None = Field(None, description="its place in the paper's tables: keys and positions between dots")
+    settings: dict[str, tuple[str, ...]] = Field({}, description="`key=value` by scale; those of `all` come first")
+
+
+class Study(Section):
+    """Variants of one configuration.
+
+    Attributes:
+        title: for people.
+        columns: data sets that the paper gives numbers for, and the key below `Row.published` of each ("" if none).
+        report: what to compare: `STAGE.box`, `STAGE.mask` or `STAGE.imbalance`, where the stage may be `first` or
+            `last`, for the decoder layers.
+        seeds: seeds of the training.
+        scales: the configuration that the settings change, by scale; absolute paths after `load_study`.
+        rows: the variants.
+    """
+
+    title: str
+    columns: dict[str, str] = Field({})
+    report: tuple[str, ...]
+    seeds: tuple[int, ...]
+    scales: dict[str, Path]
+    rows: tuple[Row, ...]
+
+    @field_validator("rows")
+    @classmethod
+    def _names(cls, rows: tuple[Row, ...]) -> tuple[Row, ...]:
+        names = [row.name for row in rows]
+        if len(set(names)) != len(names):
+            raise ValueError(f"every row needs a name of its own, got {', '.join(names)}")
+        for row in rows:
+            if row.against is not None and row.against not in names:
+                raise ValueError(f"{row.name} is compared with {row.against}, but the rows are {', '.join(names)}")
+        return rows
+
+    @field_validator("report")
+    @classmethod
+    def _quantities(cls, report: tuple[str, ...]) -> tuple[str, ...]:
+        for text in report:
+            Quantity.parse(text)
+        return report
+
+    @model_validator(mode="after")
+    def _published(self) -> "Study":
+        missing = [row.name for row in self.rows if self.columns and row.published is None]
+        if missing:
+            raise ValueError(f"the study has published columns, but no place of {', '.join(missing)} in them")
+        return self
+
+    @property
+    def quantities(self) -> tuple[Quantity, ...]:
+        return tuple(map(Quantity.parse, self.report))
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
+
+    def overrides(self, row: Row, scale: str, seed: int = 0) -> list[str]:
+        """Settings that make the scale's configuration into a run of this row.
+
+        Raises:
+            UserError: the study has no such scale.
+        """
+        if scale not in self.scales:
+            raise UserError(f"the study has no scale '{scale}', only {', '.join(self.scales)}")
+        return [*row.settings.get("all", ()), *row.settings.get(scale, ()), f"train.seed={seed}"]
+
+    def config(self, row: Row, scale: str, seed: int = 0) -> Config:
+        """The configuration of one run."""
+        overrides = self.overrides(row, scale, seed)
+        return load_config(self.scales[scale], overrides)
+
+    def published(self, tables: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+        """By column, row name and quantity, from the paper's tables (`report.paper_tables`).
+
+        Where the paper gives one number for boxes and one for masks, they are those of the last layer.
+        """
+        found: dict[str, dict[str, dict[str, float]]] = {column: {} for column in self.columns}
+        for row in self.rows:
+            for column, key in self.columns.items():
+                node: Any = tables
+                for step in [*(row.published or "").split("."), *([key] if key else [])]:
+                    node = node[int(step) if isinstance(node, list) else step]
+                layers = node if "last" in node else {"last": node}
+                values = {f"{layer}.{kind}": ap[kind] for layer, ap in layers.items() for kind in ("box", "mask")}
+                values |= {f"{layer}.imbalance": ap["mask"] - ap["box"] for layer, ap in layers.items()}
+                found[column][row.name] = values
+        return found
+
+    def measured(self, folder: Path) -> dict[str, dict[int, Measurement]]:
+        """What has been measured in a study folder, by row name and seed; rows without any are left out."""
+        results: dict[str, dict[int, Measurement]] = {}
+        for row in self.rows:
+            for file in sorted((folder / "runs").glob(f"{row.name}_*/evaluation/layers.json")):
+                seed = file.parents[1].name.removeprefix(f"{row.name}_")
+                if seed.isdigit():
+                    results.setdefault(row.name, {})[int(seed)] = Measurement.load(file.parents[1])
+        return results
+
+
+def run_path(folder: Path, row: Row, seed: int) -> Path:
+    """Where in a study folder the run of a row and seed lies."""
+    return folder / "runs" / f"{row.name}_{seed}"
+
+
+def find_study(name: str) -> Path:
+    """The file of a study: a path, or the name of one in `configs/ablations`.
+
+    Raises:
+        UserError: there is neither.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return path
+    folder = configs_folder() / "ablations"
+    known = sorted(file.stem for file in folder.glob("*.yaml"))
+    if name in known:
+        return folder / f"{name}.yaml"
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    raise UserError(f"no study '{name}'; {hint}the kit has {', '.join(known)}")
+
+
+def load_study(path: Path) -> Study:
+    """Read a study's YAML file.
+
+    Raises:
+        UserError: it cannot be read, or is not a study.
+    """
+    try:
+        study = Study.model_validate(yaml.safe_load(path.read_text()))
+    except OSError as error:
+        raise UserError(f"cannot read the study {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            reason = problem["ctx"]["error"] if problem["type"] == "value_error" else problem["msg"].lower()
+            problems.append(": ".join([*map(str, problem["loc"]), str(reason)]))
+        raise UserError(f"{path} is not a study: {'; '.join(problems)}") from None
+    scales = {name: (path.parent / file).resolve() for name, file in study.scales.items()}
+    return study.model_copy(update={"scales": scales})

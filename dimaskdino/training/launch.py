@@ -1,0 +1,56 @@
+"""`torchrun … -m dimaskdino.training.launch CONFIG RUN [key=value …]`: one training process."""
+
+import errno
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import ms_deform_attn
+
+from dimaskdino.checkpoints.published_settings import Settings, load_settings
+from dimaskdino.config import Config
+from dimaskdino.errors import UserError
+from dimaskdino.runs.folder import RunFolder
+from dimaskdino.training.trainer import Stopped, train
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again to go on
+
+
+def _starting_from(settings: Settings) -> Config:
+    """The configuration, with the model that `MODEL.WEIGHTS` names to start from."""
+    if settings.weights is None:
+        return settings.config
+    train = settings.config.train.model_copy(update={"weights": settings.weights})
+    return settings.config.model_copy(update={"train": train})
+
+
+def main(config_file: str, run: str, overrides: list[str]) -> int:
+    folder = RunFolder(Path(run))
+    first = int(os.environ.get("RANK", 0)) == 0
+    try:
+        with folder.running() if first else nullcontext():
+            settings = load_settings(config_file, overrides)
+            config = _starting_from(settings)
+            if first:
+                for remark in settings.remarks:
+                    print(f"note: {remark}")
+                folder.write_config(config)
+                print(ms_deform_attn.status())
+            train(config, folder)
+    except Stopped as stopped:
+        print(f"stopped by {stopped}")
+        return EXIT_STOPPED
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: the disk is full ({error}); free some space and run the same command again", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3:]))

@@ -1,0 +1,72 @@
+"""The clocks behind the tables of times: every moment belongs to one part, and nothing is left behind."""
+
+import time
+from pathlib import Path
+
+import torch
+from small import settings
+
+from dimaskdino.benchmarks.dataloader import measure as measure_loading
+from dimaskdino.benchmarks.gpu_check import BASELINE, MODEL, cases, outlook
+from dimaskdino.benchmarks.model import PartClock, measure
+from dimaskdino.config import load_config
+from dimaskdino.modeling import Detector, ImageBatch
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_parts_add_up_to_the_whole(shapes_data):
+    torch.manual_seed(0)
+    detector = Detector(settings(shapes_data).model).eval()
+    batch = ImageBatch.from_images([torch.randint(0, 256, (3, 64, 64))])
+    hooks = sum(len(m._forward_hooks) for m in detector.modules())
+    started = time.perf_counter()
+    with torch.no_grad(), PartClock(detector, torch.device("cpu")) as clock:
+        detector(batch)
+        with clock.part("sleep"):
+            time.sleep(0.05)
+    whole = time.perf_counter() - started
+    assert 0.05 <= clock.seconds["sleep"] < 0.2
+    assert abs(sum(clock.seconds.values()) - whole) < 0.02
+    assert {"backbone", "pixel_decoder", "first_selection", "de_imbalance", "decoder", "heads"} <= set(clock.seconds)
+    assert sum(len(m._forward_hooks) for m in detector.modules()) == hooks
+
+
+def test_measurements_name_their_parts(shapes_data):
+    config = settings(shapes_data)
+    trained = measure(config, "training", 64, 64, 2, 1)
+    assert {"matching and losses", "backward", "clipping and optimizer"} <= set(trained.parts)
+    assert min(trained.parts.values()) >= 0
+    assert "postprocess" in measure(config, "inference", 64, 64, 0, 1).parts
+    in_parts = measure(settings(shapes_data, "train.precision=bf16", "train.accumulate=2"), "training", 64, 64, 2, 1, 3)
+    assert (in_parts.images, in_parts.parts_per_step, in_parts.precision) == (3, 2, "bf16")
+    assert in_parts.images_per_second == 3 / in_parts.seconds
+    loading = measure_loading(config, 6)
+    assert set(loading["milliseconds_per_image"]) == {"decode", "masks", "decode and masks", "jitter", "collate"}
+    assert loading["images_per_second"] > 0
+
+
+def test_cases_of_the_gpu_check_are_configurations():
+    for file, *arguments in cases():
+        overrides = [a for a in arguments if "=" in a]
+        assert load_config(ROOT / file, overrides).model.backbone.name == "resnet50"
+        assert arguments[len(overrides)] == "--task"
+    assert len({tuple(case) for case in cases()}) == len(cases())
+
+
+def test_outlook_of_the_gpu_check():
+    def line(config: str, task: str, images: int, seconds: float) -> dict:
+        made = {"task": task, "config": config, "images": images, "seconds": seconds, "height": 800}
+        return {**made, "precision": "bf16", "compiled": False}
+
+    measured = [
+        line(MODEL, "inference", 8, 4.0),  # measured again below
+        line(MODEL, "inference", 8, 2.0),
+        line(BASELINE, "inference", 8, 1.6),
+        line(MODEL, "training", 2, 0.5),
+        line(MODEL, "training", 16, 3.6),
+    ]
+    ratio, eight, one = outlook(measured, 1000)
+    assert "4.0 images/s, MaskDINO 5.0, ratio 0.800" in ratio
+    assert eight.endswith("8 such GPUs: 0.1 h")
+    assert one.endswith("1 such GPU: 1.0 h")

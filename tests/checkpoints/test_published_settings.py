@@ -1,0 +1,174 @@
+"""Published YAML files and KEY VALUE pairs: every key sets something, agrees, or is told."""
+
+from pathlib import Path
+
+import pytest
+from golden import MODELS, read
+
+from dimaskdino.checkpoints.published_settings import load_settings, translate_pairs
+from dimaskdino.config import load_config
+from dimaskdino.errors import UserError
+
+COCO = Path(__file__).parents[2] / "configs" / "coco" / "instance-segmentation"
+RECIPE = COCO / "dimaskdino_r50_4scale_bs16_12ep.yaml"
+
+BASE = """
+MODEL:
+  BACKBONE: {FREEZE_AT: 0, NAME: build_resnet_backbone}
+  WEIGHTS: detectron2://ImageNetPretrained/torchvision/R-50.pkl
+  PIXEL_MEAN: [123.675, 116.280, 103.530]
+  RESNETS: {DEPTH: 50, STEM_TYPE: basic, STRIDE_IN_1X1: False, OUT_FEATURES: [res2, res3, res4, res5]}
+DATASETS:
+  TRAIN: ("coco_2017_train",)
+  TEST: ("coco_2017_val",)
+SOLVER:
+  IMS_PER_BATCH: 16
+  BASE_LR: 0.0001
+  STEPS: (327778, 355092)
+  MAX_ITER: 368750
+  WARMUP_FACTOR: 1.0
+  WARMUP_ITERS: 10
+  WEIGHT_DECAY: 0.05
+  CLIP_GRADIENTS: {ENABLED: True, CLIP_TYPE: full_model, CLIP_VALUE: 0.01, NORM_TYPE: 2.0}
+  AMP: {ENABLED: True}
+INPUT: {IMAGE_SIZE: 1024, MIN_SCALE: 0.1, MAX_SCALE: 2.0, FORMAT: RGB, DATASET_MAPPER_NAME: coco_instance_lsj}
+TEST: {EVAL_PERIOD: 5000}
+VERSION: 2
+"""
+CHILD = """
+_BASE_: base.yaml
+MODEL:
+  META_ARCHITECTURE: Whatever
+  SEM_SEG_HEAD: {NUM_CLASSES: 80, TOTAL_NUM_FEATURE_LEVELS: 4, DIM_FEEDFORWARD: 2048, IGNORE_VALUE: 255}
+  MaskDINO:
+    DEC_LAYERS: 6
+    NUM_OBJECT_QUERIES: 300
+    FIRST_SELECTED_QUERIES: 600
+    NUM_GUIDING_TOKENS: 50
+    CLASS_WEIGHT: 4.0
+    COST_BOX_WEIGHT: 5.0
+    DROPOUT: 0.0
+    INITIALIZE_BOX_TYPE: mask2box
+SOLVER: {STEPS: "(81125,)", MAX_ITER: 88500}
+"""
+
+
+@pytest.fixture
+def published(tmp_path) -> Path:
+    (tmp_path / "base.yaml").write_text(BASE)
+    (tmp_path / "child.yaml").write_text(CHILD)
+    return tmp_path / "child.yaml"
+
+
+def test_a_published_file_is_the_same_recipe(published):
+    settings = load_settings(published)
+    # a warm-up that starts at the full rate is none
+    assert settings.config == load_config(RECIPE, ["schedule.warmup=0"])
+    assert set(settings.remarks) == {
+        "TEST.EVAL_PERIOD = 5000: has no counterpart here",
+        "MODEL.SEM_SEG_HEAD.IGNORE_VALUE = 255: has no counterpart here",
+        "SOLVER.AMP.ENABLED = True: bf16 here; train.precision=fp16 is what detectron2 takes",
+        "child.yaml is read as DI-MaskDINO",
+    }
+
+
+def test_arguments_of_both_forms(published):
+    pairs = [
+        "SOLVER.IMS_PER_BATCH",
+        "8",
+        "OUTPUT_DIR",
+        "out",
+        "SOLVER.STEPS",
+        "(60000, 70000)",
+        "MODEL.WEIGHTS",
+        "a.pth",
+    ]
+    for file in (published, RECIPE):
+        settings = load_settings(file, [*pairs, "schedule.drop_factor=0.2"])
+        assert settings.config.train.batch_size == 8
+        assert settings.config.schedule.drops == (60000, 70000)
+        assert settings.config.schedule.drop_factor == 0.2
+        assert (settings.output, settings.weights) == (Path("out"), Path("a.pth"))
+    assert load_settings(RECIPE, ["MODEL.MaskDINO.NUM_OBJECT_QUERIES", "200"]).config.model.selection.k == (600, 200)
+    baseline = COCO / "maskdino_r50_4scale_bs16_12ep.yaml"
+    assert load_settings(baseline, ["MODEL.MaskDINO.NUM_OBJECT_QUERIES", "200"]).config.model.selection.k == (200,)
+    changes, told = translate_pairs(["TEST.DETECTIONS_PER_IMAGE", "300", "MODEL.WEIGHTS", "b.pth", "data.root=x"])
+    assert changes == ["evaluation.detections=300", "data.root=x"]
+    assert told.weights == Path("b.pth")
+
+
+def test_recorded_options_give_the_recorded_models():
+    for case in ("di_small", "maskdino_4level"):
+        pairs = [str(part) for pair in read(case)["options"].items() for part in pair]
+        base = RECIPE if case == "di_small" else COCO / "maskdino_r50_4scale_bs16_12ep.yaml"
+        extra = ["model.backbone.weights=null"]
+        extra += ["model.denoising.queries=30"] if case == "di_small" else []
+        assert load_settings(base, [*pairs, *extra]).config.model == MODELS[case]
+
+
+def test_the_baseline_is_told_from_di_maskdino(tmp_path):
+    (tmp_path / "maskdino.yaml").write_text("MODEL: {MaskDINO: {NUM_OBJECT_QUERIES: 100, DEC_LAYERS: 9}}")
+    model = load_settings(tmp_path / "maskdino.yaml").config.model
+    assert (model.selection.k, model.bato.enabled, model.decoder.layers) == ((100,), False, 9)
+    (tmp_path / "dimaskdino_r50.yaml").write_text("MODEL: {MaskDINO: {DEC_LAYERS: 6}}")
+    assert load_settings(tmp_path / "dimaskdino_r50.yaml").config.model.bato.enabled
+
+
+@pytest.mark.parametrize(
+    ("pairs", "remark"),
+    [
+        (["MODEL.MaskDINO.DROPOUT", "0.1"], r"DROPOUT = 0.1: this kit always has 0.0"),
+        (["MODEL.RESNETS.NORM", "SyncBN"], "SyncBN: this kit has FrozenBN and BN"),
+        (["DATASETS.TRAIN", "('mine_train',)"], "name a folder with data.root"),
+        (["MODEL.WEIGHTS", "https://somewhere/x.pth"], "download the file"),
+        (["CUDNN_BENCHMARK", "True"], "has no counterpart"),
+        (["INPUT.RANDOM_FLIP", "vertical"], "flips horizontally or not at all"),
+    ],
+)
+def test_what_this_kit_does_not_do_is_told(pairs, remark):
+    (told,) = load_settings(RECIPE, pairs).remarks
+    assert remark in told
+
+
+@pytest.mark.parametrize(
+    ("pairs", "changed"),
+    [
+        (["MODEL.BACKBONE.NAME", "D2SwinTransformer", "MODEL.SWIN.EMBED_DIM", "192", "MODEL.SWIN.WINDOW_SIZE", "12"],
+         {"model.backbone.name": "swin_large_patch4_window12_384"}),
+        (["MODEL.RESNETS.DEPTH", "101", "MODEL.RESNETS.NORM", "BN"], {"model.backbone.name": "resnet101"}),
+        (["SOLVER.AMP.ENABLED", "False"], {"train.precision": "fp32"}),
+        (["MODEL.WEIGHTS", "R-50.pkl"], {"model.backbone.weights": "R-50.pkl"}),
+        (["MODEL.MaskDINO.DN_NOISE_SCALE", "0.6"], {"model.denoising.label_noise": 0.3}),
+        (["SOLVER.WARMUP_FACTOR", "0.001", "SOLVER.WARMUP_ITERS", "500"], {"schedule.warmup": 500}),
+        (["DATASETS.TEST", "('coco_2014_val',)"], {"data.val": "val2014"}),
+        (["SEED", "7"], {"train.seed": 7}),
+        (["SEED", "-1"], {"train.seed": 0}),
+    ],
+)  # fmt: skip
+def test_keys_that_mean_something_else_here(pairs, changed):
+    settings = load_settings(RECIPE, pairs)
+    for key, value in changed.items():
+        found = settings.config
+        for name in key.split("."):
+            found = getattr(found, name)
+        assert found == value
+    assert settings.remarks == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["SOLVER.BASE_LR"], "SOLVER.BASE_LR needs a value behind it"),
+        (["lr", "5"], "'lr' is neither key=value"),
+        (["SOLVER.BASE_LR", "much"], r"optimizer\.lr"),
+        (["SOLVER.IMS_PER_BATCH", "0"], r"train\.batch_size"),
+    ],
+)
+def test_mistakes(arguments, message):
+    with pytest.raises(UserError, match=message):
+        load_settings(RECIPE, arguments)
+
+
+def test_architecture_without_a_configuration_is_a_mistake():
+    with pytest.raises(UserError, match=r"name its configuration with --config"):
+        translate_pairs(["MODEL.MaskDINO.NUM_OBJECT_QUERIES", "100"])

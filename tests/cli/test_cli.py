@@ -1,0 +1,188 @@
+"""The command line as a person uses it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from golden import detector, read, state_dict
+from small import FILE, overrides
+
+from dimaskdino import load
+
+COMMAND = [sys.executable, "-m", "dimaskdino"]
+
+
+def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"MPLBACKEND": "agg", "COLUMNS": "120"},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train"],
+        ["evaluate"],
+        ["predict"],
+        ["run"],
+        ["study"],
+        ["status"],
+        ["export"],
+        ["convert"],
+        ["data", "shapes"],
+        ["data", "check"],
+        ["data", "bdd100k"],
+        ["data", "detectron2"],
+        ["config", "show"],
+    ],
+    ids=" ".join,
+)
+def test_help_explains_every_option(command):
+    result = run(*command, "--help")
+    assert result.returncode == 0
+    assert len(result.stdout) > 300
+
+
+def test_mistakes_are_one_line():
+    result = run("config", "show", FILE, "train.batchsize=3")
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "did you mean 'train.batch_size'" in result.stderr
+
+
+def test_train_evaluate_predict_and_status(shapes_data, tmp_path):
+    changes = overrides(shapes_data, "train.log_every=100")  # the last step is logged all the same
+    assert "stopped" not in run("train", "--config", FILE, "--run", "mine", *changes, cwd=tmp_path).stderr
+    evaluated = run("evaluate", "mine", "--stages", "decoder.1", "decoder.2", cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "decoder.2" in evaluated.stdout
+    assert (tmp_path / "mine" / "evaluation" / "layers.png").stat().st_size > 5000
+
+    images = shapes_data / "images" / "val"
+    predicted = run("predict", "mine", images, "--stage", "decoder.1", "--threshold", "0", cwd=tmp_path)
+    assert predicted.returncode == 0, predicted.stderr
+    assert len(list((tmp_path / "predictions").glob("*.png"))) == 4
+    written = json.loads((tmp_path / "predictions" / "predictions.json").read_text())
+    assert len(written["images"]) == 4
+    assert len(written["annotations"]) == 4 * 60  # 12 queries, 5 classes
+    assert {"score", "bbox", "segmentation"} <= set(written["annotations"][0])
+
+    status = run("status", "mine", cwd=tmp_path)
+    assert "state finished" in status.stdout
+    assert "decoder.2" in status.stdout
+
+    wrong = run("predict", "mine", images, "--stage", "decoder.9", cwd=tmp_path)
+    assert wrong.returncode == 1
+    assert "no stage 'decoder.9'; it has first_selection" in wrong.stderr
+    assert "does not exist" in run("predict", "mine", "nowhere.jpg", cwd=tmp_path).stderr
+
+
+def test_data_commands(tmp_path):
+    made = run("data", "shapes", "shapes", "--train", "3", "--val", "2", "--size", "64", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "data.root=shapes" in made.stdout
+    checked = run("data", "check", "shapes", "val", cwd=tmp_path)
+    assert checked.returncode == 0
+    assert "val: 2 images, 0 of them without objects" in checked.stdout
+    assert "0 problems" in checked.stdout
+    (tmp_path / "shapes" / "images" / "val" / "000001.jpg").write_bytes(b"no image")
+    broken = run("data", "check", "shapes", "val", cwd=tmp_path)
+    assert broken.returncode == 1
+    assert "000001.jpg cannot be read" in broken.stderr
+    assert run("data", "check", "shapes", "val", "--no-read", cwd=tmp_path).returncode == 0
+    (tmp_path / "shapes" / "images" / "val" / "000001.jpg").unlink()
+    lacking = run("data", "check", "shapes", cwd=tmp_path)
+    assert "shapes has no annotations of the split 'train2017'" in lacking.stderr
+    lacking = run("data", "check", "shapes", "val", "--no-read", cwd=tmp_path)
+    assert lacking.returncode == 1
+    assert "1 images are missing, the first shapes/images/val/000001.jpg" in lacking.stderr
+
+
+def test_convert_accounts_for_every_key(tmp_path):
+    torch.save({"model": state_dict(read("di_small"))}, tmp_path / "published.pth")
+    changes = [
+        *("model.classes=7", "model.pixel_decoder.layers=2", "model.pixel_decoder.ffn_dim=128"),
+        *("model.selection.k=[90,40]", "model.decoder.layers=3", "model.decoder.ffn_dim=96"),
+        *("model.bato.guiding_tokens=12", "model.denoising.queries=30"),
+    ]
+    config = FILE.parents[1] / "coco" / "instance-segmentation" / "dimaskdino_r50_4scale_bs16_12ep.yaml"
+    done = run("convert", tmp_path / "published.pth", tmp_path / "ours.safetensors", "--config-file", config, *changes)
+    assert done.returncode == 0, done.stderr
+    assert "ignored, not part of the model: criterion.empty_weight" in done.stdout
+    ours, recorded = load(tmp_path / "ours.safetensors").detector.state_dict(), detector("di_small").state_dict()
+    assert all(torch.equal(ours[key], value) for key, value in recorded.items())
+
+    refused = run("convert", tmp_path / "published.pth", tmp_path / "other.safetensors", "--config", config)
+    assert refused.returncode == 1
+    assert "trained for 7 classes, the configuration says 80" in refused.stderr
+    assert not (tmp_path / "other.safetensors").exists()
+    told = run("convert", tmp_path / "published.pth", tmp_path / "told.safetensors")
+    assert "DI-MaskDINO, resnet50, 4 levels, 3 decoder layers, 7 classes" in told.stdout
+    assert "the published values are used: model.selection.k=[600, 300]" in told.stdout
+    (tmp_path / "published.pth").write_bytes((tmp_path / "published.pth").read_bytes()[:1000])
+    assert (
+        "cannot be read as a checkpoint"
+        in run("convert", tmp_path / "published.pth", tmp_path / "x.safetensors").stderr
+    )
+
+
+def published_for_shapes(file: Path) -> None:
+    """The recorded small model with its first 5 classes, in the published form."""
+    state = {
+        key: value[:5] if "class_embed" in key or "label_enc" in key else value
+        for key, value in state_dict(read("di_small")).items()
+    }
+    torch.save({"model": state}, file)
+
+
+YAML = """
+MODEL:
+  WEIGHTS: ""
+  SEM_SEG_HEAD: {NUM_CLASSES: 5, TRANSFORMER_ENC_LAYERS: 2, DIM_FEEDFORWARD: 128, IGNORE_VALUE: 255}
+  MaskDINO:
+    DIM_FEEDFORWARD: 96
+    DEC_LAYERS: 3
+    NUM_OBJECT_QUERIES: 40
+    FIRST_SELECTED_QUERIES: 60
+    NUM_GUIDING_TOKENS: 12
+    TRAIN_NUM_POINTS: 64
+SOLVER: {IMS_PER_BATCH: 2, MAX_ITER: 2, STEPS: [1], CHECKPOINT_PERIOD: 1}
+INPUT: {IMAGE_SIZE: 64, MIN_SIZE_TEST: 64, MAX_SIZE_TEST: 64}
+"""
+
+
+@pytest.mark.slow
+def test_commands_in_the_published_form(shapes_data, tmp_path):
+    published_for_shapes(tmp_path / "published.pth")
+    (tmp_path / "published.yaml").write_text(YAML)
+    data = (f"data.root={shapes_data}", "data.train=train", "data.val=val", "data.workers=0")
+    given = ("--config-file", "published.yaml", "MODEL.WEIGHTS", "published.pth", "OUTPUT_DIR", "out", *data)
+    evaluated = run("evaluate", *given, cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "note: MODEL.SEM_SEG_HEAD.IGNORE_VALUE = 255: has no counterpart here" in evaluated.stderr
+    assert "decoder.3" in evaluated.stdout
+    assert (tmp_path / "out" / "layers.json").exists()
+    direct = run("evaluate", "published.pth", *data, "model.selection.k=[60,40]", "--stages", "decoder.3", cwd=tmp_path)
+    assert direct.returncode == 0, direct.stderr
+
+    trained = run("train", *given, "--num-gpus", "2", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert "starting from published.pth" in trained.stdout
+    assert load(tmp_path / "out").step == 2
+    again = run("evaluate", "out", "TEST.DETECTIONS_PER_IMAGE", "7", "--keep-detections", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert len(list((tmp_path / "out" / "evaluation" / "detections").glob("*.safetensors"))) == 1
+    nameless = run("evaluate", "data.root=x", cwd=tmp_path)
+    assert (
+        nameless.stderr
+        == "dimaskdino: name the model: dimaskdino evaluate MODEL, or MODEL.WEIGHTS FILE among the settings\n"
+    )

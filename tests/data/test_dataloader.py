@@ -1,0 +1,177 @@
+"""Augmentation, batches, and an order of the training images that can be taken up anywhere."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small import settings
+
+from dimaskdino import config
+from dimaskdino.data import shapes
+from dimaskdino.data.coco import CocoDataset, Sample
+from dimaskdino.data.dataloader import (
+    batches,
+    collate,
+    evaluation_dataset,
+    evaluation_loader,
+    training_dataset,
+    training_loader,
+)
+from dimaskdino.data.transforms import PADDING, large_scale_jitter, resize_image
+from dimaskdino.errors import UserError
+
+
+def made_up(height: int = 40, width: int = 60) -> Sample:
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    masks = torch.zeros(2, height, width, dtype=torch.uint8)
+    masks[0, : height // 2, : width // 3], masks[1, -1:, -1:] = 1, 1
+    return Sample(image, torch.tensor([1, 0]), masks, 5, "made up", (height, width))
+
+
+def test_jitter_gives_a_fixed_square_and_moves_image_and_masks_together():
+    jitter = large_scale_jitter(config.LargeScaleJitter(size=64, min_scale=0.5, max_scale=2.0))
+    torch.manual_seed(0)
+    for _ in range(30):
+        sample = made_up()
+        marked = replace(sample, image=(sample.masks[0] * 255).expand(3, -1, -1).contiguous())
+        result = jitter(marked)
+        assert result.image.shape == (3, 64, 64)
+        assert result.masks.shape[1:] == (64, 64)
+        assert len(result.labels) == len(result.masks)
+        assert result.masks.flatten(1).any(1).all()
+        if 1 in result.labels:
+            mask = result.masks[result.labels.tolist().index(1)].bool()
+            # antialiased edges aside, the mask lies where the image is white
+            assert result.image[0][mask].float().mean() > 200
+
+
+def test_jitter_pads_at_the_right_and_the_bottom():
+    jitter = large_scale_jitter(config.LargeScaleJitter(size=64, min_scale=0.5, max_scale=0.5, flip=0))
+    result = jitter(made_up(64, 64))
+    assert (result.image[:, 32:] == PADDING).all()
+    assert (result.image[:, :, 32:] == PADDING).all()
+    assert not result.masks[:, 32:].any()
+    assert result.masks[0, :16, :10].all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (30, 6000), (6000, 30)])
+def test_extreme_shapes(size):
+    sample = (
+        made_up(*size)
+        if min(size) > 1
+        else Sample(
+            torch.zeros(3, 1, 1, dtype=torch.uint8),
+            torch.tensor([0]),
+            torch.ones(1, 1, 1, dtype=torch.uint8),
+            1,
+            "",
+            (1, 1),
+        )
+    )
+    torch.manual_seed(0)
+    jitter = large_scale_jitter(config.LargeScaleJitter(size=64))
+    for _ in range(5):
+        assert jitter(sample).image.shape == (3, 64, 64)
+    resized = resize_image(sample.image, config.Resize(shortest=800, longest=1333))
+    assert max(resized.shape) <= 1333
+    assert min(resized.shape[1:]) >= 1
+
+
+def test_resize_keeps_the_aspect():
+    image = torch.zeros(3, 480, 640, dtype=torch.uint8)
+    assert resize_image(image, config.Resize()).shape == (3, 800, 1067)
+    assert resize_image(image.transpose(1, 2), config.Resize(shortest=800, longest=1000)).shape == (3, 1000, 750)
+
+
+def test_collate_pads_and_makes_tight_boxes():
+    small, large = made_up(40, 60), made_up(70, 50)
+    batch = collate([small, replace(large, labels=large.labels[:1], masks=large.masks[:1])])
+    assert batch.targets.masks.shape == (2, 2, 96, 64)
+    assert batch.targets.counts == (2, 1)
+    expected = torch.tensor([10 / 64, 10 / 96, 20 / 64, 20 / 96])  # 20 wide and high, of the padded size
+    torch.testing.assert_close(batch.targets.boxes[0, 0], expected)
+    assert torch.equal(batch.targets.boxes[1, 1], torch.zeros(4))
+
+
+def test_the_order_depends_on_the_position_alone(shapes_data):
+    options = settings(shapes_data, "data.jitter.min_scale=0.5", "schedule.steps=10")
+    data = training_dataset(options)
+    whole = list(training_loader(data, options, 0, 0, 1))
+    later = list(training_loader(data, options, 7, 0, 1))
+    workers = settings(shapes_data, "data.jitter.min_scale=0.5", "schedule.steps=10", "data.workers=2")
+    parallel = list(training_loader(data, workers, 0, 0, 1))
+    for left, right in [*zip(whole[7:], later, strict=True), *zip(whole, parallel, strict=True)]:
+        assert left.files == right.files
+        assert all(torch.equal(a, b) for a, b in zip(left.images, right.images, strict=True))
+    # an epoch shows every image once
+    assert len({f for batch in whole[:6] for f in batch.files}) == 12
+    # two processes share the same images
+    ranks = [list(training_loader(data, options, 0, rank, 2)) for rank in (0, 1)]
+    for batch, *parts in zip(whole, *ranks, strict=True):
+        assert batch.files == [f for part in parts for f in part.files]
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 5])
+def test_processes_and_accumulation_work_on_the_same_pieces(batch_size, shapes_data):
+    def pieces(world: int, parts: int) -> list[list[str]]:
+        changes = (f"train.batch_size={batch_size}", f"train.accumulate={parts}", "schedule.steps=2")
+        options = settings(shapes_data, *changes)
+        ranks = [list(training_loader(training_dataset(options), options, 0, r, world)) for r in range(world)]
+        steps = [rank[step * parts : (step + 1) * parts] for step in range(2) for rank in ranks]
+        return [part.files for rank in steps for part in rank]
+
+    assert pieces(2, 1) == pieces(1, 2)
+    assert [f for piece in pieces(2, 1) for f in piece] == [f for piece in pieces(1, 1) for f in piece]
+    assert sorted(map(len, pieces(2, 1)[:2])) == [batch_size // 2, -(-batch_size // 2)]
+
+
+def test_evaluation_sees_every_image_once_resized(shapes_data):
+    def loader(*changes):
+        options = settings(shapes_data, *changes)
+        return evaluation_loader(evaluation_dataset(options), options, [range(3), range(3, 4)])
+
+    assert [batch.image_ids for batch in loader("evaluation.batch_size=2")] == [[0, 1], [2], [3]]
+    larger = next(iter(loader("data.resize.shortest=100", "data.resize.longest=100")))
+    assert larger.images[0].shape == (3, 100, 100)
+    assert larger.original_sizes[0] == (64, 64)
+
+
+def test_bad_images_stop_or_are_reported(shapes_data, tmp_path):
+    folder = Path(shutil.copytree(shapes_data, tmp_path / "shapes"))
+    for broken in list((folder / "images" / "train").iterdir())[:3]:
+        broken.write_bytes(broken.read_bytes()[:100])
+    for workers in (0, 1):
+        options = settings(folder, f"data.workers={workers}")
+        with pytest.raises(UserError, match=r"^the image .* cannot be read.*skip_bad_images=true") as caught:
+            list(batches(training_loader(training_dataset(options), options, 0, 0, 1)))
+        assert "Traceback" not in str(caught.value)
+    options = settings(folder, "data.skip_bad_images=true")
+    found = list(training_loader(training_dataset(options), options, 0, 0, 1))
+    assert len({reason for batch in found for reason in batch.skipped}) == 3
+    for broken in (folder / "images" / "train").iterdir():
+        broken.unlink()
+    with pytest.raises(UserError, match="bad images in a row"):
+        list(training_loader(training_dataset(options), options, 0, 0, 1))
+
+
+def test_shapes_are_deterministic_and_true_to_their_masks(shapes_data, tmp_path):
+    options = config.Shapes(train=12, val=4, size=64)
+    shapes.generate(tmp_path / "again", options, processes=2)
+    for file in ("annotations/train.json", "annotations/val.json", "images/train/000003.jpg"):
+        assert (tmp_path / "again" / file).read_bytes() == (shapes_data / file).read_bytes()
+    other, _, _ = shapes.scene(options.model_copy(update={"seed": 1}), "train", 0)
+    assert (other != shapes.scene(options, "train", 0)[0]).any()
+    data = CocoDataset(shapes_data, "train")
+    for index in range(12):
+        _, labels, masks = shapes.scene(options, "train", index)
+        sample = data[index]
+        assert sample.labels.tolist() == labels
+        assert all((a.numpy() == b).all() for a, b in zip(sample.masks, masks, strict=True))
+        assert (sample.masks.sum(0) <= 1).all()  # visible parts do not overlap
+
+
+def test_shapes_never_overwrite(shapes_data):
+    with pytest.raises(UserError, match="exists already"):
+        shapes.generate(shapes_data, config.Shapes(train=1, val=1))

@@ -1,0 +1,238 @@
+"""Studies: their files, their published numbers, their report, and a small one from start to end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from small import overrides
+
+from dimaskdino.errors import UserError
+from dimaskdino.evaluation.bootstrap import BootstrapAP
+from dimaskdino.evaluation.coco_ap import AveragePrecision
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
+from dimaskdino.studies.report import StudyReport, paper_tables
+from dimaskdino.studies.runner import environments, plan_study, run_study
+from dimaskdino.studies.study import find_study, load_study
+
+ROOT = Path(__file__).parent.parent.parent
+FILES = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
+TABLES = paper_tables()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda p: p.stem)
+def test_every_row_is_a_configuration_and_has_published_numbers(file):
+    study = load_study(file)
+    for scale in study.scales:
+        configs = [study.config(row, scale).model_dump_json() for row in study.rows]
+        assert len(set(configs)) == len(configs)
+    for numbers in study.published(TABLES).values():
+        assert set(numbers) == {row.name for row in study.rows}
+        for values in numbers.values():
+            assert all(10 < ap < 150 for name, ap in values.items() if not name.endswith("imbalance"))
+            assert values["last.imbalance"] == values["last.mask"] - values["last.box"]
+
+
+def test_rows_with_one_name_are_one_variant():
+    seen = {}
+    for study in map(load_study, FILES):
+        for row in study.rows:
+            for scale in study.scales:
+                config = study.config(row, scale)
+                assert seen.setdefault((row.name, scale), config) == config
+
+
+def test_published_numbers_are_those_of_the_row():
+    study = load_study(ROOT / "configs" / "ablations" / "table_4.yaml")
+    numbers = study.published(TABLES)
+    for number, row in enumerate(study.rows):
+        entry = TABLES["table_4_modules"][number]
+        config = study.config(row, "coco").model
+        assert (len(config.selection.k) > 1, config.bato.enabled) == (entry["di"], entry["bato"])
+        found = numbers["COCO"][row.name]
+        assert (found["last.box"], found["last.mask"]) == (entry["coco"]["box"], entry["coco"]["mask"])
+
+
+def test_published_numbers_of_both_layers():
+    numbers = load_study(ROOT / "configs" / "ablations" / "figure_1.yaml").published(TABLES)["BDD100K"]
+    first, last = (TABLES["figure_1_layer_ap_bdd100k"]["maskdino"][layer] for layer in ("first", "last"))
+    assert (numbers["neither"]["first.box"], numbers["neither"]["last.mask"]) == (first["box"], last["mask"])
+    assert numbers["neither"]["first.imbalance"] == first["mask"] - first["box"]
+
+
+def write_study(folder, **changes):
+    content = {
+        "title": "Two rows",
+        "report": ["last.box", "first.imbalance"],
+        "seeds": [0],
+        "scales": {"tiny": str(ROOT / "configs" / "shapes" / "dimaskdino_r18.yaml")},
+        "rows": [
+            {"name": "a", "label": "A"},
+            {"name": "b", "label": "B", "against": "a", "settings": {"tiny": ["model.bato.enabled=false"]}},
+        ],
+    } | changes
+    (folder / "study.yaml").write_text(yaml.safe_dump(content))
+    return folder / "study.yaml"
+
+
+def test_mistakes_are_named(tmp_path, monkeypatch):
+    row = {"name": "a", "label": "A"}
+    for changes, message in (
+        ({"rows": [row, row]}, "every row needs a name of its own, got a, a"),
+        ({"rows": [row | {"against": "c"}]}, "a is compared with c, but the rows are a"),
+        ({"report": ["last.boxes"]}, "'last.boxes' is no quantity; write STAGE.box"),
+        ({"columns": {"COCO": "coco"}}, "no place of a, b in them"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_study(write_study(tmp_path, **changes))
+    study = load_study(write_study(tmp_path))
+    with pytest.raises(UserError, match="no scale 'huge', only tiny"):
+        study.config(study.rows[0], "huge")
+    with pytest.raises(UserError, match="cannot read the study"):
+        load_study(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="at least one run has to go at a time, got 0"):
+        plan_study(study, "tiny", [], tmp_path, parallel=0)
+    with pytest.raises(UserError, match="unknown setting 'modle'"):
+        plan_study(study, "tiny", [], tmp_path, ["modle.heads=3"])
+    monkeypatch.chdir(tmp_path)  # a study of the kit is found from anywhere
+    assert find_study("table_4") == ROOT / "configs" / "ablations" / "table_4.yaml"
+    with pytest.raises(UserError, match="did you mean 'table_4'"):
+        find_study("table4")
+
+
+def measured(folder, row, seed, first, last, samples=None):
+    """Write made-up results: (box, mask) AP of the first and last layer, and draws by stage and kind."""
+
+    def stage(box, mask):
+        values = dict.fromkeys(AveragePrecision.__dataclass_fields__)
+        return StageAP(AveragePrecision(**values | {"AP": box}), AveragePrecision(**values | {"AP": mask}))
+
+    result = LayerwiseAP({"decoder.1": stage(*first), "decoder.2": stage(*last)}, 1, "made up")
+    place = folder / "runs" / f"{row}_{seed}" / "evaluation"
+    result.save(place / "layers.json")
+    if samples:
+        BootstrapAP("same", {k: np.array(v, float) for k, v in samples.items()}).save(place / "bootstrap.npz")
+
+
+def test_a_report_of_means_and_differences(tmp_path):
+    study = load_study(write_study(tmp_path))
+    for seed, a, b in ((0, 30.0, 32.0), (1, 34.0, 37.0), (2, 32.0, 36.0)):
+        measured(tmp_path, "a", seed, (10.0, 13.0), (a, 40.0), {"decoder.2/box": [a - 1, a, a + 1]})
+        measured(tmp_path, "b", seed, (10.0, 11.0 + seed), (b, 40.0), {"decoder.2/box": [b + 1, b, b + 1]})
+    measured(tmp_path, "a_wide", 0, (0.0, 0.0), (0.0, 0.0))  # another row's
+    report = StudyReport.of(study, "tiny", tmp_path)
+    box, lag = study.quantities
+    assert report.values("a", box) == {0: 30, 1: 34, 2: 32}
+    assert report.difference(study.rows[0], box) is None
+    found = report.difference(study.rows[1], box)
+    assert found.by_seed == {0: 2, 1: 3, 2: 4}
+    # draws of the mean difference: 3 + (2, 0, 0), so its 2.5 and 97.5 % points by linear interpolation are 3 and 4.9
+    assert (found.over_images.low, found.over_images.high) == pytest.approx((3, 4.9))
+    # 3 ± t(0.975, 2)·1/√3 = 3 ± 4.3027 · 0.5774
+    assert (found.over_seeds.low, found.over_seeds.high) == pytest.approx((0.5159, 5.4841), abs=1e-4)
+    assert [found.agrees(x) for x in (0.4, -0.4, 0.0)] == ["yes", "no", "cannot tell"]
+    lagging = report.difference(study.rows[1], lag)
+    assert (lagging.mean, lagging.over_images, lagging.agrees(-2.0)) == (-1, None, "cannot tell")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.markdown().splitlines() if "|" in line]
+    assert lines[2] == ["A", "32.0 ± 2.0", "+3.0 ± 0.0", "3"]
+    assert lines[6] == ["B − A", "box AP, last layer", "+3.0", "+3.0 to +4.9", "+0.5 to +5.5", "3"]
+    report.save(tmp_path / "report")
+    content = json.loads((tmp_path / "report" / "table.json").read_text())
+    assert content["rows"][1]["measured"]["last.box"]["difference"]["over_images"]["high"] == pytest.approx(4.9)
+    assert content["rows"][0]["measured"]["last.box"]["standard_deviation"] == 2
+
+
+def test_pairs_of_other_images_are_refused(tmp_path):
+    study = load_study(write_study(tmp_path))
+    for row in "ab":
+        measured(tmp_path, row, 0, (1.0, 1.0), (1.0, 1.0), {"decoder.2/box": [1, 2]})
+    file = tmp_path / "runs" / "a_0" / "evaluation" / "bootstrap.npz"
+    BootstrapAP("others", BootstrapAP.load(file).samples).save(file)
+    with pytest.raises(UserError, match="different images"):
+        StudyReport.of(study, "tiny", tmp_path).markdown()
+
+
+@pytest.mark.parametrize(
+    ("given", "devices", "parallel", "expected"),
+    [
+        (None, 3, 3, ["0", "1", "2"]),
+        ("4,7", 2, 2, ["4", "7"]),
+        ("4,7", 2, 3, ["4", "7", "4"]),
+        (None, 0, 2, [None, None]),
+    ],
+)
+def test_runs_that_go_at_once_share_the_gpus_and_cores(monkeypatch, given, devices, parallel, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    found = environments(parallel)
+    assert [environment.get("CUDA_VISIBLE_DEVICES") for environment in found] == expected
+    assert {environment["OMP_NUM_THREADS"] for environment in found} == {str(12 // parallel)}
+
+
+@pytest.mark.slow
+def test_a_study_runs_and_goes_on_whatever_fails(shapes_data, tmp_path):
+    """Two runs at a time, of which one cannot start; then the same again with that mended, and another seed."""
+    study, changes = load_study(write_study(tmp_path)), overrides(shapes_data)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "b_0").touch()  # where a folder should be
+    failed = run_study(plan_study(study, "tiny", [0], tmp_path, changes, parallel=2))
+    assert list(failed) == ["B, seed 0"]
+    done = StudyReport.of(study, "tiny", tmp_path)
+    assert {name: list(runs) for name, runs in done.measured.items()} == {"a": [0]}
+    assert done.measured["a"][0].samples is not None
+    before = (tmp_path / "runs" / "a_0" / "checkpoints" / "model.safetensors").stat().st_mtime_ns
+    (tmp_path / "runs" / "b_0").unlink()
+    plan = plan_study(study, "tiny", [0, 1], tmp_path, changes, parallel=2)
+    assert [run.title for run in plan.missing] == ["B, seed 0", "A, seed 1", "B, seed 1"]
+    assert "4 runs, 1 done, 3 to do" in plan.describe()
+    assert "18 steps, 36 images of training; about 0:00:0" in plan.describe()
+    assert run_study(plan) == {}
+    assert (tmp_path / "runs" / "a_0" / "checkpoints" / "model.safetensors").stat().st_mtime_ns == before
+    report = StudyReport.of(study, "tiny", tmp_path)
+    assert {name: list(runs) for name, runs in report.measured.items()} == {"a": [0, 1], "b": [0, 1]}
+    assert report.difference(study.rows[1], study.quantities[0]).over_images is not None
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        plan_study(study, "tiny", [0], tmp_path, [*changes, "model.decoder.layers=3"])
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_report_and_interrupting_it_loses_nothing(shapes_data, tmp_path):
+    study = write_study(tmp_path, rows=[{"name": "a", "label": "A"}])
+    changes = overrides(shapes_data, "schedule.steps=150", "train.checkpoint_every=1")
+    command = [sys.executable, "-m", "dimaskdino", "study", str(study), str(tmp_path / "out"), *changes]
+    run = tmp_path / "out" / "runs" / "a_0"
+    # where the tests run in the background, SIGINT is ignored, and children inherit that
+    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    started = subprocess.Popen([*command, "--scale", "tiny"], cwd=ROOT, stderr=subprocess.PIPE, **listening)
+    deadline = time.monotonic() + 120
+    while not list(run.glob("checkpoints/*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    started.send_signal(signal.SIGINT)
+    started.communicate(timeout=120)
+    while "running" in (run / "status.json").read_text() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    stopped = json.loads((run / "status.json").read_text())
+    assert stopped["state"] == "failed"
+    reached = max(json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines())
+    assert 0 < reached < 150
+    again = subprocess.run([*command, "--scale", "tiny"], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert again.returncode == 0, again.stderr
+    assert "1 runs, 0 done, 1 to do" in again.stdout
+    assert f"{150 - reached} of 150 steps left" in again.stdout
+    assert "| A" in again.stdout
+    report = tmp_path / "out" / "study"
+    assert {"study.ipynb", "table.md", "table.json", "rows.png", "layers.png"} <= {
+        file.name for file in report.iterdir()
+    }
+    assert json.loads((report / "status.json").read_text())["state"] == "finished"
