@@ -1,56 +1,81 @@
 # make demo   set up, train DI-MaskDINO on the built-in data, evaluate every decoder layer, say where the results are
 # make test   set up, run the tests           make test-all   the slow ones too
 # make lab    set up, open the notebooks      make lint       what continuous integration checks besides the tests
-# make site   execute the course and make pages and slides of it, in build/site/html
+# make figures   draw the figures of README and docs from their records     make notebooks   build the chapters
+# make site   build the documentation site with the course, in build/site/html
 # make benchmark   time the operator; on a machine with a GPU: make gpu-check   build, test and time its GPU
 #             kernels, and the R50 models
 # PYTHON=python3.12 make demo   with another Python (3.11 or newer)
+# TORCH_INDEX=URL make demo     PyTorch from this package index instead of the one chosen below
 
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
-CONFIG := configs/shapes/dimaskdino_r18.yaml
+# Without an NVIDIA driver on Linux: PyTorch's index of CPU builds, if it can be reached
+CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test test-all lint lab site benchmark gpu-check
-setup: .venv/.installed
+.PHONY: demo test test-all lint lab site notebooks figures benchmark gpu-check
 
-.venv/.installed: pyproject.toml ops/pyproject.toml ops/ms_deform_attn/csrc/cpu.cpp
+.venv/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; name one: PYTHON=python3.12 make $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	@echo "Installing PyTorch and the other packages: about 5 GB, some minutes."
-	$(BIN)/python -m pip install -qq -e ./ops -e '.[notebooks,timm,dev]'
-	@$(BIN)/python -m ms_deform_attn build || echo "Going on with the PyTorch version of the operator."
 	@touch $@
 
-demo: setup
-	$(BIN)/dimaskdino run notebooks/runs/train.ipynb $(RUN) config=$(CONFIG)
-	$(BIN)/dimaskdino run notebooks/runs/evaluate.ipynb $(RUN)/evaluation model=$(RUN)
+.venv/.torch: .venv/.created
+	@index="$(TORCH_INDEX)"; \
+	if [ -z "$$index" ] && [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null \
+		&& $(BIN)/python -c 'import urllib.request as r; r.urlopen("$(CPU_INDEX)/torch/", timeout=10)' 2>/dev/null; \
+	then index=$(CPU_INDEX); fi; \
+	if [ -n "$$index" ]; then echo "Installing PyTorch from $$index."; set -- --index-url "$$index"; \
+	else echo "Installing PyTorch from the default package index: with CUDA about 5 GB on disk, some minutes."; set --; fi; \
+	$(BIN)/python -m pip install -qq "torch>=2.11" torchvision "$$@"
+	@touch $@
+
+.venv/.installed: .venv/.torch pyproject.toml ops/ms_deform_attn/csrc/cpu.cpp
+	@echo "Installing the kit and what its notebooks need."
+	$(BIN)/python -m pip install -qq -e '.[notebooks]'
+	@$(BIN)/python -m ms_deform_attn build 2>/dev/null || echo "No C++ compiler: using the PyTorch version of the operator."
+	@touch $@
+
+.venv/.dev: .venv/.installed
+	$(BIN)/python -m pip install -qq -e '.[notebooks,timm,hub,dev]'
+	@touch $@
+
+demo: .venv/.installed
+	$(BIN)/dimaskdino run train $(RUN) config=shapes/dimaskdino_r18
+	$(BIN)/dimaskdino run evaluate $(RUN)/evaluation model=$(RUN)
 	$(BIN)/dimaskdino status $(RUN)
 
-test: setup
+test: .venv/.dev
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-all: setup
+test-all: .venv/.dev
 	$(BIN)/python -m pytest
 
-lint: setup
+lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-lab: setup
+lab: .venv/.installed
 	$(BIN)/jupyter lab notebooks
 
-site: setup
+notebooks: .venv/.dev
+	$(BIN)/python -m dimaskdino.course.build
+
+figures: .venv/.installed
+	$(BIN)/python docs/figures.py
+
+site: .venv/.dev
 	$(BIN)/python -m pip install -qq -e '.[site]'
 	$(BIN)/python -m dimaskdino.course.site
 
-benchmark: setup
+benchmark: .venv/.installed
 	$(BIN)/python -m ms_deform_attn.benchmark --output ops/benchmarks/results
 	$(BIN)/python ops/benchmarks/table.py
 
-gpu-check: setup
+gpu-check: .venv/.dev
 	$(BIN)/python -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "no GPU that torch can use")'
 	$(BIN)/python -m ms_deform_attn build
 	$(BIN)/python -m pytest ops/tests

@@ -11,9 +11,9 @@ from dimaskdino.errors import UserError
 _PACKAGE = Path(__file__).parent
 # by kind: the folder in an installed wheel, the folder in a checkout
 _FOLDERS = {
-    "configs": (_PACKAGE / "resources_configs", _PACKAGE.parent / "configs"),
-    "models": (_PACKAGE / "resources_models", _PACKAGE.parent / "notebooks" / "models"),
-    "notebooks": (_PACKAGE / "resources_notebooks", _PACKAGE.parent / "notebooks" / "runs"),
+    "configs": (_PACKAGE / "_data" / "configs", _PACKAGE.parent / "configs"),
+    "models": (_PACKAGE / "_data" / "models", _PACKAGE.parent / "notebooks" / "models"),
+    "notebooks": (_PACKAGE / "_data" / "notebooks", _PACKAGE.parent / "notebooks" / "runs"),
 }
 # the course's models by the name that `dimaskdino.load` takes
 MODELS = {"dimaskdino-shapes": "dimaskdino", "maskdino-shapes": "maskdino"}

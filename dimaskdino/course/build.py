@@ -70,8 +70,8 @@ from urllib.parse import quote
 if importlib.util.find_spec("dimaskdino") is None:
     if not Path("kit").exists():
         subprocess.run(["git", "clone", "--quiet", "--depth", "1", "{address}", "kit"], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "-qq", "-e", "kit/ops", "-e", "kit[notebooks]"], check=True)
-    # what is installed while Python runs would be found at its next start only
+    subprocess.run([sys.executable, "-m", "pip", "install", "-qq", "-e", "kit[notebooks]"], check=True)
+    # what is installed while Python runs is only found at its next start
     sys.path += [str(Path(part).resolve()) for part in ("kit", "kit/ops")]
     importlib.invalidate_caches()
     %cd kit/notebooks"""

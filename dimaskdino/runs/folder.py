@@ -26,7 +26,7 @@ from dimaskdino.config import Config, dump_config, load_config
 from dimaskdino.errors import UserError
 
 State = Literal["running", "finished", "failed"]
-_PACKAGES = ("dimaskdino", "ms-deform-attn", "torch", "torchvision", "numpy", "pycocotools", "hotcoco", "papermill")
+_PACKAGES = ("dimaskdino", "torch", "torchvision", "numpy", "pycocotools", "hotcoco", "papermill")
 
 
 class RunFolder:
