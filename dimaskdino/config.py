@@ -39,9 +39,28 @@ class Backbone(Section):
 class PixelDecoder(Section):
     """The feature tokens extractor, section 2 of the specification."""
 
-    levels: Literal[3, 4] = Field(4, description="3: res3 to res5, 4: also res6. It fixes the level order as published")
+    levels: Literal[3, 4, 5] = Field(
+        4, description="number of feature levels: those of the backbone from `finest` to res5, and res6 if one more"
+    )
+    finest: Literal["res2", "res3"] = Field("res3", description="finest backbone level that the encoder reads")
     layers: PositiveInt = 6
     ffn_dim: PositiveInt = 2048
+
+    @model_validator(mode="after")
+    def _levels(self) -> "PixelDecoder":
+        possible = {"res2": (4, 5), "res3": (3, 4)}[self.finest]
+        if self.levels not in possible:
+            raise ValueError(
+                f"with finest={self.finest} there are {possible[0]} or {possible[1]} levels, got {self.levels}"
+            )
+        return self
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Input pixels per cell of each level, in the encoder's order: finest first, with 3 levels coarsest first."""
+        finest = 4 if self.finest == "res2" else 8
+        strides = tuple(finest * 2**level for level in range(self.levels))
+        return strides[::-1] if self.levels == 3 else strides
 
 
 class Selection(Section):

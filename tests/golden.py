@@ -24,6 +24,12 @@ _THREE_LEVELS = config.Model(
     bato=config.BATO(enabled=False),
     decoder=config.Decoder(layers=9),
 )
+_FIVE_LEVELS = config.Model(
+    pixel_decoder=config.PixelDecoder(levels=5, finest="res2"),
+    selection=config.Selection(k=(300,), mask_to_box="bitmask"),
+    bato=config.BATO(enabled=False),
+    decoder=config.Decoder(layers=3),
+)
 _SMALL = config.Model(
     classes=7,
     pixel_decoder=config.PixelDecoder(layers=2, ffn_dim=128),
@@ -38,6 +44,7 @@ MODELS = {
     "loss_small": _SMALL,
     "maskdino_4level": _MASKDINO,
     "maskdino_3s": _THREE_LEVELS,
+    "maskdino_5level": _FIVE_LEVELS,
 }
 
 

@@ -185,10 +185,10 @@ def is_published(state: Mapping[str, Tensor]) -> bool:
 
 
 def architecture(state: Mapping[str, Tensor], path: Path) -> config.Model:
-    """The model that renamed weights belong to, as far as they tell, else as published.
+    """The model that renamed weights belong to, inferred from their names and shapes.
 
-    Not in the weights, and taken as published: the numbers of selected and guiding tokens, `bitmask` boxes for three
-    levels and `mask2box` for four, eight heads.
+    The weights do not say, so the published values are used: the numbers of selected and guiding tokens, eight heads,
+    and `bitmask` boxes for three levels and for encoders that read res2, `mask2box` for the others.
 
     Raises:
         UserError: a backbone that is none of those published.
@@ -198,6 +198,9 @@ def architecture(state: Mapping[str, Tensor], path: Path) -> config.Model:
         return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
 
     levels, double = count("pixel_decoder.projections."), count("de_imbalance.0.layers.")
+    # the encoder reads res2 if its first projection has as many input channels as the lateral convolution on res2
+    first, lateral = (state[f"pixel_decoder.{name}.0.weight"].shape[1] for name in ("projections.0", "lateral"))
+    finest = "res2" if first == lateral else "res3"
     bato = any(key.startswith("token_optimization.") for key in state)
     published = config.Model()
     return config.Model(
@@ -206,13 +209,14 @@ def architecture(state: Mapping[str, Tensor], path: Path) -> config.Model:
         backbone=config.Backbone(name=_backbone_name(state, path)),
         pixel_decoder=config.PixelDecoder(
             levels=levels,  # type: ignore[arg-type]
+            finest=finest,
             layers=count("pixel_decoder.layers."),
             ffn_dim=len(state["pixel_decoder.layers.0.ffn.linear1.bias"]),
         ),
         selection=config.Selection(
             k=published.selection.k if double else published.selection.k[-1:],
             token_interaction_layers=double or published.selection.token_interaction_layers,
-            mask_to_box="bitmask" if levels == 3 else "mask2box",
+            mask_to_box="bitmask" if levels == 3 or finest == "res2" else "mask2box",
         ),
         decoder=config.Decoder(
             layers=count("decoder.layers."), ffn_dim=len(state["decoder.layers.0.ffn.linear1.bias"])

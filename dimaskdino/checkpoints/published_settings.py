@@ -1,7 +1,8 @@
 """Settings of the published implementations, detectron2's YAML files and `KEY VALUE` pairs, as settings of this kit.
 
-Every key ends in one of four places: it sets something here, it agrees with what this kit always does, it asks for
-something else than what this kit does, or it has no counterpart. The last two are told, never dropped.
+Every published key belongs to one of three groups: it sets something here; it is known to have no effect on the model in
+the published code either; or it is refused because the model would be another one. Unknown keys are reported, never
+dropped silently.
 """
 
 import ast
@@ -21,7 +22,6 @@ _MODEL, _HEAD, _DINO = "MODEL", "MODEL.SEM_SEG_HEAD", "MODEL.MaskDINO"
 # the same value under another name
 _SAME = {
     f"{_HEAD}.NUM_CLASSES": "model.classes",
-    f"{_HEAD}.TOTAL_NUM_FEATURE_LEVELS": "model.pixel_decoder.levels",
     f"{_HEAD}.TRANSFORMER_ENC_LAYERS": "model.pixel_decoder.layers",
     f"{_HEAD}.DIM_FEEDFORWARD": "model.pixel_decoder.ffn_dim",
     f"{_DINO}.HIDDEN_DIM": "model.hidden_dim",
@@ -30,6 +30,7 @@ _SAME = {
     f"{_DINO}.DIM_FEEDFORWARD": "model.decoder.ffn_dim",
     f"{_DINO}.NUM_GUIDING_TOKENS": "model.bato.guiding_tokens",
     f"{_DINO}.INITIALIZE_BOX_TYPE": "model.selection.mask_to_box",
+    f"{_DINO}.TI_LAYERS": "model.selection.token_interaction_layers",
     f"{_DINO}.DN_NUM": "model.denoising.queries",
     f"{_DINO}.TRAIN_NUM_POINTS": "loss.points",
     f"{_DINO}.OVERSAMPLE_RATIO": "loss.oversample",
@@ -72,8 +73,6 @@ _ALWAYS: dict[str, Any] = {
     f"{_HEAD}.MASK_DIM": 256,
     f"{_HEAD}.NORM": "GN",
     f"{_HEAD}.IN_FEATURES": ["res2", "res3", "res4", "res5"],
-    f"{_HEAD}.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES": ["res3", "res4", "res5"],
-    f"{_HEAD}.NUM_FEATURE_LEVELS": 3,
     f"{_HEAD}.COMMON_STRIDE": 4,
     f"{_DINO}.DEEP_SUPERVISION": True,
     f"{_DINO}.DROPOUT": 0.0,
@@ -97,6 +96,19 @@ _ALWAYS: dict[str, Any] = {
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "full_model",
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": 2.0,
     "DATALOADER.FILTER_EMPTY_ANNOTATIONS": True,
+}
+
+# what does not change the model, and why
+_NO_EFFECT = {
+    f"{_MODEL}.RESNETS.RES5_MULTI_GRID": "used by DeepLab's ResNets alone",
+    f"{_HEAD}.IGNORE_VALUE": "used by semantic segmentation alone",
+    f"{_HEAD}.LOSS_WEIGHT": "not used by the published loss",
+    f"{_DINO}.NO_OBJECT_WEIGHT": "not used by the focal loss, which the published models are trained with",
+    f"{_DINO}.EVAL_FLAG": "not used at inference",
+    f"{_DINO}.TEST.OBJECT_MASK_THRESHOLD": "used by panoptic segmentation alone",
+    f"{_DINO}.TEST.OVERLAP_THRESHOLD": "used by panoptic segmentation alone",
+    "TEST.EVAL_PERIOD": "does not change the model; evaluate with 'dimaskdino evaluate'",
+    "VERSION": "the version of the file's format",
 }
 
 # names of classes in the published code; which model they mean is read from other keys
@@ -127,13 +139,15 @@ class Settings:
         config: every setting.
         output: `OUTPUT_DIR`, if given.
         weights: a trained model that `MODEL.WEIGHTS` names, if it does.
-        remarks: published keys that ask for something this kit does not do, or that it does not have; one line each.
+        remarks: what is done differently here than the published code does it, one line each.
+        without_effect: published keys that do not change the model.
     """
 
     config: Config
     output: Path | None = None
     weights: Path | None = None
     remarks: tuple[str, ...] = ()
+    without_effect: tuple[str, ...] = ()
 
 
 @dataclass
@@ -144,6 +158,7 @@ class _Translation:
     output: Path | None = None
     weights: Path | None = None
     remarks: list[str] = field(default_factory=list)
+    without_effect: list[str] = field(default_factory=list)
 
 
 def load_settings(path: str | Path, arguments: Iterable[str] = ()) -> Settings:
@@ -167,7 +182,13 @@ def load_settings(path: str | Path, arguments: Iterable[str] = ()) -> Settings:
         _choose_model(keys, path, translation)
     changes = [*_as_overrides(translation.values), *overrides]
     config = parse_config(base.model_dump(mode="json"), changes, str(path))
-    return Settings(config, translation.output, translation.weights, tuple(translation.remarks))
+    return Settings(
+        config,
+        translation.output,
+        translation.weights,
+        tuple(translation.remarks),
+        tuple(translation.without_effect),
+    )
 
 
 def translate_pairs(arguments: Iterable[str]) -> tuple[list[str], Settings]:
@@ -197,6 +218,7 @@ def known_keys() -> dict[str, Any]:
             value = getattr(value, name)
         known[key] = list(value) if isinstance(value, tuple) else value
     k1, k2 = Config().model.selection.k
+    known |= dict(zip(_LEVELS, (4, 3, "low2high", ["res3", "res4", "res5"]), strict=True))
     return known | dict(zip(_TOGETHER, (k1, k2), strict=True))
 
 
@@ -266,12 +288,15 @@ def _translate(keys: Mapping[str, Any], k: tuple[int, ...] | None) -> _Translati
             made.values[_SAME[key]] = list(value) if isinstance(value, tuple) else value
         elif key in _ALWAYS:
             if not _equal(value, _ALWAYS[key]):
-                made.remarks.append(f"{key} = {value}: this kit always has {_ALWAYS[key]}")
+                raise UserError(f"{key} = {value} means another model than this kit has, with {_ALWAYS[key]}")
         elif key in _SPECIAL:
             _SPECIAL[key](value, keys, made)
-        elif key not in (*_NAMES, *_TOGETHER, "VERSION"):
-            made.remarks.append(f"{key} = {value}: has no counterpart here")
+        elif key in _NO_EFFECT:
+            made.without_effect.append(key)
+        elif key not in (*_NAMES, *_TOGETHER, *_LEVELS):
+            made.remarks.append(f"{key} = {value}: not a setting of the published files; ignored")
     _selections(keys, k, made)
+    _feature_levels(keys, made)
     return made
 
 
@@ -296,6 +321,41 @@ def _selections(keys: Mapping[str, Any], k: tuple[int, ...] | None, made: _Trans
     made.values["model.selection.k"] = [first or k[0], last or k[-1]] if double else [last]
 
 
+_LEVELS = tuple(
+    f"{_HEAD}.{name}"
+    for name in (
+        *("TOTAL_NUM_FEATURE_LEVELS", "NUM_FEATURE_LEVELS", "FEATURE_ORDER"),
+        "DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES",
+    )
+)
+
+
+def _feature_levels(keys: Mapping[str, Any], made: _Translation) -> None:
+    """The encoder's levels come from four keys: their number, the backbone's among them, and the order."""
+    total, count, order, names = (keys.get(key) for key in _LEVELS)
+    finest = {("res3", "res4", "res5"): "res3", ("res2", "res3", "res4", "res5"): "res2"}
+    if names is not None:
+        if tuple(names) not in finest:
+            raise UserError(f"{_LEVELS[3]} = {names}: the encoder reads {' or '.join(map(str, map(list, finest)))}")
+        made.values["model.pixel_decoder.finest"] = finest[tuple(names)]
+        count = len(names)  # a published file says 3 and names 4: the names count
+    elif count is not None:
+        made.values["model.pixel_decoder.finest"] = "res2" if count == 4 else "res3"
+    if total is None:
+        return
+    if count is not None and total - count > 1:
+        raise UserError(
+            f"{_LEVELS[0]} = {total} with {count} levels of the backbone means {total - count} extra levels; this kit's "
+            "models have at most one"
+        )
+    if order is not None and (order == "low2high") == (total == 3):
+        raise UserError(
+            f"{_LEVELS[2]} = {order} with {total} levels: 3 levels are held coarsest first (high2low), more finest "
+            "first (low2high)"
+        )
+    made.values["model.pixel_decoder.levels"] = total
+
+
 def _choose_model(keys: Mapping[str, Any], path: Path, made: _Translation) -> None:
     """Tell DI-MaskDINO from the baseline, which the published files do by code, not by settings."""
     own = [key for key in (f"{_DINO}.FIRST_SELECTED_QUERIES", f"{_DINO}.NUM_GUIDING_TOKENS") if key in keys]
@@ -308,7 +368,8 @@ def _choose_model(keys: Mapping[str, Any], path: Path, made: _Translation) -> No
 
 
 def _resnet_depth(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
-    made.values["model.backbone.name"] = f"resnet{value}"
+    if keys.get(f"{_MODEL}.BACKBONE.NAME") != "D2SwinTransformer":  # the published Swin files keep the key
+        made.values["model.backbone.name"] = f"resnet{value}"
 
 
 def _resnet_norm(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
@@ -316,7 +377,7 @@ def _resnet_norm(value: Any, keys: Mapping[str, Any], made: _Translation) -> Non
     if value in kinds:
         made.values["model.backbone.norm"] = kinds[value]
     else:
-        made.remarks.append(f"{_MODEL}.RESNETS.NORM = {value}: this kit has {' and '.join(kinds)}")
+        raise UserError(f"{_MODEL}.RESNETS.NORM = {value}: this kit has {' and '.join(kinds)}")
 
 
 def _swin(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
@@ -324,14 +385,16 @@ def _swin(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
     if size in _SWIN:
         made.values["model.backbone.name"] = _SWIN[size]
     else:
-        made.remarks.append(f"{_MODEL}.SWIN with EMBED_DIM, WINDOW_SIZE = {size}: none of {list(_SWIN)}")
+        raise UserError(f"{_MODEL}.SWIN with EMBED_DIM, WINDOW_SIZE = {size} is none of the known {list(_SWIN)}")
 
 
 def _swin_detail(key: str) -> Callable[[Any, Mapping[str, Any], _Translation], None]:
     def told(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
         expected = {"DROP_PATH_RATE": 0.3, "PATCH_SIZE": 4, "MLP_RATIO": 4.0, "QKV_BIAS": True, "PATCH_NORM": True}
         if key in expected and value != expected[key]:
-            made.remarks.append(f"{_MODEL}.SWIN.{key} = {value}: this kit always has {expected[key]}")
+            raise UserError(
+                f"{_MODEL}.SWIN.{key} = {value} means another model than this kit has, with {expected[key]}"
+            )
 
     return told
 
@@ -340,8 +403,8 @@ def _backbone(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
     if value == "D2SwinTransformer":
         _swin(value, keys, made)
     elif value != "build_resnet_backbone":
-        made.remarks.append(
-            f"{_MODEL}.BACKBONE.NAME = {value}: set model.backbone.name to one of torchvision's or timm's"
+        raise UserError(
+            f"{_MODEL}.BACKBONE.NAME = {value} is not known; set model.backbone.name to one of torchvision's or timm's"
         )
 
 
@@ -401,7 +464,7 @@ def _flip(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
     if value in ("horizontal", "none"):
         made.values["data.jitter.flip"] = 0.5 if value == "horizontal" else 0.0
     else:
-        made.remarks.append(f"INPUT.RANDOM_FLIP = {value}: this kit flips horizontally or not at all")
+        raise UserError(f"INPUT.RANDOM_FLIP = {value}: this kit flips horizontally or not at all")
 
 
 def _seed(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
@@ -411,7 +474,7 @@ def _seed(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
 
 def _mapper(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
     if not str(value).endswith("instance_lsj"):
-        made.remarks.append(f"INPUT.DATASET_MAPPER_NAME = {value}: this kit trains with large-scale jitter")
+        raise UserError(f"INPUT.DATASET_MAPPER_NAME = {value}: this kit trains with large-scale jitter")
 
 
 _SPECIAL: dict[str, Callable[[Any, Mapping[str, Any], _Translation], None]] = {

@@ -27,7 +27,7 @@ ModelSource = Annotated[
     arg(
         metavar="MODEL",
         help="Run folder, model.safetensors, resume point, published .pth, a course model such as dimaskdino-shapes, "
-        "or owner/name on the Hugging Face Hub."
+        "or owner/name on the Hugging Face Hub.",
     ),
 ]
 ConfigPath = Annotated[

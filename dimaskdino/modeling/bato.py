@@ -13,7 +13,6 @@ from dimaskdino import config
 from dimaskdino.modeling.de_imbalance import gather_rows
 from dimaskdino.modeling.heads import PredictionHeads
 from dimaskdino.modeling.layers import Attention, FeedForward, group_norm, reset_matrices, sine_positions
-from dimaskdino.modeling.pixel_decoder import FINEST_STRIDE
 from dimaskdino.modeling.structures import FeatureLevels, TokenOptimizationOutput, resize_to
 
 
@@ -67,8 +66,9 @@ class TokenOptimization(nn.Module):
         query = T_i.tokens + sine_positions(T_i)
         x, attention = self.attention(T_i.tokens, query, key, value, need_weights=need_weights)
         T_bal = T_i.with_tokens(self.ffn(x))
-        # F' = ReLU(GN(conv(F + T_bal at stride 8, enlarged)))
-        refreshed = self.mask_features(mask_features + resize_to(T_bal.map(FINEST_STRIDE), mask_features))
+        # F' = ReLU(GN(conv(F + the finest level of T_bal, enlarged)))
+        finest = T_bal.map(min(T_bal.strides))
+        refreshed = self.mask_features(mask_features + resize_to(finest, mask_features))
         return TokenOptimizationOutput(T_bal, refreshed, value, key - value, indices, attention)
 
     def _guiding_tokens(self, guide: Guide, heads: PredictionHeads) -> tuple[Tensor, Tensor, Tensor | None]:

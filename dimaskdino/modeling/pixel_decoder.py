@@ -8,7 +8,7 @@ from dimaskdino import config
 from dimaskdino.modeling.layers import DeformableAttention, FeedForward, group_norm, reset_matrices, sine_positions
 from dimaskdino.modeling.structures import FeatureLevels, resize_to
 
-MASK_STRIDE, FINEST_STRIDE = 4, 8
+MASK_STRIDE = 4
 
 
 class EncoderLayer(nn.Module):
@@ -29,14 +29,14 @@ class EncoderLayer(nn.Module):
 class PixelDecoder(nn.Module):
     """Projects the backbone's levels to C channels and lets them exchange information.
 
-    **quirk**: the published 4-level models hold the levels finest first, the 3-level ones coarsest first; the
-    numbering of projections and level embeddings follows.
+    **quirk**: the published models hold the levels finest first, those with 3 levels coarsest first; the numbering of
+    projections and level embeddings follows.
     """
 
     def __init__(self, model: config.Model, channels: dict[int, int]) -> None:
         super().__init__()
         C, settings = model.hidden_dim, model.pixel_decoder
-        self.strides = (8, 16, 32, 64) if settings.levels == 4 else (32, 16, 8)
+        self.strides = settings.strides
         self.projections = nn.ModuleList(self._projection(stride, channels, C) for stride in self.strides)
         self.level_embedding = nn.Parameter(torch.empty(len(self.strides), C))
         self.layers = nn.ModuleList(EncoderLayer(model) for _ in range(settings.layers))
@@ -83,5 +83,5 @@ class PixelDecoder(nn.Module):
         for layer in self.layers:
             levels = layer(levels, position, reference)
         lateral = self.lateral(features[MASK_STRIDE])
-        fused = self.output(lateral + resize_to(levels.map(FINEST_STRIDE), lateral))
+        fused = self.output(lateral + resize_to(levels.map(min(self.strides)), lateral))
         return levels, self.mask_features(fused)

@@ -1,11 +1,13 @@
 """Published YAML files and KEY VALUE pairs: every key sets something, agrees, or is told."""
 
+import json
 from pathlib import Path
 
 import pytest
-from golden import MODELS, read
+import yaml
+from golden import FOLDER, MODELS, read
 
-from dimaskdino.checkpoints.published_settings import load_settings, translate_pairs
+from dimaskdino.checkpoints.published_settings import known_keys, load_settings, translate_pairs
 from dimaskdino.config import load_config
 from dimaskdino.errors import UserError
 
@@ -65,11 +67,10 @@ def test_a_published_file_is_the_same_recipe(published):
     # a warm-up that starts at the full rate is none
     assert settings.config == load_config(RECIPE, ["schedule.warmup=0"])
     assert set(settings.remarks) == {
-        "TEST.EVAL_PERIOD = 5000: has no counterpart here",
-        "MODEL.SEM_SEG_HEAD.IGNORE_VALUE = 255: has no counterpart here",
         "SOLVER.AMP.ENABLED = True: bf16 here; train.precision=fp16 is what detectron2 takes",
         "child.yaml is read as DI-MaskDINO",
     }
+    assert set(settings.without_effect) == {"MODEL.SEM_SEG_HEAD.IGNORE_VALUE", "TEST.EVAL_PERIOD", "VERSION"}
 
 
 def test_arguments_of_both_forms(published):
@@ -98,7 +99,7 @@ def test_arguments_of_both_forms(published):
 
 
 def test_recorded_options_give_the_recorded_models():
-    for case in ("di_small", "maskdino_4level"):
+    for case in ("di_small", "maskdino_4level", "maskdino_5level"):
         pairs = [str(part) for pair in read(case)["options"].items() for part in pair]
         base = RECIPE if case == "di_small" else COCO / "maskdino_r50_4scale_bs16_12ep.yaml"
         extra = ["model.backbone.weights=null"]
@@ -117,12 +118,9 @@ def test_the_baseline_is_told_from_di_maskdino(tmp_path):
 @pytest.mark.parametrize(
     ("pairs", "remark"),
     [
-        (["MODEL.MaskDINO.DROPOUT", "0.1"], r"DROPOUT = 0.1: this kit always has 0.0"),
-        (["MODEL.RESNETS.NORM", "SyncBN"], "SyncBN: this kit has FrozenBN and BN"),
         (["DATASETS.TRAIN", "('mine_train',)"], "name a folder with data.root"),
         (["MODEL.WEIGHTS", "https://somewhere/x.pth"], "download the file"),
-        (["CUDNN_BENCHMARK", "True"], "has no counterpart"),
-        (["INPUT.RANDOM_FLIP", "vertical"], "flips horizontally or not at all"),
+        (["CUDNN_BENCHMARK", "True"], "not a setting of the published files"),
     ],
 )
 def test_what_this_kit_does_not_do_is_told(pairs, remark):
@@ -162,6 +160,9 @@ def test_keys_that_mean_something_else_here(pairs, changed):
         (["lr", "5"], "'lr' is neither key=value"),
         (["SOLVER.BASE_LR", "much"], r"optimizer\.lr"),
         (["SOLVER.IMS_PER_BATCH", "0"], r"train\.batch_size"),
+        (["MODEL.MaskDINO.DROPOUT", "0.1"], r"DROPOUT = 0.1 means another model than this kit has, with 0.0"),
+        (["MODEL.RESNETS.NORM", "SyncBN"], "SyncBN: this kit has FrozenBN and BN"),
+        (["INPUT.RANDOM_FLIP", "vertical"], "flips horizontally or not at all"),
     ],
 )
 def test_mistakes(arguments, message):
@@ -172,3 +173,84 @@ def test_mistakes(arguments, message):
 def test_architecture_without_a_configuration_is_a_mistake():
     with pytest.raises(UserError, match=r"name its configuration with --config"):
         translate_pairs(["MODEL.MaskDINO.NUM_OBJECT_QUERIES", "100"])
+
+
+PUBLISHED = json.loads((FOLDER / "published_settings.json").read_text())
+# what each published file differs in from the kit's default model: levels, finest, FFN of the encoder, boxes, layers
+SHAPES = {
+    "dimaskdino_r50_4scale_bs16_12ep.yaml": (4, "res3", 2048, "mask2box", 6),
+    "maskdino_R50_bs16_50ep_3s.yaml": (3, "res3", 1024, "bitmask", 9),
+    "maskdino_R50_bs16_50ep_3s_dowsample1_2048.yaml": (4, "res3", 2048, "mask2box", 9),
+    "maskdino_R50_bs16_50ep_3s_dowsample1_2048_bitmask.yaml": (4, "res3", 2048, "bitmask", 9),
+    "instance-segmentation/maskdino_R50_bs16_50ep_4s_dowsample1_2048.yaml": (4, "res2", 2048, "no", 9),
+    "swin/maskdino_R50_bs16_50ep_4s_dowsample1_1024.yaml": (5, "res2", 1024, "bitmask", 9),
+    "swin/maskdino_R50_bs16_50ep_4s_dowsample1_2048.yaml": (5, "res2", 2048, "bitmask", 9),
+    "swin/maskdino_R50_bs16_50ep_4s_dowsample1_2048_no_maskEnhance.yaml": (5, "res2", 2048, "no", 9),
+}
+
+
+def written(file: str, folder: Path) -> Path:
+    """A published file with the recorded settings, nested again."""
+    tree: dict = {}
+    for key, value in PUBLISHED[file].items():
+        *names, last = key.split(".")
+        node = tree
+        for name in names:
+            node = node.setdefault(name, {})
+        node[last] = value
+    path = folder / Path(file).name
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.mark.parametrize("file", [f for f in PUBLISHED if "dowsample2.yaml" not in f])
+def test_every_setting_of_every_published_file_is_accounted_for(file, tmp_path):
+    settings = load_settings(written(file, tmp_path))
+    # nothing is unknown; what has no effect is in the list of such keys, the rest sets something or agrees
+    assert not [remark for remark in settings.remarks if "not a setting" in remark]
+    known = set(known_keys()) | set(settings.without_effect)
+    for key, value in PUBLISHED[file].items():
+        if key in settings.without_effect or key in known:
+            continue
+        # changing the value changes the configuration, is refused, or names something else
+        try:
+            changed = load_settings(RECIPE, [key, str(value)])
+        except UserError:
+            continue
+        assert not changed.without_effect, key
+
+
+@pytest.mark.parametrize(("end", "shape"), SHAPES.items())
+def test_published_files_give_the_published_models(end, shape, tmp_path):
+    (file,) = [name for name in PUBLISHED if name.endswith(end)]
+    model = load_settings(written(file, tmp_path)).config.model
+    decoder = model.pixel_decoder
+    found = (decoder.levels, decoder.finest, decoder.ffn_dim, model.selection.mask_to_box, model.decoder.layers)
+    assert found == shape
+    assert model.backbone.name == ("swin_large_patch4_window12_384" if "/swin/" in file else "resnet50")
+    assert model.bato.enabled == ("dimaskdino" in end)
+
+
+def test_two_extra_levels_are_refused_with_the_reason(tmp_path):
+    (file,) = [name for name in PUBLISHED if name.endswith("dowsample2.yaml")]
+    with pytest.raises(UserError, match="means 2 extra levels; this kit's models have at most one"):
+        load_settings(written(file, tmp_path))
+
+
+def test_token_interaction_layers_are_a_setting():
+    model = load_settings(RECIPE, ["MODEL.MaskDINO.TI_LAYERS", "3"]).config.model
+    assert model.selection.token_interaction_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["MODEL.SEM_SEG_HEAD.FEATURE_ORDER", "high2low", "MODEL.SEM_SEG_HEAD.TOTAL_NUM_FEATURE_LEVELS", "4"],
+         "more finest first"),
+        (["MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES", "['res4', 'res5']"], "encoder reads"),
+        (["MODEL.SWIN.MLP_RATIO", "3.0"], "another model"),
+    ],
+)  # fmt: skip
+def test_other_models_are_refused(pairs, message):
+    with pytest.raises(UserError, match=message):
+        load_settings(RECIPE, pairs)
