@@ -1,7 +1,7 @@
 """Settings of the published implementations, detectron2's YAML files and `KEY VALUE` pairs, as settings of this kit.
 
-Every published key belongs to one of three groups: it sets something here; it is known to have no effect on the model in
-the published code either; or it is refused because the model would be another one. Unknown keys are reported, never
+Every published key belongs to one of three groups: it sets something here; it is known to have no effect on the model
+in the published code either; or it is refused because the model would be another one. Unknown keys are reported, never
 dropped silently.
 """
 
@@ -345,8 +345,8 @@ def _feature_levels(keys: Mapping[str, Any], made: _Translation) -> None:
         return
     if count is not None and total - count > 1:
         raise UserError(
-            f"{_LEVELS[0]} = {total} with {count} levels of the backbone means {total - count} extra levels; this kit's "
-            "models have at most one"
+            f"{_LEVELS[0]} = {total} with {count} levels of the backbone means {total - count} extra levels; this "
+            "kit's models have at most one"
         )
     if order is not None and (order == "low2high") == (total == 3):
         raise UserError(
