@@ -1,5 +1,6 @@
 """Progress bars that suit terminals, pipes and notebooks."""
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -26,4 +27,6 @@ def progress_bar(
     terminal = sys.stderr.isatty()
     options.setdefault("mininterval", TERMINAL_SECONDS if terminal else PIPE_SECONDS)
     options.setdefault("maxinterval", 10 * options["mininterval"])
-    return tqdm(iterable, description, total, dynamic_ncols=terminal, **options)
+    known_width = terminal and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    width = {"dynamic_ncols": True} if known_width else {"ncols": 100}
+    return tqdm(iterable, description, total, **width, **options)

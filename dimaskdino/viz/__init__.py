@@ -10,7 +10,7 @@ from dimaskdino.viz.diagnostics import (
     plot_matched_queries,
     plot_selection_recall,
 )
-from dimaskdino.viz.objects import draw_objects, plot_mean_ious
+from dimaskdino.viz.objects import draw_object_stages, draw_objects, plot_mean_ious
 from dimaskdino.viz.studies import plot_ablation, plot_differences, plot_study_layers
 from dimaskdino.viz.tokens import (
     draw_guidance,
@@ -29,6 +29,7 @@ __all__ = [
     "draw_interaction",
     "draw_mask_features",
     "draw_matching",
+    "draw_object_stages",
     "draw_objects",
     "draw_sampling",
     "draw_selection",

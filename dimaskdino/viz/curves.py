@@ -11,7 +11,7 @@ from matplotlib.ticker import LogFormatter
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.viz.style import BOX, CYCLE, GREY, MASK, NotebookFigure, style
 
-RUNNING_MEANS = 60  # how many stretches a long run is shown in, about
+RUNNING_MEANS = 60  # about this many windows over a long run
 _SHORT = {"first_selection": "first\nselection"}
 
 
@@ -35,11 +35,11 @@ def stage_order(results: Iterable[LayerwiseAP]) -> list[str]:
 
 
 def plot_layerwise_ap(runs: Mapping[str, LayerwiseAP]) -> Figure:
-    """Box and mask AP of every stage, and below how far segmentation is ahead, for one or several runs.
+    """Plot box and mask AP of every stage, and below it `AP_mask − AP_box`, for one or several runs.
 
     Args:
         runs: results by the name to show. One run: boxes and masks in their own colours, values written out.
-            Several: a colour a run, boxes solid and masks dashed.
+            Several: one colour per run, boxes solid and masks dashed.
     """
     names = stage_order(runs.values())
     place = {name: i for i, name in enumerate(names)}
@@ -50,11 +50,12 @@ def plot_layerwise_ap(runs: Mapping[str, LayerwiseAP]) -> Figure:
             alone = len(runs) == 1
             colours = (BOX, MASK) if alone else (CYCLE[number % len(CYCLE)],) * 2
             for kind, colour, line, marker in zip(("box", "mask"), colours, ("-", "--"), ("s", "o"), strict=True):
-                found = {n: getattr(s, kind).AP for n, s in result.stages.items() if getattr(s, kind) is not None}
-                x, y = [place[n] for n in found], list(found.values())
+                # a gap where a stage predicts no masks
+                values = [getattr(s, kind).AP if getattr(s, kind) else None for s in result.stages.values()]
+                x, y = [place[n] for n in result.stages], [np.nan if v is None else v for v in values]
                 text = f"{'detection (box)' if kind == 'box' else 'segmentation (mask)'} AP"
                 top.plot(x, y, line, marker=marker, color=colour, label=text if alone else f"{label}: {kind}")
-                for i, value in zip(x, y, strict=True):
+                for i, value in zip(x, values, strict=True):
                     if alone and value is not None:
                         above = value >= _other(result, names[i], kind)
                         offset = (0, 8 if above else -15)
@@ -142,31 +143,55 @@ class _PlainLog(LogFormatter):
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
-def plot_first_and_last_layer(models: Mapping[str, Mapping[str, Mapping[str, float]]], title: str) -> Figure:
-    """Figure 1 of the paper: box and mask AP of the first and of the last decoder layer.
+LayerAP = Mapping[str, Mapping[str, float]]
+
+
+def plot_first_and_last_layer(panels: Mapping[str, Mapping[str, LayerAP]]) -> Figure:
+    """Figure 1 of the paper as slopes: box and mask AP from the first to the last decoder layer, the lags written out.
 
     Args:
-        models: by the name to show, {"first": {"box": AP, "mask": AP}, "last": {…}}.
-        title: above the bars.
+        panels: by the title of the panel, then by the name of the model: {"first": {"box": AP, "mask": AP},
+            "last": {…}}. Panels have AP axes of their own, models in a panel share one.
     """
     with style():
-        figure = NotebookFigure(figsize=(4.2 * len(models) + 0.8, 3.8), layout="constrained")
-        for axes, (name, layers) in zip(
-            figure.subplots(1, len(models), sharey=True, squeeze=False)[0], models.items(), strict=True
-        ):
-            for offset, kind, colour in ((-0.19, "box", BOX), (0.19, "mask", MASK)):
-                values = [layers[layer][kind] for layer in ("first", "last")]
-                bars = axes.bar([offset, 1 + offset], values, 0.36, color=colour, label=f"{kind} AP")
-                axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=2, fontsize=10)
-            lag = layers["first"]["mask"] - layers["first"]["box"]
-            axes.set(title=f"{name}\nfirst layer: mask − box = {lag:+.1f}")
-            axes.set_xticks([0, 1], ["first layer", "last layer"])
-            axes.margins(y=0.15)
-            axes.grid(axis="x", visible=False)
-        figure.axes[0].set(ylabel="AP (%)")
-        figure.axes[0].legend(loc="upper left")
-        figure.suptitle(title)
+        widths = [len(models) for models in panels.values()]
+        figure = NotebookFigure(figsize=(2.6 * sum(widths) + 0.6, 3.9), layout="constrained")
+        subfigures = np.atleast_1d(figure.subfigures(1, len(panels), width_ratios=widths, wspace=0.04))
+        for number, (part, (title, models)) in enumerate(zip(subfigures, panels.items(), strict=True)):
+            part.suptitle(title, fontweight="bold")
+            values = [layers[layer][kind] for layers in models.values() for layer in layers for kind in layers[layer]]
+            margin = 0.18 * (max(values) - min(values))
+            columns = part.subplots(1, len(models), sharey=True, squeeze=False)[0]
+            for axes, (name, layers) in zip(columns, models.items(), strict=True):
+                _slopes(axes, layers)
+                axes.set(title=name, xlim=(-0.75, 1.42), ylim=(min(values) - margin, max(values) + margin))
+            columns[0].set_ylabel("AP (%)" if number == 0 else "")
+            columns[0].legend(loc="lower right", fontsize=9, handlelength=1.2)
     return figure
+
+
+def _slopes(axes: Any, layers: LayerAP) -> None:
+    """One model's slopes, with the values at their ends and the lag of boxes at the left."""
+    first, last = layers["first"], layers["last"]
+    for kind, colour, marker in (("mask", MASK, "o"), ("box", BOX, "s")):
+        axes.plot([0, 1], [first[kind], last[kind]], marker=marker, color=colour, linewidth=2.2, label=f"{kind} AP")
+        for place, values in ((0, first), (1, last)):
+            above = values[kind] >= values["box" if kind == "mask" else "mask"]
+            axes.annotate(
+                f"{values[kind]:.1f}",
+                (place, values[kind]),
+                (6 if place else 0, 6 if above else -6),
+                textcoords="offset points",
+                ha="left" if place else "center",
+                va="bottom" if above else "top",
+                color=colour,
+                fontsize=10,
+            )
+    axes.plot([-0.16, -0.16], [first["box"], first["mask"]], color=GREY, linewidth=5, solid_capstyle="butt")
+    middle = (first["box"] + first["mask"]) / 2
+    axes.text(-0.24, middle, f"lag\n{first['mask'] - first['box']:+.1f}", ha="right", va="center", color=GREY)
+    axes.set_xticks([0, 1], ["first\nlayer", "last\nlayer"])
+    axes.grid(axis="x", visible=False)
 
 
 def plot_precision_recall(curves: Mapping[str, Float[np.ndarray, "101"]], title: str) -> Figure:

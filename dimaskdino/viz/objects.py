@@ -1,7 +1,14 @@
 """Single objects through the stages."""
 
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from torch import Tensor
 
 from dimaskdino.inspection.look import Look
 from dimaskdino.inspection.objects import ObjectTrack
@@ -39,6 +46,70 @@ def draw_objects(look: Look, track: ObjectTrack, stage: str, threshold: float = 
         if objects:
             right.legend(loc="lower right", fontsize=9)
     return figure
+
+
+def draw_object_stages(look: Look, stages: Sequence[str], track: ObjectTrack) -> Figure:
+    """Draw the true objects and each object's best detection at some stages, one colour per object throughout.
+
+    Args:
+        look: an image with its objects.
+        stages: names of the stages, in the order of the columns.
+        track: `track_objects(look, stages)`: which detection belongs to each object.
+    """
+    image, sample = look.sample.image, look.sample
+    with style():
+        figure = NotebookFigure(figsize=(3.1 * (len(stages) + 1), 3.5), layout="constrained")
+        columns = figure.subplots(1, len(stages) + 1)
+        names = [look.classes[label] for label in sample.labels.tolist()]
+        _draw_numbered(columns[0], image, sample.masks.bool(), sample.boxes, dict(enumerate(names)))
+        columns[0].set_title("ground truth")
+        for axes, stage, rows in zip(columns[1:], stages, track.detection, strict=True):
+            instances = look.instances(stage)
+            found = {number: row for number, row in enumerate(rows.tolist()) if row >= 0}
+            texts = {number: f"{names[number]} {float(instances.scores[row]):.2f}" for number, row in found.items()}
+            keep = list(found.values())
+            masks = None if instances.query_masks is None else instances.masks[keep]
+            _draw_numbered(axes, image, masks, instances.boxes[keep], texts)
+            lost = len(names) - len(found)
+            axes.set_title(short_name(stage).replace("\n", " ") + (f", {lost} not found" if lost else ""))
+    return figure
+
+
+def _draw_numbered(axes: Axes, image: Tensor, masks: Tensor | None, boxes: Tensor, texts: Mapping[int, str]) -> None:
+    """Masks and boxes in the colours of their objects' numbers, with labels that do not overlap."""
+    height, width = image.shape[-2:]
+    canvas = image.permute(1, 2, 0).numpy().astype(np.float64) / 255
+    colours = [CYCLE[number % len(CYCLE)] for number in texts]
+    if masks is not None:
+        for mask, colour in zip(masks.numpy(), colours, strict=True):
+            canvas[mask] = 0.45 * canvas[mask] + 0.55 * np.array(to_rgb(colour))
+    axes.imshow(canvas, extent=(0, width, height, 0))
+    taken: list[tuple[float, float, float, float]] = []
+    for (x0, y0, x1, y1), colour, text in zip(boxes.tolist(), colours, texts.values(), strict=True):
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=colour, linewidth=1.8))
+        size = (0.027 * width * (len(text) + 1), 0.062 * height)
+        x, y = _free_place((x0, y0, x1, y1), size, (width, height), taken)
+        taken.append((x, y, x + size[0], y + size[1]))
+        patch = {"facecolor": colour, "edgecolor": "none", "pad": 1.2, "alpha": 0.92}
+        axes.text(x, y + size[1], text.replace("$", r"\$"), color="white", fontsize=8, bbox=patch, va="bottom")
+    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    axes.grid(False)
+
+
+def _free_place(
+    box: tuple[float, float, float, float],
+    size: tuple[float, float],
+    image: tuple[int, int],
+    taken: Sequence[tuple[float, float, float, float]],
+) -> tuple[float, float]:
+    """Upper left corner of a label at a box that overlaps no other label: above, inside, below, then further down."""
+    x0, y0, x1, y1 = box
+    rows = [y0 - size[1], y0, y1 - size[1], y1, *(y0 + k * size[1] for k in range(1, 20))]
+    for y, x in itertools.product(rows, (x0, x1 - size[0])):
+        x, y = min(max(x, 0), image[0] - size[0]), min(max(y, 0), image[1] - size[1])
+        if all(x + size[0] <= a or x >= c or y + size[1] <= b or y >= d for a, b, c, d in taken):
+            return x, y
+    return x0, y0
 
 
 def plot_mean_ious(tracks: list[ObjectTrack]) -> Figure:

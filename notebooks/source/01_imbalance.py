@@ -37,7 +37,7 @@ lesson = begin(model, overrides)
 # %%
 published = paper_tables()["figure_1_layer_ap_bdd100k"]
 names = {"maskdino": "MaskDINO", "dimaskdino": "DI-MaskDINO"}
-plot_first_and_last_layer({names[k]: published[k] for k in names}, "Published, BDD100K")
+plot_first_and_last_layer({"Published, BDD100K": {names[k]: published[k] for k in names}})
 
 # %% [markdown]
 # ## Measured: a small model and its baseline
@@ -49,7 +49,7 @@ plot_first_and_last_layer({names[k]: published[k] for k in names}, "Published, B
 # %%
 result = lesson.layerwise_ap()
 models = {"MaskDINO": begin(baseline, overrides).layerwise_ap(), "DI-MaskDINO": result}
-plot_first_and_last_layer({name: layers.first_and_last() for name, layers in models.items()}, "Measured, shapes")
+plot_first_and_last_layer({"Measured, shapes": {name: result.first_and_last() for name, result in models.items()}})
 
 # %% [markdown]
 # **Compare.** The lag of the first layer shrinks here too. Two things are different: masks stay ahead of boxes at the

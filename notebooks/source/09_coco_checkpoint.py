@@ -108,7 +108,7 @@ if coco:
 else:
     published = paper_tables()["figure_1_layer_ap_bdd100k"]
     names = {"maskdino": "MaskDINO", "dimaskdino": "DI-MaskDINO"}
-    figure = plot_first_and_last_layer({names[k]: published[k] for k in names}, "Published, BDD100K")
+    figure = plot_first_and_last_layer({"Published, BDD100K": {names[k]: published[k] for k in names}})
 figure  # noqa: B018
 
 # %% [markdown]

@@ -1,0 +1,59 @@
+"""Draw the figures of README and docs, and write the numbers around them: `make figures`.
+
+Each figure is made from the committed records named in its function. The Markdown between
+`<!-- records: NAME -->` and `<!-- end -->` is written by the function NAME of records.py; a test compares both.
+"""
+
+from pathlib import Path
+
+import records
+import torch
+
+import dimaskdino
+from dimaskdino import viz
+from dimaskdino.config import Shapes
+from dimaskdino.data.coco import Sample
+from dimaskdino.data.shapes import scene
+from dimaskdino.inspection.objects import track_objects
+
+FOLDER = Path(__file__).parent / "figures"
+OBJECTS_IMAGE = 12  # of the validation images of the shapes
+
+
+def first_and_last() -> viz.style.Figure:
+    """The claim: the paper's figure 1 beside the two models of the course (their layers.json)."""
+    return viz.plot_first_and_last_layer(records.first_and_last_layers())
+
+
+def layers() -> viz.style.Figure:
+    """Box and mask AP of the course's DI-MaskDINO at every stage (its layers.json)."""
+    return viz.plot_layerwise_ap({"DI-MaskDINO": records.course_models()["DI-MaskDINO"]})
+
+
+def objects() -> viz.style.Figure:
+    """One image at three stages of the course's DI-MaskDINO."""
+    image, labels, masks = scene(Shapes(), "val", OBJECTS_IMAGE)
+    size = (image.shape[0], image.shape[1])
+    sample = Sample(
+        torch.from_numpy(image).permute(2, 0, 1),
+        torch.tensor(labels),
+        torch.stack([torch.from_numpy(mask) for mask in masks]),
+        0,
+        "",
+        size,
+    )
+    model = dimaskdino.load("dimaskdino-shapes", device="cpu")
+    stages = ["first_selection", "decoder.1", model.stages[-1]]
+    look = model.inspect(sample)
+    return viz.draw_object_stages(look, stages, track_objects(look, stages, threshold=0.1))
+
+
+FIGURES = (first_and_last, layers, objects)
+
+if __name__ == "__main__":
+    for figure in FIGURES:
+        path = FOLDER / f"{figure.__name__}.png"
+        figure().savefig(path, dpi=130)
+        print(f"written: {path}")
+    for path in records.write_all():
+        print(f"written: {path}")

@@ -1,0 +1,244 @@
+"""The numbers of README and docs, written from the committed records: `make figures` or `python docs/records.py`.
+
+A block of Markdown between `<!-- records: NAME -->` and `<!-- end -->` is the text that the function NAME returns.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
+from dimaskdino.studies.report import paper_tables
+
+ROOT = Path(__file__).parent.parent
+MEASUREMENTS = ROOT / "docs" / "measurements"
+STUDIES = ROOT / "notebooks" / "studies"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+MODELS = {"MaskDINO": "maskdino", "DI-MaskDINO": "dimaskdino"}
+
+
+def course_models() -> dict[str, LayerwiseAP]:
+    """AP of the two models that come with the course."""
+    folder = ROOT / "notebooks" / "models"
+    return {name: LayerwiseAP.load(folder / run / "evaluation" / "layers.json") for name, run in MODELS.items()}
+
+
+def first_and_last_layers() -> dict[str, dict[str, Mapping[str, Mapping[str, float]]]]:
+    """Box and mask AP of the first and the last decoder layer, in the paper and of the course's models."""
+    published = paper_tables()["figure_1_layer_ap_bdd100k"]
+    return {
+        "Paper, BDD100K": {name: published[key] for name, key in MODELS.items()},
+        "This kit, shapes": {name: ap.first_and_last() for name, ap in course_models().items()},  # type: ignore[misc]
+    }
+
+
+def _lag(layers: Mapping[str, Mapping[str, float]], layer: str = "first") -> str:
+    return f"{layers[layer]['mask'] - layers[layer]['box']:+.1f}".replace("-", "−")
+
+
+def claim() -> str:
+    """Caption of the first figure."""
+    paper, kit = first_and_last_layers().values()
+    return (
+        f"*Box and mask AP at the first and the last decoder layer. At the first layer MaskDINO's boxes lag "
+        f"{_lag(paper['MaskDINO'])} points behind its masks in the paper and {_lag(kit['MaskDINO'])} here; "
+        f"DI-MaskDINO's {_lag(paper['DI-MaskDINO'])} and {_lag(kit['DI-MaskDINO'])}. Here: the two models that come "
+        "with the kit, on synthetic shapes, one training each.*"
+    )
+
+
+def headlines() -> str:
+    """The results at the top of the README."""
+    golden = _json("golden.json")
+    logits, boxes = (max(case[key] for case in golden.values()) for key in ("class_logits", "boxes"))
+    kit = first_and_last_layers()["This kit, shapes"]
+    last = {name: layers["last"] for name, layers in kit.items()}
+    row = _row("table_4", "di_bato")["measured"]["last.box"]["difference"]
+    interval = row["over_seeds"]
+    return "\n".join(
+        [
+            f"* **Equal to the published implementation**: on {len(golden)} recorded cases the class logits differ by "
+            f"at most {logits:.0e}, the boxes by {boxes:.0e} of the image.",
+            f"* **The shipped models** (synthetic shapes, one training each): DI-MaskDINO reaches "
+            f"{last['DI-MaskDINO']['box']:.1f} box and {last['DI-MaskDINO']['mask']:.1f} mask AP, MaskDINO "
+            f"{last['MaskDINO']['box']:.1f} and {last['MaskDINO']['mask']:.1f}.",
+            f"* **Table 4 in miniature**, {len(row['by_seed'])} seeds: both modules together gain {row['mean']:+.1f} box "
+            f"AP (95 % interval over trainings {interval['low']:+.1f} to {interval['high']:+.1f}).",
+        ]
+    )
+
+
+def golden() -> str:
+    """Largest differences to the recorded outputs."""
+    cases = _json("golden.json")
+    lines = ["| case | class logits | mask logits | boxes |", "|---|---|---|---|"]
+    for name, case in cases.items():
+        cells = [f"{case[key]:.1e}" for key in ("class_logits", "mask_logits", "boxes")]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def shipped() -> str:
+    """AP of every stage of the two shipped models."""
+    models = course_models()
+    head = "| stage | " + " | ".join(f"{name} box | mask | mask − box" for name in models) + " |"
+    lines = [head, "|---" * (1 + 3 * len(models)) + "|"]
+    for stage in models["DI-MaskDINO"].stages:
+        cells = []
+        for ap in models.values():
+            found = ap.stages.get(stage)
+            values = [found.box.AP, found.mask and found.mask.AP, found.imbalance] if found else [None] * 3
+            cells += [_number(values[0]), _number(values[1]), _number(values[2], sign=True)]
+        lines.append(f"| `{stage}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def demo() -> str:
+    """AP of every stage of the demo's model."""
+    return LayerwiseAP.load(MEASUREMENTS / "demo_layers.json").markdown()
+
+
+def table_4() -> str:
+    """The rows of the study of table 4."""
+    rows = _study("table_4")["rows"]
+    lines = [
+        "| | box AP | mask AP | first layer: mask − box | box AP − baseline, 95 % interval over trainings |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        values = row["measured"]
+        cells = [_spread(values["last.box"]), _spread(values["last.mask"]), _spread(values["first.imbalance"], True)]
+        difference = values["last.box"]["difference"] if row["against"] == rows[0]["name"] else None
+        if difference:
+            low, high = (_number(difference["over_seeds"][end], sign=True) for end in ("low", "high"))
+            cells.append(f"{_number(difference['mean'], sign=True)} ({low} to {high})")
+        else:
+            cells.append("–")
+        lines.append(f"| {row['label']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def speed() -> str:
+    """The latest measurement of each kind of the R50 model on a CPU."""
+    latest = {}
+    for line in (MEASUREMENTS / "speed.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        operator = "compiled" if "compiled" in record["operator"] else "no compiler"
+        latest[record["task"], record["height"], record["width"], operator] = record
+    lines = [
+        "| | operator | median | fastest to slowest | peak memory | threads | torch |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (task, height, width, operator), r in latest.items():
+        what = "inference" if task == "inference" else "training step"
+        lines.append(
+            f"| {what} {height}×{width} | {operator} | {r['seconds']:.1f} s | {r['fastest']:.1f} to "
+            f"{r['slowest']:.1f} s | {r['peak_memory_gib']:.1f} GiB | {r['threads']} | {r['torch']} |"
+        )
+    return "\n".join(lines)
+
+
+def evaluation_size() -> str:
+    """Time of layer-wise AP at COCO's size."""
+    record = [json.loads(line) for line in (MEASUREMENTS / "coco_size.jsonl").read_text().splitlines()][-1]
+    one = record["one_stage"]
+    ours, theirs = (sum(one[kind][key] for kind in one) for key in ("seconds", "pycocotools_seconds"))
+    return (
+        f"{record['images']:,} images × {record['stages']} stages × {record['detections']} detections: box and mask AP "
+        f"of all stages in {record['score_seconds']:.0f} s with {record['peak_memory_gib']:.1f} GiB of memory and "
+        f"{record['gigabytes_on_disk']:.1f} GB on disk. One stage takes {ours:.1f} s, with pycocotools {theirs:.0f} s in "
+        f"the same run; the largest difference of a summary number is {max(one[k]['largest_difference'] for k in one):g}."
+    )
+
+
+def loading() -> str:
+    """Rate of the data loader."""
+    record = [json.loads(line) for line in (MEASUREMENTS / "loading.jsonl").read_text().splitlines()][-1]
+    parts = record["milliseconds_per_image"]
+    return (
+        f"{record['images_per_second']:.0f} images per second with {record['workers']} workers at {record['jitter']}×"
+        f"{record['jitter']} jitter: decoding {parts['decode']:.0f} ms, masks {parts['masks']:.0f} ms, jitter "
+        f"{parts['jitter']:.0f} ms, collating {parts['collate']:.0f} ms per image."
+    )
+
+
+def diagnostics() -> str:
+    """What the diagnostics say of the two shipped models."""
+    both = _json("diagnostics.json")
+    lines = ["| | MaskDINO | DI-MaskDINO |", "|---|---|---|"]
+
+    def row(what: str, value: Any) -> None:
+        cells = [value(both[key]) for key in MODELS.values()]
+        lines.append(f"| {what} | {' | '.join('–' if cell is None else cell for cell in cells)} |")
+
+    for stage in ("first_selection", "decoder.0", "decoder.1"):
+        row(
+            f"box IoU of the matched queries, `{stage}`", lambda m, s=stage: f"{m['matched_queries'][s]['box_iou']:.2f}"
+        )
+    for stage in ("first_selection", "decoder.0", "decoder.1"):
+        row(f"mask IoU, `{stage}`", lambda m, s=stage: f"{m['matched_queries'][s]['mask_iou']:.2f}")
+    row(
+        "objects that change their query in the first layer",
+        lambda m: f"{100 - 100 * m['query_stability']['decoder.1']:.0f} %",
+    )
+    for size in ("small", "medium"):
+        row(
+            f"lag of {size} objects at the first layer",
+            lambda m, s=size: f"{m['imbalance_by_size'][s]['decoder.1']:+.1f}",
+        )
+    row("objects with a token in T_s1", lambda m: f"{100 * m['selection_recall']['T_s1']:.1f} %")
+    row(
+        "objects with a token in T_s2",
+        lambda m: f"{100 * m['selection_recall']['T_s2']:.1f} %" if "T_s2" in m["selection_recall"] else None,
+    )
+    row("effective rank of BATO's attention", lambda m: f"{m['guidance_rank']:.1f}" if m["guidance_rank"] else None)
+    return "\n".join(lines)
+
+
+BLOCKS = {
+    f.__name__: f
+    for f in (claim, headlines, golden, shipped, demo, table_4, speed, evaluation_size, loading, diagnostics)
+}
+_BLOCK = re.compile(r"(<!-- records: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+
+
+def rewritten(text: str) -> str:
+    """A page with every block written anew."""
+    return _BLOCK.sub(lambda match: match[1] + BLOCKS[match[2]]() + match[3], text)
+
+
+def write_all() -> Iterator[Path]:
+    """Write the blocks of all pages; yields the pages that changed."""
+    for page in PAGES:
+        before = page.read_text()
+        after = rewritten(before)
+        if after != before:
+            page.write_text(after)
+            yield page
+
+
+def _json(name: str) -> dict[str, Any]:
+    return json.loads((MEASUREMENTS / name).read_text())
+
+
+def _study(name: str) -> dict[str, Any]:
+    return json.loads((STUDIES / name / "table.json").read_text())
+
+
+def _row(study: str, name: str) -> dict[str, Any]:
+    return next(row for row in _study(study)["rows"] if row["name"] == name)
+
+
+def _number(value: float | None, sign: bool = False) -> str:
+    return "–" if value is None else f"{value:{'+' if sign else ''}.1f}".replace("-", "−")
+
+
+def _spread(values: Mapping[str, Any], sign: bool = False) -> str:
+    return f"{_number(values['mean'], sign)} ± {values['standard_deviation']:.1f}"
+
+
+if __name__ == "__main__":
+    for page in write_all():
+        print(f"written: {page}")
