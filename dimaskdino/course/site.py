@@ -1,11 +1,14 @@
-"""The course to browse: `python -m dimaskdino.course.site` executes the chapters and makes pages and slides of them.
+"""The documentation site: `python -m dimaskdino.course.site` executes the chapters and builds pages and slides.
 
-Needs the extra `site` (`pip install -e '.[site]'`); no Node.
+Guides are the Markdown files of the repository; the reference comes from the docstrings. Needs the extra `site`
+(`pip install -e '.[site]'`).
 """
 
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
@@ -56,42 +59,64 @@ def with_slides(notebook: NotebookNode) -> NotebookNode:
     return made
 
 
+# pages of the site that are files elsewhere in the repository
+PAGES = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
+
+
 def build(root: Path, output: Path, notebooks: list[Path]) -> Path:
-    """Execute notebooks and make a site of them.
+    """Execute notebooks and build the site.
 
     Args:
         root: the project's folder.
-        output: folder for the executed notebooks (`source/`) and the site (`html/`); what was there is replaced.
+        output: folder for the sources (`source/`) and the site (`html/`); what was there is replaced.
         notebooks: the chapters, in their order.
 
     Returns:
         The site's first page.
 
     Raises:
-        UserError: Sphinx could not make the pages; what it said is passed on.
+        UserError: Sphinx reported a warning or an error; what it said is passed on.
     """
     shutil.rmtree(output, ignore_errors=True)
     source, html = output / "source", output / "html"
     (html / "slides").mkdir(parents=True)
     shutil.copytree(root / "docs" / "site", source)
-    shutil.copyfile(root / "docs" / "instructors.md", source / "instructors.md")
+    shutil.copytree(root / "docs" / "figures", source / "figures")
+    guides = {page.stem: page for page in (root / "docs").glob("*.md")}
+    guides |= {name: root / file for name, file in PAGES.items()}
+    known = {path.resolve(): f"{name}.md" for name, path in guides.items()}
+    known |= {path.resolve(): path.name for path in notebooks}
+    for name, path in guides.items():
+        (source / f"{name}.md").write_text(_with_site_links(path, known))
     slides = SlidesExporter(reveal_scroll=True)
     for path in progress_bar(notebooks, "chapters"):
         executed = still(execute_notebook(str(path), None, cwd=path.parent, progress_bar=False))
         nbformat.write(executed, source / path.name)
         text, _ = slides.from_notebook_node(with_slides(executed))
         (html / "slides" / f"{path.stem}.html").write_text(text)
-    index = (source / "index.md").read_text()
-    chapters = "\n".join(path.stem for path in notebooks)
     # plain HTML: Sphinx knows nothing of the slides and would drop links to them
     decks = "".join(f'<li><a href="slides/{path.stem}.html">{_title(path)}</a></li>' for path in notebooks)
-    index = index.replace(":maxdepth: 1\n\n```", f":maxdepth: 1\n\n{chapters}\n```", 1)
-    (source / "index.md").write_text(f"{index}\n## Slides\n\n<ul>{decks}</ul>\n")
+    index = (source / "index.md").read_text().replace("{{ chapters }}", "\n".join(path.stem for path in notebooks))
+    (source / "index.md").write_text(index.replace("{{ slides }}", f"<ul>{decks}</ul>"))
     command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going", str(source), str(html)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"Sphinx could not make the site:\n{done.stderr}")
+        raise UserError(f"Sphinx could not build the site:\n{done.stderr}")
     return html / "index.html"
+
+
+def _with_site_links(page: Path, known: Mapping[Path, str]) -> str:
+    """A Markdown file with its links to other pages of the site; links to other files of the repository become text."""
+
+    def link(match: re.Match[str]) -> str:
+        text, target = match[1], match[2]
+        path, hash_mark, anchor = target.partition("#")
+        if "://" in target or not path:
+            return match[0]
+        found = known.get((page.parent / path).resolve())
+        return text if found is None else f"[{text}]({found}{hash_mark}{anchor})"
+
+    return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)]+)\)", link, page.read_text())
 
 
 def _title(path: Path) -> str:
@@ -100,5 +125,5 @@ def _title(path: Path) -> str:
 
 if __name__ == "__main__":
     folder = project_root()
-    chosen = sorted((folder / "notebooks").glob("0*.ipynb"))
-    print(f"written: {build(folder, folder / 'build' / 'site', chosen)}")
+    chapters = sorted((folder / "notebooks").glob("0*.ipynb"))
+    print(f"written: {build(folder, folder / 'build' / 'site', chapters)}")

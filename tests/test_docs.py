@@ -1,0 +1,86 @@
+"""README and docs: numbers come from records, links lead somewhere, commands exist, the README fits."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+import records  # noqa: E402
+
+TEXTS = [*records.PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "ops" / "README.md"]
+TEXTS += sorted((ROOT / "notebooks").glob("studies/README.md"))
+
+
+def outside_blocks(text: str) -> str:
+    """The page without its written blocks, code, links and tables of settings."""
+    text = re.sub(r"<!-- records: \w+ -->.*?<!-- end -->", "", text, flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)
+
+
+@pytest.mark.parametrize("page", records.PAGES, ids=lambda page: page.name)
+def test_blocks_are_what_the_records_say(page):
+    assert records.rewritten(page.read_text()) == page.read_text(), "run `make figures`"
+
+
+def test_a_changed_number_is_noticed():
+    text = (ROOT / "docs" / "results.md").read_text()
+    changed = text.replace("72.6", "72.7", 1)
+    assert changed != text
+    assert records.rewritten(changed) == text
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_results_stand_in_blocks_alone(name):
+    prose = outside_blocks((ROOT / name).read_text())
+    allowed = {"3.11", "2.11", "0.1", "0.2", "2.0", "2410.16707"}  # versions, and the paper's number
+    assert not set(re.findall(r"\d+\.\d+", prose)) - allowed
+
+
+def test_the_readme_fits():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 130
+    assert max(map(len, lines)) <= 220
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_local_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if anchor and file.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, target
+
+
+def test_figures_are_pictures_of_their_command():
+    pictures = {path.stem for path in (ROOT / "docs" / "figures").glob("*.png")}
+    source = (ROOT / "docs" / "figures.py").read_text()
+    listed = re.search(r"FIGURES = \((.*?)\)", source)[1].split(", ")
+    assert pictures == set(listed)
+    for name in listed:
+        with Image.open(ROOT / "docs" / "figures" / f"{name}.png") as picture:
+            assert min(picture.size) > 300
+
+
+def test_commands_in_the_docs_exist():
+    text = "\n".join(page.read_text() for page in TEXTS)
+    used = set(re.findall(r"^dimaskdino ([a-z]+)", text, re.MULTILINE)) | set(re.findall(r"`dimaskdino ([a-z]+)", text))
+    help_text = subprocess.run([sys.executable, "-m", "dimaskdino", "--help"], capture_output=True, text=True).stdout
+    commands = set(re.search(r"\{([a-z,]+)\}", help_text)[1].split(","))
+    assert used
+    assert used <= commands
+    modules = set(re.findall(r"python -m (dimaskdino[\w.]*)", text))
+    for module in modules:
+        assert (ROOT / Path(*module.split("."))).with_suffix(".py").exists() or (
+            ROOT / Path(*module.split("."))
+        ).is_dir()
