@@ -1,8 +1,7 @@
-"""One typed tree of settings: read from YAML, changed by `key=value`, written back to YAML.
+"""One typed tree of settings: read from YAML, overridden by `key=value`, written back to YAML.
 
-A YAML file may name another one in `extends:` (relative to itself) and then holds only what differs. Every part of
-docs/model.md that can be varied is a field here (section numbers are its), and each ablation of the paper is a value
-of a field.
+A YAML file may extend another one (`extends:`, a path relative to itself) and then holds only the differences. Section
+numbers are those of docs/model.md. Each ablation of the paper is a value of a field.
 """
 
 import difflib
@@ -20,7 +19,7 @@ from dimaskdino.resources import find_config
 
 
 class Section(BaseModel):
-    """A node of the tree: no unknown keys, no changes after it is made."""
+    """A node of the tree. It is immutable and refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,11 +27,13 @@ class Section(BaseModel):
 class Backbone(Section):
     """Section 1."""
 
-    name: str = Field("resnet50", description="a ResNet of torchvision: resnet18, resnet34, resnet50, resnet101, …")
-    width: PositiveInt = Field(64, description="channels of the first stage; other than 64 only for small models")
-    norm: Literal["frozen", "batch"] = Field("frozen", description="frozen batch norm, or trained (from scratch)")
+    name: str = Field("resnet50", description="a ResNet of torchvision (resnet18, resnet50, …) or a backbone of timm")
+    width: PositiveInt = Field(64, description="channels of the first stage; smaller than 64 for small models")
+    norm: Literal["frozen", "batch"] = Field(
+        "frozen", description="frozen batch norm, or trained, for training from scratch"
+    )
     weights: str | None = Field(
-        None, description="what to start from: a torchvision name such as IMAGENET1K_V1, a weights file, or nothing"
+        None, description="initial weights: a name of torchvision such as IMAGENET1K_V1, a file, or none"
     )
 
 
@@ -67,23 +68,22 @@ class Selection(Section):
     """First selection and De-Imbalance, section 3."""
 
     k: tuple[PositiveInt, ...] = Field(
-        (600, 300), description="tokens kept by each selection. One number: no De-Imbalance. Three: triple selection"
+        (600, 300),
+        description="number of tokens that each selection keeps; one: no De-Imbalance, three: triple selection",
     )
-    token_interaction_layers: PositiveInt = Field(2, description="layers before each selection after the first")
+    token_interaction_layers: PositiveInt = Field(2, description="number of layers before each further selection")
     mask_to_box: Literal["mask2box", "bitmask", "no"] = Field(
-        "mask2box", description="boxes of the first selected tokens: from their masks (two conventions) or predicted"
+        "mask2box", description="boxes of the first selected tokens: from their masks, in two conventions, or predicted"
     )
-    detach: bool = Field(
-        True, description="as published: the first selected tokens learn from their own losses, not from what follows"
-    )
+    detach: bool = Field(True, description="detach the first selected tokens from what follows, as published")
 
     @field_validator("k")
     @classmethod
     def _sizes(cls, k: tuple[int, ...]) -> tuple[int, ...]:
         if not 1 <= len(k) <= 3:
-            raise ValueError(f"one, two or three selections are possible, got {len(k)}")
+            raise ValueError(f"expected one, two or three selections, got {len(k)}")
         if list(k) != sorted(k, reverse=True):
-            raise ValueError(f"each selection keeps at most as many tokens as the one before, got {list(k)}")
+            raise ValueError(f"a selection cannot keep more tokens than the previous one, got {list(k)}")
         return k
 
     @field_validator("mask_to_box", mode="before")
@@ -96,8 +96,10 @@ class Decoder(Section):
     """Section 5."""
 
     layers: PositiveInt = 6
-    ffn_dim: PositiveInt = Field(2048, description="also of token interaction and BATO")
-    random_positions: bool = Field(False, description="table 3: the decoder's queries start at random boxes")
+    ffn_dim: PositiveInt = Field(
+        2048, description="width of the feed-forward blocks, also of token interaction and BATO"
+    )
+    random_positions: bool = Field(False, description="table 3: start the decoder's queries at random boxes")
 
 
 class BATO(Section):
@@ -105,14 +107,14 @@ class BATO(Section):
 
     enabled: bool = True
     guidance: Literal["T_i", "T_s1", "T_s2", "Q_bal"] = Field(
-        "Q_bal", description="what the guiding tokens come from. T_i: the queries of a model without De-Imbalance"
+        "Q_bal", description="source of the guiding tokens; T_i: the queries of a model without De-Imbalance"
     )
     guiding_tokens: PositiveInt = 50
     generation: bool = Field(
-        True, description="table 6: make guiding tokens; off: keys and values are the guide itself"
+        True, description="table 6: generate guiding tokens; off: keys and values are the guide itself"
     )
     after: tuple[PositiveInt, ...] = Field(
-        (1,), description="decoder layers after which it acts, each time with the same weights. As published: the first"
+        (1,), description="decoder layers after which BATO acts, with the same weights each time; published: the first"
     )
 
     @field_validator("after")
@@ -126,9 +128,13 @@ class BATO(Section):
 class Denoising(Section):
     """Denoising queries, section 6."""
 
-    queries: int = Field(100, ge=0, description="groups = queries // (most objects in an image); 0: none")
+    queries: int = Field(
+        100,
+        ge=0,
+        description="number of groups = queries // (largest number of objects in an image of the batch); 0: none",
+    )
     label_noise: float = Field(0.2, ge=0, le=1, description="probability of a random class")
-    box_noise: float = Field(0.4, ge=0, description="of the half width and height")
+    box_noise: float = Field(0.4, ge=0, description="relative to half the width and height")
 
 
 class Model(Section):
@@ -137,7 +143,7 @@ class Model(Section):
     classes: PositiveInt = 80
     hidden_dim: PositiveInt = Field(256, description="C; a multiple of 32 and of the heads")
     heads: PositiveInt = 8
-    points: PositiveInt = Field(4, description="sampling points a head and level")
+    points: PositiveInt = Field(4, description="number of sampling points per head and level")
     backbone: Backbone = Backbone()
     pixel_decoder: PixelDecoder = PixelDecoder()
     selection: Selection = Selection()
@@ -173,7 +179,7 @@ class Model(Section):
 
 
 class Weights(Section):
-    """One weight for each term, of the loss or of the matching cost."""
+    """One weight per term of the loss or of the matching cost."""
 
     label: float = 4.0
     mask: float = 5.0
@@ -187,8 +193,8 @@ class Loss(Section):
 
     weights: Weights = Weights()
     cost: Weights = Weights()
-    points: PositiveInt = Field(12544, description="points at which masks are compared")
-    oversample: float = Field(3.0, ge=1, description="candidates a point when uncertain points are looked for")
+    points: PositiveInt = Field(12544, description="number of points at which masks are compared")
+    oversample: float = Field(3.0, ge=1, description="candidates per point in the search for uncertain points")
     uncertain_fraction: float = Field(0.75, ge=0, le=1)
 
 
@@ -209,26 +215,26 @@ class Resize(Section):
 
 
 class Shapes(Section):
-    """The built-in data: what to generate when `data.root` does not exist yet."""
+    """The built-in data, generated when `data.root` does not exist yet."""
 
     train: PositiveInt = 4000
     val: PositiveInt = 200
-    size: PositiveInt = Field(128, description="side of the square images, pixels")
+    size: PositiveInt = Field(128, description="height and width of the images, pixels")
     seed: int = 0
 
 
 class Data(Section):
-    """Where the images come from and what happens to them."""
+    """The dataset, its augmentation and its loading."""
 
     root: Path = Field(Path("data/coco"), description="a COCO-format folder")
     train: str = Field("train2017", description="name of the training split")
     val: str = Field("val2017", description="name of the validation split")
-    shapes: Shapes | None = Field(None, description="generate the shapes data into root if it is missing")
+    shapes: Shapes | None = Field(None, description="generate the shapes data in root if root does not exist")
     jitter: LargeScaleJitter = LargeScaleJitter()
     resize: Resize = Resize()
-    workers: int = Field(4, ge=0, description="loader processes for each training process")
+    workers: int = Field(4, ge=0, description="number of loader processes per training process")
     skip_bad_images: bool = Field(
-        False, description="report and replace unreadable training images instead of stopping"
+        False, description="replace unreadable training images and report them, instead of stopping"
     )
 
 
@@ -253,15 +259,17 @@ class Schedule(Section):
 class Train(Section):
     """How a training runs."""
 
-    batch_size: PositiveInt = Field(16, description="images a step, over all processes")
-    accumulate: PositiveInt = Field(1, description="parts that each process takes its images in, to save memory")
+    batch_size: PositiveInt = Field(16, description="number of images per step, over all processes")
+    accumulate: PositiveInt = Field(
+        1, description="number of parts that each process splits its images into, to save memory"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = Field(False, description="compile the backbone and the pixel decoder with torch.compile")
     checkpoint_activations: bool = Field(
-        False, description="keep only the layers' inputs for the backward pass, to save memory for a third more time"
+        False, description="recompute layers in the backward pass, to save memory for about a third more time"
     )
     weights: Path | None = Field(
-        None, description="fine-tuning: a trained model (run folder or file) to start from; its classes may be others"
+        None, description="fine-tuning: a trained model to start from, run folder or file; its classes may differ"
     )
     seed: int = 0
     checkpoint_every: PositiveInt = Field(5000, description="steps")
@@ -271,7 +279,7 @@ class Train(Section):
 class Evaluation(Section):
     """How detections are made and scored, section 8."""
 
-    detections: PositiveInt = Field(100, description="best query-class pairs kept for each image")
+    detections: PositiveInt = Field(100, description="number of query-class pairs kept per image")
     batch_size: PositiveInt = 1
 
 
@@ -295,14 +303,15 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         overrides: such as `train.batch_size=8` or `model.selection.k=[300]`; values are YAML.
 
     Raises:
-        UserError: a file that is missing or not YAML, an unknown key (the nearest valid one is named), a wrong value.
+        UserError: the file is missing or not YAML, a key is unknown (the message names the nearest one), or a value is
+            wrong.
     """
     path = find_config(path)
     return parse_config(read_tree(path), overrides, str(path))
 
 
 def parse_config(tree: dict[str, Any], overrides: Iterable[str], source: str) -> Config:
-    """A tree of plain values with overrides applied; `source` names it in errors (`UserError`)."""
+    """Apply overrides to a tree of plain values and validate it; `source` names it in error messages (`UserError`)."""
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -315,7 +324,7 @@ def parse_config(tree: dict[str, Any], overrides: Iterable[str], source: str) ->
 
 
 def dump_config(config: Config) -> str:
-    """The whole tree as YAML, which `load_config` reads back to an equal tree."""
+    """The whole tree as YAML. `load_config` reads it back to an equal tree."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -324,7 +333,7 @@ def _parse(text: str, what: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{what} is not valid YAML: {error}") from None
-    if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a string, for want of a dot
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4, which has no dot, as a string
         try:
             return float(value)
         except ValueError:
@@ -333,10 +342,10 @@ def _parse(text: str, what: str) -> Any:
 
 
 def read_tree(path: Path, base_key: str = "extends", _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML file of settings merged over the one that it names under `base_key`, and so on.
+    """Read a YAML file of settings, merged over the file that it names under `base_key`, and so on.
 
     Raises:
-        UserError: a file that is missing or not YAML, holds no settings, or extends itself.
+        UserError: a file is missing, is not YAML, holds no settings, or extends itself.
     """
     path = path.resolve()
     if path in _seen:

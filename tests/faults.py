@@ -133,7 +133,7 @@ def killed(scene: Scene) -> None:
         trainer.kill()
         trainer.communicate()
         assert scene.run.status()["state"] == "failed"
-        assert "killed. Run again to go on" in scene.run.status()["reason"]
+        assert "killed. Run the same command again to resume" in scene.run.status()["reason"]
     finish(scene.start("data.workers=1"))
     assert_equal_models(scene.run.model, scene.undisturbed())
     assert [record["step"] for record in scene.run.read_metrics()] == [1, 2, 3, 4, 5, 6]
@@ -144,7 +144,7 @@ def stopped_by(number: signal.Signals, scene: Scene) -> None:
     trainer = scene.start(*changes)
     wait_for_step(scene.run, 2)
     trainer.send_signal(number)
-    fail(trainer, f"stopped by {number.name} at step", "run again to go on from there", code=STOPPED)
+    fail(trainer, f"stopped by {number.name} at step", "run the same command again to resume", code=STOPPED)
     assert number.name in scene.run.status()["reason"]
     state, _ = load_resume_point(scene.run.checkpoints)
     assert state is not None
@@ -300,7 +300,7 @@ def damaged_image(scene: Scene) -> None:
     assert any(image.name in record.get("skipped", "") for record in other.read_metrics())
 
 
-@fault("SIGKILL during an evaluation: it goes on where it was")
+@fault("SIGKILL during an evaluation: it resumes")
 def killed_evaluation(scene: Scene) -> None:
     data = shapes_folder(scene.folder / "shapes", val=150)
     model = trained_file(scene.folder / "model.safetensors", data, "data.workers=0", "evaluation.batch_size=1")

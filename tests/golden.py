@@ -91,7 +91,7 @@ def image(height: int, width: int, seed: int) -> torch.Tensor:
 
 
 def detector(case: str) -> Detector:
-    """The case's model with its made-up weights, every parameter set and every published key accounted for."""
+    """The case's model with its synthetic weights, every parameter set and every published key accounted for."""
     model = Detector(MODELS[case])
     conversion = convert_state(state_dict(read(case)))
     missing = set(model.state_dict()) - set(conversion.state)

@@ -60,7 +60,7 @@ def test_overrides(tmp_path):
         ("model.bato.guidence=Q_bal", "did you mean 'model.bato.guidance'"),
         ("train.batch_size=many", "train.batch_size.*integer.*'many'"),
         ("train.batch_size=0", "train.batch_size.*greater than 0"),
-        ("model.selection.k=[300, 600]", "at most as many tokens"),
+        ("model.selection.k=[300, 600]", "cannot keep more tokens"),
         ("model.selection.k=[4, 3, 2, 1]", "one, two or three"),
         ("model.selection.k=[300]", "guidance=T_i"),
         ("model.bato.guidance=T_i", "selection.k=\\[300\\]"),

@@ -1,4 +1,4 @@
-"""Time and memory of layer-wise AP at COCO's size, on made-up detections, against pycocotools.
+"""Time and memory of layer-wise AP at COCO's size, on synthetic detections, compared with pycocotools.
 
 python -m dimaskdino.benchmarks.coco_ap --output docs/measurements/coco_size.jsonl
 """
@@ -28,7 +28,7 @@ from dimaskdino.runs.folder import environment
 
 HEIGHT, WIDTH = 480, 640
 CLASSES = 80
-OBJECTS = 7.4  # in an image, as in val2017
+OBJECTS = 7.4  # per image, as in val2017
 SHAPES, VARIANTS = 3000, 6  # different outlines, and how many displaced ones of each
 
 
@@ -115,13 +115,13 @@ def _detections(
 
 
 def measure(images: int, stages: int, detections: int) -> dict[str, Any]:
-    """Write made-up detections, score all stages, and one of them with pycocotools too."""
+    """Write synthetic detections, score all stages, and one of them with pycocotools too."""
     rng = np.random.default_rng(0)
     pool = _pool(rng)
     with tempfile.TemporaryDirectory() as folder:
         annotations = Path(folder) / "truth.json"
         objects = _truth(images, pool, rng, annotations)
-        store = DetectionStore(Path(folder) / "detections", {"made": "up"}, images)
+        store = DetectionStore(Path(folder) / "detections", {"synthetic": True}, images)
         started = time.perf_counter()
         for part in progress_bar(store.parts, "writing"):
             store.write(
@@ -136,7 +136,7 @@ def measure(images: int, stages: int, detections: int) -> dict[str, Any]:
         written = time.perf_counter() - started
         size = sum(file.stat().st_size for file in store.folder.iterdir())
         started = time.perf_counter()
-        result = score_layers(store, annotations, "made up")
+        result = score_layers(store, annotations, "synthetic")
         scored = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         return {
@@ -187,12 +187,12 @@ def _compare(detections: Detections, annotations: Path) -> dict[str, Any]:
 
 
 def main(images: int = 5000, stages: int = 9, detections: int = 100, output: Path | None = None) -> None:
-    """Measure layer-wise AP on made-up detections.
+    """Measure layer-wise AP on synthetic detections.
 
     Args:
-        images: Images, as in val2017.
-        stages: Stages of a model of six layers.
-        detections: Detections an image and stage.
+        images: Number of images, as in val2017.
+        stages: Number of stages, as in a model with six decoder layers.
+        detections: Number of detections per image and stage.
         output: File to append the result to, one line of json.
     """
     record = measure(images, stages, detections) | {"versions": environment()}

@@ -1,4 +1,4 @@
-"""Time of loading training images: decoding, masks, augmentation, collation, and what a number of workers delivers.
+"""Time of loading training images: decoding, masks, augmentation, collation, and the rate of the data loader.
 
 python -m dimaskdino.benchmarks.dataloader CONFIG data.root=data/coco --output docs/measurements/loading.jsonl
 """
@@ -21,11 +21,11 @@ from dimaskdino.data.transforms import large_scale_jitter
 
 
 def measure(config: Config, images: int) -> dict[str, Any]:
-    """Milliseconds an image of each part in one process, and images a second of the loader.
+    """Milliseconds per image of each part in one process, and images per second of the data loader.
 
     Args:
         config: its data, jitter, batch size and workers.
-        images: how many to load.
+        images: number of images to load.
     """
     plain = CocoDataset(config.data.root, config.data.train, only_with_objects=True)
     jitter = large_scale_jitter(config.data.jitter)
@@ -75,8 +75,8 @@ def main(
 
     Args:
         config: YAML file.
-        overrides: Settings that differ, key=value; data.workers and train.batch_size as for one GPU.
-        images: How many images to load.
+        overrides: Settings that differ, key=value; set data.workers and train.batch_size as for one GPU.
+        images: Number of images to load.
         output: File to append the result to, one line of json.
     """
     result = measure(load_config(config, overrides), images)

@@ -1,6 +1,6 @@
-"""How long the explorers take to answer: `python -m dimaskdino.benchmarks.explorers`.
+"""Response time of the explorers: `python -m dimaskdino.benchmarks.explorers`.
 
-From the change of a control to the new picture, in this process; drawing it in a browser comes on top.
+From the change of a control to the new picture, in this process, without drawing it in a browser.
 """
 
 import statistics

@@ -1,8 +1,8 @@
-"""What a GPU does with the R50 models: `python -m dimaskdino.benchmarks.gpu_check OUTPUT`.
+"""Speed of the R50 models on a GPU: `python -m dimaskdino.benchmarks.gpu_check OUTPUT`.
 
 Each line of the output is one measurement of `dimaskdino.benchmarks.model`, with the device's name. A measurement that
-fails, for want of memory for example, is named at the end and does not stop the others. At the end stands what the
-measurements mean for the 12-epoch recipe.
+fails, for example because memory runs out, is named at the end and does not stop the others. The last lines say what
+the measurements mean for the 12-epoch recipe.
 """
 
 import itertools
@@ -27,7 +27,7 @@ LIMIT_SECONDS = 300
 
 
 def cases() -> list[list[str]]:
-    """Arguments of `dimaskdino.benchmarks.model`, the most wanted first.
+    """Arguments of `dimaskdino.benchmarks.model`, the most important first.
 
     The paper's test size on both models, whose ratio it reports; larger batches; a share of the recipe's batch of 16
     as each of 8 GPUs has it; the whole batch on one GPU.
@@ -51,14 +51,14 @@ def cases() -> list[list[str]]:
 
 
 def outlook(measurements: Iterable[Mapping[str, Any]], steps: int) -> list[str]:
-    """The ratio of the two models' speeds, and how long a schedule takes.
+    """Ratio of the two models' speeds, and the time of a schedule.
 
     Args:
-        measurements: lines of the output; where something was measured again, the later line counts.
+        measurements: lines of the output; later lines replace earlier ones of the same case.
         steps: of the schedule, with a batch of 16.
 
     Returns:
-        Lines of text. The time on 8 GPUs is that of each one's share, without what they tell each other.
+        Lines of text. The time on several GPUs is that of each one's share, without communication.
     """
     latest = {
         tuple(m[key] for key in ("task", "precision", "compiled", "config", "height", "images")): m["seconds"]

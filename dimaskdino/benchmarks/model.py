@@ -1,6 +1,6 @@
 """Time, memory and arithmetic of a configuration: `python -m dimaskdino.benchmarks.model CONFIG`.
 
-Every measurement runs in a process of its own, since a process's peak memory never goes down again.
+Every measurement runs in its own process, since the peak memory of a process never decreases.
 """
 
 import contextlib
@@ -37,20 +37,20 @@ Task = Literal["inference", "training"]
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One configuration on one task.
+class Timing:
+    """Time and memory of one configuration on one task.
 
     Attributes:
         seconds: median over the repetitions; `fastest` and `slowest` beside it.
-        images: of one repetition.
+        images: number of images per repetition.
         images_per_second: images / median.
         precision, compiled, parts_per_step: as `train.precision`, `train.compile` and `train.accumulate` were.
-        synchronisations: how often the processor waited for the device in one repetition (CUDA).
+        synchronisations: number of times the CPU waited for the device in one repetition (CUDA).
         peak_memory_gib: of the process (CPU) or of the device's allocations (CUDA).
         gflop: floating-point operations of one repetition, forward only; deformable attention is included where
             its compiled kernels run.
-        operator: which deformable-attention implementation ran.
-        parts: seconds of each part, medians of as many further repetitions that wait at the borders between parts.
+        operator: the deformable-attention implementation.
+        parts: seconds per part: medians of further repetitions that synchronise at the borders between parts.
     """
 
     task: Task
@@ -75,8 +75,8 @@ class Measurement:
     parts: dict[str, float]
 
 
-def made_up_sample(height: int, width: int, objects: int, classes: int, seed: int = 0) -> Sample:
-    """A noise image with ellipses for objects, to measure with."""
+def synthetic_sample(height: int, width: int, objects: int, classes: int, seed: int = 0) -> Sample:
+    """A noise image with ellipses as objects."""
     rng = np.random.default_rng(seed)
     yy, xx = np.mgrid[0:height, 0:width]
     masks = np.zeros((objects, height, width), np.uint8)
@@ -86,22 +86,20 @@ def made_up_sample(height: int, width: int, objects: int, classes: int, seed: in
         mask[((xx - cx) / rx) ** 2 + ((yy - cy) / ry) ** 2 <= 1] = 1
     image = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
     labels = torch.from_numpy(rng.integers(0, classes, objects))
-    return Sample(image, labels, torch.from_numpy(masks), 0, "made up", (height, width))
+    return Sample(image, labels, torch.from_numpy(masks), 0, "synthetic", (height, width))
 
 
-def measure(
-    config: Config, task: Task, height: int, width: int, objects: int, repeat: int, images: int = 1
-) -> Measurement:
-    """Time a task on made-up images, with random weights, after one repetition to warm up.
+def measure(config: Config, task: Task, height: int, width: int, objects: int, repeat: int, images: int = 1) -> Timing:
+    """Time a task on synthetic images with random weights, after one repetition to warm up.
 
-    `train.precision`, `train.compile`, `train.checkpoint_activations` and, in training, `train.accumulate` are as in a
-    real run, but for fp16's loss scale.
+    `train.precision`, `train.compile`, `train.checkpoint_activations` and, in training, `train.accumulate` apply as in
+    a real run, except for the loss scale of fp16.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     detector = Detector(config.model.without_backbone_weights()).to(device)
     arrange(detector, config)
-    samples = [made_up_sample(height, width, objects, config.model.classes, seed) for seed in range(images)]
+    samples = [synthetic_sample(height, width, objects, config.model.classes, seed) for seed in range(images)]
     run = (_training if task == "training" else _inference)(config, detector, device, samples)
     run()
     times = []
@@ -117,7 +115,7 @@ def measure(
             run(clock)
         clocks.append(clock.seconds)
     parts = {name: statistics.median(seconds[name] for seconds in clocks) for name in clocks[0]}
-    return Measurement(
+    return Timing(
         task=task,
         height=height,
         width=width,
@@ -153,9 +151,9 @@ def _count_synchronisations(run: Callable[[], Any]) -> int:
 
 
 class PartClock:
-    """Seconds spent in each part of a detector, without what other parts do when they are called from it.
+    """Seconds spent in each part of a detector, without the time of other parts that it calls.
 
-    Waits for the device at every border between parts, so the sum is more than an undisturbed run.
+    Synchronises the device at every border between parts, so the sum exceeds an undisturbed run.
     """
 
     def __init__(self, detector: Detector, device: torch.device) -> None:
@@ -175,12 +173,12 @@ class PartClock:
         self._since = now
 
     def enter(self, part: str) -> None:
-        """From here on time belongs to a part."""
+        """Start counting time for a part."""
         self._switch()
         self._running.append(part)
 
     def leave(self) -> None:
-        """From here on time belongs to the part before again."""
+        """Return to the previous part."""
         self._switch()
         self._running.pop()
 
@@ -195,7 +193,7 @@ class PartClock:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Time in this block belongs to a part."""
+        """Count the time of this block for a part."""
         self.enter(name)
         try:
             yield
@@ -252,7 +250,7 @@ def _training(config: Config, detector: Detector, device: torch.device, samples:
 
 
 def count_gflop(run: Callable[[], Any]) -> float:
-    """Floating-point operations of a call, in units of 10⁹; a multiply-add counts as two."""
+    """Floating-point operations of a call in units of 10⁹; a multiply-add counts as two."""
 
     def deformable(value: Any, shapes: Any, location: Any, attention: Any, **_: Any) -> int:
         return ms_deform_attn.flops(torch.Size(location), value[3])
@@ -287,11 +285,11 @@ def main(
         overrides: Settings that differ, key=value.
         task: What to measure.
         size: Height and width of the images.
-        images: Images of one repetition; train.accumulate in how many parts a training step takes them.
-        objects: Objects in each image.
-        repeat: Repetitions after the first; the median is reported.
+        images: Number of images per repetition; a training step splits them into train.accumulate parts.
+        objects: Number of objects per image.
+        repeat: Number of repetitions after the first; the median is reported.
         backend: Deformable-attention operator.
-        output: Also append the results to this file, a line of json each.
+        output: File to append the results to, one line of json each.
     """
     if task == "all":
         for one in ("inference", "training"):

@@ -1,4 +1,4 @@
-"""State dicts of the published DI-MaskDINO and MaskDINO checkpoints, renamed to this package's parameters."""
+"""Published DI-MaskDINO and MaskDINO checkpoints: their parameters renamed, their architecture inferred."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ _PIXEL = r"sem_seg_head\.pixel_decoder"
 _HEAD = r"sem_seg_head\.predictor"
 _FFN = [(r"linear([12])\.", r"ffn.linear\1.")]
 
-# (pattern of a published key's beginning, what it becomes), the first that matches counts
+# (pattern at the beginning of a published key, replacement); the first match applies
 _RULES: list[tuple[str, str]] = [
     (r"backbone\.stem\.conv1\.norm\.", "backbone.stem.1."),
     (r"backbone\.stem\.conv1\.", "backbone.stem.0."),
@@ -45,7 +45,7 @@ _RULES: list[tuple[str, str]] = [
     (rf"{_HEAD}\.decoder\.mask_output_conv\.", "token_optimization.mask_features.0."),
 ]
 
-# (pattern of the beginning, new beginning, rules for the rest of the key)
+# (pattern at the beginning, new beginning, rules for the rest of the key)
 _BLOCKS: list[tuple[str, str, list[tuple[str, str]]]] = [
     (
         r"backbone\.res([2-5])\.(\d+)\.",
@@ -57,7 +57,7 @@ _BLOCKS: list[tuple[str, str, list[tuple[str, str]]]] = [
             (r"shortcut\.", "downsample.0."),
         ],
     ),
-    # a Swin Transformer as timm has it, where a stage begins with what the one before ends with there
+    # timm's Swin Transformer has the downsampling at the beginning of a stage, the original at its end
     (r"backbone\.layers\.(\d+)\.(?=blocks\.)", "backbone.net.layers_{0}.", [(r"", "")]),
     (r"backbone\.layers\.(\d+)\.(?=downsample\.)", "backbone.net.layers_{0}.", [(r"", "")]),
     (
@@ -108,7 +108,7 @@ _MLPS: list[tuple[str, str]] = [
     (rf"{_HEAD}\.decoder\.ref_point_head", "decoder.position_head"),
 ]
 
-# held by published checkpoints but no parameter of the model
+# keys of published checkpoints that are no parameters of the model
 _WITHOUT_COUNTERPART = re.compile(
     r"criterion\.empty_weight$|.*\.num_batches_tracked$|pixel_(mean|std)$|backbone\..*\.relative_position_index$"
 )
@@ -116,12 +116,12 @@ _WITHOUT_COUNTERPART = re.compile(
 
 @dataclass(frozen=True)
 class Conversion:
-    """A renamed state dict, and where every published key went.
+    """A renamed state dict, and what became of every published key.
 
     Attributes:
-        state: our parameter names and their values.
-        renamed: published key -> our key; aliases of one tensor go to one key.
-        ignored: published keys that are no parameter of the model.
+        state: values by this package's parameter names.
+        renamed: published key to this package's; several names of one tensor have one target.
+        ignored: published keys that are no parameters of the model.
     """
 
     state: dict[str, Tensor]
@@ -130,7 +130,7 @@ class Conversion:
 
 
 def our_name(key: str) -> str | None:
-    """This package's name of a published key, None if there is none."""
+    """This package's name of a published key; None if it is unknown."""
     for pattern, name in _MLPS:
         if match := re.match(pattern + r"\.layers\.(\d+)\.", key):
             return f"{name}.{2 * int(match[1])}.{key[match.end() :]}"
@@ -155,7 +155,7 @@ def convert_state(published: Mapping[str, Tensor]) -> Conversion:
     """Rename a published state dict.
 
     Raises:
-        UserError: a key that is not known, or two names of one tensor that hold different values.
+        UserError: a key is unknown, or two names of one tensor hold different values.
     """
     state: dict[str, Tensor] = {}
     renamed, ignored, unknown = {}, [], []
@@ -180,7 +180,7 @@ def convert_state(published: Mapping[str, Tensor]) -> Conversion:
 
 
 def is_published(state: Mapping[str, Tensor]) -> bool:
-    """Whether the names are those of a whole published model, not of a backbone alone."""
+    """Whether the names are those of a whole published model, rather than of a backbone."""
     return any(key.startswith("sem_seg_head.") for key in state)
 
 
@@ -191,7 +191,7 @@ def architecture(state: Mapping[str, Tensor], path: Path) -> config.Model:
     and `bitmask` boxes for three levels and for encoders that read res2, `mask2box` for the others.
 
     Raises:
-        UserError: a backbone that is none of those published.
+        UserError: the backbone is not recognised.
     """
 
     def count(prefix: str) -> int:
@@ -245,15 +245,15 @@ def _backbone_name(state: Mapping[str, Tensor], path: Path) -> str:
 def load_published(
     path: Path, overrides: Iterable[str] = (), settings: config.Config | None = None
 ) -> tuple[TrainedModel, Conversion]:
-    """A published checkpoint as a model of this kit.
+    """Load a published checkpoint as a model of this kit.
 
     Args:
         path: `.pth`, or `.pkl` from detectron2.
         overrides: `key=value` settings.
-        settings: what it was trained as, overrides applied; None tells the model from the weights.
+        settings: the configuration it was trained with, overrides applied; inferred from the weights by default.
 
     Raises:
-        UserError: it cannot be read, holds keys that are not known, or does not fit the configuration.
+        UserError: it cannot be read, holds unknown keys, or does not fit the configuration.
     """
     conversion = convert_state(read_state_dict(path))
     if settings is None:
@@ -276,10 +276,10 @@ def convert_backbone(path: Path, output: Path) -> tuple[str, int]:
         output: `.safetensors`.
 
     Returns:
-        The ResNet's name and how many tensors it has.
+        The name of the ResNet and the number of its tensors.
 
     Raises:
-        UserError: it is none of torchvision's ResNets.
+        UserError: it is no ResNet of torchvision.
     """
     name, state = recognise_resnet(path)
     write_atomically(
@@ -289,6 +289,6 @@ def convert_backbone(path: Path, output: Path) -> tuple[str, int]:
 
 
 def coco_classes() -> list[str]:
-    """Names of COCO's 80 classes, in the order of their ids."""
+    """Names of the 80 classes of COCO, in the order of their ids."""
     names = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # 91 ids, of which some are not in use
     return [name for name in names if name not in ("__background__", "N/A")]

@@ -60,6 +60,9 @@ def status(run: Positional[Path]) -> int:
     written = [*run.rglob("*.ipynb"), *run.rglob("figures/*.png"), *run.rglob("layers.*"), folder.model]
     files = [path for path in dict.fromkeys(written) if path.exists() and ".ipynb_checkpoints" not in path.parts]
     print("\n".join(["files:", *(f"  {path}" for path in files)]))
+    figures = [path for path in files if path.name == "layers.png"]
+    if figures:
+        print(f"figure, box and mask AP of every stage: {figures[0]}")
     return 1 if current["state"] == "failed" else 0
 
 

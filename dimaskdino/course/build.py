@@ -1,4 +1,4 @@
-"""Make the course's notebooks from their sources: `python -m dimaskdino.course.build`.
+"""Build the course's notebooks from their sources: `python -m dimaskdino.course.build`.
 
 A source (`notebooks/source/NN_name.py`, Jupytext's percent format) is a chapter with the solutions of its exercises:
 
@@ -7,8 +7,7 @@ A source (`notebooks/source/NN_name.py`, Jupytext's percent format) is a chapter
         return mask - box
         # end
 
-It becomes `notebooks/NN_name.ipynb`, where each solution is left to the student, and
-`notebooks/solutions/NN_name.ipynb`, where it stands.
+It becomes `notebooks/NN_name.ipynb` without the solutions, and `notebooks/solutions/NN_name.ipynb` with them.
 
 Once pyproject.toml has the repository's address (`[project.urls] Repository = "https://github.com/NAME/PROJECT"`), each
 student's notebook also gets badges that open it in Colab and Binder, and a cell that sets Colab up.
@@ -31,7 +30,7 @@ _KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def without_solutions(code: str) -> str:
-    """Replace what stands between `# solution` and `# end` by `...`.
+    """Replace the code between `# solution` and `# end` by `...`.
 
     Raises:
         UserError: a solution that does not end, or ends without beginning.
@@ -58,7 +57,7 @@ def with_solutions(code: str) -> str:
     return "\n".join(line for line in code.splitlines() if line.strip() not in (_BEGIN, _END))
 
 
-_SET_UP = """# On Colab: fetch the kit and install it, about two minutes. Elsewhere this does nothing.
+_SET_UP = """# On Colab: download and install the kit, about two minutes. Elsewhere this does nothing.
 import importlib.util
 import subprocess
 import re
@@ -84,10 +83,10 @@ def repository(project: Path) -> str | None:
 
 
 def online(address: str, name: str) -> list[NotebookNode]:
-    """Cells that open a chapter in Colab or Binder, and set Colab up.
+    """Cells with badges that open a chapter in Colab or Binder, and set-up for Colab.
 
     Raises:
-        UserError: Colab and Binder open repositories on GitHub, and this is none.
+        UserError: the address is not a repository on GitHub, which Colab and Binder need.
     """
     match = re.fullmatch(r"https://github\.com/([^/]+/[^/]+?)(?:\.git)?/?", address)
     if match is None:

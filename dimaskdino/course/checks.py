@@ -1,6 +1,6 @@
-"""Checks of the exercises: each runs a student's function, says what is right and explains what is not.
+"""Checks of the exercises: each runs a student's function and explains what is wrong with the result.
 
-They print, and return whether all is right; they raise nothing, so that a notebook runs on.
+They print, and return whether all is right. They never raise, so that a notebook keeps running.
 """
 
 import copy
@@ -27,8 +27,8 @@ from dimaskdino.studies.study import Study
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """True or false. Notebooks show nothing of it: what there is to say has been printed."""
+class CheckResult:
+    """Whether a check passed. Notebooks do not show it, since the explanation has been printed."""
 
     right: bool
 
@@ -54,20 +54,20 @@ def _called(function: Callable[..., Any], arguments: Sequence[Any], hint: str) -
     return found
 
 
-def _run(function: Callable[..., Any], cases: Sequence[tuple], expected: Callable[..., Any], hint: str) -> Verdict:
+def _run(function: Callable[..., Any], cases: Sequence[tuple], expected: Callable[..., Any], hint: str) -> CheckResult:
     """Compare a student's function with the package's on some inputs; print the verdict."""
     name = getattr(function, "__name__", "your function")
     for case in cases:
         found = _called(function, case, hint)
         if found is None:
-            return Verdict(False)
+            return CheckResult(False)
         problem = _difference(found, expected(*case))
         if problem:
             shown = ", ".join(_short(argument) for argument in case)
             print(f"✗ {name}({shown}): {problem}\n  Hint: {hint}")
-            return Verdict(False)
+            return CheckResult(False)
     print(f"✓ {name} agrees with the package on {len(cases)} cases.")
-    return Verdict(True)
+    return CheckResult(True)
 
 
 def _short(value: Any) -> str:
@@ -108,13 +108,13 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def check_imbalance(function: Callable[[float, float], float]) -> Verdict:
+def check_imbalance(function: Callable[[float, float], float]) -> CheckResult:
     """Chapter 1: how far detection lags behind segmentation, in points of AP."""
     cases = [(31.0, 35.5), (40.0, 38.0), (0.0, 0.0)]
     return _run(function, cases, lambda box, mask: mask - box, "positive where the mask AP is higher")
 
 
-def check_box_iou(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
+def check_box_iou(function: Callable[[Tensor, Tensor], Tensor]) -> CheckResult:
     """Chapter 1: intersection over union of two boxes, xyxy, as a number."""
     boxes = [[0, 0, 2, 2], [1, 1, 3, 3], [5, 5, 6, 6], [0, 0, 2, 1]]
     pairs = [(torch.tensor(boxes[0]).float(), torch.tensor(other).float()) for other in boxes]
@@ -127,14 +127,14 @@ def check_box_iou(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
     )
 
 
-def check_mask_iou(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
+def check_mask_iou(function: Callable[[Tensor, Tensor], Tensor]) -> CheckResult:
     """Chapter 1: intersection over union of two masks (h, w) bool, as a number."""
     cases = [(_random(6, 7, seed=i) > 0.5, _random(6, 7, seed=i + 10) > 0.3) for i in range(3)]
     expected = lambda a, b: float(mask_iou(a[None], b[None]))  # noqa: E731
     return _run(function, cases, expected, "pixels in both, divided by pixels in at least one")
 
 
-def check_bilinear(function: Callable[[Tensor, float, float], Tensor]) -> Verdict:
+def check_bilinear(function: Callable[[Tensor, float, float], Tensor]) -> CheckResult:
     """Chapter 2: the value of a map (h, w) at (x, y), given in parts of its width and height, zero outside."""
     grid = _random(4, 5)
     cases = [(grid, x, y) for x, y in ((0.5, 0.5), (0.3, 0.62), (0.1, 0.875), (0.02, 0.5), (0.99, 0.99))]
@@ -153,21 +153,21 @@ def check_bilinear(function: Callable[[Tensor, float, float], Tensor]) -> Verdic
     )
 
 
-def check_samples(function: Callable[[int, int, int, int], int]) -> Verdict:
+def check_samples(function: Callable[[int, int, int, int], int]) -> CheckResult:
     """Chapter 2: cells that one layer reads for Q queries."""
     cases = [(300, 8, 4, 4), (22223, 8, 4, 4), (40, 4, 3, 2)]
     hint = "each sample reads its four neighbours, whatever the size of the image"
     return _run(function, cases, lambda q, heads, levels, points: q * heads * levels * points * 4, hint)
 
 
-def check_select(function: Callable[[Tensor, int], Tensor]) -> Verdict:
+def check_select(function: Callable[[Tensor, int], Tensor]) -> CheckResult:
     """Chapter 3: indices (k,) of the tokens whose best class scores highest, from class logits (N, K)."""
     cases = [(_random(9, 3, seed=i), k) for i, k in enumerate((1, 4, 9))]
     hint = "first the highest logit of each token, then the k highest of those, best first"
     return _run(function, cases, lambda logits, k: logits.amax(-1).topk(k).indices, hint)
 
 
-def check_mask_to_box(function: Callable[[Tensor], Tensor]) -> Verdict:
+def check_mask_to_box(function: Callable[[Tensor], Tensor]) -> CheckResult:
     """Chapter 3: the box (cx, cy, w, h) around a mask (h, w) bool, in parts of the map's size."""
     masks = []
     for top, left, height, width in ((1, 2, 3, 4), (0, 0, 8, 8), (5, 1, 1, 1)):
@@ -184,14 +184,14 @@ def check_mask_to_box(function: Callable[[Tensor], Tensor]) -> Verdict:
     return _run(function, masks, expected, hint)
 
 
-def check_recall(function: Callable[[Tensor, int], float]) -> Verdict:
+def check_recall(function: Callable[[Tensor, int], float]) -> CheckResult:
     """Chapter 3: part of the objects that own at least one token, from the owners (k,) and the number of objects."""
     cases = [(torch.tensor([0, 0, -1, 2]), 3), (torch.tensor([-1, -1]), 2), (torch.tensor([1, 0, 1]), 2)]
     hint = "every object counts once, however many tokens it owns, and −1 is no object"
     return _run(function, cases, lambda owners, objects: float(len(owners[owners >= 0].unique())) / objects, hint)
 
 
-def check_cross_attention(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verdict:
+def check_cross_attention(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> CheckResult:
     """Chapter 4: what N queries (N, C) read from G keys and values (G, C), with one head."""
     cases = [
         tuple(_random(n, 4, seed=seed) * 6 - 3 for seed, n in enumerate(sizes)) for sizes in ((3, 5, 5), (6, 1, 1))
@@ -200,7 +200,7 @@ def check_cross_attention(function: Callable[[Tensor, Tensor, Tensor], Tensor]) 
     return _run(function, cases, functional.scaled_dot_product_attention, hint)
 
 
-def check_mask_probability(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
+def check_mask_probability(function: Callable[[Tensor, Tensor], Tensor]) -> CheckResult:
     """Chapter 4: a mask (h, w) from a query's embedding (C,) and mask features (C, h, w)."""
     cases = [(_random(4, seed=i) * 4 - 2, _random(4, 3, 5, seed=i + 9)) for i in range(2)]
 
@@ -211,7 +211,7 @@ def check_mask_probability(function: Callable[[Tensor, Tensor], Tensor]) -> Verd
     return _run(function, cases, expected, "one number a pixel: the products over the channels, summed; then σ")
 
 
-def check_own_share(function: Callable[[Tensor, Tensor, Tensor], float]) -> Verdict:
+def check_own_share(function: Callable[[Tensor, Tensor, Tensor], float]) -> CheckResult:
     """Chapter 4: part of their attention that objects' tokens give to guiding tokens of their own object."""
     owners = [
         (torch.tensor([0, 1, -1]), torch.tensor([0, 0, 1, -1])),
@@ -227,7 +227,7 @@ def check_own_share(function: Callable[[Tensor, Tensor, Tensor], float]) -> Verd
     return _run(function, cases, expected, hint)
 
 
-def check_cheapest(function: Callable[[Tensor], tuple[Tensor, bool]]) -> Verdict:
+def check_cheapest(function: Callable[[Tensor], tuple[Tensor, bool]]) -> CheckResult:
     """Chapter 5: the cheapest query of each object (M,) from costs (Q, M), and whether two objects share one."""
     shared = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     cases = [(_random(6, 3, seed=1),), (shared,), (_random(4, 1, seed=2),)]
@@ -241,7 +241,7 @@ def check_cheapest(function: Callable[[Tensor], tuple[Tensor, bool]]) -> Verdict
     )
 
 
-def check_giou(function: Callable[[Tensor, Tensor], float]) -> Verdict:
+def check_giou(function: Callable[[Tensor, Tensor], float]) -> CheckResult:
     """Chapter 5: generalised IoU of two boxes, xyxy, as a number."""
     boxes = [[0, 0, 2, 2], [1, 1, 3, 3], [5, 5, 6, 6], [0, 0, 2, 1]]
     pairs = [(torch.tensor(boxes[0]).float(), torch.tensor(other).float()) for other in boxes]
@@ -249,14 +249,14 @@ def check_giou(function: Callable[[Tensor, Tensor], float]) -> Verdict:
     return _run(function, pairs, lambda a, b: float(generalized_box_iou(a[None], b[None])), hint)
 
 
-def check_dice_loss(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
+def check_dice_loss(function: Callable[[Tensor, Tensor], Tensor]) -> CheckResult:
     """Chapter 5: dice loss of one mask from probabilities and true values (P,)."""
     cases = [(_random(7, seed=i), (_random(7, seed=i + 5) > 0.4).float()) for i in range(3)]
     hint = "the sums run over the points; the ones above and below keep empty masks from dividing by zero"
     return _run(function, cases, lambda p, t: float(1 - (2 * p @ t + 1) / (p.sum() + t.sum() + 1)), hint)
 
 
-def check_right_ones(function: Callable[[Tensor, float], Sequence[bool]]) -> Verdict:
+def check_right_ones(function: Callable[[Tensor, float], Sequence[bool]]) -> CheckResult:
     """Chapter 6: which detections are true positives, from IoUs (D, M) in the order of their scores."""
     iou = torch.tensor([[0.9, 0.2], [0.8, 0.6], [0.7, 0.55], [0.1, 0.0]])
     cases = [(iou, 0.5), (iou, 0.75), (iou[:, :1], 0.5), (_random(5, 3, seed=4), 0.5)]
@@ -274,7 +274,7 @@ def check_right_ones(function: Callable[[Tensor, float], Sequence[bool]]) -> Ver
     return _run(function, cases, expected, hint)
 
 
-def check_precision_recall(function: Callable[[Sequence[bool], int], tuple]) -> Verdict:
+def check_precision_recall(function: Callable[[Sequence[bool], int], tuple]) -> CheckResult:
     """Chapter 6: precision and recall (D,) after each detection."""
     cases = [([True, False, True, True], 5), ([False, True], 1), ([True], 3)]
 
@@ -286,7 +286,7 @@ def check_precision_recall(function: Callable[[Sequence[bool], int], tuple]) -> 
     return _run(function, cases, expected, hint)
 
 
-def check_interpolated(function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Verdict:
+def check_interpolated(function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> CheckResult:
     """Chapter 6: precision at 101 recalls from precision and recall after each detection."""
     hits = np.cumsum([1, 0, 1, 1, 0, 0, 1])
     cases = [(hits / np.arange(1, 8), hits / objects) for objects in (4, 5, 9)]
@@ -300,26 +300,26 @@ def check_interpolated(function: Callable[[np.ndarray, np.ndarray], np.ndarray])
     return _run(function, cases, expected, hint)
 
 
-def check_settings(function: Callable[[], Sequence[str]], row: str, study: Study) -> Verdict:
+def check_settings(function: Callable[[], Sequence[str]], row: str, study: Study) -> CheckResult:
     """Chapter 7: `key=value` settings that make the shapes configuration into one row of a study."""
     wanted = next(r for r in study.rows if r.name == row)
     name = getattr(function, "__name__", "your function")
     hint = "`dimaskdino config keys` lists every setting; the rows of configs/ablations/*.yaml are examples"
     found = _called(function, (), hint)
     if found is None:
-        return Verdict(False)
+        return CheckResult(False)
     try:
         if not isinstance(found, list | tuple) or not all(isinstance(text, str) for text in found):
             raise UserError(f"expected a list of texts such as 'model.decoder.layers=3', got {found!r}")
         differing = _differing(load_config(study.scales["shapes"], found), study.config(wanted, "shapes"))
     except UserError as error:
         print(f"✗ {name}: {error}\n  Hint: {hint}")
-        return Verdict(False)
+        return CheckResult(False)
     if differing:
         print(f"✗ {name}: expected '{wanted.label}'; not so yet: {'; '.join(differing)}\n  Hint: {hint}")
-        return Verdict(False)
+        return CheckResult(False)
     print(f"✓ {name} gives the model '{wanted.label}'.")
-    return Verdict(True)
+    return CheckResult(True)
 
 
 def _differing(found: Section, expected: Section, prefix: str = "") -> list[str]:
@@ -334,7 +334,7 @@ def _differing(found: Section, expected: Section, prefix: str = "") -> list[str]
     return problems
 
 
-def check_paired(function: Callable[[Sequence[float], Sequence[float]], tuple[float, float]]) -> Verdict:
+def check_paired(function: Callable[[Sequence[float], Sequence[float]], tuple[float, float]]) -> CheckResult:
     """Chapter 7: mean difference b − a of runs that share their seeds, and the standard error of that mean."""
     cases = [([30.0, 34.0, 29.0], [33.0, 36.5, 33.5]), ([10.0, 12.0], [12.0, 10.0])]
 
@@ -346,7 +346,7 @@ def check_paired(function: Callable[[Sequence[float], Sequence[float]], tuple[fl
     return _run(function, cases, expected, hint)
 
 
-def check_annotation(function: Callable[[np.ndarray], tuple[Sequence[float], float]]) -> Verdict:
+def check_annotation(function: Callable[[np.ndarray], tuple[Sequence[float], float]]) -> CheckResult:
     """Chapter 8: bounding box [x, y, w, h] and area of a mask (h, w), as COCO's annotations have them."""
     masks = []
     for top, left, height, width in ((1, 2, 3, 4), (0, 0, 8, 8), (5, 1, 1, 1)):
@@ -362,13 +362,13 @@ def check_annotation(function: Callable[[np.ndarray], tuple[Sequence[float], flo
     return _run(function, masks, expected, hint)
 
 
-def check_gate(function: Callable[[Tensor, Tensor, float], Tensor]) -> Verdict:
+def check_gate(function: Callable[[Tensor, Tensor, float], Tensor]) -> CheckResult:
     """Chapter 8: tokens on the way from before (gate 0) to after (gate 1)."""
     cases = [(_random(2, 3), _random(2, 3, seed=1), gate) for gate in (0.0, 1.0, 0.3)]
     return _run(function, cases, torch.lerp, "before, and the gate's part of the difference")
 
 
-def check_best_queries(function: Callable[[Tensor, int], Tensor]) -> Verdict:
+def check_best_queries(function: Callable[[Tensor, int], Tensor]) -> CheckResult:
     """Chapter 9: queries (n,) of the best pairs of query and class, from class logits (Q, K)."""
     cases = [(_random(5, 3, seed=i), n) for i, n in enumerate((1, 4, 15))]
     hint = "flatten to Q · K numbers, take the n highest; the pair i belongs to query i // K"

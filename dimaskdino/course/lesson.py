@@ -1,4 +1,4 @@
-"""What every chapter begins with: a trained model and the images it has not seen."""
+"""The start of every chapter: a trained model and its validation images."""
 
 import os
 from collections.abc import Iterable
@@ -28,24 +28,24 @@ class Lesson:
     run: RunFolder
 
     def looks(self, count: int) -> list[Look]:
-        """Some images as the model sees them: of the first 3·count those with at least three objects, then others."""
+        """Look at some images: of the first 3·count those with at least three objects, then others."""
         samples = [self.data[i] for i in range(min(3 * count, len(self.data)))]
         samples.sort(key=lambda sample: -min(len(sample.labels), 3))
         return [self.trained.inspect(sample) for sample in samples[:count]]
 
     def layerwise_ap(self) -> LayerwiseAP:
-        """AP of every stage: as the run folder has it, else measured now."""
+        """AP of every stage: from the run folder, or computed now."""
         saved = self.run.path / "evaluation" / "layers.json"
         return LayerwiseAP.load(saved) if saved.exists() else evaluate_layers(self.trained)
 
 
 def begin(model: str, overrides: Iterable[str] = ()) -> Lesson:
-    """Go to the project's folder, load a trained model and open its validation images.
+    """Change to the project's folder, load a trained model and open its validation images.
 
-    The shapes data are generated, once, if they are what the model was trained on.
+    The shapes data are generated once, if the model was trained on them.
 
     Args:
-        model: a run folder or a file, from the project's folder.
+        model: a run folder or a file, relative to the project's folder, or another source of `dimaskdino.load`.
         overrides: `key=value` settings that differ from those of the training, such as data.root.
 
     Raises:

@@ -1,1 +1,4 @@
-"""COCO-format datasets, augmentation, and the built-in shapes data; section numbers are those of docs/model.md."""
+"""COCO-format datasets, augmentation, loading, and the built-in shapes data.
+
+Section numbers are those of docs/model.md.
+"""

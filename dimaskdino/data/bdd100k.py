@@ -1,4 +1,4 @@
-"""BDD100K's instance segmentation labels, bitmasks or run lengths, as COCO annotations.
+"""Conversion of BDD100K's instance segmentation labels, bitmasks or run lengths, to COCO annotations.
 
 The format is BDD100K's own documentation (doc.bdd100k.com/format.html): in a bitmask, an RGBA image, R is the category
 from 1, G holds truncated, occluded, crowd and ignore in its bits 3 to 0, and B·256 + A is the number of the instance.
@@ -34,8 +34,8 @@ class _Instance:
 def convert(root: Path, split: str) -> Path:
     """Write `annotations/instances_SPLIT.json` beside BDD100K's `images/10k` and `labels/ins_seg`.
 
-    Bitmasks are taken where they are, as BDD100K advises, else run lengths. What is marked crowd or ignore becomes a
-    crowd: training leaves it out, and evaluation does not count detections on it.
+    Bitmasks are used if they exist, as BDD100K advises, else run lengths. Objects marked crowd or ignore become crowds:
+    training leaves them out, and evaluation ignores detections on them.
 
     Args:
         root: folder with `images/10k/SPLIT` and `labels/ins_seg/bitmasks/SPLIT` or `labels/ins_seg/rles/`.
@@ -45,7 +45,7 @@ def convert(root: Path, split: str) -> Path:
         The file.
 
     Raises:
-        UserError: a folder is missing, or a label cannot be used; nothing is written then.
+        UserError: a folder is missing or a label cannot be used. Nothing is written then.
     """
     images = root / "images" / "10k" / split
     bitmasks = root / "labels" / "ins_seg" / "bitmasks" / split

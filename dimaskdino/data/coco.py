@@ -17,7 +17,7 @@ from torchvision.ops import masks_to_boxes
 from dimaskdino.data.images import load_image
 from dimaskdino.errors import UserError
 
-# where folders in use keep a split's annotations and images; {} is the split's name
+# the known layouts: annotations file and image folders, {} is the split's name
 _LAYOUTS = (
     ("annotations/instances_{}.json", ("images/{}", "{}", "images/10k/{}")),
     ("annotations/{}.json", ("images/{}", "{}", "images")),
@@ -36,7 +36,7 @@ class Sample:
         image_id: id in the annotations.
         file: the image's path.
         original_size: (h, w) as stored, before any transform.
-        skipped: what was wrong with the images that this one stands in for.
+        skipped: problems of the unreadable images that this one replaces.
     """
 
     image: UInt8[Tensor, "3 h w"]
@@ -66,7 +66,7 @@ def find_split(root: Path, split: str) -> tuple[Path, Path]:
     """Annotations file and image folder of a split.
 
     Raises:
-        UserError: none of the known layouts fits; the message lists them.
+        UserError: no known layout matches; the message lists them.
     """
     if not root.is_dir():
         raise UserError(f"the dataset folder {root} does not exist; set data.root to a COCO-format folder")
@@ -85,10 +85,10 @@ def find_split(root: Path, split: str) -> tuple[Path, Path]:
 
 
 def read_annotations(file: Path) -> dict[str, Any]:
-    """A COCO annotations file as parsed json, checked for what the kit relies on.
+    """Read and check a COCO annotations file.
 
     Raises:
-        UserError: not json, a part is missing, or an annotation refers to an image or category that is not there.
+        UserError: the file is not json, a part is missing, or an annotation refers to an unknown image or category.
     """
     try:
         content = json.loads(file.read_text())
@@ -116,13 +116,13 @@ def read_annotations(file: Path) -> dict[str, Any]:
 
 
 class CocoDataset(torch.utils.data.Dataset[Sample]):
-    """The images of a split, with the objects that are no crowds.
+    """The images of a split with their objects, crowds left out.
 
     Args:
         root: dataset folder, see `find_split` for the layouts.
         split: its name, such as train2017.
         transform: applied to every sample.
-        only_with_objects: leave out images without any object, as training does.
+        only_with_objects: leave out images without objects, as training does.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         where = f"{self.annotations_file}: annotation {annotation.get('id')} of image {annotation['image_id']}"
         segmentation = annotation.get("segmentation")
         if segmentation is None:
-            raise UserError(f"{where} has no segmentation; the model learns from masks, boxes alone are not enough")
+            raise UserError(f"{where} has no segmentation; the model needs masks, boxes are not enough")
         try:
             if isinstance(segmentation, list):
                 outlines = [outline for outline in segmentation if len(outline) >= 6]
@@ -207,7 +207,7 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
 
 
 def without_empty(sample: Sample) -> Sample:
-    """The sample without the objects whose mask is empty."""
+    """Drop the objects whose mask is empty."""
     keep = sample.masks.flatten(1).any(1).bool()
     return replace(sample, labels=sample.labels[keep], masks=sample.masks[keep])
 

@@ -1,4 +1,4 @@
-"""Batches: collation, and a training order that depends on nothing but the seed and the position."""
+"""Batches: collation, and a training order that depends on the seed and the position alone."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,12 @@ from dimaskdino.data.transforms import evaluation_resize, large_scale_jitter
 from dimaskdino.errors import UserError
 from dimaskdino.modeling.structures import Targets, padded_size
 
-BAD_IMAGES_IN_A_ROW = 20  # more than that is not bad luck but a wrong folder
+BAD_IMAGES_IN_A_ROW = 20  # more than that means a wrong folder
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of any sizes, their objects padded to one size, and where they come from."""
+    """Images of any sizes, their objects padded to one size, and their origin."""
 
     images: list[Tensor]
     targets: Targets
@@ -32,7 +32,7 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Put samples into a batch; boxes are tight boxes of the masks, relative to the padded size."""
+    """Collate samples. Boxes are tight boxes of the masks, cxcywh relative to the padded size."""
     H, W = padded_size([(s.image.shape[-2], s.image.shape[-1]) for s in samples])
     M = max(len(s.labels) for s in samples)
     labels = torch.zeros(len(samples), M, dtype=torch.int64)
@@ -55,7 +55,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 class _ByPosition(Dataset[Sample]):
-    """The endless training sequence: item p is a function of the seed and p alone, whoever loads it and when."""
+    """The endless training sequence: item p is a function of the seed and p alone."""
 
     def __init__(self, data: CocoDataset, seed: int, skip_bad_images: bool) -> None:
         self.data, self.seed, self.skip_bad_images = data, seed, skip_bad_images
@@ -77,7 +77,7 @@ class _ByPosition(Dataset[Sample]):
                     sample = self.data[(index + attempt) % len(self.data)]
                 except UserError as error:
                     if not self.skip_bad_images:
-                        raise UserError(f"{error} (data.skip_bad_images=true goes on without such images)") from None
+                        raise UserError(f"{error} (data.skip_bad_images=true replaces such images)") from None
                     skipped.append(str(error))
                     continue
             return replace(sample, skipped=tuple(skipped))
@@ -85,10 +85,10 @@ class _ByPosition(Dataset[Sample]):
 
 
 class _Positions:
-    """Sampler of the positions of one process's parts of each step, from a step on.
+    """Sampler of the positions of one process's parts of each step.
 
-    A step's batch is cut into world × parts pieces, as even as it goes; piece i of process r is number r·parts + i. So
-    eight processes, or four that take two pieces each, or one that takes eight, work on the same pieces.
+    The batch of a step is split into world × parts pieces of about equal size; piece i of process r is number
+    r·parts + i. So eight processes with one part, four with two and one with eight work on the same pieces.
     """
 
     def __init__(self, first: int, steps: int, batch: int, rank: int, world: int, parts: int) -> None:
@@ -113,15 +113,15 @@ def training_dataset(settings: config.Config) -> CocoDataset:
 
 
 def training_loader(data: CocoDataset, settings: config.Config, first_step: int, rank: int, world: int) -> DataLoader:
-    """Batches from `first_step` on, `train.accumulate` of them a step.
+    """Batches from `first_step` on, `train.accumulate` of them per step.
 
     Raises:
-        UserError: the batch has fewer images than there are parts to take it in.
+        UserError: the batch has fewer images than parts.
     """
     train = settings.train
     if train.batch_size < world * train.accumulate:
         raise UserError(
-            f"train.batch_size = {train.batch_size} is less than one image for each of {world} processes x "
+            f"train.batch_size = {train.batch_size} is less than one image per part: {world} processes x "
             f"{train.accumulate} parts"
         )
     positions = _Positions(first_step, settings.schedule.steps, train.batch_size, rank, world, train.accumulate)
@@ -135,13 +135,13 @@ def training_loader(data: CocoDataset, settings: config.Config, first_step: int,
 
 
 def evaluation_dataset(settings: config.Config, split: str | None = None) -> CocoDataset:
-    """A split, `data.val` if None, resized for testing."""
+    """A split (`data.val` by default), resized for testing."""
     data = settings.data
     return CocoDataset(data.root, split or data.val, evaluation_resize(data.resize))
 
 
 def evaluation_loader(data: CocoDataset, settings: config.Config, groups: Sequence[Sequence[int]]) -> DataLoader:
-    """The images at these positions of a dataset, in order; no batch reaches from one group into the next."""
+    """The images at these positions of a dataset, in order. No batch spans two groups."""
     size = settings.evaluation.batch_size
     positions = [list(group[i : i + size]) for group in groups for i in range(0, len(group), size)]
     return DataLoader(
@@ -154,7 +154,7 @@ def evaluation_loader(data: CocoDataset, settings: config.Config, groups: Sequen
 
 
 def batches(loader: DataLoader) -> Iterator[Batch]:
-    """The batches of a loader; what a worker process raised comes out as it was raised, without its traceback.
+    """Iterate over a loader; a `UserError` of a worker process is raised again without the worker's traceback.
 
     Raises:
         UserError: an image or annotation cannot be used.
@@ -167,7 +167,7 @@ def batches(loader: DataLoader) -> Iterator[Batch]:
 
 @contextlib.contextmanager
 def explaining_dead_workers() -> Iterator[None]:
-    """Say what the death of a loader process means; PyTorch raises it anywhere in the code, by a signal handler.
+    """Turn the death of a loader process into a `UserError`; PyTorch raises it from a signal handler, anywhere.
 
     Raises:
         UserError: a loader process died.
@@ -178,8 +178,8 @@ def explaining_dead_workers() -> Iterator[None]:
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
-            f"a loader process died ({str(error).splitlines()[0]}), perhaps for want of memory or shared memory; "
-            "try a smaller data.workers"
+            f"a loader process died ({str(error).splitlines()[0]}), perhaps because memory or shared memory ran "
+            "out; try a smaller data.workers"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The built-in data: textured scenes of overlapping shapes, deterministic, written out in COCO format."""
+"""The built-in data: synthetic scenes of textured, overlapping shapes in COCO format, deterministic."""
 
 import json
 import math
@@ -19,17 +19,17 @@ CLASSES = ("disk", "rectangle", "triangle", "star", "ring")
 SPLITS = ("train", "val")
 MOST_SHAPES = 6
 SMALLEST, LARGEST = 0.09, 0.36  # radius, of the image's side
-LEAST_CONTRAST = 60  # between the mean colours of a shape and of what it covers, in one channel at least
-LEAST_VISIBLE = 0.3  # part of a shape that later shapes must leave
+LEAST_CONTRAST = 60  # difference of mean colour between a shape and what it covers, in at least one channel
+LEAST_VISIBLE = 0.3  # fraction of a shape that later shapes must leave visible
 SUPERSAMPLING = 4
 
 Array = np.ndarray
 
 
 def generate(root: Path, settings: config.Shapes, processes: int = 2) -> None:
-    """Write the shapes data to `root`: annotations/{train,val}.json and images/{train,val}/.
+    """Generate the shapes data: annotations/{train,val}.json and images/{train,val}/ in `root`.
 
-    The folder appears only when it is complete. The same settings give the same data.
+    The folder appears when it is complete. The same settings give the same data.
 
     Raises:
         UserError: the folder exists, or cannot be written.
@@ -46,7 +46,7 @@ def generate(root: Path, settings: config.Shapes, processes: int = 2) -> None:
 
 
 def ensure(data: config.Data) -> None:
-    """Generate the shapes data if the settings ask for it and the folder is not there yet."""
+    """Generate the shapes data if the settings ask for it and the folder does not exist."""
     if data.shapes is not None and not data.root.exists():
         data.root.parent.mkdir(parents=True, exist_ok=True)
         generate(data.root, data.shapes)
@@ -68,7 +68,7 @@ def _write_split(root: Path, split: str, settings: config.Shapes, processes: int
 
 
 class _Scenes(Dataset[tuple[str, list[dict]]]):
-    """Writes an image when its item is asked for, so that loader processes share the work."""
+    """Writes an image when its item is loaded, so that loader processes share the work."""
 
     def __init__(self, folder: Path, settings: config.Shapes, split: str, count: int) -> None:
         self.folder, self.settings, self.split, self.count = folder, settings, split, count
@@ -102,7 +102,7 @@ def _objects(labels: list[int], masks: list[Array]) -> list[dict]:
 
 
 def scene(settings: config.Shapes, split: str, index: int) -> tuple[Array, list[int], list[Array]]:
-    """One scene, a function of its arguments alone.
+    """Generate one scene, a function of the arguments alone.
 
     Returns:
         The image (size, size, 3) uint8, the class of each shape, and each shape's visible mask (size, size) uint8.
@@ -133,7 +133,7 @@ def scene(settings: config.Shapes, split: str, index: int) -> tuple[Array, list[
 
 
 def _coverage(rng: np.random.Generator, label: int, size: int) -> Array:
-    """How much of each pixel a random shape covers (size, size), in [0, 1]."""
+    """Coverage of each pixel by a random shape, (size, size) in [0, 1]."""
     big = size * SUPERSAMPLING
     radius = big * math.exp(rng.uniform(math.log(SMALLEST), math.log(LARGEST)))
     centre = rng.uniform(0.08 * big, 0.92 * big, 2)

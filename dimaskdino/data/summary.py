@@ -1,4 +1,4 @@
-"""What is in a dataset, from its annotations alone: worth a look before a long run."""
+"""Summary of a dataset, from its annotations alone."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ SMALL, MEDIUM = 32**2, 96**2  # pixels of area, COCO's limits
 
 @dataclass(frozen=True)
 class ClassCount:
-    """How often a class occurs."""
+    """Number of objects of a class, and of images with such objects."""
 
     name: str
     objects: int
@@ -23,16 +23,16 @@ class ClassCount:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Counts of one split; crowds are counted apart, as training leaves them out.
+    """Counts of one split. Crowds are counted separately, since training leaves them out.
 
     Attributes:
-        images, empty_images: all images, and those without an object.
-        objects, crowds: annotations.
+        images, empty_images: number of images, and of those without objects.
+        objects, crowds: number of annotations of each kind.
         small, medium, large: objects by area, in pixels of the image: below 32², below 96², the others.
         objects_per_image: median, 95th percentile and largest number, of images with objects.
-        longest_sides: least, median and largest longer side of the images, pixels.
+        longest_sides: smallest, median and largest longer side of the images, in pixels.
         classes: most frequent first.
-        missing_files: images that the annotations name and the folder lacks.
+        missing_files: images that are in the annotations but not in the folder.
     """
 
     images: int
@@ -56,7 +56,7 @@ class Statistics:
         )
 
     def text(self) -> str:
-        """All numbers, a line for each class."""
+        """All numbers, with one line per class."""
         share = 100 / max(self.objects, 1)
         lines = [
             self.summary(),

@@ -16,7 +16,7 @@ PADDING = 128  # of the image, where the crop reaches beyond it
 
 
 class _ScaleJitter(v2.ScaleJitter):
-    """torchvision's jitter, but no side ever becomes 0 (a 6000x30 image at scale 0.1)."""
+    """torchvision's jitter with sides of at least one pixel (a 6000x30 image at scale 0.1)."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         params = super().make_params(flat_inputs)
@@ -40,7 +40,7 @@ class _PadTo(v2.Transform):
 
 
 def large_scale_jitter(settings: config.LargeScaleJitter) -> Callable[[Sample], Sample]:
-    """Flip, scale, pad and crop to a fixed square; objects that the crop leaves nothing of are removed."""
+    """Flip, scale, pad and crop to a fixed square. Objects outside the crop are removed."""
     square = (settings.size, settings.size)
     pipeline = v2.Compose(
         [
@@ -54,7 +54,7 @@ def large_scale_jitter(settings: config.LargeScaleJitter) -> Callable[[Sample], 
 
 
 def evaluation_resize(settings: config.Resize) -> Callable[[Sample], Sample]:
-    """Resize the image for testing; masks are left out, since results are compared at the original size."""
+    """Resize the image for testing. Masks are left out, since results are compared at the original size."""
 
     def resize(sample: Sample) -> Sample:
         image = resize_image(sample.image, settings)
@@ -65,7 +65,7 @@ def evaluation_resize(settings: config.Resize) -> Callable[[Sample], Sample]:
 
 
 def resize_with_objects(settings: config.Resize) -> Callable[[Sample], Sample]:
-    """Resize the image for testing, and its masks with it; objects that nothing is left of are removed."""
+    """Resize the image for testing together with its masks. Objects that vanish are removed."""
 
     def resize(sample: Sample) -> Sample:
         image = resize_image(sample.image, settings)
@@ -76,7 +76,7 @@ def resize_with_objects(settings: config.Resize) -> Callable[[Sample], Sample]:
 
 
 def resize_image(image: Tensor, settings: config.Resize) -> Tensor:
-    """(3, h, w) uint8 with its shortest side at `shortest`, or its longest at `longest` if that is smaller."""
+    """Resize (3, h, w) uint8 so that its shortest side is `shortest`, but its longest side at most `longest`."""
     height, width = image.shape[-2:]
     scale = min(settings.shortest / min(height, width), settings.longest / max(height, width))
     size = [max(1, round(side * scale)) for side in (height, width)]

@@ -1,8 +1,8 @@
-"""How much an AP depends on the images it was measured on: the images drawn again and again, with replacement.
+"""Bootstrap of AP: how much it depends on the images it was measured on.
 
-The draws depend on nothing but the number of images, so the samples of two models belong together pair by pair, and
-the spread of their differences is that of a paired bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap,
-1993, chapter 8).
+Images are resampled with replacement. The resamples depend on the number of images alone, so those of two models are
+paired, and the spread of their differences is that of a paired bootstrap (Efron and Tibshirani, An Introduction to the
+Bootstrap, 1993, chapter 8).
 """
 
 import hashlib
@@ -27,18 +27,18 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class BootstrapAP:
-    """AP of some stages on redrawn images.
+    """AP of some stages on resampled images.
 
     Attributes:
-        images: a digest of the images' ids; only samples of the same images can be compared.
-        samples: by `stage/kind`, such as `decoder.6/mask`, the AP in percent on each of the draws.
+        images: digest of the image ids; only samples of the same images can be compared.
+        samples: by `stage/kind`, such as `decoder.6/mask`, the AP in percent of each resample.
     """
 
     images: str
     samples: dict[str, Float[np.ndarray, " draws"]]
 
     def intervals(self, confidence: float = CONFIDENCE) -> dict[str, tuple[float, float]]:
-        """By `stage/kind`, where that part of the draws lies, as many of the others above it as below."""
+        """Central interval of the resamples by `stage/kind`."""
         tail = 100 * (1 - confidence) / 2
         return {name: tuple(np.nanpercentile(s, [tail, 100 - tail]).tolist()) for name, s in self.samples.items()}
 
@@ -66,13 +66,12 @@ class BootstrapAP:
 
 
 def bootstrap(found: Mapping[str, Detections], annotations: Path, draws: int = DRAWS) -> BootstrapAP:
-    """AP on redrawn images, for every stage and kind.
+    """AP on resampled images, for every stage and kind.
 
     Args:
-        found: detections by stage name; every stage takes a few seconds for 200 images, up to ten
-            minutes for 5,000.
-        annotations: the truth, COCO json.
-        draws: how often the images are drawn.
+        found: detections by stage name. A stage takes a few seconds for 200 images, up to ten minutes for 5,000.
+        annotations: the ground truth, COCO json.
+        draws: number of bootstrap resamples.
     """
     truth = read_truth(annotations)
     ids = sorted(image["id"] for image in truth.dataset["images"])
@@ -87,24 +86,24 @@ def bootstrap(found: Mapping[str, Detections], annotations: Path, draws: int = D
 
 
 def image_draws(images: int, draws: int) -> Int[np.ndarray, "images draws"]:
-    """How often each image is drawn, when as many are drawn with replacement as there are; always the same draws."""
+    """Count of each image in each resample with replacement; always the same resamples."""
     return np.random.default_rng(_SEED).multinomial(images, np.full(images, 1 / images), size=draws).T
 
 
 def resampled_ap(
     truth: COCO, detections: list[dict[str, Any]], kind: Kind, weights: Int[np.ndarray, "images draws"]
 ) -> Float[np.ndarray, " draws"]:
-    """AP in percent of a dataset in which every image is there as often as its weight says.
+    """AP in percent of datasets in which each image occurs `weights` times.
 
     Args:
-        truth: the annotations; images count in the order of their ids.
+        truth: the annotations; the rows of `weights` follow the order of the image ids.
         detections: in COCO's result format.
         kind: boxes or masks.
-        weights: how often each image is there, a column for each dataset to make.
+        weights: number of copies of each image, one column per dataset.
 
     Returns:
-        The AP of each, NaN without any object: that of COCO's evaluation on a dataset with copies of the images, but
-        for the order among equal scores in one image.
+        The AP of each dataset, NaN without objects. It equals COCO's evaluation on a dataset with copies of the images,
+        up to the order of equal scores in one image.
     """
     total, defined = np.zeros(weights.shape[1]), np.zeros(weights.shape[1])
     as_float = weights.astype(np.float32)  # counts stay far below 2²⁴, so sums are exact
@@ -119,12 +118,12 @@ def resampled_ap(
 
 @dataclass(frozen=True)
 class _Ranked:
-    """The detections of one class at one IoU threshold, best first, without those that COCO ignores.
+    """Detections of one class at one IoU threshold, best first, without those that COCO ignores.
 
     Attributes:
         image: (n,) position of each detection's image.
-        hit: (n,) whether it found an object.
-        objects: (images,) how many there are to find in each image.
+        hit: (n,) whether it matches an object.
+        objects: (images,) number of objects per image.
     """
 
     image: Int[np.ndarray, " n"]
@@ -134,15 +133,15 @@ class _Ranked:
     def mean_precision(
         self, weights: Float[np.ndarray, "images draws"], objects: Int[np.ndarray, " draws"]
     ) -> Float[np.ndarray, " draws"]:
-        """Precision averaged over the recalls 0, 0.01, … 1, for each draw.
+        """Precision averaged over the recalls 0, 0.01, … 1, per resample.
 
-        Copies of an image bring copies of its detections at the same score. Recall rises at hits alone, and the best
-        precision from there on is reached after the last copy, so the counts after every hit are all that is needed.
+        Copies of an image add copies of its detections with the same score. Recall rises only at hits, and the best
+        precision from there on is reached after the last copy, so the counts after every hit suffice.
         """
         at = np.flatnonzero(self.hit)
         if not len(at):
             return np.zeros(weights.shape[1])
-        # rows: hits; columns: images; how many detections of each image stand up to and including that hit
+        # rows: hits; columns: images; number of detections of each image up to and including that hit
         hits, others = (_running_counts(self.image, counted, at, len(weights)) for counted in (self.hit, ~self.hit))
         true, false = hits @ weights, others @ weights
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -158,7 +157,7 @@ class _Ranked:
 
 
 def _running_counts(image: np.ndarray, counted: np.ndarray, at: np.ndarray, images: int) -> np.ndarray:
-    """(len(at), images): how many of the counted detections of each image stand at or before the positions `at`."""
+    """(len(at), images): number of counted detections of each image at or before the positions `at`."""
     counts = np.zeros((len(at), images), np.float32)
     where = np.searchsorted(at, np.flatnonzero(counted), side="left")  # the first of `at` that comes after
     inside = where < len(at)
@@ -167,7 +166,7 @@ def _running_counts(image: np.ndarray, counted: np.ndarray, at: np.ndarray, imag
 
 
 def _ranked(truth: COCO, detections: list[dict[str, Any]], kind: Kind) -> list[_Ranked]:
-    """Every class at every IoU threshold, matched by hotcoco."""
+    """Ranked detections of every class at every IoU threshold, matched by hotcoco."""
     evaluation = COCOeval(truth, truth.load_res(detections), IOU_TYPE[kind])
     evaluation.params.area_rng, evaluation.params.area_rng_lbl = [[0.0, 1e10]], ["all"]
     evaluation.evaluate()

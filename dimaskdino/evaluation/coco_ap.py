@@ -36,7 +36,7 @@ class AveragePrecision:
 
 
 def average_precision(truth: COCO, detections: list[dict[str, Any]], kind: Kind) -> AveragePrecision:
-    """AP of detections against annotations, by hotcoco, which gives pycocotools' numbers much faster."""
+    """AP of detections against annotations, by hotcoco: the numbers of pycocotools, much faster."""
     precision, evaluation = _accumulated(truth, detections, kind)
     thresholds = np.asarray(evaluation.params.iou_thrs)
     names = {category["id"]: str(category.get("name", category["id"])) for category in truth.dataset["categories"]}
@@ -55,10 +55,10 @@ def average_precision(truth: COCO, detections: list[dict[str, Any]], kind: Kind)
 def precision_curves(
     truth: COCO, detections: list[dict[str, Any]], kind: Kind, threshold: float
 ) -> Float[np.ndarray, "K 101"]:
-    """Interpolated precision of every class at the recalls 0, 0.01, … 1, in [0, 1]; −1 for classes without objects.
+    """Interpolated precision per class at the recalls 0, 0.01, … 1, in [0, 1]; −1 for classes without objects.
 
     Raises:
-        ValueError: the IoU threshold is none of COCO's, 0.50, 0.55, … 0.95.
+        ValueError: the IoU threshold is not one of COCO's, 0.50, 0.55, … 0.95.
     """
     precision, evaluation = _accumulated(truth, detections, kind)
     row = np.isclose(np.asarray(evaluation.params.iou_thrs), threshold)
@@ -82,5 +82,5 @@ def _percent(precision: np.ndarray) -> float | None:
 
 
 def read_truth(annotations: Path) -> COCO:
-    """The annotations of a split, as hotcoco reads them."""
+    """Read the annotations of a split with hotcoco."""
     return COCO(str(annotations))

@@ -1,4 +1,4 @@
-"""Detections of whole datasets: as arrays in memory, and on disk in parts that are written once and never twice."""
+"""Detections of whole datasets: as arrays in memory, and on disk in parts that are written atomically."""
 
 import contextlib
 import hashlib
@@ -30,17 +30,17 @@ START_SECONDS = 600  # the first process may have to read a large model
 
 @dataclass(frozen=True)
 class Detections:
-    """One stage's detections in some images, masks run-length encoded.
+    """The detections of one stage in some images, with run-length encoded masks.
 
     Attributes:
         image_ids: (n,) of the annotations.
         categories: (n,) category ids of the annotations.
         scores: (n,) in [0, 1].
         xyxy: (n, 4) in pixels of the original image.
-        mask_index: (n,) which of the u masks belongs to each detection; empty for a stage without masks.
+        mask_index: (n,) row of each detection's mask among the u masks; empty for a stage without masks.
         mask_sizes: (u, 2) h, w.
-        mask_lengths: (u,) bytes of each encoding.
-        mask_codes: the encodings, one behind the other.
+        mask_lengths: (u,) number of bytes of each encoding.
+        mask_codes: the encodings, concatenated.
     """
 
     image_ids: Int[np.ndarray, " n"]
@@ -54,7 +54,7 @@ class Detections:
 
     @classmethod
     def of(cls, image_id: int, instances: Instances, category_ids: Sequence[int]) -> "Detections":
-        """One image's detections, at the image's original size.
+        """The detections in one image, at its original size.
 
         Args:
             image_id: of the annotations.
@@ -64,7 +64,7 @@ class Detections:
         n = len(instances.scores)
         encoded: list[dict[str, Any]] = []
         if instances.query_masks is not None and n:
-            # a query can be detected as several classes: encode its mask once
+            # one query can be detected as several classes: encode its mask once
             stacked = instances.query_masks.permute(1, 2, 0).byte().cpu().numpy()
             encoded = coco_mask.encode(np.asfortranarray(stacked))
         has_masks = instances.query_masks is not None
@@ -81,7 +81,7 @@ class Detections:
 
     @classmethod
     def joined(cls, parts: Sequence["Detections"]) -> "Detections":
-        """Several images' detections, one behind the other."""
+        """Concatenate the detections of several images."""
         starts = np.cumsum([0, *(len(part.mask_lengths) for part in parts)])
         moved = [part.mask_index + start for part, start in zip(parts, starts[:-1], strict=True)]
         return cls(
@@ -132,16 +132,16 @@ class Detections:
 
 
 class DetectionStore(Mapping[str, Detections]):
-    """Detections of every stage on disk: `store["decoder.6"]` reads that stage alone, so memory holds one at a time.
+    """Detections of every stage on disk. `store["decoder.6"]` reads one stage, so memory holds one at a time.
 
-    The dataset is cut into parts of `PART` images. A part is one file, written whole, so an evaluation that was
-    interrupted goes on with the parts that are missing, whoever writes them.
+    The dataset is split into parts of `PART` images. A part is one file, written atomically, so an interrupted
+    evaluation resumes with the missing parts.
 
     Args:
-        folder: where they go; None for a temporary folder that lives as long as this object.
-        about: what the detections are of; a folder with detections of something else is emptied.
-        images: how many images the dataset has.
-        first: whether this process prepares the folder; others wait until it is ready.
+        folder: folder of the files; None for a temporary folder that lives as long as this object.
+        about: identifies model, data and settings; a folder with detections of something else is emptied.
+        images: number of images in the dataset.
+        first: whether this process prepares the folder; the others wait until it is ready.
 
     Raises:
         UserError: the first process did not prepare the folder.
@@ -170,18 +170,18 @@ class DetectionStore(Mapping[str, Detections]):
         return range(-(-self.images // PART))
 
     def images_of(self, part: int) -> range:
-        """Positions in the dataset of a part's images."""
+        """Positions in the dataset of the images of a part."""
         return range(part * PART, min((part + 1) * PART, self.images))
 
     def _file(self, part: int) -> Path:
         return self.folder / f"{part:06d}.safetensors"
 
     def missing(self, shard: tuple[int, int] = (0, 1)) -> list[int]:
-        """Parts not written yet that process `shard[0]` of `shard[1]` writes."""
+        """Missing parts that process `shard[0]` of `shard[1]` has to write."""
         return [part for part in self.parts if part % shard[1] == shard[0] and not self._file(part).exists()]
 
     def write(self, part: int, stages: Mapping[str, Sequence[Detections]]) -> None:
-        """Write one part: the detections of its images at every stage.
+        """Write one part: the detections in its images at every stage.
 
         Raises:
             UserError: the disk is full.
@@ -212,7 +212,7 @@ class DetectionStore(Mapping[str, Detections]):
         return len(self._names())
 
     def __getitem__(self, stage: str) -> Detections:
-        """Every image's detections of a stage.
+        """Read the detections of one stage in all images.
 
         Raises:
             UserError: a part is missing or damaged.

@@ -1,4 +1,4 @@
-"""AP of every stage, in one pass over the data: where detection lags behind segmentation."""
+"""AP of every stage in one pass over the data: where detection lags behind segmentation."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ class StageAP:
 
     @property
     def imbalance(self) -> float | None:
-        """`AP_mask − AP_box`, in points: above 0 detection lags behind segmentation."""
+        """`AP_mask − AP_box` in points; above 0, detection lags behind segmentation."""
         if self.mask is None or self.mask.AP is None or self.box.AP is None:
             return None
         return self.mask.AP - self.box.AP
@@ -39,8 +39,8 @@ class LayerwiseAP:
 
     Attributes:
         stages: by stage name, in the order of the model.
-        images: how many images were evaluated.
-        source: what was evaluated on what.
+        images: number of evaluated images.
+        source: which model was evaluated on which data, for people.
     """
 
     stages: dict[str, StageAP]
@@ -52,7 +52,7 @@ class LayerwiseAP:
         return next(reversed(self.stages.values()))
 
     def first_and_last(self) -> dict[str, dict[str, float | None]]:
-        """Box and mask AP of the first and of the last decoder layer, as in figure 1 of the paper.
+        """Box and mask AP of the first and the last decoder layer, as in figure 1 of the paper.
 
         Raises:
             UserError: the first decoder layer was not evaluated.
@@ -63,7 +63,7 @@ class LayerwiseAP:
         return {name: {"box": s.box.AP, "mask": s.mask.AP if s.mask else None} for name, s in chosen.items()}
 
     def table(self) -> str:
-        """The numbers as text, one line a stage, in percent."""
+        """The numbers as text, one line per stage, in percent."""
         header = f"{'stage':<22}{'box AP':>8}{'mask AP':>9}{'mask-box':>10}{'box 50':>8}{'mask 50':>9}"
         lines = [header, "-" * len(header)]
         for name, stage in self.stages.items():
@@ -130,20 +130,20 @@ def evaluate_layers(
     """Box and mask AP of the stages of a model.
 
     Args:
-        model: what to evaluate; its configuration says on which data.
-        split: the configuration's `data.val` if None.
-        stages: names of the stages wanted, all if None; `["decoder.6"]` for the final predictions of six layers.
-        folder: where the detections are kept, so that an interrupted evaluation goes on; None: a temporary one.
+        model: the model. It is evaluated on the data of its configuration, on its device.
+        split: the split to evaluate on; `data.val` of the configuration by default.
+        stages: names of the stages to evaluate, such as `["decoder.6"]`; all by default.
+        folder: folder for the detections, so that an interrupted evaluation resumes; temporary by default.
 
     Raises:
-        UserError: an unknown stage, a model for another number of classes than the data, bad data.
+        UserError: a stage is unknown, the model has another number of classes than the data, or the data are unusable.
     """
     found = detect_layers(model, split, stages, folder)
     return score_layers(found, *annotations_of(model, split))
 
 
 def annotations_of(model: TrainedModel, split: str | None = None) -> tuple[Path, str]:
-    """The annotations that a model is evaluated on, and what to say of the result's origin."""
+    """The annotations that a model is evaluated on, and the `source` of the result."""
     annotations, _ = find_split(model.config.data.root, split or model.config.data.val)
     return annotations, f"step {model.step}, {annotations}"
 
@@ -153,8 +153,8 @@ def score_layers(found: Mapping[str, Detections], annotations: Path, source: str
 
     Args:
         found: by stage name; a `DetectionStore` keeps one stage in memory at a time.
-        annotations: the truth, COCO json.
-        source: what was evaluated on what, for people.
+        annotations: the ground truth, COCO json.
+        source: which model was evaluated on which data, for people.
     """
     truth = read_truth(annotations)
     scored = {}
@@ -174,14 +174,16 @@ def detect_layers(
     folder: Path | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> DetectionStore:
-    """The detections of the stages of a model on a split, by stage name.
+    """Detections of the stages of a model on a split, by stage name.
+
+    Arguments and errors are those of `evaluate_layers`.
 
     Args:
-        model: as `evaluate_layers`, whose other arguments and errors are the same too.
-        split: the configuration's `data.val` if None.
-        stages: names of the stages wanted, all if None.
-        folder: where they are kept; parts that are there already are not made again.
-        shard: (i, n): this process is number i of n that fill the folder together; only its parts are made here.
+        model: the model.
+        split: the split; `data.val` of the configuration by default.
+        stages: names of the stages; all by default.
+        folder: folder for the detections; existing parts are not computed again.
+        shard: (i, n): this process is number i of n that fill the folder together, and computes only its parts.
     """
     settings = model.config
     data = evaluation_dataset(settings, split)
@@ -216,7 +218,7 @@ def _detect(
     stages: Sequence[str] | None,
     category_ids: Sequence[int],
 ) -> dict[str, list[Detections]]:
-    """Every image's detections at the stages."""
+    """Detections in each image of a batch, by stage."""
     images = ImageBatch.from_images(batch.images, model.device)
     predictions = model.forward(images)
     detections = model.config.evaluation.detections
@@ -234,7 +236,7 @@ def _detect(
 
 
 def chosen_stages(predictions: Predictions, names: Sequence[str] | None) -> dict[str, Stage]:
-    """The stages of these names, in the order of the model; all if None.
+    """The stages with these names, in the order of the model; all if None.
 
     Raises:
         UserError: the model has no such stage.

@@ -1,7 +1,7 @@
-"""Instruments: what happens inside a model, measured on its typed records.
+"""Diagnostics: what happens inside a model, measured on its records.
 
-Each is a function of `Predictions`, `Losses`, `LayerwiseAP` or `Detections`; `survey` applies those that need a forward
-pass to some images of a split. Figures of all of them are in `dimaskdino.viz.diagnostics`.
+Each is a function of `Predictions`, `Losses`, `LayerwiseAP` or `Detections`. `survey` applies those that need a forward
+pass to some images of a split. Their figures are in `dimaskdino.viz.diagnostics`.
 """
 
 import itertools
@@ -40,11 +40,11 @@ _BOX_TERMS, _MASK_TERMS = ("l1", "giou"), ("mask", "dice")
 
 
 def imbalance_by_group(result: LayerwiseAP, by: Literal["size", "class"]) -> dict[str, dict[str, float]]:
-    """`AP_mask − AP_box` of each group of objects, in points, by group and stage; where one is undefined, no entry.
+    """`AP_mask − AP_box` in points by group of objects and stage; undefined values are left out.
 
     Args:
         result: AP of the stages.
-        by: COCO's sizes (below 32², up to 96², above, in pixels), or the classes.
+        by: `size`, COCO's size groups (below 32², up to 96², above, in pixels), or `class`.
     """
     groups: dict[str, dict[str, float]] = {}
     for name, stage in result.stages.items():
@@ -63,12 +63,12 @@ def imbalance_by_group(result: LayerwiseAP, by: Literal["size", "class"]) -> dic
 
 @dataclass(frozen=True)
 class MatchedObjects:
-    """The query that the matching of training gives each object, at every stage.
+    """The query that each object is matched to, at every stage, with the matching of training.
 
     Attributes:
         stages: names of the S stages.
-        query: (S, N) row of the stage's queries, −1 where an object has none.
-        box_iou: (S, N) of the query's box with the object's, 0 without a query.
+        query: (S, N) row among the stage's queries, −1 for unmatched objects.
+        box_iou: (S, N) IoU of the query's box with the object's; 0 for unmatched objects.
         mask_iou: (S, N) likewise, at the input's resolution; NaN at the stages without masks.
     """
 
@@ -79,18 +79,18 @@ class MatchedObjects:
 
     @classmethod
     def joined(cls, parts: Sequence["MatchedObjects"]) -> "MatchedObjects":
-        """The objects of several batches, one behind the other."""
+        """Concatenate the objects of several batches."""
         columns = ([getattr(part, name) for part in parts] for name in ("query", "box_iou", "mask_iou"))
         return cls(parts[0].stages, *(torch.cat(column, dim=1) for column in columns))
 
 
 def match_objects(predictions: Predictions, targets: Targets, settings: config.Loss) -> MatchedObjects:
-    """Match each stage's queries to the objects, as the loss does, and see how well they fit.
+    """Match the queries of each stage to the objects, as the loss does, and measure their IoUs.
 
     Args:
         predictions: every stage.
         targets: the objects of the batch.
-        settings: cost weights; the points at which masks are compared are random, so seed torch to repeat it.
+        settings: cost weights. Masks are compared at random points, so seed torch for reproducible results.
     """
     found = [
         _fit(stage, matches, targets)
@@ -102,7 +102,7 @@ def match_objects(predictions: Predictions, targets: Targets, settings: config.L
 
 
 def _fit(stage: Stage, matches: Matches, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, box IoU and mask IoU (N,) of every object, image by image."""
+    """Query, box IoU and mask IoU (N,) of all objects, image by image."""
     starts = np.cumsum([0, *targets.counts])
     N, device = int(starts[-1]), targets.boxes.device
     place = torch.as_tensor(starts[:-1], device=device)[matches.image] + matches.target
@@ -121,10 +121,10 @@ def _fit(stage: Stage, matches: Matches, targets: Targets) -> tuple[Tensor, Tens
 
 
 def query_stability(matched: MatchedObjects) -> dict[str, float]:
-    """Share of the objects that keep their query from the decoder stage before, by stage; in [0, 1].
+    """Fraction of the objects that keep the query of the previous decoder stage, by stage.
 
-    Only the decoder's stages have the same queries, so the first entry is `decoder.1`, compared with the decoder's
-    input. Objects without a query at either stage do not count.
+    Only the decoder's stages share their queries, so the first entry is `decoder.1`, compared with the decoder's input.
+    Objects that are unmatched at either stage do not count.
     """
     rows = [i for i, name in enumerate(matched.stages) if name.startswith("decoder.")]
     shares = {}
@@ -138,7 +138,7 @@ def query_stability(matched: MatchedObjects) -> dict[str, float]:
 def selection_recall(
     T_i: FeatureLevels, T_s: Sequence[SelectedTokens], targets: Targets
 ) -> dict[str, Bool[Tensor, " N"]]:
-    """Which objects have at least one token on them, its cell's centre on the mask: `T_i` (all tokens), `T_s1`, `T_s2`.
+    """Which objects have at least one token whose centre lies on their mask: of `T_i` (all tokens), `T_s1`, `T_s2`.
 
     Args:
         T_i: the feature tokens of a forward pass.
@@ -146,7 +146,7 @@ def selection_recall(
         targets: the objects of its batch.
 
     Returns:
-        (N,) for the objects of all images, image by image.
+        (N,) per set of tokens, for the objects of all images, image by image.
     """
     B, M, H, W = targets.masks.shape
     centres = T_i.centres() * torch.tensor([W, H], device=targets.masks.device)
@@ -161,9 +161,9 @@ def selection_recall(
 
 
 def effective_rank(attention: Float[Tensor, "*B N G"]) -> Float[Tensor, "*B"]:
-    """Exp of the entropy of the normalised singular values (Roy and Vetterli, EUSIPCO 2007).
+    """Effective rank: exp of the entropy of the normalised singular values (Roy and Vetterli, EUSIPCO 2007).
 
-    1 where all rows take from the guiding tokens alike, up to G where they take from all of them independently.
+    It is 1 if all rows attend alike, and up to G if they use the guiding tokens independently.
     """
     values = torch.linalg.svdvals(attention.float())
     p = values / values.sum(-1, keepdim=True)
@@ -172,11 +172,11 @@ def effective_rank(attention: Float[Tensor, "*B N G"]) -> Float[Tensor, "*B"]:
 
 @dataclass(frozen=True)
 class GradientConflict:
-    """Box and mask losses pulling at shared parameters.
+    """Gradients of the box and the mask losses on shared parameters.
 
     Attributes:
-        box_norm, mask_norm: length of each gradient.
-        cosine: between them: below 0 a step for one is a step against the other. NaN where one is zero.
+        box_norm, mask_norm: norm of each gradient.
+        cosine: their cosine; below 0, a step for one is a step against the other. NaN where one is zero.
     """
 
     box_norm: float
@@ -185,14 +185,14 @@ class GradientConflict:
 
 
 def gradient_conflict(losses: Losses, detector: Detector) -> dict[str, GradientConflict]:
-    """Gradients of the box losses (l1, GIoU) and the mask losses (BCE, dice), part by part of the model.
+    """Compare the gradients of the box losses (l1, GIoU) and the mask losses (BCE, dice), per part of the model.
 
     Args:
-        losses: of a forward pass with targets, weighted as in training; the graph stays.
-        detector: the model that made the predictions.
+        losses: of a forward pass, weighted as in training; their graph is kept.
+        detector: the model.
 
     Returns:
-        By the names of the detector's parts; those that only one of the losses reaches are left out.
+        By the name of the detector's part. Parts that only one of the losses reaches are left out.
     """
     named = [(name.partition(".")[0], p) for name, p in detector.named_parameters() if p.requires_grad]
     sums = [
@@ -219,12 +219,12 @@ def gradient_conflict(losses: Losses, detector: Detector) -> dict[str, GradientC
 
 @dataclass(frozen=True)
 class Calibration:
-    """Whether scores are what they seem: of detections with score s, a share s should be right.
+    """Calibration of the scores: of the detections with score s, a fraction s should be right.
 
     Attributes:
-        score: (n,) mean score of the detections in each bin of equal width; bins without any are left out.
-        precision: (n,) share of them that match an object.
-        count: (n,) how many.
+        score: (n,) mean score of the detections in each bin of equal width; empty bins are left out.
+        precision: (n,) fraction of them that match an object.
+        count: (n,) number of detections.
         error: expected calibration error: mean of |score − precision|, weighted by the counts.
     """
 
@@ -237,14 +237,14 @@ class Calibration:
 def calibration(
     found: Detections, annotations: Path, kind: Kind, threshold: float = 0.5, bins: int = 10
 ) -> Calibration:
-    """Compare scores with the share of right detections, by hotcoco.
+    """Compare the scores with the fraction of right detections, by hotcoco.
 
     Args:
-        found: one stage's detections.
-        annotations: the truth, COCO json.
+        found: the detections of one stage.
+        annotations: the ground truth, COCO json.
         kind: boxes or masks.
-        threshold: least IoU of a right detection, one of COCO's: 0.50, 0.55, … 0.95.
-        bins: of the scores.
+        threshold: smallest IoU of a right detection, one of COCO's: 0.50, 0.55, … 0.95.
+        bins: number of score bins.
     """
     truth = read_truth(annotations)
     evaluation = COCOeval(truth, truth.load_res(found.boxes if kind == "box" else found.masks), IOU_TYPE[kind])
@@ -257,13 +257,13 @@ def calibration(
 
 @dataclass(frozen=True)
 class Survey:
-    """The instruments that need a forward pass, over some images.
+    """The diagnostics that need a forward pass, over some images.
 
     Attributes:
-        matched: the objects' queries, stage by stage.
-        recall: which objects the selections kept, as `selection_recall`.
+        matched: the matched query of each object at each stage.
+        recall: the objects that the selections kept, as `selection_recall`.
         guidance_rank: (images,) effective rank of BATO's attention; empty without BATO.
-        conflict: by part of the model, for each batch.
+        conflict: by part of the model, one entry per batch.
     """
 
     matched: MatchedObjects
@@ -273,18 +273,18 @@ class Survey:
 
 
 def survey(model: TrainedModel, images: int, split: str | None = None, batch_size: int = 4) -> Survey:
-    """Apply the instruments to the first images of a split that have objects.
+    """Apply the diagnostics to the first images of a split that have objects.
 
-    The model predicts as in testing (no denoising queries), and gradients are those of all stages' losses.
+    The model predicts as in testing, without denoising queries. Gradients are those of the losses of all stages.
 
     Args:
         model: a trained model, on any device.
-        images: how many images, at most.
-        split: the configuration's `data.val` if None.
-        batch_size: images of each gradient.
+        images: number of images, at most.
+        split: the split; `data.val` of the configuration by default.
+        batch_size: number of images per gradient.
 
     Raises:
-        UserError: the split has no objects, or other classes than the model.
+        UserError: the split has no objects, or another number of classes than the model.
     """
     where = model.config.data
     data = CocoDataset(where.root, split or where.val, resize_with_objects(where.resize), only_with_objects=True)
@@ -320,7 +320,7 @@ def survey(model: TrainedModel, images: int, split: str | None = None, batch_siz
 
 
 def summary(result: LayerwiseAP, found: Survey, calibrated: Mapping[str, Calibration]) -> dict[str, object]:
-    """The numbers of all instruments, for a json file: means over objects, images and batches.
+    """Summarise all diagnostics for a json file: means over objects, images and batches.
 
     Args:
         result: AP of every stage.
@@ -354,6 +354,6 @@ def summary(result: LayerwiseAP, found: Survey, calibrated: Mapping[str, Calibra
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    """Of those that are defined."""
+    """Mean of the values that are not NaN."""
     defined = [value for value in values if not math.isnan(value)]
     return statistics.mean(defined) if defined else None

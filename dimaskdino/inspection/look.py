@@ -15,14 +15,14 @@ from dimaskdino.modeling.structures import Trace
 
 @dataclass(frozen=True)
 class Look:
-    """One image as a model saw it: what the figures and explorers draw.
+    """One image as a model saw it, for figures and explorers.
 
     Attributes:
-        sample: the image (3, h, w) with its true objects.
+        sample: the image (3, h, w) with its true objects, if known.
         predictions: every stage, with the trace of the intermediates.
         batch: the model's input, resized and padded.
         classes: class names.
-        detections: the most detections of a stage.
+        detections: largest number of detections per stage.
     """
 
     sample: Sample
@@ -43,13 +43,13 @@ class Look:
         return postprocess(chosen, self.batch.sizes, self.batch.padded_size, [size], self.detections)[0]
 
     def pixels(self, points: Float[Tensor, "... 2"]) -> Float[Tensor, "... 2"]:
-        """(x, y) relative to the padded input, as the model counts, to pixels of the image."""
+        """Convert (x, y) relative to the padded input, as in the predictions, to pixels of the image."""
         (height, width), (rows, columns) = self.batch.sizes[0], self.batch.padded_size
         h, w = self.sample.image.shape[-2:]
         return points * points.new_tensor([columns / width * w, rows / height * h])
 
 
 def look_at(model: TrainedModel, sample: Sample) -> Look:
-    """Run a model on one image and keep everything."""
+    """Run a model on one image with the trace."""
     predictions, batch = forward_image(model, sample.image, trace=True)
     return Look(sample, predictions, batch, tuple(model.classes), model.config.evaluation.detections)

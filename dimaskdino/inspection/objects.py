@@ -1,4 +1,4 @@
-"""Single objects through the stages: how well box and mask of each are found, and by which query."""
+"""Single objects through the stages: how well their boxes and masks are predicted, and by which query."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ class ObjectTrack:
 
     Attributes:
         stages: names of the S stages.
-        box_iou: (S, M) of the detection's box with the object's, 0 where nothing of its class was found.
+        box_iou: (S, M) IoU of the detection's box with the object's; 0 where nothing of its class was detected.
         mask_iou: (S, M) likewise; NaN at the stages without masks.
-        detection: (S, M) row of the stage's detections, −1 where nothing was found.
+        detection: (S, M) row among the stage's detections; −1 where nothing was detected.
     """
 
     stages: tuple[str, ...]
@@ -39,10 +39,10 @@ def mask_iou(a: Bool[Tensor, "n h w"], b: Bool[Tensor, "m h w"]) -> Float[Tensor
 
 
 def track_objects(look: Look, stages: Sequence[str] | None = None, threshold: float = 0.0) -> ObjectTrack:
-    """Find each object's detection at each stage.
+    """Find the best detection of each object at each stage.
 
-    An object's detection is the one of its class with the largest sum of box IoU and mask IoU (box IoU alone at the
-    stages without masks) among those that score at least `threshold`. Two objects may share one.
+    It is the detection of the object's class with the largest sum of box IoU and mask IoU (box IoU alone at stages
+    without masks) among those with a score of at least `threshold`. Two objects may share one.
     """
     names = tuple(look.predictions.stages if stages is None else stages)
     found = [_best(look.instances(name), look.sample, threshold) for name in names]
@@ -51,7 +51,7 @@ def track_objects(look: Look, stages: Sequence[str] | None = None, threshold: fl
 
 
 def _best(found: Instances, truth: Sample, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Box IoU, mask IoU and row (M,) of each object's detection."""
+    """Box IoU, mask IoU and row (M,) of the best detection of each object."""
     M = len(truth.labels)
     allowed = (found.labels[:, None] == truth.labels) & (found.scores >= threshold)[:, None]
     box = box_iou(found.boxes, truth.boxes)
@@ -68,11 +68,11 @@ def _best(found: Instances, truth: Sample, threshold: float) -> tuple[Tensor, Te
 
 
 def token_owners(look: Look, tokens: SelectedTokens | None = None) -> Tensor:
-    """(k,) the object whose mask each token's centre lies on, −1 for none; the smaller object of two.
+    """(k,) the object on whose mask the centre of each token lies, the smallest if there are several; −1 for none.
 
     Args:
         look: an image with its objects.
-        tokens: the tokens of a selection, all feature tokens if None.
+        tokens: the tokens of a selection; all feature tokens by default.
     """
     masks = look.sample.masks
     centres = look.trace.T_i.centres()
@@ -87,12 +87,12 @@ def token_owners(look: Look, tokens: SelectedTokens | None = None) -> Tensor:
 
 
 def box_owners(look: Look, boxes: Float[Tensor, "n 4"], threshold: float = 0.5) -> Tensor:
-    """(n,) the object whose box overlaps each box most, −1 if no IoU reaches the threshold.
+    """(n,) the object whose box has the largest IoU with each box; −1 if no IoU reaches the threshold.
 
     Args:
         look: an image with its objects.
-        boxes: cxcywh in [0, 1] of the padded input, as the stages have them.
-        threshold: least IoU.
+        boxes: cxcywh in [0, 1] of the padded input, as in the stages.
+        threshold: smallest IoU.
     """
     if not len(look.sample.labels):
         return torch.full((len(boxes),), -1)

@@ -1,4 +1,4 @@
-"""The model inside detectron2, and detectron2's datasets outside of it.
+"""The model as a meta-architecture of detectron2, and detectron2's datasets as COCO folders.
 
     cfg = detectron2.config.get_cfg()
     add_config(cfg)
@@ -7,7 +7,7 @@
     model = build_model(cfg)
 
 Importing this module registers the meta-architecture. detectron2's trainers, checkpointer, evaluators and visualiser
-then work as with its own models; `Trainer` adds the paper's optimizer and augmentation.
+then work as with its own models; `DIMaskDINOTrainer` adds the paper's optimizer and augmentation.
 """
 
 import json
@@ -55,8 +55,8 @@ except ImportError as error:
 def add_config(cfg: CfgNode) -> None:
     """Add the published settings with their published values, and `MODEL.DIMASKDINO.OVERRIDES`.
 
-    The overrides are settings of this kit, such as `["model.bato.enabled=false", "model.selection.k=[300]"]`, and win.
-    Keys that neither detectron2 nor this kit knows are accepted; `model_config` tells of them.
+    The overrides are settings of this kit, such as `["model.bato.enabled=false", "model.selection.k=[300]"]`, and take
+    precedence. Keys that neither detectron2 nor this kit knows are accepted; `model_config` reports them.
     """
     for key, value in known_keys().items():
         node, *inner = key.split(".")
@@ -65,7 +65,7 @@ def add_config(cfg: CfgNode) -> None:
             if name not in place:
                 place[name] = CfgNode(new_allowed=True)
             place = place[name]
-        # what detectron2 has keeps its value, but for the head, where it means another architecture's
+        # keys of detectron2 keep their value, except those of the head, which mean another architecture there
         if inner and (inner[-1] not in place or key.startswith("MODEL.SEM_SEG_HEAD.")):
             place[inner[-1]] = value
     cfg.MODEL.DIMASKDINO = CfgNode({"OVERRIDES": []})
@@ -73,7 +73,7 @@ def add_config(cfg: CfgNode) -> None:
 
 
 def model_config(cfg: CfgNode) -> tuple[Config, tuple[str, ...]]:
-    """This kit's settings for a detectron2 configuration, and remarks on what has no counterpart.
+    """This kit's settings for a detectron2 configuration, and remarks on differences.
 
     Raises:
         UserError: `add_config` was not called, or a value cannot be used.
@@ -94,7 +94,7 @@ def model_config(cfg: CfgNode) -> tuple[Config, tuple[str, ...]]:
 
 
 class DIMaskDINO(nn.Module):
-    """The detector as detectron2 wants a model: dicts in, losses or instances out.
+    """The detector with the interface of detectron2: dictionaries in, losses or instances out.
 
     Published checkpoints, whole or of a ResNet alone, load under their own names.
 
@@ -102,7 +102,7 @@ class DIMaskDINO(nn.Module):
         cfg: a configuration that `add_config` was applied to.
 
     Raises:
-        UserError: it asks for something that this kit does not have.
+        UserError: the configuration means a model that this kit does not have.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -120,7 +120,7 @@ class DIMaskDINO(nn.Module):
         return next(self.parameters()).device
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Instances]]:
-        """Losses by name while training, else `[{"instances": …}]` at each input's `height` and `width`.
+        """Losses by name in training mode, else `[{"instances": …}]` at the `height` and `width` of each input.
 
         Args:
             batched_inputs: `image` (3, h, w), 0 to 255, in the colour order of `INPUT.FORMAT`; for training
@@ -173,7 +173,7 @@ def _sample(picture: Tensor, objects: Instances) -> Sample:
 
 
 def _rename(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Give published names this kit's, in place."""
+    """Rename published parameters to those of this kit, in place."""
     if is_published(state):
         renamed = convert_state(state).state
     elif any(key.startswith("stem.conv1.") for key in state):
@@ -191,7 +191,7 @@ for _name in ("DIMaskDINO", "MaskDINO"):  # the second as in the published files
 
 
 class JitterMapper(DatasetMapper):
-    """Large-scale jitter in detectron2's own transforms, with masks as bitmasks."""
+    """Large-scale jitter with detectron2's transforms, and masks as bitmasks."""
 
     def __init__(self, cfg: CfgNode) -> None:
         side = cfg.INPUT.IMAGE_SIZE
@@ -208,13 +208,13 @@ class JitterMapper(DatasetMapper):
         )
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """As detectron2's mapper, without the objects that the crop leaves nothing of."""
+        """Like detectron2's mapper, without the objects outside the crop."""
         mapped = super().__call__(dataset_dict)
         mapped["instances"] = detection_utils.filter_empty_instances(mapped["instances"])
         return mapped
 
 
-class Trainer(DefaultTrainer):
+class DIMaskDINOTrainer(DefaultTrainer):
     """detectron2's trainer with the paper's AdamW, clipping over the whole model, and large-scale jitter."""
 
     @classmethod
@@ -244,13 +244,13 @@ class Trainer(DefaultTrainer):
 
 
 def coco_folder(name: str, folder: Path) -> Path:
-    """Make a COCO-format folder of a dataset that is registered in detectron2; the images stay where they are.
+    """Write a COCO-format folder for a dataset registered in detectron2. The images are not copied.
 
     Use it with `data.root=FOLDER data.train=NAME` or `data.val=NAME`.
 
     Args:
         name: as registered in `DatasetCatalog`.
-        folder: to make, or to add this split to.
+        folder: folder to create, or to add this split to.
 
     Returns:
         The annotations file.
@@ -281,7 +281,7 @@ def coco_folder(name: str, folder: Path) -> Path:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers and encoded masks as json has them."""
+    """NumPy's numbers and encoded masks as plain values for json."""
     if isinstance(value, bytes):
         return value.decode()
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)

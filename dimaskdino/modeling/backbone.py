@@ -1,4 +1,4 @@
-"""Backbone: image -> features at strides 4, 8, 16, 32."""
+"""Backbone: image to features at strides 4, 8, 16 and 32."""
 
 import difflib
 from pathlib import Path
@@ -18,10 +18,10 @@ SWIN_DROP_PATH = 0.3  # as detectors with a Swin backbone are trained
 
 
 def build_backbone(settings: config.Backbone) -> "ResNet | TimmBackbone":
-    """The backbone of that name: torchvision's if it is a ResNet there, else timm's.
+    """Build the backbone of this name: a ResNet of torchvision, else a model of timm.
 
     Raises:
-        UserError: there is no such backbone, timm is not installed, or the weights cannot be had.
+        UserError: there is no such backbone, timm is not installed, or the weights are not available.
     """
     return ResNet(settings) if settings.name in resnets() else TimmBackbone(settings)
 
@@ -42,7 +42,7 @@ class ResNet(nn.Module):
     """A ResNet of torchvision without its classifier; every stage is trainable.
 
     Raises:
-        UserError: the weights cannot be had.
+        UserError: the weights are not available.
     """
 
     def __init__(self, settings: config.Backbone) -> None:
@@ -74,11 +74,11 @@ class ResNet(nn.Module):
 class TimmBackbone(nn.Module):
     """Any backbone of timm that has features at strides 4, 8, 16 and 32.
 
-    Swin's features are layer-normalised on their way out, as Swin detectors do and as published checkpoints with it
-    expect; batch norm is frozen if the settings say so.
+    The features of a Swin Transformer are layer-normalised, as published checkpoints expect. Batch norm is frozen if
+    the settings say so.
 
     Raises:
-        UserError: timm is missing or does not know the name, the strides do not fit, or the weights cannot be had.
+        UserError: timm is missing or does not know the name, the strides do not fit, or the weights are not available.
     """
 
     def __init__(self, settings: config.Backbone) -> None:
@@ -121,7 +121,7 @@ def _create(settings: config.Backbone, pretrained: bool) -> nn.Module:
             f"model.backbone.name: '{settings.name}' is neither one of torchvision's {', '.join(resnets())} nor one of "
             f"timm's (near it: {', '.join(near)})"
         )
-    # Swin computes its attention masks for the size at hand
+    # Swin computes its attention masks for the size of the input
     options = {"strict_img_size": False, "drop_path_rate": SWIN_DROP_PATH} if name.startswith("swin_") else {}
     try:
         with torch.device("meta"):  # only to know its strides

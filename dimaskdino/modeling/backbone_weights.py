@@ -1,4 +1,4 @@
-"""Weights that a backbone starts from: by name, or from a file of torchvision's, detectron2's or timm's making."""
+"""Initial weights of a backbone: by name, or from a file of torchvision, detectron2 or timm."""
 
 import re
 from pathlib import Path
@@ -31,10 +31,10 @@ def resnets() -> list[str]:
 
 
 def torchvision_weights(settings: config.Backbone) -> dict[str, Tensor]:
-    """Weights of a ResNet by torchvision's name (downloaded once) or from a file, checked against the architecture.
+    """Load weights of a ResNet by torchvision's name (downloaded once) or from a file.
 
     Raises:
-        UserError: there are none of this name, they cannot be had, or they are of another architecture.
+        UserError: the name is unknown, the weights are not available, or they have another architecture.
     """
     assert settings.weights is not None
     if Path(settings.weights).suffix in SUFFIXES:
@@ -56,24 +56,24 @@ def torchvision_weights(settings: config.Backbone) -> dict[str, Tensor]:
 
 
 def resnet_state(path: Path, name: str) -> dict[str, Tensor]:
-    """A ResNet's weights under torchvision's names, without the classifier.
+    """Read a ResNet's weights under torchvision's names, without the classifier.
 
     Args:
-        path: a file of torchvision's (`.pth`), of detectron2's (`.pkl`), or one written by `dimaskdino convert`.
-        name: the ResNet that it should be.
+        path: a file of torchvision (`.pth`), of detectron2 (`.pkl`), or one written by `dimaskdino convert`.
+        name: the expected ResNet.
 
     Raises:
-        UserError: it cannot be read, or is not that ResNet; detectron2's older Caffe2 files, which want blue first
-            and have the stride elsewhere, are refused.
+        UserError: it cannot be read or is another model. detectron2's older Caffe2 files, which use BGR images and
+            another stride, are refused.
     """
     return _checked(_read_resnet(path), str(path), name)
 
 
 def recognise_resnet(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """Which ResNet of torchvision a file holds, and its weights as `resnet_state` gives them.
+    """Recognise the ResNet of torchvision that a file holds; returns its name and weights as `resnet_state`.
 
     Raises:
-        UserError: it cannot be read, or holds none of them.
+        UserError: it cannot be read, or holds no ResNet of torchvision.
     """
     state = _read_resnet(path)
     for name in resnets():
@@ -129,10 +129,10 @@ def _checked(state: dict[str, Tensor], source: str, name: str) -> dict[str, Tens
 
 
 def load_timm(net: nn.Module, settings: config.Backbone) -> None:
-    """Put the weights of a file into a timm backbone.
+    """Load the weights of a file into a timm backbone.
 
     Raises:
-        UserError: it cannot be read, or is of another architecture.
+        UserError: it cannot be read, or has another architecture.
     """
     assert settings.weights is not None
     state = read_state_dict(Path(settings.weights))

@@ -18,7 +18,7 @@ from dimaskdino.modeling.structures import FeatureLevels, TokenOptimizationOutpu
 
 @dataclass(frozen=True)
 class Guide:
-    """What guides the feature tokens: T_s1, T_s2 or the queries, content (B, Q, C) and position (B, Q, C)."""
+    """The source of the guiding tokens: content and position embedding of T_s1, T_s2 or the queries."""
 
     content: Float[Tensor, "B Q C"]
     position: Float[Tensor, "B Q C"]

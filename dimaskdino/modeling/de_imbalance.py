@@ -25,7 +25,7 @@ from dimaskdino.modeling.layers import (
 )
 from dimaskdino.modeling.structures import FeatureLevels, SelectedTokens, Stage
 
-MASK_CHUNK = 64  # masks computed at a time for the mask-guided boxes, to bound memory
+MASK_CHUNK = 64  # number of masks computed at a time, to bound memory
 
 
 def gather_rows(x: Float[Tensor, "B N D"], indices: Int[Tensor, "B k"]) -> Float[Tensor, "B k D"]:

@@ -1,4 +1,4 @@
-"""Decoder: queries look at the feature tokens and refine their boxes, layer after layer (section 5, Eq. 9–11)."""
+"""Decoder (section 5, Eq. 9–11): queries attend to the feature tokens and refine their boxes, layer by layer."""
 
 from dataclasses import dataclass
 
@@ -88,9 +88,9 @@ class Decoder(nn.Module):
 
         Args:
             number: number of the layer, from 1 as in the stages' names.
-            queries: content and boxes to start from. Boxes get gradients from the layer's predictions (look forward
-                twice) but not through the layer itself, except in layer 1, whose boxes come undetached from
-                De-Imbalance.
+            queries: content and boxes to start from. Boxes receive gradients from the predictions of the layer (look
+                forward twice) but not through the layer itself, except in layer 1, where De-Imbalance's boxes enter
+                undetached.
             memory: T_i, or T_bal after BATO.
             heads: its box head refines the boxes.
             attention_mask: (Q, Q) bool, True where a query must not attend to another.

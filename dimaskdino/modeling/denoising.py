@@ -1,4 +1,4 @@
-"""Denoising queries: noised objects that the decoder learns to restore, in training only (section 6)."""
+"""Denoising queries (section 6): noised objects that the decoder learns to restore, in training only."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ class DenoisingQueries:
 
 
 class Denoising(nn.Module):
-    """Makes denoising queries; owns the embedding of the class labels."""
+    """Generates denoising queries. Holds the embedding of the class labels."""
 
     def __init__(self, model: config.Model) -> None:
         super().__init__()
@@ -29,15 +29,15 @@ class Denoising(nn.Module):
         self.labels = nn.Embedding(model.classes, model.hidden_dim)
 
     def forward(self, targets: Targets, matching: int) -> DenoisingQueries:
-        """Noise the objects of a batch.
+        """Generate noised objects.
 
         Args:
             targets: the objects.
-            matching: number of ordinary queries, which come after the denoising ones.
+            matching: number of matching queries, which come after the denoising queries.
 
         Returns:
-            (B, groups·M) queries, and the attention mask over all R = groups·M + matching queries: matching queries
-            do not see denoising ones, groups do not see each other.
+            (B, groups·M) queries, and the attention mask over all R = groups·M + matching queries: matching queries do
+            not attend to denoising queries, and groups do not attend to each other.
         """
         M = targets.labels.shape[1]
         most = max(targets.counts, default=0)
@@ -63,5 +63,5 @@ class Denoising(nn.Module):
     def _attention_mask(groups: int, M: int, matching: int, device: torch.device) -> Bool[Tensor, "R R"]:
         group = torch.arange(groups * M, device=device) // max(M, 1)
         group = torch.cat([group, torch.full((matching,), -1, device=device)])
-        # a query may look at its own group and at the matching queries (-1)
+        # a query may attend to its own group and to the matching queries (-1)
         return (group[None, :] != group[:, None]) & (group[None, :] >= 0)

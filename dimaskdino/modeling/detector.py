@@ -25,13 +25,13 @@ from dimaskdino.modeling.structures import (
 
 
 class Detector(nn.Module):
-    """DI-MaskDINO, and with one selection and without BATO its baseline MaskDINO.
+    """DI-MaskDINO; with one selection and without BATO its baseline MaskDINO.
 
     Args:
         model: the settings of the model.
 
     Raises:
-        UserError: a backbone that does not exist, or whose weights cannot be had.
+        UserError: the backbone does not exist, or its weights are not available.
     """
 
     def __init__(self, model: config.Model) -> None:
@@ -44,10 +44,10 @@ class Detector(nn.Module):
         self.de_imbalance = nn.ModuleList(DeImbalance(model, k) for k in model.selection.k[1:])
         self.denoising = Denoising(model)
         self.decoder = Decoder(model)
-        # with one decoder layer there is nothing after BATO that could see its tokens
+        # with one decoder layer nothing comes after BATO
         uses_bato = model.bato.enabled and model.decoder.layers > 1
         self.token_optimization = TokenOptimization(model) if uses_bato else None
-        # convolutions are faster so, and feature tokens (B, N, C) are channels-last maps already
+        # faster convolutions; feature tokens (B, N, C) are channels-last maps already
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: ImageBatch, targets: Targets | None = None, trace: bool = False) -> Predictions:
@@ -55,8 +55,8 @@ class Detector(nn.Module):
 
         Args:
             images: the batch.
-            targets: its objects; with them denoising queries are added, as in training.
-            trace: keep the paper's intermediates.
+            targets: its objects; given in training, they add denoising queries.
+            trace: also return the paper's intermediates.
 
         Returns:
             The stages `first_selection`, `token_interaction.i`, `decoder.0` (before the first layer) to `decoder.L`.
@@ -109,7 +109,7 @@ class Detector(nn.Module):
     def _decoder_queries(
         self, tokens: SelectedTokens, targets: Targets | None
     ) -> tuple[Queries, DenoisingQueries | None]:
-        """Denoising queries, if any, then the selected tokens."""
+        """The denoising queries, if any, followed by the selected tokens."""
         random = self.settings.decoder.random_positions
         matching = Queries(tokens.content, random_boxes(tokens.boxes) if random else tokens.boxes)
         if targets is None or not self.settings.denoising.queries:
@@ -124,7 +124,7 @@ class Detector(nn.Module):
         return self.heads(name, y, boxes, mask_features)
 
     def _guide(self, selections: list[SelectedTokens], queries: Queries) -> Guide:
-        """What guides BATO, by its name in the settings."""
+        """The source of BATO's guiding tokens, by its name in the settings."""
         guides = {"T_i": queries, "Q_bal": queries}
         guides |= {f"T_s{i}": Queries(s.content, s.boxes) for i, s in enumerate(selections, start=1)}
         source = guides[self.settings.bato.guidance]
@@ -134,7 +134,7 @@ class Detector(nn.Module):
     def _collect(
         stages: list[Stage], start: int, denoising: DenoisingQueries | None, trace: Trace | None
     ) -> Predictions:
-        """Separate the decoder stages' denoising rows from the matching ones."""
+        """Separate the denoising queries from the matching queries in the decoder's stages."""
         if denoising is None:
             return Predictions({s.name: s for s in stages}, trace=trace)
         parts = {s.name: s.split(start) for s in stages if s.name.startswith("decoder.")}

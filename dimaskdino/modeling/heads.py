@@ -9,7 +9,7 @@ from dimaskdino.modeling.structures import Stage
 
 
 def box_head(C: int) -> MLP:
-    """MLP(C, C, 4, 3) that starts by changing no box."""
+    """MLP(C, C, 4, 3) whose last layer starts at zero, so that it changes no box."""
     head = MLP(C, C, C, 4)
     nn.init.zeros_(head[-1].weight)
     nn.init.zeros_(head[-1].bias)
@@ -30,7 +30,7 @@ class PredictionHeads(nn.Module):
     def forward(
         self, name: str, x: Float[Tensor, "B Q C"], boxes: Float[Tensor, "B Q 4"], mask_features: Tensor | None
     ) -> Stage:
-        """A stage's prediction: classes and mask embeddings from the normalised x; no masks without mask features."""
+        """Predict classes and mask embeddings from the normalised x. Without mask features there are no masks."""
         y = self.norm(x)
         if mask_features is None:
             return Stage(name, self.label(y), boxes)

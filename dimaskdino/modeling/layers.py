@@ -1,4 +1,4 @@
-"""Building blocks that several parts share: embeddings, MLP, feed-forward block, attention modules."""
+"""Building blocks shared by several modules: embeddings, MLP, feed-forward block, attention."""
 
 import itertools
 import math
@@ -20,19 +20,19 @@ def inverse_sigmoid(x: Tensor, epsilon: float = 1e-5) -> Tensor:
 
 
 def through_logits(boxes: Tensor) -> Tensor:
-    """σ(σ⁻¹(boxes)): keeps them off 0 and 1. The published code hands boxes to the next module as logits."""
+    """σ(σ⁻¹(boxes)), which keeps them away from 0 and 1. The published code passes boxes on as logits."""
     return inverse_sigmoid(boxes).sigmoid()
 
 
 def sine_features(x: Tensor, features: int) -> Tensor:
-    """Sine embedding of positions given in units of a full turn of the slowest wave.
+    """Sine embedding of positions, in periods of the slowest wave.
 
     Args:
         x: (...), positions, usually in [0, 1].
-        features: even number of features; sine and cosine alternate.
+        features: number of features, even; sine and cosine alternate.
 
     Returns:
-        (..., features) in float32: the fast waves need the precision, also under autocast.
+        (..., features) in float32, also under autocast: the fast waves need the precision.
     """
     pair = torch.arange(features // 2, device=x.device, dtype=torch.float32)
     angle = x.float().unsqueeze(-1) * 2 * math.pi / TEMPERATURE ** (2 * pair / features)
@@ -58,7 +58,7 @@ def sine_boxes(boxes: Float[Tensor, "B Q 4"], C: int) -> Float[Tensor, "B Q D"]:
 
 
 def group_norm(C: int) -> nn.GroupNorm:
-    """32 groups, fewer for narrow models: a group of one channel could not normalise a level of one cell."""
+    """Group norm with 32 groups, fewer for narrow models: one channel cannot normalise a level of one cell."""
     return nn.GroupNorm(min(32, C // 2), C)
 
 
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         """Attend and normalise.
 
         Args:
-            x: (B, Q, C), what the result is added to.
+            x: (B, Q, C), input of the residual connection.
             query: (B, Q, C).
             key: (B, R, C).
             value: (B, R, C).
@@ -129,7 +129,7 @@ class DeformableAttention(nn.Module):
         self.norm = nn.LayerNorm(C)
 
     def reset_parameters(self) -> None:
-        """Offsets along one direction a head, 1 to `points` long, and uniform attention."""
+        """Initialise offsets to one direction per head, 1 to `points` long, and attention to uniform."""
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
         direction = direction / direction.abs().amax(-1, keepdim=True)
@@ -146,7 +146,7 @@ class DeformableAttention(nn.Module):
     def sampling(
         self, query: Float[Tensor, "B Q C"], reference: Tensor, shapes: tuple[tuple[int, int], ...]
     ) -> tuple[Float[Tensor, "B Q heads levels points 2"], Float[Tensor, "B Q heads levels points"]]:
-        """Where each query looks and how much each point counts; float32 also under autocast."""
+        """Sampling locations and attention weights, in float32 also under autocast."""
         B, Q, _ = query.shape
         offsets = self.sampling_offsets(query).view(B, Q, self.heads, self.levels, self.points, 2).float()
         weights = self.attention_weights(query).view(B, Q, self.heads, self.levels * self.points).float()
@@ -164,10 +164,10 @@ class DeformableAttention(nn.Module):
         """Attend and normalise.
 
         Args:
-            x: what the result is added to.
-            query: decides where to look.
+            x: input of the residual connection.
+            query: determines the sampling locations and weights.
             reference: (B, Q, 2) points or (B, Q, 4) cxcywh boxes in [0, 1].
-            memory: the feature tokens to sample.
+            memory: the feature tokens that are sampled.
 
         Returns:
             The new x, and the sampling locations and weights.
@@ -179,7 +179,7 @@ class DeformableAttention(nn.Module):
 
 
 def reset_matrices(module: nn.Module) -> None:
-    """Xavier-uniform for every matrix, then the deformable attentions' own initialisation."""
+    """Initialise every matrix Xavier-uniform, then the deformable attentions with their own initialisation."""
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)

@@ -1,4 +1,4 @@
-"""Feature tokens extractor: backbone features -> feature tokens T_i and mask features F (section 2)."""
+"""Feature tokens extractor (section 2): backbone features to feature tokens T_i and mask features F."""
 
 import torch
 from jaxtyping import Float
@@ -27,7 +27,7 @@ class EncoderLayer(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Projects the backbone's levels to C channels and lets them exchange information.
+    """Projects the backbone's levels to C channels and lets them exchange information by deformable attention.
 
     **quirk**: the published models hold the levels finest first, those with 3 levels coarsest first; the numbering of
     projections and level embeddings follows.
@@ -66,7 +66,7 @@ class PixelDecoder(nn.Module):
             features: {stride: (B, channels, H/stride, W/stride)} of the backbone.
 
         Returns:
-            T_i in the encoder's order of levels, and the mask features F at stride 4.
+            T_i, with the levels in the encoder's order, and the mask features F at stride 4.
         """
         coarsest = features[max(features)]
         levels = FeatureLevels.from_maps(

@@ -1,4 +1,4 @@
-"""From a stage's predictions to instances at the size that the caller wants (section 8)."""
+"""Predictions of a stage to instances at the output size (section 8)."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from torchvision.ops import box_convert
 
 from dimaskdino.modeling.structures import Instances, Stage
 
-MASK_CHUNK = 16  # masks enlarged at a time, to bound memory
+MASK_CHUNK = 16  # number of masks resized at a time, to bound memory
 
 
 @torch.no_grad()
@@ -22,16 +22,16 @@ def postprocess(
     detections: int = 100,
     masks: bool = True,
 ) -> list[Instances]:
-    """The best query-class pairs of each image as boxes, scores, classes and masks.
+    """Select the best query-class pairs of each image and compute their boxes, scores, classes and masks.
 
     Args:
-        stage: any stage; one without masks gives boxes scored by the class alone.
+        stage: any stage. Without masks the scores are those of the classes.
         sizes: (h, w) of each image before padding.
         padded_size: (H, W) of the batch.
-        output_sizes: (h, w) that each image's detections are wanted at.
-        detections: how many pairs to keep.
-        masks: compute masks where the stage has them. Scores depend on them (class score × mean mask probability
-            inside the mask), so leaving them out changes scores.
+        output_sizes: (h, w) of each image's detections.
+        detections: number of pairs to keep per image.
+        masks: compute masks where the stage has them. They change the scores: class score × mean mask probability
+            inside the mask.
     """
     B, _, K = stage.class_logits.shape
     scores, pairs = (

@@ -1,4 +1,4 @@
-"""The types that travel through the model: a batch, feature levels, selected tokens, stages, the trace.
+"""The records that travel through the model: batch, feature levels, selected tokens, stages, trace, instances.
 
 Shapes use B images, N feature tokens, C channels, Q queries, K classes, M objects (the most in one image).
 """
@@ -59,7 +59,7 @@ class Targets:
         labels: (B, M) class indices.
         boxes: (B, M, 4) cxcywh, relative to the padded size.
         masks: (B, M, H, W) uint8, 0 or 1, at the padded size.
-        counts: objects of each image; rows beyond are padding (zeros).
+        counts: number of objects per image; rows beyond are padding (zeros).
     """
 
     labels: Int[Tensor, "B M"]
@@ -79,12 +79,12 @@ class Targets:
 
 @dataclass(frozen=True)
 class FeatureLevels:
-    """Feature tokens of several levels behind each other, with what is needed to find their place again.
+    """Feature tokens of several levels, concatenated, with the shapes and strides of the levels.
 
     Attributes:
         tokens: (B, N, C).
-        shapes: (h, w) of each level, in the order in which the tokens lie.
-        strides: input pixels a cell of each level, in the same order.
+        shapes: (h, w) of each level, in the order of the tokens.
+        strides: input pixels per cell of each level, in the same order.
     """
 
     tokens: Float[Tensor, "B N C"]
@@ -93,25 +93,25 @@ class FeatureLevels:
 
     @classmethod
     def from_maps(cls, maps: Mapping[int, Tensor]) -> "FeatureLevels":
-        """From {stride: (B, C, h, w)}; the order of the mapping becomes the order of the levels."""
+        """From {stride: (B, C, h, w)}. The order of the mapping is the order of the levels."""
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps.values()], dim=1)
         return cls(tokens, tuple((x.shape[-2], x.shape[-1]) for x in maps.values()), tuple(maps))
 
     @property
     def sizes(self) -> list[int]:
-        """Tokens of each level."""
+        """Number of tokens per level."""
         return [h * w for h, w in self.shapes]
 
     def with_tokens(self, tokens: Float[Tensor, "B N C"]) -> "FeatureLevels":
         return replace(self, tokens=tokens)
 
     def reversed(self) -> "FeatureLevels":
-        """The same levels in the opposite order: finest first becomes coarsest first."""
+        """The same levels in reversed order: finest first becomes coarsest first."""
         tokens = torch.cat(self.tokens.split(self.sizes, dim=1)[::-1], dim=1)
         return FeatureLevels(tokens, self.shapes[::-1], self.strides[::-1])
 
     def map(self, stride: int) -> Float[Tensor, "B C h w"]:
-        """The level of that stride as an image."""
+        """The level with this stride as a map."""
         level = self.strides.index(stride)
         tokens = self.tokens.split(self.sizes, dim=1)[level]
         return tokens.transpose(1, 2).unflatten(2, self.shapes[level])
@@ -128,13 +128,13 @@ class FeatureLevels:
 
 @dataclass(frozen=True)
 class SelectedTokens:
-    """Tokens kept by one selection: T_s1, T_s2 or T_s3.
+    """The tokens that one selection keeps: T_s1, T_s2 or T_s3.
 
     Attributes:
         content: (B, k, C).
         boxes: (B, k, 4) cxcywh in [0, 1].
-        indices: (B, k), which feature tokens they are, counted as in `Trace.T_i`.
-        scores: (B, k), the highest class logit, by which they were kept.
+        indices: (B, k), their rows in `Trace.T_i`.
+        scores: (B, k), the highest class logit, by which they were selected.
     """
 
     content: Float[Tensor, "B k C"]
@@ -145,13 +145,13 @@ class SelectedTokens:
 
 @dataclass(frozen=True)
 class Queries:
-    """Decoder queries: content and the boxes that are their position, cxcywh in [0, 1]."""
+    """Decoder queries: content, and boxes as positions, cxcywh in [0, 1]."""
 
     content: Float[Tensor, "B Q C"]
     boxes: Float[Tensor, "B Q 4"]
 
     def before(self, others: "Queries") -> "Queries":
-        """These queries, then the others."""
+        """Concatenate these queries and the others."""
         content = torch.cat([self.content, others.content], dim=1)
         return Queries(content, torch.cat([self.boxes, others.boxes], dim=1))
 
@@ -162,7 +162,7 @@ class Queries:
 
 @dataclass(frozen=True)
 class Stage:
-    """What the model says at one stage; masks are computed when they are asked for, and only those.
+    """The predictions of one stage. Masks are computed on demand.
 
     Attributes:
         name: `first_selection`, `token_interaction.i` or `decoder.i` (0: before the first layer).
@@ -183,7 +183,7 @@ class Stage:
         return self.mask_embedding is not None
 
     def mask_logits(self) -> Float[Tensor, "B Q h w"]:
-        """Mask logits of every query at stride 4.
+        """Mask logits of all queries at stride 4.
 
         Raises:
             ValueError: the stage predicts no masks.
@@ -193,7 +193,7 @@ class Stage:
         return torch.einsum("bqc,bchw->bqhw", self.mask_embedding, self.mask_features)
 
     def split(self, rows: int) -> tuple["Stage", "Stage"]:
-        """The first `rows` queries and the others, as two stages."""
+        """Split into two stages: the first `rows` queries, and the others."""
         embedding = self.mask_embedding
         parts = (
             replace(
@@ -287,13 +287,13 @@ class Trace:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Everything that one forward pass says.
+    """The result of one forward pass.
 
     Attributes:
         stages: by name, in the order of the model.
-        denoising: the denoising queries' part of each decoder stage; empty outside training.
-        denoising_groups: how often each object appears among the denoising queries.
-        trace: the intermediates, if they were asked for.
+        denoising: predictions of the denoising queries by decoder stage; empty outside training.
+        denoising_groups: number of denoising groups; each holds every object once.
+        trace: the intermediates, with `trace=True`.
     """
 
     stages: dict[str, Stage]
@@ -314,8 +314,8 @@ class Instances:
         boxes: (n, 4) xyxy in pixels of the output size.
         scores: (n,) in [0, 1].
         labels: (n,) class indices.
-        query_masks: (u, h, w), the masks of the u different queries among the detections; None without masks.
-        mask_index: (n,), which of them belongs to each detection.
+        query_masks: (u, h, w), masks of the u distinct queries among the detections; None without masks.
+        mask_index: (n,), the row in `query_masks` of each detection.
     """
 
     boxes: Float[Tensor, "n 4"]
@@ -326,7 +326,7 @@ class Instances:
 
     @property
     def masks(self) -> Bool[Tensor, "n h w"]:
-        """The mask of every detection.
+        """The masks of the detections.
 
         Raises:
             ValueError: the stage predicts no masks.

@@ -1,4 +1,4 @@
-"""A run small enough to share: weights in half precision, and the records of how they came about."""
+"""Export of a run for sharing: weights in half precision, and the records of the training."""
 
 import json
 import shutil
@@ -15,8 +15,8 @@ DIGITS = 5  # of the numbers in the metrics, which are most of what is written b
 def export(run: RunFolder, target: RunFolder) -> None:
     """Copy a finished run without its resume points, the weights in half precision.
 
-    Rounding changes results a little, so the evaluation is not copied: evaluate the target. Absolute paths in the
-    recorded command are shortened to names, since elsewhere they mean nothing, and metrics to five digits.
+    Rounding changes results slightly, so the evaluation is not copied: evaluate the target. Absolute paths in the
+    recorded command are shortened to file names, and metrics to five digits.
 
     Args:
         run: a finished run.

@@ -1,8 +1,8 @@
-"""A run folder: everything about one run, readable by people and programs while it runs and ever after.
+"""A run folder: the files of one run, readable by people and programs during the run and afterwards.
 
-config.yaml     the resolved configuration        versions.json   python, packages, machine
+config.yaml     the complete configuration        versions.json   python, packages, machine
 metrics.jsonl   one record every few steps        tensorboard/    the same for tensorboard
-checkpoints/    resume points, model.safetensors  figures/        what the notebooks drew
+checkpoints/    resume points, model.safetensors  figures/        figures of the notebooks
 status.json     running, finished or failed, and why
 """
 
@@ -30,10 +30,10 @@ _PACKAGES = ("dimaskdino", "torch", "torchvision", "numpy", "pycocotools", "hotc
 
 
 class RunFolder:
-    """One run's folder.
+    """The folder of one run.
 
     Args:
-        path: the folder; made when something is written.
+        path: the folder; created when something is written.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -56,21 +56,21 @@ class RunFolder:
         return self.path / "train.log"
 
     def check_config(self, config: Config) -> None:
-        """See whether a run with this configuration may go on from the one that is here, which has one too.
+        """Check that a run with this configuration may resume the run in this folder.
 
         Raises:
-            UserError: it computes something else.
+            UserError: the settings of the two differ in what a training computes.
         """
         before = load_config(self.path / "config.yaml")
         changed = _changed_keys(before.model_dump(mode="json"), config.model_dump(mode="json"))
         if changed:
             raise UserError(
                 f"{self.path} holds a run with other settings ({', '.join(changed[:5])}); resuming needs the same "
-                "ones. Use another folder, or delete this one"
+                "settings. Use another folder, or delete this one"
             )
 
     def write_config(self, config: Config) -> None:
-        """Note the configuration and the versions.
+        """Write the configuration and the versions.
 
         Raises:
             UserError: the folder belongs to a run with another model, or cannot be written.
@@ -87,10 +87,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Hold the folder for this process, and leave a status that tells how it ended, whatever happens.
+        """Lock the folder for this process, and write a status that says how it ended, even after an exception.
 
         Raises:
-            UserError: another process runs here.
+            UserError: another process is using the folder.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("w") as lock:
@@ -124,12 +124,12 @@ class RunFolder:
         os.replace(partial, self.path / "status.json")
 
     def note_failure(self, reason: str) -> None:
-        """Make the status say failed, unless it says so already, then with a better reason."""
+        """Set the status to failed; an existing reason is kept."""
         if not (self.path / "status.json").exists() or self.status()["state"] != "failed":
             self._write_status("failed", reason=reason, ended=_now())
 
     def status(self) -> dict[str, Any]:
-        """The status; a run whose process has vanished is failed, whether or not somebody noted it."""
+        """The status. A run whose process has vanished is failed."""
         file = self.path / "status.json"
         if not file.exists():
             return {"state": "failed", "reason": f"{self.path} holds no run"}
@@ -141,7 +141,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def metrics(self, step: int, enabled: bool = True) -> Iterator["Metrics"]:
-        """The metrics file, with records after `step` removed: they belong to work that was lost."""
+        """Open the metrics file; records after `step` are removed, since they belong to lost work."""
         if not enabled:
             yield Metrics(None, None)
             return
@@ -154,7 +154,7 @@ class RunFolder:
             yield Metrics(stream, board)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All complete records so far."""
+        """All complete records."""
         file = self.path / "metrics.jsonl"
         if not file.exists():
             return []
@@ -163,13 +163,13 @@ class RunFolder:
 
 
 class Metrics:
-    """Where records go: one line of json each, and their numbers to tensorboard."""
+    """Writes records: one line of json each, and their numbers to tensorboard."""
 
     def __init__(self, stream: TextIO | None, board: Any) -> None:
         self.stream, self.board = stream, board
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one record; it has a `step`."""
+        """Write one record, which must have a `step`."""
         if self.stream is None:
             return
         self.stream.write(json.dumps(record | {"time": _now()}) + "\n")
@@ -179,17 +179,17 @@ class Metrics:
             self.board.add_scalar(name, value, record["step"])
 
 
-_KILLED = "the process ended without a word; it was probably killed. Run again to go on from the last checkpoint"
+_KILLED = "the process vanished; it was probably killed. Run the same command again to resume"
 
 
 def _watch(folder: Path, pid: int) -> subprocess.Popen:
-    """Start a small process that notes the end of another one, should that be unable to."""
+    """Start a small process that updates the status if another process dies without doing so."""
     return subprocess.Popen(
         [sys.executable, "-m", "dimaskdino.runs.watch", str(folder), str(pid)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # it must outlive what it watches
+        start_new_session=True,  # it must outlive the watched process
     )
 
 
@@ -205,7 +205,7 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-# these do not change what a training computes, so a run may go on with others
+# settings that do not change what a training computes, so that a resumed run may change them
 _FREE = {
     *("data.root", "data.workers", "data.val", "data.resize"),
     *("train.accumulate", "train.compile", "train.checkpoint_activations", "train.checkpoint_every", "train.log_every"),
@@ -214,7 +214,7 @@ _FREE = {
 
 
 def _changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
-    """Settings that differ and matter to what a training computes."""
+    """Settings that differ and change what a training computes."""
     changed = []
     for name, value in after.items():
         key = prefix + name
@@ -226,12 +226,12 @@ def _changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "
 
 
 def versions() -> dict[str, Any]:
-    """What the run's numbers depend on besides the configuration, and the command."""
+    """Versions and machine, as `environment`, and the command."""
     return environment() | {"command": sys.argv}
 
 
 def environment() -> dict[str, Any]:
-    """What measurements depend on: packages, machine, devices."""
+    """Python, packages, machine and devices, on which measurements depend."""
     packages = {}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

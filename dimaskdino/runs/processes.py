@@ -1,4 +1,4 @@
-"""Training as a subprocess under torchrun, followed through its metrics file."""
+"""Training processes: torchrun as a subprocess, followed through its metrics file."""
 
 import contextlib
 import ctypes
@@ -19,7 +19,7 @@ STOP_SECONDS = 120  # a step of a large model on a CPU, and writing its checkpoi
 
 
 def project_root() -> Path:
-    """The folder that relative paths in notebooks mean: the nearest one above with `configs/`, or the current one."""
+    """The folder that relative paths in notebooks refer to: the nearest parent with `configs/`, or the current one."""
     here = Path.cwd()
     return next((folder for folder in (here, *here.parents) if (folder / "configs").is_dir()), here)
 
@@ -33,21 +33,21 @@ def training_command(config: str, run: Path, overrides: Sequence[str], processes
 
 
 def end_with_parent() -> None:
-    """Ask Linux to send SIGTERM when the parent dies, so that a killed notebook kernel leaves nothing behind."""
+    """Ask Linux to send SIGTERM when the parent dies, so that a killed notebook kernel leaves no training behind."""
     with contextlib.suppress(OSError, AttributeError):
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 class TrainingProcess:
-    """A running training. Use as a context manager: leaving it early stops the training cleanly.
+    """A running training, a context manager: leaving it early stops the training cleanly.
 
     Args:
-        config: the YAML file.
+        config: name of a configuration, or a YAML file.
         run: the run folder.
         overrides: `key=value` settings.
-        processes: how many, one for each GPU.
-        environment: variables that differ from this process's, such as CUDA_VISIBLE_DEVICES.
+        processes: number of processes, one per GPU.
+        environment: additional environment variables, such as CUDA_VISIBLE_DEVICES.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class TrainingProcess:
         self.stop()
 
     def follow(self) -> Iterator[list[dict[str, Any]]]:
-        """All metrics records so far, each time there are new ones, until the training ends.
+        """Yield all metrics records whenever there are new ones, until the training ends.
 
         Raises:
             UserError: the training failed; the message is its own.
@@ -95,7 +95,7 @@ class TrainingProcess:
             time.sleep(POLL_SECONDS)
         status = self.folder.status()
         if self.process.returncode or status["state"] != "finished":
-            reason = status.get("reason") or "no reason was noted"
+            reason = status.get("reason") or "no reason was recorded"
             raise UserError(f"the training did not finish: {reason}\n{self._last_lines()}")
 
     def _last_lines(self, count: int = 5) -> str:
@@ -103,7 +103,7 @@ class TrainingProcess:
         return "\n".join(["last lines of train.log:", *lines[-count:]])
 
     def stop(self) -> None:
-        """End the training after its current step, with its state saved; does nothing if it has ended."""
+        """Stop the training after its current step, with its state saved. Does nothing if it has ended."""
         if self.process.poll() is not None:
             return
         self.process.terminate()

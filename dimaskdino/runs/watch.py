@@ -1,4 +1,4 @@
-"""`python -m dimaskdino.runs.watch FOLDER PID`: wait for a process to end, then make its status say so."""
+"""`python -m dimaskdino.runs.watch FOLDER PID`: wait for a process to end, then update its status."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ def main(folder: Path, pid: int) -> None:
             time.sleep(POLL_SECONDS)
     except psutil.NoSuchProcess:
         pass
-    # late, so that a reader of a folder without torch at hand is not slowed down while it waits
+    # imported late: it imports torch, which waiting does not need
     from dimaskdino.runs.folder import RunFolder
 
     if folder.exists():

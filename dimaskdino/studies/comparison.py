@@ -1,4 +1,4 @@
-"""Two variants of a model compared: what they differ by, and how sure that is."""
+"""Comparison of two variants of a model: their difference, with intervals."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ from dimaskdino.evaluation.bootstrap import CONFIDENCE, BootstrapAP
 from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, LayerwiseAP
 
 ENOUGH_SEEDS = 3
-Verdict = Literal["yes", "no", "cannot tell"]
+Agreement = Literal["yes", "no", "cannot tell"]
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """One number of a layer-wise result.
+    """One quantity of a layer-wise result.
 
     Attributes:
         stage: `first` or `last` for those decoder layers, or a stage's name.
@@ -39,7 +39,9 @@ class Quantity:
         """
         stage, _, what = text.rpartition(".")
         if not stage or what not in ("box", "mask", "imbalance"):
-            raise ValueError(f"'{text}' is no quantity; write STAGE.box, STAGE.mask or STAGE.imbalance, as in last.box")
+            raise ValueError(
+                f"'{text}' is no quantity; expected STAGE.box, STAGE.mask or STAGE.imbalance, such as last.box"
+            )
         return cls(stage, what)
 
     def __str__(self) -> str:
@@ -47,7 +49,7 @@ class Quantity:
 
     @property
     def label(self) -> str:
-        """For tables and figures."""
+        """Label for tables and figures."""
         what = {"box": "box AP", "mask": "mask AP", "imbalance": "mask − box"}[self.what]
         return f"{what}, {self.stage} layer" if self.stage in ("first", "last") else f"{what}, {self.stage}"
 
@@ -70,11 +72,11 @@ class Quantity:
         found = getattr(stage, self.what)
         return None if found is None else found.AP
 
-    def drawn(self, measurement: "Measurement") -> Float[np.ndarray, " draws"] | None:
-        """Its value on redrawn images; None where nobody has drawn."""
-        if measurement.samples is None:
+    def drawn(self, run: "EvaluatedRun") -> Float[np.ndarray, " draws"] | None:
+        """Its value on the bootstrap resamples; None without them."""
+        if run.samples is None:
             return None
-        name, samples = self.stage_in(measurement.result), measurement.samples.samples
+        name, samples = self.stage_in(run.result), run.samples.samples
         parts = [samples.get(f"{name}/{kind}") for kind in ("box", "mask")]
         if self.what == "imbalance":
             return None if parts[0] is None or parts[1] is None else parts[1] - parts[0]
@@ -82,18 +84,18 @@ class Quantity:
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """What was measured of one trained model: AP at every stage, and on redrawn images if they were drawn."""
+class EvaluatedRun:
+    """The evaluation of one trained model: AP at every stage, and its bootstrap samples if there are any."""
 
     result: LayerwiseAP
     samples: BootstrapAP | None = None
 
     @classmethod
-    def load(cls, run: Path) -> "Measurement":
+    def load(cls, run: Path) -> "EvaluatedRun":
         """From a run folder that was evaluated.
 
         Raises:
-            UserError: it was not, or the files are something else.
+            UserError: the run was not evaluated, or the files are something else.
         """
         draws = run / "evaluation" / "bootstrap.npz"
         return cls(
@@ -110,18 +112,18 @@ class Interval:
 
     @property
     def sign(self) -> int:
-        """1 or −1 if all of it lies on one side of 0, else 0."""
+        """1 or −1 if the interval lies on one side of 0, else 0."""
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much larger a quantity is in one variant than in another.
+    """Difference of a quantity between two variants.
 
     Attributes:
-        by_seed: one minus the other, for each seed that both have.
-        over_images: where the mean lies on other images, for these very models: paired bootstrap. None without samples.
-        over_seeds: where it lies for other trainings, on these very images: Student's t over the seeds' differences.
+        by_seed: the difference for each common seed.
+        over_images: interval of the mean over images, for these models: paired bootstrap. None without samples.
+        over_seeds: interval of the mean over trainings, on these images: Student's t over the differences of the seeds.
             None for a single seed.
     """
 
@@ -133,10 +135,10 @@ class Difference:
     def mean(self) -> float:
         return statistics.mean(self.by_seed.values())
 
-    def agrees(self, published: float) -> Verdict:
-        """Whether it has the published difference's sign.
+    def agrees(self, published: float) -> Agreement:
+        """Whether the difference has the sign of the published one.
 
-        With fewer than three seeds, or where an interval contains 0, that cannot be told.
+        The answer is "cannot tell" with fewer than three seeds, or if an interval contains 0.
         """
         signs = {i.sign for i in (self.over_images, self.over_seeds) if i is not None}
         if len(self.by_seed) < ENOUGH_SEEDS or len(signs) != 1 or 0 in signs or published == 0:
@@ -148,14 +150,14 @@ class Difference:
 
 
 def difference(
-    of: Mapping[int, Measurement], against: Mapping[int, Measurement], quantity: Quantity
+    of: Mapping[int, EvaluatedRun], against: Mapping[int, EvaluatedRun], quantity: Quantity
 ) -> Difference | None:
-    """Compare two variants by the seeds that both have; None if there is no such seed or no such number.
+    """Difference between two variants over their common seeds; None without common seeds or values.
 
     Args:
-        of: the one variant, by seed.
-        against: the other one.
-        quantity: what to compare.
+        of: results of the variant, by seed.
+        against: results of the variant that it is compared with.
+        quantity: the quantity to compare.
 
     Raises:
         UserError: the samples of a pair are of different images.
@@ -168,7 +170,7 @@ def difference(
     return Difference(by_seed, _over_images([pairs[seed] for seed in by_seed], quantity), _over_seeds(by_seed.values()))
 
 
-def _over_images(pairs: Sequence[tuple[Measurement, Measurement]], quantity: Quantity) -> Interval | None:
+def _over_images(pairs: Sequence[tuple[EvaluatedRun, EvaluatedRun]], quantity: Quantity) -> Interval | None:
     drawn = [(quantity.drawn(a), quantity.drawn(b)) for a, b in pairs]
     if any(a is None or b is None for a, b in drawn):
         return None

@@ -1,4 +1,4 @@
-"""What came of a study: means and deviations, differences with their intervals, next to the published numbers."""
+"""Report of a study: means and deviations, differences with intervals, and the published numbers."""
 
 import json
 import statistics
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dimaskdino.studies.comparison import Difference, Measurement, Quantity, difference
+from dimaskdino.studies.comparison import Difference, EvaluatedRun, Quantity, difference
 from dimaskdino.studies.study import Row, Study
 
 PAPER = Path(__file__).parent / "paper_tables.json"
@@ -23,20 +23,20 @@ class StudyReport:
     """The results of a study.
 
     Attributes:
-        study: its definition.
-        scale: what was run.
+        study: the definition.
+        scale: the scale that was run.
         measured: by row name and seed; rows without results are left out.
         published: by column of the study, row name and quantity.
     """
 
     study: Study
     scale: str
-    measured: dict[str, dict[int, Measurement]]
+    measured: dict[str, dict[int, EvaluatedRun]]
     published: dict[str, dict[str, dict[str, float]]]
 
     @classmethod
     def of(cls, study: Study, scale: str, folder: Path) -> "StudyReport":
-        """Read what a study folder holds so far.
+        """Read the results in a study folder.
 
         Raises:
             UserError: a result cannot be read.
@@ -45,23 +45,23 @@ class StudyReport:
         return cls(study, scale, study.measured(folder), published)
 
     def values(self, row: str, quantity: Quantity) -> dict[int, float]:
-        """A quantity by seed, where it was measured."""
+        """A quantity by seed, where it is defined."""
         found = {seed: quantity.of(m.result) for seed, m in self.measured.get(row, {}).items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
     def difference(self, row: Row, quantity: Quantity) -> Difference | None:
-        """To the row that it is compared with; None if there is no such row or no seed of both."""
+        """Difference to the row that a row is compared with; None without such a row or without common seeds."""
         if row.against is None:
             return None
         return difference(self.measured.get(row.name, {}), self.measured.get(row.against, {}), quantity)
 
     def published_difference(self, column: str, row: Row, quantity: Quantity) -> float | None:
-        """To the row that it is compared with, in the paper; None if the paper does not give both."""
+        """The same difference in the paper; None if the paper does not have both numbers."""
         found = [self.published[column].get(name or "", {}).get(str(quantity)) for name in (row.name, row.against)]
         return None if found[0] is None or found[1] is None else round(found[0] - found[1], 1)
 
     def comparisons(self) -> dict[str, dict[str, tuple[Difference, dict[str, float]]]]:
-        """For each quantity's label, by the comparison's name: the difference, and the published ones by column."""
+        """By label of the quantity and name of the comparison: the difference, and the published ones by column."""
         panels: dict[str, dict[str, tuple[Difference, dict[str, float]]]] = {}
         for quantity in self.study.quantities:
             for row in self.study.rows:
@@ -74,7 +74,7 @@ class StudyReport:
         return panels
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, for programs."""
+        """The whole report as plain values."""
         return {"study": self.study.title, "scale": self.scale, "rows": [self._row(row) for row in self.study.rows]}
 
     def _row(self, row: Row) -> dict[str, Any]:
@@ -92,15 +92,15 @@ class StudyReport:
         return record
 
     def markdown(self) -> str:
-        """Two tables: the rows, and their differences."""
+        """The report as two tables: the rows, and their differences."""
         title = f"**{self.study.title}**, scale {self.scale}: means of the seeds ± standard deviation"
         parts = [title, _table(*self._rows_table())]
         header, rows = self._differences_table()
         if rows:
             parts += [
-                "Differences, with 95 % intervals: over the images for these very models (paired bootstrap), and over "
-                "the trainings (Student's t over the seeds' differences). `as published`: whether the sign is the "
-                "paper's; that takes three seeds and intervals without 0.",
+                "Differences, with 95 % intervals: over images, for these models (paired bootstrap), and over "
+                "trainings (Student's t over the differences of the seeds). `as published`: whether the sign is that "
+                "of the paper, which requires three seeds and intervals without 0.",
                 _table(header, rows),
             ]
         return "\n\n".join(parts)
@@ -157,7 +157,7 @@ def _spread(values: Sequence[float], quantity: Quantity) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns stand below each other in plain text too."""
+    """A Markdown table with columns aligned in plain text."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)

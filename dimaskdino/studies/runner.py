@@ -1,4 +1,4 @@
-"""What a study still has to run, what that costs, and running it: several at once, whatever becomes of each."""
+"""Planning and running a study: missing runs, their cost, and several runs at once."""
 
 import os
 import queue
@@ -39,7 +39,7 @@ class PlannedRun:
 
     @property
     def step(self) -> int:
-        """How far its training has come."""
+        """Last step of its training so far."""
         return max((record["step"] for record in RunFolder(self.path).read_metrics()), default=0)
 
 
@@ -48,9 +48,9 @@ class Plan:
     """The runs of a study, all rows of a seed before the next seed.
 
     Attributes:
-        runs: every run, those that are done too.
-        parallel: how many go at once.
-        seconds_per_step: as measured in runs of this folder; None before there are any.
+        runs: all runs, finished ones included.
+        parallel: number of simultaneous runs.
+        seconds_per_step: median of the runs in this folder; None before there are any.
     """
 
     runs: tuple[PlannedRun, ...]
@@ -62,7 +62,7 @@ class Plan:
         return tuple(run for run in self.runs if not run.done)
 
     def describe(self) -> str:
-        """What there is to do and what it costs, in a few lines."""
+        """The missing runs and their cost, as text."""
         missing = self.missing
         lines = [f"{len(self.runs)} runs, {len(self.runs) - len(missing)} done, {len(missing)} to do"]
         if not missing:
@@ -72,11 +72,11 @@ class Plan:
         lines += [f"  {run.title}: {left[run]:,} of {run.config.schedule.steps:,} steps left" for run in missing]
         cost = f"{sum(left.values()):,} steps, {images:,} images of training"
         if self.seconds_per_step is None:
-            cost += "; how long that takes is known after the first run"
+            cost += "; the time is known after the first run"
         else:
             seconds = sum(left.values()) * self.seconds_per_step / min(self.parallel, len(missing))
             cost += (
-                f"; about {timedelta(seconds=round(seconds))} at the {self.seconds_per_step:.2f} s a step measured here"
+                f"; about {timedelta(seconds=round(seconds))} at the measured {self.seconds_per_step:.2f} s per step"
             )
         return "\n".join([*lines, f"{cost}, {self.parallel} at a time"])
 
@@ -89,21 +89,22 @@ def plan_study(
     changes: Sequence[str] = (),
     parallel: int | None = None,
 ) -> Plan:
-    """What running a study means.
+    """Plan the runs of a study.
 
     Args:
-        study: what to run.
+        study: the study.
         scale: one of its scales.
         seeds: seeds of the training; the study's own if empty.
         folder: the study folder; each run goes into `folder/runs/ROW_SEED`.
         changes: settings for every row, after its own.
-        parallel: how many runs at once; by default one for each GPU, and one without any.
+        parallel: number of simultaneous runs; by default one per GPU, and one without any.
 
     Raises:
-        UserError: a row is no configuration, or the folder holds runs with other settings; nothing has been started.
+        UserError: a row is no valid configuration, or the folder holds runs with other settings. Nothing is started
+            then.
     """
     if parallel is not None and parallel < 1:
-        raise UserError(f"at least one run has to go at a time, got {parallel}")
+        raise UserError(f"parallel must be at least 1, got {parallel}")
     runs = []
     for seed in seeds or study.seeds:
         for row in study.rows:
@@ -123,12 +124,12 @@ def plan_study(
 
 
 def run_study(plan: Plan) -> dict[str, str]:
-    """Train and evaluate what is missing. A run that fails does not stop the others.
+    """Train and evaluate the missing runs. A run that fails does not stop the others.
 
-    Interrupting stops all of them after their current steps, with checkpoints; the same plan goes on from there.
+    Interrupting stops all runs after their current steps, with checkpoints; the same plan resumes them.
 
     Returns:
-        Why runs failed, by their titles; empty if none did.
+        The reasons of failed runs by their titles.
     """
     slots: queue.Queue[Mapping[str, str]] = queue.Queue()
     for slot in environments(plan.parallel):
@@ -156,7 +157,7 @@ def run_study(plan: Plan) -> dict[str, str]:
 
 
 def environments(parallel: int) -> list[dict[str, str]]:
-    """What each of the runs that go at once sees: a GPU of its own as far as there are any, and its share of cores."""
+    """Environment variables of the simultaneous runs: a GPU each, as far as there are any, and a share of the cores."""
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel)))
     count = torch.cuda.device_count()
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -166,7 +167,7 @@ def environments(parallel: int) -> list[dict[str, str]]:
 
 
 class _Jobs:
-    """The runs that go on in the worker threads."""
+    """The runs in the worker threads."""
 
     def __init__(self, slots: "queue.Queue[Mapping[str, str]]") -> None:
         self.slots = slots
@@ -175,7 +176,7 @@ class _Jobs:
         self.evaluations: set[subprocess.Popen] = set()
 
     def work(self, run: PlannedRun) -> None:
-        """One run from where it is to its end."""
+        """Bring one run to its end."""
         environment = self.slots.get()
         try:
             self._train(run, environment)
@@ -188,7 +189,7 @@ class _Jobs:
             raise UserError("not started")
         with TrainingProcess(str(run.config_file), run.path, run.overrides, environment=environment) as training:
             self.trainings.add(training)
-            if self.stopping.is_set():  # set after the question above, before it could be told to stop
+            if self.stopping.is_set():  # set after the check above, before `stop` knew of this training
                 training.stop()
             for _ in training.follow():
                 pass
@@ -209,11 +210,11 @@ class _Jobs:
             )
         self.evaluations.add(evaluation)
         if evaluation.wait():
-            raise UserError(f"the evaluation did not finish; the reason is at the end of {RunFolder(run.path).log}")
+            raise UserError(f"the evaluation failed; the reason is at the end of {RunFolder(run.path).log}")
         self.evaluations.discard(evaluation)
 
     def stop(self) -> None:
-        """Stop all of them; trainings save their state first."""
+        """Stop all runs; trainings save their state first."""
         self.stopping.set()
         for evaluation in list(self.evaluations):
             evaluation.terminate()

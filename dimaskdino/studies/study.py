@@ -1,4 +1,4 @@
-"""Studies: variants of a model, each a few settings away from one configuration, trained with several seeds."""
+"""Studies: variants of a model, each some settings of one configuration, trained with several seeds."""
 
 import difflib
 from collections.abc import Mapping
@@ -11,17 +11,19 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from dimaskdino.config import Config, Section, load_config
 from dimaskdino.errors import UserError
 from dimaskdino.resources import configs_folder
-from dimaskdino.studies.comparison import Measurement, Quantity
+from dimaskdino.studies.comparison import EvaluatedRun, Quantity
 
 
 class Row(Section):
     """One variant of the model."""
 
-    name: str = Field(description="also the name of its runs: rows of several studies with one name are one variant")
+    name: str = Field(
+        description="name of the row and of its runs; rows with the same name in several studies share them"
+    )
     label: str
-    against: str | None = Field(None, description="the row that it is compared with")
-    published: str | None = Field(None, description="its place in the paper's tables: keys and positions between dots")
-    settings: dict[str, tuple[str, ...]] = Field({}, description="`key=value` by scale; those of `all` come first")
+    against: str | None = Field(None, description="the row that this one is compared with")
+    published: str | None = Field(None, description="path in the paper's tables: keys and positions separated by dots")
+    settings: dict[str, tuple[str, ...]] = Field({}, description="`key=value` by scale; those of `all` apply first")
 
 
 class Study(Section):
@@ -29,8 +31,8 @@ class Study(Section):
 
     Attributes:
         title: for people.
-        columns: data sets that the paper gives numbers for, and the key below `Row.published` of each ("" if none).
-        report: what to compare: `STAGE.box`, `STAGE.mask` or `STAGE.imbalance`, where the stage may be `first` or
+        columns: datasets that the paper has numbers for, and the key of each below `Row.published` ("" if none).
+        report: quantities to compare: `STAGE.box`, `STAGE.mask` or `STAGE.imbalance`; the stage may be `first` or
             `last`, for the decoder layers.
         seeds: seeds of the training.
         scales: the configuration that the settings change, by scale; absolute paths after `load_study`.
@@ -49,7 +51,7 @@ class Study(Section):
     def _names(cls, rows: tuple[Row, ...]) -> tuple[Row, ...]:
         names = [row.name for row in rows]
         if len(set(names)) != len(names):
-            raise ValueError(f"every row needs a name of its own, got {', '.join(names)}")
+            raise ValueError(f"row names must be unique, got {', '.join(names)}")
         for row in rows:
             if row.against is not None and row.against not in names:
                 raise ValueError(f"{row.name} is compared with {row.against}, but the rows are {', '.join(names)}")
@@ -77,7 +79,7 @@ class Study(Section):
         return next(row for row in self.rows if row.name == name)
 
     def overrides(self, row: Row, scale: str, seed: int = 0) -> list[str]:
-        """Settings that make the scale's configuration into a run of this row.
+        """Settings of one run of this row, relative to the configuration of the scale.
 
         Raises:
             UserError: the study has no such scale.
@@ -92,9 +94,9 @@ class Study(Section):
         return load_config(self.scales[scale], overrides)
 
     def published(self, tables: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-        """By column, row name and quantity, from the paper's tables (`report.paper_tables`).
+        """Published values by column, row name and quantity, from the paper's tables (`report.paper_tables`).
 
-        Where the paper gives one number for boxes and one for masks, they are those of the last layer.
+        A single pair of box and mask AP belongs to the last layer.
         """
         found: dict[str, dict[str, dict[str, float]]] = {column: {} for column in self.columns}
         for row in self.rows:
@@ -108,19 +110,19 @@ class Study(Section):
                 found[column][row.name] = values
         return found
 
-    def measured(self, folder: Path) -> dict[str, dict[int, Measurement]]:
-        """What has been measured in a study folder, by row name and seed; rows without any are left out."""
-        results: dict[str, dict[int, Measurement]] = {}
+    def measured(self, folder: Path) -> dict[str, dict[int, EvaluatedRun]]:
+        """Results in a study folder by row name and seed; rows without results are left out."""
+        results: dict[str, dict[int, EvaluatedRun]] = {}
         for row in self.rows:
             for file in sorted((folder / "runs").glob(f"{row.name}_*/evaluation/layers.json")):
                 seed = file.parents[1].name.removeprefix(f"{row.name}_")
                 if seed.isdigit():
-                    results.setdefault(row.name, {})[int(seed)] = Measurement.load(file.parents[1])
+                    results.setdefault(row.name, {})[int(seed)] = EvaluatedRun.load(file.parents[1])
         return results
 
 
 def run_path(folder: Path, row: Row, seed: int) -> Path:
-    """Where in a study folder the run of a row and seed lies."""
+    """The run folder of a row and seed in a study folder."""
     return folder / "runs" / f"{row.name}_{seed}"
 
 

@@ -1,1 +1,1 @@
-"""Matching, losses, optimisation and the training loop; section numbers are those of docs/model.md."""
+"""Matching, losses, optimisation and the training loop. Section numbers are those of docs/model.md."""

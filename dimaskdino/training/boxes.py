@@ -1,4 +1,4 @@
-"""Generalised IoU as the losses and the matching cost use it."""
+"""Generalised IoU for the losses and the matching cost."""
 
 import torch
 from jaxtyping import Float

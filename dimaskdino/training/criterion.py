@@ -1,4 +1,4 @@
-"""The loss: every stage's predictions against the objects they are matched to (section 7)."""
+"""The loss (section 7): predictions of every stage against the objects they are matched to."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ def criterion(predictions: Predictions, targets: Targets, settings: config.Loss,
         predictions: every stage, and the denoising part.
         targets: the objects.
         settings: weights and mask points.
-        objects: what sums are divided by: objects in the global batch / processes; at least 1 is used.
+        objects: divisor of the sums: number of objects in the global batch / number of processes; at least 1.
     """
     stages = list(predictions.stages.values())
     n = torch.as_tensor(objects, dtype=torch.float32, device=targets.boxes.device).clamp(min=1)
@@ -52,7 +52,7 @@ def criterion(predictions: Predictions, targets: Targets, settings: config.Loss,
         for name, divisor, losses in zip(names, divisors, sums, strict=True)
         for term, value in losses.items()
     }
-    if not groups:  # nothing to restore, but every parameter keeps its place in the graph
+    if not groups:  # no denoising, but every parameter stays part of the graph
         for name, stage in predictions.denoising.items():
             zeros = dict.fromkeys(("label", "l1", "giou", "mask", "dice"), stage.class_logits.sum())
             terms |= {f"denoising.{name}/{term}": zero for term, zero in zeros.items()}
@@ -69,16 +69,16 @@ def denoising_matches(targets: Targets, groups: int) -> Matches:
     return Matches.from_lists(pairs, targets.labels.device)
 
 
-# a processor is slower with all masks at once (2.1 s instead of 1.1 s a step), for its temporaries leave the caches
+# a CPU is slower with all masks at once (2.1 s instead of 1.1 s per step), since temporaries leave its caches
 ROWS_AT_A_TIME = {"cpu": 64, "cuda": 1024}
 
 Judged = Sequence[tuple[Stage, Matches]]
 
 
 def stage_losses(judged: Judged, targets: Targets, settings: config.Loss) -> list[dict[str, Tensor]]:
-    """Unweighted sums of every stage's losses: label, l1, giou, and mask and dice where the stage has masks.
+    """Unweighted sums of the losses of every stage: label, l1, giou, and mask and dice where the stage has masks.
 
-    All stages are computed together: on a GPU a few large steps take less time than many small ones.
+    All stages are computed together: on a GPU a few large operations take less time than many small ones.
     """
     counts = [sum(matches.counts) for _, matches in judged]
     boxes = torch.cat([stage.boxes[m.image, m.query].float() for stage, m in judged])
@@ -98,7 +98,7 @@ def stage_losses(judged: Judged, targets: Targets, settings: config.Loss) -> lis
 
 
 def label_losses(judged: Judged, targets: Targets) -> list[Tensor]:
-    """Focal loss of each stage, summed over queries and classes; queries without an object have no class."""
+    """Focal loss per stage, summed over queries and classes. Queries without an object have no class."""
     losses: dict[int, Tensor] = {}
     for shape in {stage.class_logits.shape for stage, _ in judged}:
         alike = [i for i, (stage, _) in enumerate(judged) if stage.class_logits.shape == shape]
@@ -116,16 +116,16 @@ def label_losses(judged: Judged, targets: Targets) -> list[Tensor]:
 
 
 def mask_losses(judged: Judged, targets: Targets, settings: config.Loss) -> tuple[Tensor, Tensor]:
-    """BCE averaged over points, and dice, summed over the masks of each stage: two tensors with a number a stage.
+    """BCE averaged over points, and dice, summed over the masks of each stage: two tensors with one value per stage.
 
     Args:
         judged: stages with masks.
         targets: the objects.
-        settings: number and choice of the points.
+        settings: number of points and their choice.
     """
     B, M, H, W = targets.masks.shape
     logits, objects, owners = [], [], []
-    # stages that share their mask features are multiplied with them in one step an image
+    # stages that share their mask features are multiplied with them in one operation per image
     for features in {id(stage.mask_features): stage.mask_features for stage, _ in judged}.values():
         sharing = [i for i, (stage, _) in enumerate(judged) if stage.mask_features is features]
         queries = {i: judged[i][1].query.split(list(judged[i][1].counts)) for i in sharing}
@@ -144,13 +144,13 @@ def mask_losses(judged: Judged, targets: Targets, settings: config.Loss) -> tupl
         _compare(*part, masks, settings) for part in zip(x.split(size), torch.cat(objects).split(size), strict=True)
     ]
     bce, dice = (torch.cat(values) for values in zip(*parts, strict=True))
-    # (stages, masks) ones where the mask is the stage's: a sum whose order never changes
+    # (stages, masks), 1 where the mask belongs to the stage: a sum in a fixed order
     member = torch.from_numpy(np.arange(len(judged))[:, None] == np.concatenate(owners)).to(x.device).float()
     return member @ bce, member @ dice
 
 
 def _compare(logits: Tensor, rows: Tensor, masks: Tensor, settings: config.Loss) -> tuple[Tensor, Tensor]:
-    """BCE and dice of mask logits (R, h, w) against the masks `rows` (R,) of (N, H, W), a number a row."""
+    """BCE and dice of mask logits (R, h, w) against the masks `rows` (R,) of (N, H, W), one value per row."""
     points = uncertain_points(logits, settings)
     t = sample_masks(masks, rows, points)
     x = sample_maps(logits.unsqueeze(1), points).squeeze(1)

@@ -14,11 +14,11 @@ from dimaskdino.errors import UserError
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.training.trainer import Stopped, train
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again to go on
+EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again to resume
 
 
 def _starting_from(settings: Settings) -> Config:
-    """The configuration, with the model that `MODEL.WEIGHTS` names to start from."""
+    """The configuration, with `train.weights` set to the model that `MODEL.WEIGHTS` names."""
     if settings.weights is None:
         return settings.config
     train = settings.config.train.model_copy(update={"weights": settings.weights})

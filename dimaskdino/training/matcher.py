@@ -1,4 +1,4 @@
-"""Hungarian matching of predictions to objects, at every stage (section 7)."""
+"""Hungarian matching of predictions to objects at every stage (section 7)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ ALPHA, GAMMA = 0.25, 2.0  # of the focal loss, arXiv 1708.02002
 
 @dataclass(frozen=True)
 class Matches:
-    """Which query stands for which object: row i pairs query `query[i]` with object `target[i]` of image `image[i]`.
+    """Pairs of queries and objects: row i pairs query `query[i]` with object `target[i]` of image `image[i]`.
 
-    Rows are ordered by image; `counts` says how many each image has, known without asking the device.
+    Rows are ordered by image; `counts` is the number of rows per image, known without synchronising the device.
     """
 
     image: Int[Tensor, " R"]
@@ -32,7 +32,7 @@ class Matches:
 
     @classmethod
     def from_lists(cls, pairs: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device) -> "Matches":
-        """From (queries, targets) of each image."""
+        """From one pair (queries, targets) per image."""
         counts = tuple(len(queries) for queries, _ in pairs)
         image = np.repeat(np.arange(len(pairs)), counts)
         columns = np.stack([image, *(np.concatenate(c) for c in zip(*pairs, strict=True))]).astype(np.int64)
@@ -42,14 +42,14 @@ class Matches:
 
 @torch.no_grad()
 def match(stages: Sequence[Stage], targets: Targets, settings: config.Loss) -> list[Matches]:
-    """Match the queries of every stage to the objects, one to one, at the least total cost.
+    """Match the queries of every stage to the objects, one to one, with the lowest total cost.
 
-    The cost matrices of all stages and images reach the CPU in one transfer. Where an image has more objects than
-    there are queries, the dearest objects stay without one. Costs that are not finite count as very dear, so that
-    matching still works and the loss itself can report what broke.
+    The cost matrices of all stages and images reach the CPU in one transfer. If an image has more objects than queries,
+    the most expensive objects stay unmatched. Costs that are not finite count as very high, so that matching still
+    works and the loss reports the problem.
 
     Args:
-        stages: (B, Q, …) each; stages without masks are matched by classes and boxes.
+        stages: stages without masks are matched by classes and boxes.
         targets: the objects.
         settings: cost weights and number of mask points.
 
@@ -70,7 +70,7 @@ def match(stages: Sequence[Stage], targets: Targets, settings: config.Loss) -> l
 
 
 def matching_costs(stages: Sequence[Stage], targets: Targets, settings: config.Loss) -> list[Float[Tensor, "B Q M"]]:
-    """What each stage's query costs as the detection of each object: weighted label, box and, with masks, mask cost."""
+    """Cost of each query for each object, per stage: weighted label, box and, with masks, mask cost."""
     B, M, H, W = targets.masks.shape
     points = torch.rand(B, settings.points, 2, device=targets.masks.device)
     expanded = points[:, None].expand(B, M, -1, -1).flatten(0, 1)
@@ -107,7 +107,7 @@ def _label_and_box_cost(stage: Stage, targets: Targets, weights: config.Weights)
 def _mask_cost(
     logits: Float[Tensor, "B Q P"], target: Float[Tensor, "B M P"], weights: config.Weights
 ) -> Float[Tensor, "B Q M"]:
-    """BCE averaged over the points and dice, of every query against every object."""
+    """BCE averaged over the points, and dice, of every query against every object."""
     # t·softplus(−x) + (1 − t)·softplus(x) = softplus(x) − t·x
     target_t = target.transpose(1, 2)
     bce = (functional.softplus(logits).sum(-1, keepdim=True) - logits @ target_t) / logits.shape[-1]

@@ -1,4 +1,4 @@
-"""AdamW with the paper's parameter groups, and a learning rate that is a function of the step (section 9)."""
+"""AdamW with the paper's parameter groups, and the learning rate as a function of the step (section 9)."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
 
 
 def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim.AdamW:
-    """AdamW: the backbone at its own rate, no weight decay for norm layers and embeddings."""
+    """AdamW with a learning rate for the backbone, and no weight decay for norm layers and embeddings."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -27,14 +27,14 @@ def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim
 
 
 def rate_factor(step: int, schedule: config.Schedule) -> float:
-    """What the base rates are multiplied by at a step, counted from 0."""
+    """Factor of the base learning rates at a step, counted from 0."""
     warmup = min(1.0, (step + 1) / schedule.warmup) if schedule.warmup else 1.0
     drops = sum(step >= drop for drop in schedule.drops)
     return warmup * schedule.drop_factor**drops
 
 
 def set_rate(optimizer: torch.optim.Optimizer, step: int, schedule: config.Schedule) -> float:
-    """Set every group's rate for a step; returns the highest."""
+    """Set the learning rate of every group for a step; returns the highest."""
     factor = rate_factor(step, schedule)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor

@@ -1,4 +1,4 @@
-"""Bilinear values of feature maps and masks at points, and PointRend's choice of points."""
+"""Bilinear sampling of feature maps and masks at points, and PointRend's choice of points."""
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -9,7 +9,7 @@ from dimaskdino import config
 
 
 def sample_maps(maps: Float[Tensor, "N C h w"], points: Float[Tensor, "N P 2"]) -> Float[Tensor, "N C P"]:
-    """Bilinear values of maps at points, (x, y) in [0, 1], zeros beyond the border (align_corners=False)."""
+    """Bilinear values of maps at points (x, y) in [0, 1], zeros outside (align_corners=False)."""
     grid = 2 * points.unsqueeze(1) - 1
     return functional.grid_sample(maps, grid, padding_mode="zeros", align_corners=False).squeeze(2)
 
@@ -17,7 +17,7 @@ def sample_maps(maps: Float[Tensor, "N C h w"], points: Float[Tensor, "N P 2"]) 
 def sample_masks(
     masks: UInt8[Tensor, "N H W"], rows: Int[Tensor, " R"], points: Float[Tensor, "R P 2"]
 ) -> Float[Tensor, "R P"]:
-    """Like `sample_maps` for uint8 masks, the mask `rows[r]` at `points[r]`, without a copy of whole masks."""
+    """Like `sample_maps` for uint8 masks: the mask `rows[r]` at `points[r]`, without copying whole masks."""
     _, H, W = masks.shape
     x, y = points[..., 0] * W - 0.5, points[..., 1] * H - 0.5
     x0, y0 = x.floor(), y.floor()
@@ -33,7 +33,7 @@ def sample_masks(
 
 @torch.no_grad()
 def uncertain_points(logits: Float[Tensor, "N h w"], settings: config.Loss) -> Float[Tensor, "N P 2"]:
-    """Points where a mask is least sure (|logit| small), mixed with random ones (PointRend, arXiv 1912.08193)."""
+    """Points where a mask is most uncertain (small |logit|), mixed with random ones (PointRend, arXiv 1912.08193)."""
     N, P = logits.shape[0], settings.points
     candidates = torch.rand(N, int(settings.oversample * P), 2, device=logits.device)
     certainty = sample_maps(logits.unsqueeze(1), candidates).squeeze(1).abs()

@@ -1,8 +1,8 @@
 """The training loop.
 
-A step's batch is cut into pieces, one for each process or several. Everything random in piece p of step t is drawn from
-a generator seeded with (seed, t, p), and its images are a function of (seed, t, p). A resume point therefore needs no
-random states and no data position: the step says both, and a run that was killed goes on exactly as if it had not been.
+The batch of a step is split into pieces, one or more per process. All random numbers of piece p in step t come from a
+generator seeded with (seed, t, p), and its images are a function of (seed, t, p). A resume point therefore needs no
+random states and no position in the data: the step determines both, and a resumed run equals an undisturbed one.
 """
 
 import contextlib
@@ -40,15 +40,15 @@ from dimaskdino.training.resume_points import load_resume_point, save_resume_poi
 
 
 class NonFiniteLossError(UserError):
-    """A loss became infinite or not a number."""
+    """A loss became infinite or NaN."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved its state."""
+    """The run was asked to stop, and has saved its state."""
 
 
 class Readback:
-    """A number on its way from the device; `get` waits for what was queued before it, not for what came after."""
+    """A number on its way from the device. `get` waits for what was queued before it, not after it."""
 
     def __init__(self, value: Tensor) -> None:
         self._host = value.detach().to("cpu", non_blocking=True)
@@ -63,15 +63,15 @@ class Readback:
 
 
 def train(config: Config, folder: RunFolder) -> None:
-    """Train until `schedule.steps`, from the last resume point if the folder has one.
+    """Train up to `schedule.steps`, resuming from the last resume point if the folder has one.
 
     Args:
         config: all settings.
-        folder: where checkpoints, metrics and the status go.
+        folder: run folder for checkpoints and metrics.
 
     Raises:
-        UserError: wrong settings, data or disk; also `NonFiniteLossError`.
-        Stopped: SIGTERM or SIGINT; the state is saved and `train` with the same folder goes on.
+        UserError: settings, data or disk are unusable; `NonFiniteLossError` if the loss is not finite.
+        Stopped: on SIGTERM or SIGINT. The state is saved, and `train` with the same folder resumes.
     """
     with DistributedContext.join() as context, explaining_dead_workers():
         if context.rank == 0:
@@ -81,18 +81,18 @@ def train(config: Config, folder: RunFolder) -> None:
 
 
 def _look_at(data: DataSettings) -> None:
-    """Tell what the training data are, and stop now rather than in hours if images are missing."""
+    """Print a summary of the training data, and stop before the first step if images are missing."""
     found = describe(data.root, data.train)
     print(f"training data: {found.summary()}")
     if found.missing_files and not data.skip_bad_images:
         raise UserError(
             f"{len(found.missing_files)} images of '{data.train}' are missing, the first {found.missing_files[0]} "
-            "(data.skip_bad_images=true goes on without them)"
+            "(data.skip_bad_images=true replaces them)"
         )
 
 
 def _checkpoint_activations(detector: Detector, backbone: bool) -> None:
-    """Recompute the layers in the backward pass; the backbone's only if that leaves no trace in its batch norm."""
+    """Recompute layers in the backward pass; those of the backbone only if its batch norm is frozen."""
     layers = [*detector.pixel_decoder.layers, *detector.decoder.layers]
     layers += [layer for block in detector.de_imbalance for layer in block.layers]
     if backbone and isinstance(detector.backbone, ResNet):
@@ -102,7 +102,7 @@ def _checkpoint_activations(detector: Detector, backbone: bool) -> None:
 
 
 def arrange(detector: Detector, settings: Config) -> None:
-    """Make a detector save activations or run compiled, as the settings of training say; its results stay the same."""
+    """Apply activation checkpointing and compilation to a detector, as the settings say. Results stay the same."""
     if settings.train.checkpoint_activations:
         _checkpoint_activations(detector, settings.model.backbone.norm == "frozen")
     if settings.train.compile:
@@ -129,8 +129,8 @@ class Trainer:
         self.model: nn.Module = self.detector
         if context.world_size > 1:
             self.model = DistributedDataParallel(self.detector)
-        self._signal: str | None = None  # that this process received
-        self._stopping = False  # that some process received one; the same step for all of them
+        self._signal: str | None = None  # received by this process
+        self._stopping = False  # some process received a signal; the same step for all of them
         # batch norm's statistics change in the forward pass, before it is known whether the loss is finite
         norms = [m for m in self.detector.modules() if isinstance(m, nn.BatchNorm2d)]
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
@@ -138,7 +138,7 @@ class Trainer:
     def _resume(self) -> None:
         state, remark = load_resume_point(self.folder.checkpoints)
         if remark and self.context.rank == 0:
-            print(f"{remark}; going on from the one before")
+            print(f"{remark}; resuming from the previous one")
         if state is None:
             self._start_from(self.config.train.weights)
             return
@@ -152,7 +152,7 @@ class Trainer:
             return
         left = initialize_from(self.detector, load_checkpoint(weights).detector.state_dict(), str(weights))
         if self.context.rank == 0:
-            new = f"; for other classes, so these begin anew: {', '.join(left)}" if left else ""
+            new = f"; the classes differ, so these are re-initialised: {', '.join(left)}" if left else ""
             print(f"starting from {weights}{new}")
 
     def _save(self) -> None:
@@ -169,7 +169,7 @@ class Trainer:
         save_resume_point(self.folder.checkpoints, state)
 
     def run(self) -> None:
-        """Train, log, save; leaves `model.safetensors`."""
+        """Train, log and save; writes `model.safetensors` at the end."""
         steps, every = self.config.schedule.steps, self.config.train.checkpoint_every
         self.model.train()
         loader = training_loader(self.data, self.config, self.step, self.context.rank, self.context.world_size)
@@ -197,13 +197,13 @@ class Trainer:
                     self._save()
                 if self._stopping and self.step < steps:
                     reason = self._signal or "a signal to another process"
-                    raise Stopped(f"{reason} at step {self.step} of {steps}; run again to go on from there")
+                    raise Stopped(f"{reason} at step {self.step} of {steps}; run the same command again to resume")
             progress.close()
         if self.context.rank == 0:
             save_model(self.folder.model, self.detector, self.config, self.data.classes, self.step)
 
     def _train_step(self, parts: list[Batch]) -> tuple[dict[str, Tensor], Tensor]:
-        """One optimizer step over the parts of this process's share of the batch: their losses, the gradient's norm."""
+        """One optimizer step over this process's parts of the batch; returns the losses and the gradient's norm."""
         set_rate(self.optimizer, self.step, self.config.schedule)
         statistics = [buffer.clone() for buffer in self._statistics]
         count = sum(sum(part.targets.counts) for part in parts)
@@ -212,7 +212,7 @@ class Trainer:
         terms: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
-            # what is drawn at random belongs to the piece of the batch, whichever process has it
+            # random numbers belong to the piece of the batch, whichever process has it
             entropy = [self.config.train.seed, 2, self.step, self.context.rank * len(parts) + i]
             torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
             unsynchronised = isinstance(self.model, DistributedDataParallel) and not last
@@ -241,7 +241,7 @@ class Trainer:
         return criterion(predictions, targets, self.config.loss, objects)
 
     def _give_up(self, losses: Losses, batch: Batch, statistics: list[Tensor]) -> NoReturn:
-        """Stop before a broken loss reaches the weights."""
+        """Save the state before this step and stop."""
         broken = [name for name, value in losses.terms.items() if not math.isfinite(value.item())]
         for buffer, before in zip(self._statistics, statistics, strict=True):
             buffer.copy_(before)
@@ -268,7 +268,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _stopping_on_signals(self) -> Iterator[None]:
-        """Finish the step and save when asked to end, instead of dying in the middle."""
+        """On SIGTERM and SIGINT finish the step and save, instead of dying in the middle."""
 
         def remember(number: int, frame: FrameType | None) -> None:
             self._signal = signal.Signals(number).name

@@ -92,7 +92,7 @@ def _imbalance(axes: Any, result: LayerwiseAP, place: dict[str, int], number: in
 
 
 def plot_losses(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
-    """Total loss, and the last decoder layer's losses, over the steps; long runs as running means.
+    """Plot the total loss and the losses of the last decoder layer over the steps; long runs as running means.
 
     Args:
         runs: a run's metrics records (`RunFolder.read_metrics`) by the name to show.
@@ -147,7 +147,7 @@ LayerAP = Mapping[str, Mapping[str, float]]
 
 
 def plot_first_and_last_layer(panels: Mapping[str, Mapping[str, LayerAP]]) -> Figure:
-    """Figure 1 of the paper as slopes: box and mask AP from the first to the last decoder layer, the lags written out.
+    """Plot figure 1 of the paper as slopes: box and mask AP from the first to the last decoder layer, and the lag.
 
     Args:
         panels: by the title of the panel, then by the name of the model: {"first": {"box": AP, "mask": AP},
@@ -195,7 +195,7 @@ def _slopes(axes: Any, layers: LayerAP) -> None:
 
 
 def plot_precision_recall(curves: Mapping[str, Float[np.ndarray, "101"]], title: str) -> Figure:
-    """Precision-recall curves; the area below each, its AP, is in the legend.
+    """Plot precision-recall curves; the legend has the area below each, its AP.
 
     Args:
         curves: precision at the recalls 0, 0.01, … 1 by the name to show; a name that begins with `box` or `mask` gives

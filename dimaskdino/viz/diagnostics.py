@@ -14,7 +14,7 @@ _LINES = ("-", "--", ":", "-.")
 
 
 def plot_imbalance_by_group(models: Mapping[str, Mapping[str, Mapping[str, float]]], title: str) -> Figure:
-    """`AP_mask − AP_box` at every stage, a line a group of objects and a panel a model.
+    """Plot `AP_mask − AP_box` at every stage: one line per group of objects, one panel per model.
 
     Args:
         models: by the name to show, what `imbalance_by_group` returns.
@@ -42,7 +42,7 @@ def _stages(axes: Axes, names: Sequence[str]) -> None:
 
 
 def plot_matched_queries(models: Mapping[str, Survey]) -> Figure:
-    """Mean box and mask IoU of the objects' matched queries, stage by stage, and how many keep their query.
+    """Plot mean box and mask IoU of the matched queries per stage, and the fraction of objects that keep their query.
 
     Args:
         models: surveys by the name to show: a line style each.
@@ -78,7 +78,7 @@ def plot_matched_queries(models: Mapping[str, Survey]) -> Figure:
 
 
 def plot_selection_recall(models: Mapping[str, Survey]) -> Figure:
-    """Share of the objects with at least one token, after each selection.
+    """Plot the fraction of objects with at least one token, after each selection.
 
     Args:
         models: surveys by the name to show.
@@ -102,7 +102,7 @@ def plot_selection_recall(models: Mapping[str, Survey]) -> Figure:
 
 
 def plot_guidance_rank(models: Mapping[str, Survey], guiding_tokens: int) -> Figure:
-    """Effective rank of BATO's attention, image by image.
+    """Plot the effective rank of BATO's attention per image.
 
     Args:
         models: surveys by the name to show; those without BATO are left out.
@@ -124,7 +124,7 @@ def plot_guidance_rank(models: Mapping[str, Survey], guiding_tokens: int) -> Fig
 
 
 def plot_gradient_conflict(models: Mapping[str, Mapping[str, Sequence[GradientConflict]]]) -> Figure:
-    """How strongly box and mask losses pull at each part of the model, and whether in one direction.
+    """Plot the norms of the gradients of box and mask losses per part of the model, and their cosine.
 
     Args:
         models: by the name to show, `Survey.conflict`: batches by part of the model. Bars show means over the batches,
@@ -160,7 +160,7 @@ def plot_gradient_conflict(models: Mapping[str, Mapping[str, Sequence[GradientCo
 
 
 def plot_calibration(models: Mapping[str, Mapping[str, Calibration]]) -> Figure:
-    """Share of right detections against their score, a panel a model.
+    """Plot the fraction of right detections against their score, one panel per model.
 
     Args:
         models: by the name to show, calibrations by name; one that begins with `box` or `mask` gives the colour, the

@@ -27,7 +27,7 @@ from dimaskdino.viz.tokens import draw_guidance, draw_sampling, draw_selection
 
 
 class Picture(anywidget.AnyWidget):
-    """A PNG with alternative text that says where it was clicked.
+    """A PNG with alternative text that reports clicks.
 
     Attributes:
         png: the picture.
@@ -260,7 +260,7 @@ def explore_studies(
     rows: Mapping[str, Mapping[str, str]],
     columns: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]],
 ) -> Explorer:
-    """Choose a study: box and mask AP of its rows, published and measured.
+    """Explore studies: box and mask AP of their rows, published and measured.
 
     Args:
         rows: for each study's title the labels by row name.

@@ -19,7 +19,7 @@ from dimaskdino.viz.tokens import draw_image
 
 
 def draw_objects(look: Look, track: ObjectTrack, stage: str, threshold: float = 0.3) -> Figure:
-    """The true objects, one stage's detections, and box and mask IoU of every object through the stages."""
+    """Draw the true objects, the detections of one stage, and box and mask IoU of every object per stage."""
     objects = len(look.sample.labels)
     with style():
         figure = NotebookFigure(figsize=(15, 4.9), layout="constrained")
@@ -113,7 +113,7 @@ def _free_place(
 
 
 def plot_mean_ious(tracks: list[ObjectTrack]) -> Figure:
-    """Mean box and mask IoU over the objects of several images, stage by stage.
+    """Plot mean box and mask IoU over the objects of several images, per stage.
 
     Objects that nothing of their class was found for count with 0.
     """

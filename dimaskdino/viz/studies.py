@@ -15,7 +15,7 @@ from dimaskdino.viz.style import BOX, CYCLE, GREY, MASK, NotebookFigure, style
 def plot_ablation(
     rows: Mapping[str, str], columns: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str
 ) -> Figure:
-    """Box and mask AP of variants of a model, a panel for each source of numbers; a bar marks the mean of several.
+    """Plot box and mask AP of variants of a model, one panel per source; a bar marks the mean of several runs.
 
     Args:
         rows: labels by row name, from top to bottom.
@@ -45,7 +45,7 @@ def plot_ablation(
 
 
 def plot_study_layers(rows: Mapping[str, Sequence[LayerwiseAP]], title: str) -> Figure:
-    """Box AP, mask AP and the imbalance at every stage, for variants of a model: mean and standard deviation.
+    """Plot box AP, mask AP and the imbalance at every stage for variants of a model: mean and standard deviation.
 
     Args:
         rows: the results of each variant's runs by the name to show; variants without any are left out.
@@ -92,7 +92,7 @@ def _at(results: Sequence[LayerwiseAP], stage: str, what: str) -> list[float]:
 
 
 def plot_differences(panels: Mapping[str, Mapping[str, tuple[Difference, Mapping[str, float]]]], title: str) -> Figure:
-    """Differences between variants: each seed, their mean, its intervals, and what was published.
+    """Plot differences between variants: each seed, the mean with its intervals, and the published difference.
 
     Args:
         panels: for each quantity's label, by the name of the comparison, the difference and the published ones by

@@ -1,4 +1,4 @@
-"""One look for all figures: a palette that colour-blind readers can tell apart, light grids, readable sizes."""
+"""The style of all figures: a palette for colour-blind readers, light grids, readable sizes."""
 
 import io
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ _SETTINGS = {
 
 
 class NotebookFigure(Figure):
-    """A figure that notebooks show as it is, without pyplot, its global state or a chosen backend."""
+    """A figure that shows itself in notebooks, without pyplot's global state or a backend."""
 
     @property
     def alt(self) -> str:

@@ -47,7 +47,7 @@ def _scatter_tokens(look: Look, axes: Axes, tokens: SelectedTokens, colour: str,
 
 
 def draw_selection(look: Look, selections: Sequence[int] = (0, 1), k: Sequence[int] | None = None) -> Figure:
-    """Which feature tokens each selection keeps, and their boxes.
+    """Draw the feature tokens that each selection keeps, and their boxes.
 
     Args:
         look: an image and what the model made of it.
@@ -73,7 +73,7 @@ def draw_selection(look: Look, selections: Sequence[int] = (0, 1), k: Sequence[i
 
 
 def draw_interaction(look: Look, layer: int = 0) -> Figure:
-    """Attention among the tokens of T_s1, sorted by the object that they lie on.
+    """Draw the attention among the tokens of T_s1, sorted by the object that they lie on.
 
     Blocks along the diagonal mean that tokens of one object look at each other.
     """
@@ -99,7 +99,7 @@ def draw_interaction(look: Look, layer: int = 0) -> Figure:
 
 
 def draw_sampling(look: Look, layer: int, query: int, head: int | None = None) -> Figure:
-    """Where one query of a decoder layer samples the feature levels, and with what weight.
+    """Draw the sampling points and weights of one query of a decoder layer in the feature levels.
 
     Args:
         look: an image and what the model made of it.
@@ -139,7 +139,7 @@ def _cells(look: Look, axes: Axes, shape: tuple[int, int]) -> None:
 
 
 def draw_guidance(look: Look, token: int) -> Figure:
-    """How much every feature token takes from one guiding token of BATO, level by level.
+    """Draw the attention of every feature token to one guiding token of BATO, per level.
 
     Args:
         look: an image and what a model with BATO made of it.
@@ -203,7 +203,7 @@ def _as_colours(*maps: Tensor) -> list[Tensor]:
 
 
 def draw_mask_features(look: Look, query: int) -> Figure:
-    """Mask features before and after BATO, and the mask that one query of the last layer finds in each.
+    """Draw the mask features before and after BATO, and the mask of one query of the last layer with each.
 
     Args:
         look: an image and what a model with BATO made of it.

@@ -21,7 +21,7 @@ TERMS = ("label", "l1", "giou", "mask", "dice")
 def draw_matching(
     image: Tensor, truth: Tensor, found: Tensor, cost: Float[Tensor, "Q M"], pairs: Sequence[tuple[int, int]]
 ) -> Figure:
-    """The cost of every query for every object, and the pairs of the least total.
+    """Draw the cost of every query for every object, and the pairs with the lowest total.
 
     Args:
         image: (3, h, w) uint8 RGB.
@@ -65,7 +65,7 @@ def _box(axes: Axes, image: Tensor, box: Tensor, colour: str, line: str) -> None
 
 
 def plot_loss_terms(losses: Mapping[str, float], title: str = "Weighted losses of one batch, by stage") -> Figure:
-    """The weighted losses as a bar for each stage.
+    """Plot the weighted losses, one bar per stage.
 
     Args:
         losses: by `stage/term`, as `Losses.terms` and the records of a run have them.
@@ -91,7 +91,7 @@ def plot_loss_terms(losses: Mapping[str, float], title: str = "Weighted losses o
 
 
 def draw_denoising(image: Tensor, truth: Tensor, denoising: DenoisingQueries, objects: int) -> Figure:
-    """Noised boxes of some groups over the image, and who may look at whom in the decoder's self-attention.
+    """Draw the noised boxes of some groups over the image, and the attention mask of the decoder's self-attention.
 
     Args:
         image: (3, h, w) uint8 RGB.

@@ -43,8 +43,8 @@ plot_first_and_last_layer({"Published, BDD100K": {names[k]: published[k] for k i
 # ## Measured: a small model and its baseline
 #
 # Two small models come with the course: DI-MaskDINO and MaskDINO, which has neither module. Both were trained alike,
-# 10,000 steps on drawn shapes with the same seed, an hour and a half on one processor core each. The same figure for
-# them, on images that they have not seen:
+# 10,000 steps on synthetic shapes with the same seed, an hour and a half on one processor core each. The same figure
+# for them, on images that they have not seen:
 
 # %%
 result = lesson.layerwise_ap()

@@ -2,14 +2,14 @@
 # # 2 · Multi-scale deformable attention
 #
 # In a transformer every query attends to every token. An image of 800 × 1333 pixels has 22,223 feature tokens in
-# four levels: attention among all of them would need half a billion weights a head and layer. *Deformable attention*
+# four levels: attention among all of them would need half a billion weights per head and layer. *Deformable attention*
 # (Deformable DETR, Eq. 3) lets each query read a handful of places instead, which it chooses itself:
 #
 # $$\text{out}(q) = \sum_{l=1}^{L} \sum_{k=1}^{K} A_{qlk}\; V_l\big(p_q + \Delta p_{qlk}\big)$$
 #
 # for each head: $p_q$ is the query's reference point, $\Delta p$ and $A$ are linear functions of the query, and
 # $V_l(p)$ is the feature map of level $l$ at the place $p$, interpolated between four cells. With $L = 4$ levels and
-# $K = 4$ points a query reads 16 places a head, however large the image is.
+# $K = 4$ points a query reads 16 places per head, however large the image is.
 #
 # *Prerequisites*: attention. *Time*: 45 minutes.
 

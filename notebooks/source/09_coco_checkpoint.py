@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 9 · For people with a COCO checkpoint
 #
-# The course looks at a small model on drawn shapes. The same figures can be had from the published weights, on your
+# The course looks at a small model on synthetic shapes. The same figures can be had from the published weights, on your
 # photographs: DI-MaskDINO with a ResNet-50, 80 classes, six decoder layers, 300 queries. You need
 #
 # * a **published checkpoint**, a `.pth` file from the authors' repository. `dimaskdino convert` makes it a model of

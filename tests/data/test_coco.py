@@ -95,7 +95,7 @@ def test_references_to_nothing(annotation, message, tmp_path):
     [
         ({"segmentation": rle(np.ones((5, 5), bool), False)}, r"annotation 100 of image 7: its RLE is for \[5, 5\]"),
         ({"segmentation": {"size": [20, 24]}}, "cannot be read: 'counts'"),
-        ({}, "no segmentation; the model learns from masks"),
+        ({}, "no segmentation; the model needs masks"),
     ],
 )
 def test_segmentations_that_cannot_be_used(annotation, message, tmp_path):

@@ -23,18 +23,18 @@ from dimaskdino.data.transforms import PADDING, large_scale_jitter, resize_image
 from dimaskdino.errors import UserError
 
 
-def made_up(height: int = 40, width: int = 60) -> Sample:
+def synthetic(height: int = 40, width: int = 60) -> Sample:
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
     masks = torch.zeros(2, height, width, dtype=torch.uint8)
     masks[0, : height // 2, : width // 3], masks[1, -1:, -1:] = 1, 1
-    return Sample(image, torch.tensor([1, 0]), masks, 5, "made up", (height, width))
+    return Sample(image, torch.tensor([1, 0]), masks, 5, "synthetic", (height, width))
 
 
 def test_jitter_gives_a_fixed_square_and_moves_image_and_masks_together():
     jitter = large_scale_jitter(config.LargeScaleJitter(size=64, min_scale=0.5, max_scale=2.0))
     torch.manual_seed(0)
     for _ in range(30):
-        sample = made_up()
+        sample = synthetic()
         marked = replace(sample, image=(sample.masks[0] * 255).expand(3, -1, -1).contiguous())
         result = jitter(marked)
         assert result.image.shape == (3, 64, 64)
@@ -49,7 +49,7 @@ def test_jitter_gives_a_fixed_square_and_moves_image_and_masks_together():
 
 def test_jitter_pads_at_the_right_and_the_bottom():
     jitter = large_scale_jitter(config.LargeScaleJitter(size=64, min_scale=0.5, max_scale=0.5, flip=0))
-    result = jitter(made_up(64, 64))
+    result = jitter(synthetic(64, 64))
     assert (result.image[:, 32:] == PADDING).all()
     assert (result.image[:, :, 32:] == PADDING).all()
     assert not result.masks[:, 32:].any()
@@ -59,7 +59,7 @@ def test_jitter_pads_at_the_right_and_the_bottom():
 @pytest.mark.parametrize("size", [(1, 1), (30, 6000), (6000, 30)])
 def test_extreme_shapes(size):
     sample = (
-        made_up(*size)
+        synthetic(*size)
         if min(size) > 1
         else Sample(
             torch.zeros(3, 1, 1, dtype=torch.uint8),
@@ -86,7 +86,7 @@ def test_resize_keeps_the_aspect():
 
 
 def test_collate_pads_and_makes_tight_boxes():
-    small, large = made_up(40, 60), made_up(70, 50)
+    small, large = synthetic(40, 60), synthetic(70, 50)
     batch = collate([small, replace(large, labels=large.labels[:1], masks=large.masks[:1])])
     assert batch.targets.masks.shape == (2, 2, 96, 64)
     assert batch.targets.counts == (2, 1)

@@ -77,7 +77,7 @@ def test_layerwise_records_survive_a_round_trip(tmp_path):
         "decoder.1": StageAP(ap(20.0), ap(19.0)),
         "decoder.2": StageAP(ap(None), ap(None)),
     }
-    result = LayerwiseAP(stages, 7, "made up")
+    result = LayerwiseAP(stages, 7, "synthetic")
     result.save(tmp_path / "layers.json")
     assert LayerwiseAP.load(tmp_path / "layers.json") == result
     assert [s.imbalance for s in stages.values()] == [4.5, None, -1.0, None]

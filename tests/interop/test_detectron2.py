@@ -106,7 +106,7 @@ def test_its_trainer_evaluator_and_visualizer_work(registered, tmp_path):
     from detectron2.data import MetadataCatalog
     from detectron2.utils.visualizer import Visualizer
 
-    from dimaskdino.interop.detectron2 import Trainer
+    from dimaskdino.interop.detectron2 import DIMaskDINOTrainer
 
     small = [*MODEL, "loss.points=64", "model.backbone.name=resnet18", "model.backbone.norm=batch"]
     cfg = configuration(
@@ -116,7 +116,7 @@ def test_its_trainer_evaluator_and_visualizer_work(registered, tmp_path):
         *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 3, "SOLVER.BASE_LR", 1e-3, "SOLVER.STEPS", (2,)),
         *("TEST.EVAL_PERIOD", 3, "OUTPUT_DIR", str(tmp_path)),
     )
-    trainer = Trainer(cfg)
+    trainer = DIMaskDINOTrainer(cfg)
     before = trainer.model.detector.heads.label.weight.clone()
     trainer.train()
     results = trainer.test(cfg, trainer.model)

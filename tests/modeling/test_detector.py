@@ -24,7 +24,7 @@ def noise(*sizes: tuple[int, int]) -> list[torch.Tensor]:
     return [torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8) for size in sizes]
 
 
-def made_up_targets(H: int, W: int, counts: tuple[int, ...]) -> Targets:
+def synthetic_targets(H: int, W: int, counts: tuple[int, ...]) -> Targets:
     generator = torch.Generator().manual_seed(2)
     M = max(counts)
     boxes = torch.rand(len(counts), M, 4, generator=generator) * 0.4 + 0.2
@@ -80,7 +80,7 @@ def test_images_of_a_batch_do_not_influence_each_other():
 def test_matching_queries_do_not_see_denoising_queries():
     model = detector()
     batch = ImageBatch.from_images(noise((64, 64), (64, 64)))
-    without, having = model(batch), model(batch, made_up_targets(64, 64, (3, 1)))
+    without, having = model(batch), model(batch, synthetic_targets(64, 64, (3, 1)))
     assert having.denoising_groups == 2
     assert having.denoising["decoder.2"].class_logits.shape == (2, 6, 5)
     for name, stage in without.stages.items():
@@ -110,7 +110,7 @@ def test_matching_queries_do_not_see_denoising_queries():
 )
 def test_every_parameter_of_every_variant_is_trained(changes):
     model = detector(*changes).train()
-    targets = made_up_targets(64, 64, (2, 3))
+    targets = synthetic_targets(64, 64, (2, 3))
     predictions = model(ImageBatch.from_images(noise((64, 64), (50, 60))), targets)
     stages = [*predictions.stages.values(), *predictions.denoising.values()]
     outputs = [x for s in stages for x in (s.class_logits, s.boxes)]

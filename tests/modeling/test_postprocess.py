@@ -6,7 +6,7 @@ from torch.nn.functional import interpolate
 from dimaskdino.modeling import Stage, postprocess
 
 
-def made_up_stage(B: int = 2, Q: int = 7, K: int = 3, C: int = 8) -> Stage:
+def synthetic_stage(B: int = 2, Q: int = 7, K: int = 3, C: int = 8) -> Stage:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -16,7 +16,7 @@ def made_up_stage(B: int = 2, Q: int = 7, K: int = 3, C: int = 8) -> Stage:
 
 
 def test_against_a_loop():
-    stage, sizes, outputs = made_up_stage(), [(60, 90), (64, 96)], [(120, 180), (64, 96)]
+    stage, sizes, outputs = synthetic_stage(), [(60, 90), (64, 96)], [(120, 180), (64, 96)]
     results = postprocess(stage, sizes, (64, 96), outputs, detections=9)
     logits = stage.mask_logits()
     for b, found in enumerate(results):
@@ -41,12 +41,12 @@ def test_against_a_loop():
 
 
 def test_only_the_detected_queries_masks_are_made():
-    found = postprocess(made_up_stage(Q=50), [(64, 96)] * 2, (64, 96), [(64, 96)] * 2, detections=5)
+    found = postprocess(synthetic_stage(Q=50), [(64, 96)] * 2, (64, 96), [(64, 96)] * 2, detections=5)
     assert all(len(f.query_masks) <= 5 for f in found)
 
 
 def test_a_stage_without_masks_scores_by_class():
-    stage = made_up_stage()
+    stage = synthetic_stage()
     boxes_only = Stage(stage.name, stage.class_logits, stage.boxes)
     found = postprocess(boxes_only, [(64, 96)] * 2, (64, 96), [(64, 96)] * 2, detections=4)[0]
     assert found.query_masks is None
@@ -54,4 +54,4 @@ def test_a_stage_without_masks_scores_by_class():
 
 
 def test_more_detections_than_pairs():
-    assert len(postprocess(made_up_stage(), [(64, 96)] * 2, (64, 96), [(64, 96)] * 2, detections=100)[0].scores) == 21
+    assert len(postprocess(synthetic_stage(), [(64, 96)] * 2, (64, 96), [(64, 96)] * 2, detections=100)[0].scores) == 21

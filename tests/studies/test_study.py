@@ -85,9 +85,9 @@ def write_study(folder, **changes):
 def test_mistakes_are_named(tmp_path, monkeypatch):
     row = {"name": "a", "label": "A"}
     for changes, message in (
-        ({"rows": [row, row]}, "every row needs a name of its own, got a, a"),
+        ({"rows": [row, row]}, "row names must be unique, got a, a"),
         ({"rows": [row | {"against": "c"}]}, "a is compared with c, but the rows are a"),
-        ({"report": ["last.boxes"]}, "'last.boxes' is no quantity; write STAGE.box"),
+        ({"report": ["last.boxes"]}, "'last.boxes' is no quantity; expected STAGE.box"),
         ({"columns": {"COCO": "coco"}}, "no place of a, b in them"),
     ):
         with pytest.raises(UserError, match=message):
@@ -97,7 +97,7 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
         study.config(study.rows[0], "huge")
     with pytest.raises(UserError, match="cannot read the study"):
         load_study(tmp_path / "none.yaml")
-    with pytest.raises(UserError, match="at least one run has to go at a time, got 0"):
+    with pytest.raises(UserError, match="parallel must be at least 1, got 0"):
         plan_study(study, "tiny", [], tmp_path, parallel=0)
     with pytest.raises(UserError, match="unknown setting 'modle'"):
         plan_study(study, "tiny", [], tmp_path, ["modle.heads=3"])
@@ -108,13 +108,13 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
 
 
 def measured(folder, row, seed, first, last, samples=None):
-    """Write made-up results: (box, mask) AP of the first and last layer, and draws by stage and kind."""
+    """Write synthetic results: (box, mask) AP of the first and last layer, and draws by stage and kind."""
 
     def stage(box, mask):
         values = dict.fromkeys(AveragePrecision.__dataclass_fields__)
         return StageAP(AveragePrecision(**values | {"AP": box}), AveragePrecision(**values | {"AP": mask}))
 
-    result = LayerwiseAP({"decoder.1": stage(*first), "decoder.2": stage(*last)}, 1, "made up")
+    result = LayerwiseAP({"decoder.1": stage(*first), "decoder.2": stage(*last)}, 1, "synthetic")
     place = folder / "runs" / f"{row}_{seed}" / "evaluation"
     result.save(place / "layers.json")
     if samples:

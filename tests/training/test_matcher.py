@@ -16,7 +16,7 @@ from dimaskdino.training.points import sample_maps, sample_masks, uncertain_poin
 LOSS = config.Loss(points=200)
 
 
-def made_up(Q: int = 6, counts: tuple[int, ...] = (3, 1), seed: int = 0) -> tuple[list[Stage], Targets]:
+def synthetic(Q: int = 6, counts: tuple[int, ...] = (3, 1), seed: int = 0) -> tuple[list[Stage], Targets]:
     g = torch.Generator().manual_seed(seed)
     B, M, K, C = len(counts), max(counts), 4, 8
     features = torch.randn(B, C, 16, 16, generator=g)
@@ -57,7 +57,7 @@ def slow_cost(stage: Stage, targets: Targets, b: int, q: int, j: int, points: to
 
 
 def test_the_cheapest_assignment_of_all(monkeypatch):
-    stages, targets = made_up(Q=5, counts=(3, 1))
+    stages, targets = synthetic(Q=5, counts=(3, 1))
     points = torch.rand(2, LOSS.points, 2, generator=torch.Generator().manual_seed(9))
     monkeypatch.setattr(matcher.torch, "rand", lambda *shape, device: points)
     for stage, found in zip(stages, match(stages, targets, LOSS), strict=True):
@@ -72,14 +72,14 @@ def test_the_cheapest_assignment_of_all(monkeypatch):
 
 
 def test_more_objects_than_queries():
-    stages, targets = made_up(Q=2, counts=(5, 1))
+    stages, targets = synthetic(Q=2, counts=(5, 1))
     for found in match(stages, targets, LOSS):
         assert found.counts == (2, 1)
         assert sorted(found.query[found.image == 0].tolist()) == [0, 1]
 
 
 def test_no_objects_at_all():
-    stages, _ = made_up(Q=4, counts=(1, 1))
+    stages, _ = synthetic(Q=4, counts=(1, 1))
     empty = Targets(
         torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0, 4), torch.zeros(2, 0, 64, 64, dtype=torch.uint8), (0, 0)
     )
@@ -87,7 +87,7 @@ def test_no_objects_at_all():
 
 
 def test_costs_that_are_not_numbers_do_not_break_matching():
-    stages, targets = made_up()
+    stages, targets = synthetic()
     stages[0].class_logits[0, 2] = torch.nan
     found = match(stages, targets, LOSS)[0]
     assert found.counts == (3, 1)

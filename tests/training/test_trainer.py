@@ -149,7 +149,7 @@ def test_two_processes_stop_at_the_same_step(shapes_data, tmp_path):
 
 def test_a_batch_that_cannot_be_split(shapes_data):
     config = settings(shapes_data, "train.batch_size=6", "train.accumulate=2")
-    with pytest.raises(UserError, match="batch_size = 6 is less than one image for each of 4 processes x 2 parts"):
+    with pytest.raises(UserError, match="batch_size = 6 is less than one image per part: 4 processes x 2 parts"):
         training_loader(training_dataset(config), config, 0, 0, 4)
 
 
@@ -327,7 +327,7 @@ def test_fine_tuning_starts_from_a_trained_model(finished, shapes_data, tmp_path
     left = {"heads.label.weight", "heads.label.bias", "denoising.labels.weight"}
     assert all(torch.equal(started[key], value) for key, value in trained.items() if key not in left)
     assert all(len(started[key]) == 2 for key in left)
-    assert "these begin anew: heads.label.weight" in capsys.readouterr().out
+    assert "these are re-initialised: heads.label.weight" in capsys.readouterr().out
 
     for weights, change, words in (
         (finished.path, "model.hidden_dim=64", "has another architecture"),

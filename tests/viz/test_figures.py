@@ -19,6 +19,7 @@ from dimaskdino.viz import (
     plot_ablation,
     plot_calibration,
     plot_differences,
+    plot_first_and_last_layer,
     plot_gradient_conflict,
     plot_guidance_rank,
     plot_imbalance_by_group,
@@ -30,6 +31,7 @@ from dimaskdino.viz import (
     plot_selection_recall,
     plot_study_layers,
 )
+from dimaskdino.viz.objects import _free_place
 
 
 def ap(value: float) -> AveragePrecision:
@@ -44,7 +46,7 @@ RESULT = LayerwiseAP(
         "decoder.1": StageAP(ap(30.0), ap(28.0)),
     },
     4,
-    "made up",
+    "synthetic",
 )
 
 
@@ -52,7 +54,9 @@ def test_layerwise_curves_hold_every_value_at_its_stage():
     top, bottom = plot_layerwise_ap({"a": RESULT}).axes
     box, mask = top.lines
     assert (list(box.get_xdata()), list(box.get_ydata())) == ([0, 1, 2, 3], [10, 15, 16, 30])
-    assert (list(mask.get_xdata()), list(mask.get_ydata())) == ([0, 2, 3], [20, 21, 28])
+    # a gap at the stage without masks
+    assert list(mask.get_xdata()) == [0, 1, 2, 3]
+    np.testing.assert_array_equal(mask.get_ydata(), [20, np.nan, 21, 28])
     assert [bar.get_height() for bar in bottom.patches] == [10, 5, -2]
     assert [t.get_text() for t in bottom.get_xticklabels()] == [
         *("first\nselection", "token\ninter. 1", "decoder\ninput", "layer 1")
@@ -258,3 +262,29 @@ def test_calibration_and_imbalance_by_group():
     axes = plot_imbalance_by_group({"DI": groups}, "title").axes[0]
     lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines[:2]]
     assert lines == [([0, 1], [5, 1]), ([1], [-1])]
+
+
+def test_slopes_hold_the_values_and_the_lag():
+    layers = {"first": {"box": 16.6, "mask": 21.1}, "last": {"box": 28.1, "mask": 25.3}}
+    figure = plot_first_and_last_layer({"Paper": {"A": layers, "B": layers}, "Here": {"A": layers}})
+    assert [axes.get_title() for axes in figure.axes] == ["A", "B", "A"]
+    mask, box, lag = figure.axes[0].lines
+    assert list(mask.get_ydata()) == [21.1, 25.3]
+    assert list(box.get_ydata()) == [16.6, 28.1]
+    assert list(lag.get_ydata()) == [16.6, 21.1]
+    assert lag.get_solid_capstyle() == "butt"  # a round cap would lengthen the bar
+    assert {text.get_text() for text in figure.axes[0].texts} == {"21.1", "25.3", "16.6", "28.1", "lag\n+4.5"}
+
+
+def test_labels_of_objects_do_not_overlap():
+    rng = np.random.default_rng(0)
+    taken = []
+    for _ in range(12):
+        x, y = rng.uniform(0, 80, 2)
+        place = _free_place((x, y, x + 30, y + 30), (25, 6), (128, 128), taken)
+        taken.append((*place, place[0] + 25, place[1] + 6))
+    for i, (a, b, c, d) in enumerate(taken):
+        assert a >= 0
+        assert c <= 128
+        for e, f, g, h in taken[:i]:
+            assert c <= e or a >= g or d <= f or b >= h
