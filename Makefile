@@ -40,7 +40,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 	@touch $@
 
 .venv/.dev: .venv/.installed
-	$(BIN)/python -m pip install -qq -e '.[notebooks,timm,hub,dev]'
+	$(BIN)/python -m pip install -qq -e '.[notebooks,timm,hub,site,dev]'
 	@touch $@
 
 demo: .venv/.installed
@@ -68,7 +68,6 @@ figures: .venv/.installed
 	$(BIN)/python docs/figures.py
 
 site: .venv/.dev
-	$(BIN)/python -m pip install -qq -e '.[site]'
 	$(BIN)/python -m dimaskdino.course.site
 
 benchmark: .venv/.installed

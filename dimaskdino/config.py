@@ -320,7 +320,7 @@ def parse_config(tree: dict[str, Any], overrides: Iterable[str], source: str) ->
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error, source)) from None
+        raise UserError(explain(error, source, Config)) from None
 
 
 def dump_config(config: Config) -> str:
@@ -394,12 +394,19 @@ def keys_of(section: type[Section] = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-def _explain(error: ValidationError, source: str) -> str:
+def explain(error: ValidationError, source: str, root: type[Section]) -> str:
+    """One line for the problems that pydantic found; an unknown key comes with the nearest known one.
+
+    Args:
+        error: what pydantic raised.
+        source: the file, for the message.
+        root: the section that was validated.
+    """
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, keys_of(), n=1, cutoff=0) or [""]
+            near = difflib.get_close_matches(key, keys_of(root), n=1, cutoff=0) or [""]
             lines.append(f"unknown setting '{key}'; did you mean '{near[0]}'?")
         elif problem["type"] == "value_error":
             lines.append(f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"]))

@@ -19,12 +19,12 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from dimaskdino.benchmarks.record import report
 from dimaskdino.evaluation.bootstrap import DRAWS, image_draws, resampled_ap
 from dimaskdino.evaluation.coco_ap import average_precision, read_truth
 from dimaskdino.evaluation.detections import Detections, DetectionStore
 from dimaskdino.evaluation.layerwise_ap import score_layers
 from dimaskdino.progress import progress_bar
-from dimaskdino.runs.folder import environment
 
 HEIGHT, WIDTH = 480, 640
 CLASSES = 80
@@ -195,11 +195,7 @@ def main(images: int = 5000, stages: int = 9, detections: int = 100, output: Pat
         detections: Number of detections per image and stage.
         output: File to append the result to, one line of json.
     """
-    record = measure(images, stages, detections) | {"versions": environment()}
-    print(json.dumps(record, indent=1))
-    if output:
-        with output.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    report(measure(images, stages, detections), output)
 
 
 if __name__ == "__main__":

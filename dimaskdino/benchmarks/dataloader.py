@@ -3,7 +3,6 @@
 python -m dimaskdino.benchmarks.dataloader CONFIG data.root=data/coco --output docs/measurements/loading.jsonl
 """
 
-import json
 import os
 import statistics
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 import tyro
 
+from dimaskdino.benchmarks.record import report
 from dimaskdino.config import Config, load_config
 from dimaskdino.data.coco import CocoDataset
 from dimaskdino.data.dataloader import collate, training_dataset, training_loader
@@ -79,11 +79,7 @@ def main(
         images: Number of images to load.
         output: File to append the result to, one line of json.
     """
-    result = measure(load_config(config, overrides), images)
-    print(json.dumps(result, indent=1))
-    if output:
-        with output.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+    report(measure(load_config(config, overrides), images), output)
 
 
 if __name__ == "__main__":

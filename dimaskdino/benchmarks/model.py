@@ -4,7 +4,6 @@ Every measurement runs in its own process, since the peak memory of a process ne
 """
 
 import contextlib
-import json
 import platform
 import resource
 import statistics
@@ -24,6 +23,7 @@ import tyro
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dimaskdino.benchmarks.record import report
 from dimaskdino.config import Config, load_config
 from dimaskdino.data.coco import Sample
 from dimaskdino.data.dataloader import collate
@@ -310,9 +310,7 @@ def main(
     whole = sum(result.parts.values())
     for name, seconds in sorted(result.parts.items(), key=lambda part: -part[1]):
         print(f"  {name:<24}{seconds:7.3f} s {100 * seconds / whole:5.1f} %")
-    if output:
-        with output.open("a") as file:
-            file.write(json.dumps({"config": config.stem, **asdict(result)}) + "\n")
+    report({"config": config.stem, **asdict(result)}, output, show=False)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from dimaskdino.config import Config, Section, load_config
+from dimaskdino.config import Config, Section, explain, load_config
 from dimaskdino.errors import UserError
 from dimaskdino.resources import configs_folder
 from dimaskdino.studies.comparison import EvaluatedRun, Quantity
@@ -157,10 +157,6 @@ def load_study(path: Path) -> Study:
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     except ValidationError as error:
-        problems = []
-        for problem in error.errors():
-            reason = problem["ctx"]["error"] if problem["type"] == "value_error" else problem["msg"].lower()
-            problems.append(": ".join([*map(str, problem["loc"]), str(reason)]))
-        raise UserError(f"{path} is not a study: {'; '.join(problems)}") from None
+        raise UserError(explain(error, f"{path} is not a study", Study)) from None
     scales = {name: (path.parent / file).resolve() for name, file in study.scales.items()}
     return study.model_copy(update={"scales": scales})

@@ -1,5 +1,6 @@
 """The course as a site and slides (needs the packages of the extra `site`)."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -33,6 +34,18 @@ def test_explorers_become_pictures_and_progress_goes():
 def test_headings_and_figures_begin_slides():
     kinds = [cell.metadata["slideshow"]["slide_type"] for cell in with_slides(executed()).cells]
     assert kinds == ["slide", "-", "slide", "subslide", "subslide", "-"]
+
+
+def test_guides_and_reference_build_without_warnings_and_with_links_that_lead_somewhere(tmp_path):
+    index = build(ROOT, tmp_path / "site", [])
+    pages = {page.name: page.read_text() for page in index.parent.glob("*.html")}
+    guides = {f"{page.stem}.html" for page in (ROOT / "docs").glob("*.md")}
+    assert guides | {"index.html", "api.html", "contributing.html", "changelog.html"} <= set(pages)
+    for name, text in pages.items():
+        for target in re.findall(r'href="([^"#:?]+)(?:#[^"]*)?"', text):
+            assert (index.parent / target).exists(), f"{name}: {target}"
+    assert 'id="dimaskdino.Model.predict"' in pages["api.html"]
+    assert "cxcywh" in pages["api.html"]
 
 
 @pytest.mark.slow
