@@ -96,8 +96,8 @@ def build(root: Path, output: Path, notebooks: list[Path]) -> Path:
         (html / "slides" / f"{path.stem}.html").write_text(text)
     # plain HTML: Sphinx knows nothing of the slides and would drop links to them
     decks = "".join(f'<li><a href="slides/{path.stem}.html">{_title(path)}</a></li>' for path in notebooks)
-    index = (source / "index.md").read_text().replace("{{ chapters }}", "\n".join(path.stem for path in notebooks))
-    (source / "index.md").write_text(index.replace("{{ slides }}", f"<ul>{decks}</ul>"))
+    course = (source / "course.md").read_text().replace("{{ chapters }}", "\n".join(path.stem for path in notebooks))
+    (source / "course.md").write_text(course.replace("{{ slides }}", f"<ul>{decks}</ul>"))
     command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going", str(source), str(html)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -94,6 +94,7 @@ def _draw_numbered(axes: Axes, image: Tensor, masks: Tensor | None, boxes: Tenso
         axes.text(x, y + size[1], text.replace("$", r"\$"), color="white", fontsize=8, bbox=patch, va="bottom")
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     axes.grid(False)
+    axes.spines[:].set_visible(False)
 
 
 def _free_place(

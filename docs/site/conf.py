@@ -15,6 +15,7 @@ html_theme_options = {
     "footer_end": [],
 }
 html_show_sourcelink = False
+default_role = "code"  # docstrings write code as Markdown does
 copyright = "the dimaskdino contributors; Apache License 2.0"
 autodoc_typehints = "none"  # signatures have jaxtyping's shapes; the docstrings say them too
 autodoc_member_order = "bysource"

@@ -52,8 +52,9 @@ def test_guides_and_reference_build_without_warnings_and_with_links_that_lead_so
 def test_a_chapter_becomes_a_page_and_slides(tmp_path):
     index = build(ROOT, tmp_path / "site", [ROOT / "notebooks" / "07_ablations.ipynb"])
     page, slides = index.parent / "07_ablations.html", index.parent / "slides" / "07_ablations.html"
-    assert 'href="07_ablations.html"' in index.read_text()
-    assert 'href="slides/07_ablations.html"' in index.read_text()
+    course = (index.parent / "course.html").read_text()
+    assert 'href="07_ablations.html"' in course
+    assert 'href="slides/07_ablations.html"' in course
     assert page.read_text().count("<img") >= 2
     assert page.read_text().count('alt="Figure: What each module brings') == 1
     assert "reveal" in slides.read_text()
