@@ -56,7 +56,8 @@ def objects() -> str:
     first, layer = means["first_selection"], means["decoder.1"]
     return (
         "*One image of the built-in data that shows the lag, the shipped DI-MaskDINO, one colour per object: at the\n"
-        f"first selection the masks fit (mean IoU {first['mask_iou']:.2f}), the boxes not yet ({first['box_iou']:.2f});\n"
+        f"first selection the masks fit (mean IoU {first['mask_iou']:.2f}), the boxes not yet "
+        f"({first['box_iou']:.2f});\n"
         f"after the first layer both do ({layer['mask_iou']:.2f} and {layer['box_iou']:.2f}).*"
     )
 

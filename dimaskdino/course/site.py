@@ -18,6 +18,7 @@ from papermill import execute_notebook
 
 from dimaskdino.errors import UserError
 from dimaskdino.progress import progress_bar
+from dimaskdino.runs.notebooks import kernel_config
 from dimaskdino.runs.processes import project_root
 
 _WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -87,10 +88,13 @@ def build(root: Path, output: Path, notebooks: list[Path]) -> Path:
     known = {path.resolve(): f"{name}.md" for name, path in guides.items()}
     known |= {path.resolve(): path.name for path in notebooks}
     for name, path in guides.items():
-        (source / f"{name}.md").write_text(_with_site_links(path, known))
+        (source / f"{name}.md").write_text(_with_site_links(path.read_text(), path.parent, known))
     slides = SlidesExporter(reveal_scroll=True)
     for path in progress_bar(notebooks, "chapters"):
-        executed = still(execute_notebook(str(path), None, cwd=path.parent, progress_bar=False))
+        executed = still(execute_notebook(str(path), None, cwd=path.parent, progress_bar=False, config=kernel_config()))
+        for cell in executed.cells:
+            if cell.cell_type == "markdown":
+                cell.source = _with_site_links(cell.source, path.parent, known)
         nbformat.write(executed, source / path.name)
         text, _ = slides.from_notebook_node(with_slides(executed))
         (html / "slides" / f"{path.stem}.html").write_text(text)
@@ -105,18 +109,24 @@ def build(root: Path, output: Path, notebooks: list[Path]) -> Path:
     return html / "index.html"
 
 
-def _with_site_links(page: Path, known: Mapping[Path, str]) -> str:
-    """A Markdown file with its links to other pages of the site; links to other files of the repository become text."""
+def _with_site_links(markdown: str, folder: Path, known: Mapping[Path, str]) -> str:
+    """Point links to pages of the site, and turn links to other files of the repository into text.
+
+    Args:
+        markdown: the text.
+        folder: folder that its relative links start from.
+        known: names of the site's pages by their files.
+    """
 
     def link(match: re.Match[str]) -> str:
         text, target = match[1], match[2]
         path, hash_mark, anchor = target.partition("#")
         if "://" in target or not path:
             return match[0]
-        found = known.get((page.parent / path).resolve())
+        found = known.get((folder / path).resolve())
         return text if found is None else f"[{text}]({found}{hash_mark}{anchor})"
 
-    return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)]+)\)", link, page.read_text())
+    return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)]+)\)", link, markdown)
 
 
 def _title(path: Path) -> str:

@@ -64,6 +64,14 @@ def check_parameters(notebook: Path, values: Mapping[str, Any]) -> dict[str, Any
     return dict(values)
 
 
+def kernel_config() -> Any:
+    """Settings of notebook kernels: encrypted messages, without which a kernel warns at every start."""
+    import zmq
+    from traitlets.config import Config
+
+    return Config({"KernelManager": {"transport_encryption": "auto"}} if zmq.has("curve") else {})
+
+
 def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], echo: bool = False) -> Path:
     """Execute a notebook with parameters; the executed copy goes into the folder.
 
@@ -81,12 +89,8 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
             folder has it too.
     """
     import papermill
-    import zmq
     from nbclient.exceptions import DeadKernelError
-    from traitlets.config import Config
 
-    # Otherwise the kernel warns, at every start, that it talks in plain text.
-    encryption = Config({"KernelManager": {"transport_encryption": "auto"}} if zmq.has("curve") else {})
     output = folder / notebook.name
     values = check_parameters(notebook, parameters)
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +102,7 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
                 progress_bar=not echo,
                 stderr_file=sys.stderr if echo else None,
                 kernel_name="python3",
-                config=encryption,
+                config=kernel_config(),
             )
     except papermill.PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue}" if error.ename != "UserError" else error.evalue
