@@ -202,10 +202,10 @@ class Model(TrainedModel):
         inputs: Sequence[ImageInput] = images if several else [images]  # type: ignore[assignment,list-item]
         tensors = [to_image_tensor(image) for image in inputs]
         name = self.stages[-1] if stage is None else stage
-        found = predict_images(self, tensors, [name], batch_size) if tensors else []
+        detected = predict_images(self, tensors, [name], batch_size) if tensors else []
         results = [
             Result(image, _above(instances[name], threshold), tuple(self.classes), name)
-            for image, instances in zip(tensors, found, strict=True)
+            for image, instances in zip(tensors, detected, strict=True)
         ]
         return results if several else results[0]
 

@@ -70,10 +70,10 @@ def predict_files(
         for start in range(0, len(files), batch_size):
             chunk = list(zip(files[start : start + batch_size], targets[start : start + batch_size], strict=True))
             pictures = [(file, target) for (file, _), target in chunk if file.suffix.lower() in SUFFIXES]
-            for file, target, found in _predict_pictures(model, pictures, stage, threshold, batch_size, result):
-                coco.add(found, str(file))
+            for file, target, prediction in _predict_pictures(model, pictures, stage, threshold, batch_size, result):
+                coco.add(prediction, str(file))
                 target.parent.mkdir(parents=True, exist_ok=True)
-                found.save(target)
+                prediction.save(target)
                 result.pictures.append(target)
             for (file, _), target in chunk:
                 if file.suffix.lower() in VIDEO_SUFFIXES:
@@ -110,8 +110,8 @@ def _predict_pictures(
             report.skipped.append(str(error))
             print(f"skipped: {error}")
     results = model.predict(images, stage=stage, threshold=threshold, batch_size=batch_size)
-    for (file, target), found in zip(readable, results, strict=True):
-        yield file, target, found
+    for (file, target), prediction in zip(readable, results, strict=True):
+        yield file, target, prediction
 
 
 def _targets(files: Sequence[tuple[Path, Path]], output: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """The recorded cases of `tests/fixtures/golden`: weights, images and models, made as their README describes."""
 
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -100,3 +101,17 @@ def detector(case: str) -> Detector:
     assert not surplus, sorted(surplus)
     model.load_state_dict(conversion.state)
     return model.eval()
+
+
+def detectron2_names(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """torchvision's ResNet under detectron2's names, as arrays."""
+    names = {}
+    for key, value in state.items():
+        if "num_batches" in key:
+            continue
+        name = re.sub(r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}", key)
+        name = re.sub(r"^(conv1|bn1)", r"stem.\1", name)
+        name = re.sub(r"bn(\d)", r"conv\1.norm", name).replace("downsample.0", "shortcut")
+        name = name.replace("downsample.1", "shortcut.norm").replace("fc.", "stem.fc.")
+        names[name] = value.numpy()
+    return names

@@ -95,11 +95,11 @@ def _detections(
 ) -> Detections:
     """The objects, some displaced and some of a wrong class, and false alarms of lower scores."""
     shapes, categories = objects
-    found = min(len(shapes), count)
-    chosen = np.concatenate([shapes[:found], rng.integers(0, SHAPES, count - found)])
-    variant = np.concatenate([rng.integers(0, VARIANTS, found), np.zeros(count - found, np.int64)])
-    labels = np.concatenate([categories[:found], rng.integers(1, CLASSES + 1, count - found)])
-    scores = np.concatenate([rng.uniform(0.2, 1, found), rng.uniform(0, 0.5, count - found)])
+    detected = min(len(shapes), count)
+    chosen = np.concatenate([shapes[:detected], rng.integers(0, SHAPES, count - detected)])
+    variant = np.concatenate([rng.integers(0, VARIANTS, detected), np.zeros(count - detected, np.int64)])
+    labels = np.concatenate([categories[:detected], rng.integers(1, CLASSES + 1, count - detected)])
+    scores = np.concatenate([rng.uniform(0.2, 1, detected), rng.uniform(0, 0.5, count - detected)])
     codes = [pool.codes[shape][v] for shape, v in zip(chosen, variant, strict=True)]
     xywh = pool.boxes[chosen, variant]
     return Detections(

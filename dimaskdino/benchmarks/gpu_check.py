@@ -32,18 +32,18 @@ def cases() -> list[list[str]]:
     The paper's test size on both models, whose ratio it reports; larger batches; a share of the recipe's batch of 16
     as each of 8 GPUs has it; the whole batch on one GPU.
     """
-    found = []
+    commands = []
     for name, precision, compiled in itertools.product((MODEL, BASELINE), ("fp32", "bf16"), ("false", "true")):
-        found.append(["inference", "800 1333", "1", name, precision, compiled])
+        commands.append(["inference", "800 1333", "1", name, precision, compiled])
     for size, images, precision in itertools.product(("800 1333", "1024 1024"), ("1", "8"), ("fp32", "bf16")):
         if (size, images) != ("800 1333", "1"):
-            found.append(["inference", size, images, MODEL, precision, "false"])
+            commands.append(["inference", size, images, MODEL, precision, "false"])
     for precision, compiled in itertools.product(("fp32", "bf16"), ("false", "true")):
-        found.append(["training", "1024 1024", "2", MODEL, precision, compiled])
-    found.append(["training", "1024 1024", "16", MODEL, "fp32", "false", "train.accumulate=8"])
-    found.append(["training", "1024 1024", "16", MODEL, "bf16", "false", "train.accumulate=4"])
+        commands.append(["training", "1024 1024", "2", MODEL, precision, compiled])
+    commands.append(["training", "1024 1024", "16", MODEL, "fp32", "false", "train.accumulate=8"])
+    commands.append(["training", "1024 1024", "16", MODEL, "bf16", "false", "train.accumulate=4"])
     arguments = []
-    for task, size, images, name, precision, compiled, *more in found:
+    for task, size, images, name, precision, compiled, *more in commands:
         settings = [f"train.precision={precision}", f"train.compile={compiled}", *more]
         shape = ["--task", task, "--size", *size.split(), "--images", images]
         arguments.append([str(CONFIGS / f"{name}.yaml"), *settings, *shape])

@@ -271,10 +271,10 @@ def _literal(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        found = ast.literal_eval(value)
+        parsed = ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return value
-    return list(found) if isinstance(found, tuple) else found
+    return list(parsed) if isinstance(parsed, tuple) else parsed
 
 
 def _as_overrides(values: Mapping[str, Any]) -> list[str]:
@@ -389,14 +389,14 @@ def _swin(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
 
 
 def _swin_detail(key: str) -> Callable[[Any, Mapping[str, Any], _Translation], None]:
-    def told(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
+    def check(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
         expected = {"DROP_PATH_RATE": 0.3, "PATCH_SIZE": 4, "MLP_RATIO": 4.0, "QKV_BIAS": True, "PATCH_NORM": True}
         if key in expected and value != expected[key]:
             raise UserError(
                 f"{_MODEL}.SWIN.{key} = {value} means another model than this kit has, with {expected[key]}"
             )
 
-    return told
+    return check
 
 
 def _backbone(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:

@@ -43,25 +43,25 @@ def _called(function: Callable[..., Any], arguments: Sequence[Any], hint: str) -
     """What a student's function returns; None, with the reason printed, if there is nothing to compare."""
     name = getattr(function, "__name__", "your function")
     try:
-        found = function(*copy.deepcopy(arguments))
+        answer = function(*copy.deepcopy(arguments))
     except Exception as error:  # whatever a student's code may do
         shown = ", ".join(_short(argument) for argument in arguments)
         print(f"✗ {name}({shown}) stopped with {type(error).__name__}: {error}\n  Hint: {hint}")
         return None
-    if found is None or found is ...:
+    if answer is None or answer is ...:
         print(f"○ {name} returns nothing yet. Write its body, then run this cell again.\n  Hint: {hint}")
         return None
-    return found
+    return answer
 
 
 def _run(function: Callable[..., Any], cases: Sequence[tuple], expected: Callable[..., Any], hint: str) -> CheckResult:
     """Compare a student's function with the package's on some inputs; print the verdict."""
     name = getattr(function, "__name__", "your function")
     for case in cases:
-        found = _called(function, case, hint)
-        if found is None:
+        answer = _called(function, case, hint)
+        if answer is None:
             return CheckResult(False)
-        problem = _difference(found, expected(*case))
+        problem = _difference(answer, expected(*case))
         if problem:
             shown = ", ".join(_short(argument) for argument in case)
             print(f"✗ {name}({shown}): {problem}\n  Hint: {hint}")
@@ -76,32 +76,32 @@ def _short(value: Any) -> str:
     return str(value.tolist()) if isinstance(value, Tensor | np.ndarray) else repr(value)
 
 
-def _difference(found: Any, expected: Any) -> str | None:
+def _difference(answer: Any, expected: Any) -> str | None:
     """What is wrong with a result, in words; None if nothing is."""
     if isinstance(expected, tuple):
-        if not isinstance(found, tuple | list) or len(found) != len(expected):
-            return f"expected {len(expected)} results, got {_short(found)}"
-        problems = (_difference(*pair) for pair in zip(found, expected, strict=True))
+        if not isinstance(answer, tuple | list) or len(answer) != len(expected):
+            return f"expected {len(expected)} results, got {_short(answer)}"
+        problems = (_difference(*pair) for pair in zip(answer, expected, strict=True))
         return next((f"result {i + 1}: {problem}" for i, problem in enumerate(problems) if problem), None)
     if isinstance(expected, Tensor):
-        if not isinstance(found, Tensor | np.ndarray | list):
-            return f"expected values of shape {tuple(expected.shape)}, got {type(found).__name__}"
+        if not isinstance(answer, Tensor | np.ndarray | list):
+            return f"expected values of shape {tuple(expected.shape)}, got {type(answer).__name__}"
         try:
-            found, expected = torch.as_tensor(np.asarray(found)).double(), expected.double()
+            answer, expected = torch.as_tensor(np.asarray(answer)).double(), expected.double()
         except (TypeError, ValueError, RuntimeError):
-            return f"expected numbers of shape {tuple(expected.shape)}, got {_short(found)}"
-        if found.shape != expected.shape:
-            return f"expected the shape {tuple(expected.shape)}, got {tuple(found.shape)}"
-        if torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
+            return f"expected numbers of shape {tuple(expected.shape)}, got {_short(answer)}"
+        if answer.shape != expected.shape:
+            return f"expected the shape {tuple(expected.shape)}, got {tuple(answer.shape)}"
+        if torch.allclose(answer, expected, rtol=1e-4, atol=1e-5):
             return None
-        worst = (found - expected).abs().nan_to_num(torch.inf)
+        worst = (answer - expected).abs().nan_to_num(torch.inf)
         place = tuple(int(i) for i in torch.unravel_index(worst.argmax(), worst.shape))
-        return f"at {list(place)} expected {expected[place].item():.5g}, got {found[place].item():.5g}"
+        return f"at {list(place)} expected {expected[place].item():.5g}, got {answer[place].item():.5g}"
     try:
-        close = math.isclose(float(found), float(expected), rel_tol=1e-4, abs_tol=1e-6)
+        close = math.isclose(float(answer), float(expected), rel_tol=1e-4, abs_tol=1e-6)
     except (TypeError, ValueError):
-        return f"expected a number, got {type(found).__name__}"
-    return None if close else f"expected {float(expected):.5g}, got {float(found):.5g}"
+        return f"expected a number, got {type(answer).__name__}"
+    return None if close else f"expected {float(expected):.5g}, got {float(answer):.5g}"
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -305,13 +305,13 @@ def check_settings(function: Callable[[], Sequence[str]], row: str, study: Study
     wanted = next(r for r in study.rows if r.name == row)
     name = getattr(function, "__name__", "your function")
     hint = "`dimaskdino config keys` lists every setting; the rows of configs/ablations/*.yaml are examples"
-    found = _called(function, (), hint)
-    if found is None:
+    answer = _called(function, (), hint)
+    if answer is None:
         return CheckResult(False)
     try:
-        if not isinstance(found, list | tuple) or not all(isinstance(text, str) for text in found):
-            raise UserError(f"expected a list of texts such as 'model.decoder.layers=3', got {found!r}")
-        differing = _differing(load_config(study.scales["shapes"], found), study.config(wanted, "shapes"))
+        if not isinstance(answer, list | tuple) or not all(isinstance(text, str) for text in answer):
+            raise UserError(f"expected a list of texts such as 'model.decoder.layers=3', got {answer!r}")
+        differing = _differing(load_config(study.scales["shapes"], answer), study.config(wanted, "shapes"))
     except UserError as error:
         print(f"✗ {name}: {error}\n  Hint: {hint}")
         return CheckResult(False)
@@ -322,11 +322,11 @@ def check_settings(function: Callable[[], Sequence[str]], row: str, study: Study
     return CheckResult(True)
 
 
-def _differing(found: Section, expected: Section, prefix: str = "") -> list[str]:
+def _differing(answer: Section, expected: Section, prefix: str = "") -> list[str]:
     """The settings in which two configurations differ, in words."""
     problems = []
     for key in type(expected).model_fields:
-        a, b = getattr(found, key), getattr(expected, key)
+        a, b = getattr(answer, key), getattr(expected, key)
         if isinstance(a, Section) and isinstance(b, Section):
             problems += _differing(a, b, f"{prefix}{key}.")
         elif a != b:

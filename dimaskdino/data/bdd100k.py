@@ -125,13 +125,13 @@ def _from_run_lengths(files: list[Path]) -> Iterator[tuple[str, tuple[int, int],
         except ValueError as error:
             raise UserError(f"{file} is not valid json ({error})") from None
         for frame in content["frames"] if isinstance(content, dict) else content:
-            found, size = [], (720, 1280)  # of all images of the set
+            instances_found, size = [], (720, 1280)  # of all images of the set
             for label in frame.get("labels") or []:
                 name = _ALIASES.get(label["category"], label["category"])
                 if name not in CLASSES or "rle" not in label:
                     continue
                 marks = label.get("attributes") or {}
                 crowd = any(marks.get(key) or label.get(key) for key in ("crowd", "ignored", "ignore"))
-                found.append(_Instance(CLASSES.index(name) + 1, bool(crowd), label["rle"]))
+                instances_found.append(_Instance(CLASSES.index(name) + 1, bool(crowd), label["rle"]))
                 size = tuple(label["rle"]["size"])
-            yield frame["name"], size, found
+            yield frame["name"], size, instances_found

@@ -65,11 +65,11 @@ class BootstrapAP:
             raise UserError(f"{path} holds no bootstrap samples of this kit ({error})") from None
 
 
-def bootstrap(found: Mapping[str, Detections], annotations: Path, draws: int = DRAWS) -> BootstrapAP:
+def bootstrap(by_stage: Mapping[str, Detections], annotations: Path, draws: int = DRAWS) -> BootstrapAP:
     """AP on resampled images, for every stage and kind.
 
     Args:
-        found: detections by stage name. A stage takes a few seconds for 200 images, up to ten minutes for 5,000.
+        by_stage: detections by stage name. A stage takes a few seconds for 200 images, up to ten minutes for 5,000.
         annotations: the ground truth, COCO json.
         draws: number of bootstrap resamples.
     """
@@ -77,8 +77,8 @@ def bootstrap(found: Mapping[str, Detections], annotations: Path, draws: int = D
     ids = sorted(image["id"] for image in truth.dataset["images"])
     weights = image_draws(len(ids), draws)
     samples = {}
-    for name in progress_bar(found, "bootstrap"):
-        detections = found[name]
+    for name in progress_bar(by_stage, "bootstrap"):
+        detections = by_stage[name]
         samples[f"{name}/box"] = resampled_ap(truth, detections.boxes, "box", weights)
         if detections.has_masks:
             samples[f"{name}/mask"] = resampled_ap(truth, detections.masks, "mask", weights)

@@ -138,8 +138,8 @@ def evaluate_layers(
     Raises:
         UserError: a stage is unknown, the model has another number of classes than the data, or the data are unusable.
     """
-    found = detect_layers(model, split, stages, folder)
-    return score_layers(found, *annotations_of(model, split))
+    by_stage = detect_layers(model, split, stages, folder)
+    return score_layers(by_stage, *annotations_of(model, split))
 
 
 def annotations_of(model: TrainedModel, split: str | None = None) -> tuple[Path, str]:
@@ -148,18 +148,18 @@ def annotations_of(model: TrainedModel, split: str | None = None) -> tuple[Path,
     return annotations, f"step {model.step}, {annotations}"
 
 
-def score_layers(found: Mapping[str, Detections], annotations: Path, source: str) -> LayerwiseAP:
+def score_layers(by_stage: Mapping[str, Detections], annotations: Path, source: str) -> LayerwiseAP:
     """Box and mask AP of the detections of each stage.
 
     Args:
-        found: by stage name; a `DetectionStore` keeps one stage in memory at a time.
+        by_stage: detections by stage name; a `DetectionStore` keeps one stage in memory at a time.
         annotations: the ground truth, COCO json.
         source: which model was evaluated on which data, for people.
     """
     truth = read_truth(annotations)
     scored = {}
-    for name in progress_bar(found, "scoring"):
-        detections = found[name]
+    for name in progress_bar(by_stage, "scoring"):
+        detections = by_stage[name]
         scored[name] = StageAP(
             average_precision(truth, detections.boxes, "box"),
             average_precision(truth, detections.masks, "mask") if detections.has_masks else None,
@@ -198,13 +198,13 @@ def detect_layers(
     store = DetectionStore(folder, about, len(data), first=shard[0] == 0)
     missing = store.missing(shard)
     loader = evaluation_loader(data, settings, [store.images_of(part) for part in missing])
-    found, mine = batches(loader), sum(len(store.images_of(part)) for part in missing)
+    loaded, images_left = batches(loader), sum(len(store.images_of(part)) for part in missing)
     title = f"evaluating {data.annotations_file.stem}"
-    with explaining_dead_workers(), progress_bar(total=mine, description=title, unit="images") as progress:
+    with explaining_dead_workers(), progress_bar(total=images_left, description=title, unit="images") as progress:
         for part in missing:
             detections: dict[str, list[Detections]] = {}
             while not detections or len(next(iter(detections.values()))) < len(store.images_of(part)):
-                batch = next(found)
+                batch = next(loaded)
                 for name, images in _detect(model, batch, stages, data.category_ids).items():
                     detections.setdefault(name, []).extend(images)
                 progress.update(len(batch.images))

@@ -92,13 +92,13 @@ def match_objects(predictions: Predictions, targets: Targets, settings: config.L
         targets: the objects of the batch.
         settings: cost weights. Masks are compared at random points, so seed torch for reproducible results.
     """
-    found = [
+    fits = [
         _fit(stage, matches, targets)
         for stage, matches in zip(
             predictions.stages.values(), match(list(predictions.stages.values()), targets, settings), strict=True
         )
     ]
-    return MatchedObjects(tuple(predictions.stages), *(torch.stack(column) for column in zip(*found, strict=True)))
+    return MatchedObjects(tuple(predictions.stages), *(torch.stack(column) for column in zip(*fits, strict=True)))
 
 
 def _fit(stage: Stage, matches: Matches, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,7 +202,7 @@ def gradient_conflict(losses: Losses, detector: Detector) -> dict[str, GradientC
     gradients = [
         torch.autograd.grad(total, [p for _, p in named], retain_graph=True, allow_unused=True) for total in sums
     ]
-    found = {}
+    conflicts = {}
     for part in dict.fromkeys(name for name, _ in named):
         pairs = [
             (a.flatten(), b.flatten())
@@ -213,8 +213,8 @@ def gradient_conflict(losses: Losses, detector: Detector) -> dict[str, GradientC
             box, mask = (torch.cat(side).double() for side in zip(*pairs, strict=True))
             norms = box.norm().item(), mask.norm().item()
             cosine = (box @ mask).item() / (norms[0] * norms[1]) if all(norms) else float("nan")
-            found[part] = GradientConflict(*norms, cosine)
-    return found
+            conflicts[part] = GradientConflict(*norms, cosine)
+    return conflicts
 
 
 @dataclass(frozen=True)
@@ -235,19 +235,21 @@ class Calibration:
 
 
 def calibration(
-    found: Detections, annotations: Path, kind: Kind, threshold: float = 0.5, bins: int = 10
+    detections: Detections, annotations: Path, kind: Kind, threshold: float = 0.5, bins: int = 10
 ) -> Calibration:
     """Compare the scores with the fraction of right detections, by hotcoco.
 
     Args:
-        found: the detections of one stage.
+        detections: the detections of one stage.
         annotations: the ground truth, COCO json.
         kind: boxes or masks.
         threshold: smallest IoU of a right detection, one of COCO's: 0.50, 0.55, … 0.95.
         bins: number of score bins.
     """
     truth = read_truth(annotations)
-    evaluation = COCOeval(truth, truth.load_res(found.boxes if kind == "box" else found.masks), IOU_TYPE[kind])
+    evaluation = COCOeval(
+        truth, truth.load_res(detections.boxes if kind == "box" else detections.masks), IOU_TYPE[kind]
+    )
     evaluation.evaluate()
     measured = evaluation.calibration(n_bins=bins, iou_threshold=threshold)
     filled = [b for b in measured["bins"] if b["count"]]
@@ -304,8 +306,8 @@ def survey(model: TrainedModel, images: int, split: str | None = None, batch_siz
             targets = batch.targets.to(device)
             predictions = model.detector(ImageBatch.from_images(batch.images, device), trace=True)
             losses = criterion(predictions, targets, model.config.loss, sum(targets.counts))
-            for part, found in gradient_conflict(losses, model.detector).items():
-                conflict.setdefault(part, []).append(found)
+            for part, pull in gradient_conflict(losses, model.detector).items():
+                conflict.setdefault(part, []).append(pull)
             with torch.no_grad():
                 matched.append(match_objects(predictions, targets, model.config.loss))
                 recall.append(selection_recall(predictions.trace.T_i, predictions.trace.T_s, targets))
@@ -319,35 +321,35 @@ def survey(model: TrainedModel, images: int, split: str | None = None, batch_siz
     )
 
 
-def summary(result: LayerwiseAP, found: Survey, calibrated: Mapping[str, Calibration]) -> dict[str, object]:
+def summary(result: LayerwiseAP, surveyed: Survey, calibrated: Mapping[str, Calibration]) -> dict[str, object]:
     """Summarise all diagnostics for a json file: means over objects, images and batches.
 
     Args:
         result: AP of every stage.
-        found: the survey.
+        surveyed: the survey.
         calibrated: by name, such as `decoder.6, box`.
     """
     means = {
         part: {field: _mean([getattr(c, field) for c in some]) for field in ("box_norm", "mask_norm", "cosine")}
-        for part, some in found.conflict.items()
+        for part, some in surveyed.conflict.items()
     }
     fits = {
         name: {
-            "box_iou": float(found.matched.box_iou[row].mean()),
+            "box_iou": float(surveyed.matched.box_iou[row].mean()),
             "mask_iou": None
-            if found.matched.mask_iou[row].isnan().any()
-            else float(found.matched.mask_iou[row].mean()),
+            if surveyed.matched.mask_iou[row].isnan().any()
+            else float(surveyed.matched.mask_iou[row].mean()),
         }
-        for row, name in enumerate(found.matched.stages)
+        for row, name in enumerate(surveyed.matched.stages)
     }
     return {
-        "objects": found.matched.query.shape[1],
+        "objects": surveyed.matched.query.shape[1],
         "imbalance_by_size": imbalance_by_group(result, "size"),
         "imbalance_by_class": imbalance_by_group(result, "class"),
         "matched_queries": fits,
-        "query_stability": {stage: _mean([share]) for stage, share in query_stability(found.matched).items()},
-        "selection_recall": {name: float(kept.float().mean()) for name, kept in found.recall.items()},
-        "guidance_rank": float(found.guidance_rank.mean()) if len(found.guidance_rank) else None,
+        "query_stability": {stage: _mean([share]) for stage, share in query_stability(surveyed.matched).items()},
+        "selection_recall": {name: float(kept.float().mean()) for name, kept in surveyed.recall.items()},
+        "guidance_rank": float(surveyed.guidance_rank.mean()) if len(surveyed.guidance_rank) else None,
         "gradient_conflict": means,
         "calibration_error": {name: c.error for name, c in calibrated.items()},
     }

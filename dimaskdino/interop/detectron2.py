@@ -136,9 +136,11 @@ class DIMaskDINO(nn.Module):
         ]
         with torch.no_grad():
             last = self.detector(images).last
-            found = postprocess(last, images.sizes, images.padded_size, outputs, self.config.evaluation.detections)
+            detections_per_image = postprocess(
+                last, images.sizes, images.padded_size, outputs, self.config.evaluation.detections
+            )
         results = []
-        for size, detections in zip(outputs, found, strict=True):
+        for size, detections in zip(outputs, detections_per_image, strict=True):
             instances = Instances(size)
             instances.pred_boxes = Boxes(detections.boxes)
             instances.scores = detections.scores

@@ -46,8 +46,8 @@ class StudyReport:
 
     def values(self, row: str, quantity: Quantity) -> dict[int, float]:
         """A quantity by seed, where it is defined."""
-        found = {seed: quantity.of(m.result) for seed, m in self.measured.get(row, {}).items()}
-        return {seed: value for seed, value in found.items() if value is not None}
+        outcome = {seed: quantity.of(m.result) for seed, m in self.measured.get(row, {}).items()}
+        return {seed: value for seed, value in outcome.items() if value is not None}
 
     def difference(self, row: Row, quantity: Quantity) -> Difference | None:
         """Difference to the row that a row is compared with; None without such a row or without common seeds."""
@@ -57,20 +57,20 @@ class StudyReport:
 
     def published_difference(self, column: str, row: Row, quantity: Quantity) -> float | None:
         """The same difference in the paper; None if the paper does not have both numbers."""
-        found = [self.published[column].get(name or "", {}).get(str(quantity)) for name in (row.name, row.against)]
-        return None if found[0] is None or found[1] is None else round(found[0] - found[1], 1)
+        outcome = [self.published[column].get(name or "", {}).get(str(quantity)) for name in (row.name, row.against)]
+        return None if outcome[0] is None or outcome[1] is None else round(outcome[0] - outcome[1], 1)
 
     def comparisons(self) -> dict[str, dict[str, tuple[Difference, dict[str, float]]]]:
         """By label of the quantity and name of the comparison: the difference, and the published ones by column."""
         panels: dict[str, dict[str, tuple[Difference, dict[str, float]]]] = {}
         for quantity in self.study.quantities:
             for row in self.study.rows:
-                found = self.difference(row, quantity)
-                if found is not None and row.against is not None:
+                outcome = self.difference(row, quantity)
+                if outcome is not None and row.against is not None:
                     there = {c: self.published_difference(c, row, quantity) for c in self.published}
                     known = {column: value for column, value in there.items() if value is not None}
                     name = f"{row.label}\n− {self.study.row(row.against).label}"
-                    panels.setdefault(quantity.label, {})[name] = (found, known)
+                    panels.setdefault(quantity.label, {})[name] = (outcome, known)
         return panels
 
     def to_json(self) -> dict[str, Any]:
@@ -125,16 +125,16 @@ class StudyReport:
         rows = []
         for row in self.study.rows:
             for quantity in self.study.quantities:
-                found = self.difference(row, quantity)
-                if found is None or row.against is None:
+                outcome = self.difference(row, quantity)
+                if outcome is None or row.against is None:
                     continue
-                cells = [f"{row.label} − {self.study.row(row.against).label}", quantity.label, f"{found.mean:+.1f}"]
-                for interval in (found.over_images, found.over_seeds):
+                cells = [f"{row.label} − {self.study.row(row.against).label}", quantity.label, f"{outcome.mean:+.1f}"]
+                for interval in (outcome.over_images, outcome.over_seeds):
                     cells.append(f"{interval.low:+.1f} to {interval.high:+.1f}" if interval else "–")
-                cells.append(str(len(found.by_seed)))
+                cells.append(str(len(outcome.by_seed)))
                 for column in self.published:
                     there = self.published_difference(column, row, quantity)
-                    cells += ["–", "–"] if there is None else [f"{there:+.1f}", found.agrees(there)]
+                    cells += ["–", "–"] if there is None else [f"{there:+.1f}", outcome.agrees(there)]
                 rows.append(cells)
         return header, rows
 

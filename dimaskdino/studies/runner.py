@@ -160,8 +160,8 @@ def environments(parallel: int) -> list[dict[str, str]]:
     """Environment variables of the simultaneous runs: a GPU each, as far as there are any, and a share of the cores."""
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel)))
     count = torch.cuda.device_count()
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = given.split(",") if given else [str(i) for i in range(count)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(count)]
     devices = [{"CUDA_VISIBLE_DEVICES": names[i % count]} if count else {} for i in range(parallel)]
     return [{"OMP_NUM_THREADS": threads} | device for device in devices]
 

@@ -98,7 +98,7 @@ class Study(Section):
 
         A single pair of box and mask AP belongs to the last layer.
         """
-        found: dict[str, dict[str, dict[str, float]]] = {column: {} for column in self.columns}
+        published_values: dict[str, dict[str, dict[str, float]]] = {column: {} for column in self.columns}
         for row in self.rows:
             for column, key in self.columns.items():
                 node: Any = tables
@@ -107,8 +107,8 @@ class Study(Section):
                 layers = node if "last" in node else {"last": node}
                 values = {f"{layer}.{kind}": ap[kind] for layer, ap in layers.items() for kind in ("box", "mask")}
                 values |= {f"{layer}.imbalance": ap["mask"] - ap["box"] for layer, ap in layers.items()}
-                found[column][row.name] = values
-        return found
+                published_values[column][row.name] = values
+        return published_values
 
     def measured(self, folder: Path) -> dict[str, dict[int, EvaluatedRun]]:
         """Results in a study folder by row name and seed; rows without results are left out."""

@@ -80,14 +80,14 @@ def _other(result: LayerwiseAP, stage: str, kind: str) -> float:
 
 
 def _imbalance(axes: Any, result: LayerwiseAP, place: dict[str, int], number: int, total: int, label: str) -> None:
-    found = {n: s.imbalance for n, s in result.stages.items() if s.imbalance is not None}
+    defined = {n: s.imbalance for n, s in result.stages.items() if s.imbalance is not None}
     width = 0.6 / total
-    x = np.array([place[n] for n in found]) + (number - (total - 1) / 2) * width
+    x = np.array([place[n] for n in defined]) + (number - (total - 1) / 2) * width
     colour = GREY if total == 1 else CYCLE[number % len(CYCLE)]
-    bars = axes.bar(x, list(found.values()), width, color=colour, label=label)
+    bars = axes.bar(x, list(defined.values()), width, color=colour, label=label)
     if total == 1:
         # + 0.0 turns a rounded −0.0 into 0.0
-        axes.bar_label(bars, [f"{round(v, 1) + 0.0:+.1f}" for v in found.values()], padding=2, fontsize=9)
+        axes.bar_label(bars, [f"{round(v, 1) + 0.0:+.1f}" for v in defined.values()], padding=2, fontsize=9)
         axes.margins(y=0.3)
 
 

@@ -47,20 +47,20 @@ def plot_matched_queries(models: Mapping[str, Survey]) -> Figure:
     Args:
         models: surveys by the name to show: a line style each.
     """
-    names = list(max((found.matched.stages for found in models.values()), key=len))
+    names = list(max((survey_result.matched.stages for survey_result in models.values()), key=len))
     with style():
         figure = NotebookFigure(figsize=(12, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-        for number, (label, found) in enumerate(models.items()):
-            stages, line = found.matched.stages, _LINES[number % 4]
+        for number, (label, survey_result) in enumerate(models.items()):
+            stages, line = survey_result.matched.stages, _LINES[number % 4]
             for kind, colour, marker in (("box", BOX, "s"), ("mask", MASK, "o")):
-                means = getattr(found.matched, f"{kind}_iou").mean(1).numpy()
+                means = getattr(survey_result.matched, f"{kind}_iou").mean(1).numpy()
                 x = [names.index(stage) for stage in stages]
                 keep = ~np.isnan(means)
                 left.plot(
                     np.array(x)[keep], means[keep], line, marker=marker, color=colour, label=f"{label}: {kind} IoU"
                 )
-            stable = query_stability(found.matched)
+            stable = query_stability(survey_result.matched)
             layers = [int(stage.partition(".")[2]) for stage in stable]
             right.plot(layers, list(stable.values()), line, marker="D", color=CYCLE[2 + number % 6], label=label)
             right.set_xticks(layers, [f"{layer - 1 or 'input'} → {layer}" for layer in layers])
@@ -83,14 +83,14 @@ def plot_selection_recall(models: Mapping[str, Survey]) -> Figure:
     Args:
         models: surveys by the name to show.
     """
-    selections = list(dict.fromkeys(name for found in models.values() for name in found.recall))
+    selections = list(dict.fromkeys(name for survey_result in models.values() for name in survey_result.recall))
     width = 0.8 / len(models)
     with style():
         figure = NotebookFigure(figsize=(6, 3.6), layout="constrained")
         axes = figure.subplots()
-        for number, (label, found) in enumerate(models.items()):
-            x = [selections.index(name) + (number - (len(models) - 1) / 2) * width for name in found.recall]
-            shares = [float(kept.float().mean()) for kept in found.recall.values()]
+        for number, (label, survey_result) in enumerate(models.items()):
+            x = [selections.index(name) + (number - (len(models) - 1) / 2) * width for name in survey_result.recall]
+            shares = [float(kept.float().mean()) for kept in survey_result.recall.values()]
             bars = axes.bar(x, shares, width * 0.92, color=CYCLE[number % 8], label=label)
             axes.bar_label(bars, [f"{share:.2f}" for share in shares], padding=2, fontsize=9)
         texts = {"T_i": "$T_i$: all tokens"}
@@ -111,9 +111,9 @@ def plot_guidance_rank(models: Mapping[str, Survey], guiding_tokens: int) -> Fig
     with style():
         figure = NotebookFigure(figsize=(6, 3.2), layout="constrained")
         axes = figure.subplots()
-        for number, (label, found) in enumerate(models.items()):
-            if len(found.guidance_rank):
-                ranks = found.guidance_rank.numpy()
+        for number, (label, survey_result) in enumerate(models.items()):
+            if len(survey_result.guidance_rank):
+                ranks = survey_result.guidance_rank.numpy()
                 text = f"{label}: mean {ranks.mean():.1f} of {guiding_tokens}"
                 axes.hist(ranks, bins=20, color=CYCLE[number % 8], alpha=0.6, label=text)
                 axes.axvline(ranks.mean(), color=CYCLE[number % 8])
@@ -130,14 +130,14 @@ def plot_gradient_conflict(models: Mapping[str, Mapping[str, Sequence[GradientCo
         models: by the name to show, `Survey.conflict`: batches by part of the model. Bars show means over the batches,
             thin lines the cosines' standard deviation.
     """
-    parts = list(dict.fromkeys(part for found in models.values() for part in found))
+    parts = list(dict.fromkeys(part for survey_result in models.values() for part in survey_result))
     width = 0.8 / len(models)
     with style():
         figure = NotebookFigure(figsize=(12, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for number, (label, found) in enumerate(models.items()):
+        for number, (label, survey_result) in enumerate(models.items()):
             # a part that a loss sends no gradient to in a batch has neither ratio nor direction there
-            usable = {part: [c for c in some if not np.isnan(c.cosine)] for part, some in found.items()}
+            usable = {part: [c for c in some if not np.isnan(c.cosine)] for part, some in survey_result.items()}
             usable = {part: some for part, some in usable.items() if some}
             x = np.array([parts.index(part) for part in usable]) + (number - (len(models) - 1) / 2) * width
             ratios = [np.mean([c.box_norm / c.mask_norm for c in some]) for some in usable.values()]
@@ -169,10 +169,10 @@ def plot_calibration(models: Mapping[str, Mapping[str, Calibration]]) -> Figure:
     with style():
         figure = NotebookFigure(figsize=(4.6 * len(models), 4.2), layout="constrained")
         panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
-        for axes, (label, found) in zip(panels, models.items(), strict=True):
+        for axes, (label, survey_result) in zip(panels, models.items(), strict=True):
             lines: dict[str, str] = {}
             axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
-            for name, measured in found.items():
+            for name, measured in survey_result.items():
                 kind, _, rest = name.partition(",")
                 line = lines.setdefault(rest, _LINES[len(lines) % 4])
                 colour = {"box": BOX, "mask": MASK}.get(kind, GREY)

@@ -150,11 +150,11 @@ def explore_layers(looks: Sequence[Look]) -> Explorer:
         return draw_objects(looks[image], track(image, threshold), stage, threshold)
 
     def describe(image: int, stage: str, threshold: float) -> str:
-        found = track(image, threshold)
-        row = found.stages.index(stage)
+        detected = track(image, threshold)
+        row = detected.stages.index(stage)
         parts = [
             f"object {i + 1}: box IoU {box:.2f}, mask IoU {mask:.2f}"
-            for i, (box, mask) in enumerate(zip(found.box_iou[row], found.mask_iou[row], strict=True))
+            for i, (box, mask) in enumerate(zip(detected.box_iou[row], detected.mask_iou[row], strict=True))
         ]
         return f"Image {image + 1} at stage {stage}, score at least {threshold:g}. " + "; ".join(parts)
 
@@ -272,11 +272,11 @@ def explore_studies(
 
     def describe(study: str) -> str:
         parts = []
-        for column, found in columns[study].items():
+        for column, detected in columns[study].items():
             values = (
                 f"{rows[study][name]} box AP {sum(p[0] for p in pairs) / len(pairs):.1f}, "
                 f"mask AP {sum(p[1] for p in pairs) / len(pairs):.1f}"
-                for name, pairs in found.items()
+                for name, pairs in detected.items()
             )
             parts.append(f"{column}: {'; '.join(values) or 'nothing measured'}")
         return f"{study}. {'. '.join(parts)}."

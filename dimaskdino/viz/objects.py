@@ -23,7 +23,7 @@ def draw_objects(look: Look, track: ObjectTrack, stage: str, threshold: float = 
     objects = len(look.sample.labels)
     with style():
         figure = NotebookFigure(figsize=(15, 4.9), layout="constrained")
-        truth, found, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.25])
+        truth, detected, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.25])
         draw_image(look, truth, "1 true object" if objects == 1 else f"{objects} true objects")
         for number, (x0, y0, x1, y1) in enumerate(look.sample.boxes.tolist()):
             colour = CYCLE[number % len(CYCLE)]
@@ -33,7 +33,7 @@ def draw_objects(look: Look, track: ObjectTrack, stage: str, threshold: float = 
             truth.text(x0, y0, name, color="white", fontsize=9, bbox=patch, va="bottom", clip_on=True)
         instances = look.instances(stage)
         title = f"{short_name(stage)}: score at least {threshold:g}".replace("\n", " ")
-        draw_instances(look.sample.image, instances, look.classes, threshold, found, title)
+        draw_instances(look.sample.image, instances, look.classes, threshold, detected, title)
         place = range(len(track.stages))
         for number in range(objects):
             colour = CYCLE[number % len(CYCLE)]
@@ -65,12 +65,12 @@ def draw_object_stages(look: Look, stages: Sequence[str], track: ObjectTrack) ->
         columns[0].set_title("ground truth")
         for axes, stage, rows in zip(columns[1:], stages, track.detection, strict=True):
             instances = look.instances(stage)
-            found = {number: row for number, row in enumerate(rows.tolist()) if row >= 0}
-            texts = {number: f"{names[number]} {float(instances.scores[row]):.2f}" for number, row in found.items()}
-            keep = list(found.values())
+            detected = {number: row for number, row in enumerate(rows.tolist()) if row >= 0}
+            texts = {number: f"{names[number]} {float(instances.scores[row]):.2f}" for number, row in detected.items()}
+            keep = list(detected.values())
             masks = None if instances.query_masks is None else instances.masks[keep]
             _draw_numbered(axes, image, masks, instances.boxes[keep], texts)
-            lost = len(names) - len(found)
+            lost = len(names) - len(detected)
             axes.set_title(short_name(stage).replace("\n", " ") + (f", {lost} not found" if lost else ""))
     return figure
 
@@ -116,7 +116,7 @@ def _free_place(
 def plot_mean_ious(tracks: list[ObjectTrack]) -> Figure:
     """Plot mean box and mask IoU over the objects of several images, per stage.
 
-    Objects that nothing of their class was found for count with 0.
+    Objects that nothing of their class was detected for count with 0.
     """
     stages = tracks[0].stages
     with style():

@@ -26,9 +26,9 @@ def plot_ablation(
     with style():
         figure = NotebookFigure(figsize=(3.6 * len(columns) + 2.2, 0.62 * len(rows) + 1.9), layout="constrained")
         panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-        for axes, (column, found) in zip(panels, columns.items(), strict=True):
+        for axes, (column, outcome) in zip(panels, columns.items(), strict=True):
             for kind, (colour, marker, shift) in enumerate(((BOX, "s", 0.14), (MASK, "o", -0.14))):
-                for name, values in found.items():
+                for name, values in outcome.items():
                     x, y = [pair[kind] for pair in values], place[name] + shift
                     axes.plot(x, [y] * len(x), marker, color=colour, alpha=0.55 if len(x) > 1 else 1, markersize=7)
                     if len(x) > 1:
@@ -36,7 +36,7 @@ def plot_ablation(
                 axes.plot([], [], marker, color=colour, label=("box", "mask")[kind])
             axes.set(title=column, xlabel="AP (%)", ylim=(-0.6, len(rows) - 0.4))
             axes.margins(x=0.1)
-            if not found:
+            if not outcome:
                 axes.set(xticks=[], xlabel="nothing measured")
         panels[0].set_yticks(list(place.values()), list(rows.values()))
         panels[-1].legend(loc="best")
@@ -83,12 +83,12 @@ def _at(results: Sequence[LayerwiseAP], stage: str, what: str) -> list[float]:
     """The values at a stage of those runs that have one."""
     stages = [result.stages[stage] for result in results if stage in result.stages]
     if what.startswith("mask −"):
-        found = [stage.imbalance for stage in stages]
+        outcome = [stage.imbalance for stage in stages]
     elif what.startswith("mask"):
-        found = [stage.mask.AP if stage.mask else None for stage in stages]
+        outcome = [stage.mask.AP if stage.mask else None for stage in stages]
     else:
-        found = [stage.box.AP for stage in stages]
-    return [value for value in found if value is not None]
+        outcome = [stage.box.AP for stage in stages]
+    return [value for value in outcome if value is not None]
 
 
 def plot_differences(panels: Mapping[str, Mapping[str, tuple[Difference, Mapping[str, float]]]], title: str) -> Figure:
@@ -99,17 +99,17 @@ def plot_differences(panels: Mapping[str, Mapping[str, tuple[Difference, Mapping
             column; at least one.
         title: above all panels.
     """
-    names = list(dict.fromkeys(name for found in panels.values() for name in found))
+    names = list(dict.fromkeys(name for outcome in panels.values() for name in outcome))
     place = {name: len(names) - 1 - i for i, name in enumerate(names)}
-    columns = list(dict.fromkeys(c for found in panels.values() for _, there in found.values() for c in there))
+    columns = list(dict.fromkeys(c for outcome in panels.values() for _, there in outcome.values() for c in there))
     with style():
         across = min(3, len(panels))
         down = -(-len(panels) // across)
         size = (3.4 * across + 2.6, (0.75 * len(names) + 1.3) * down + 0.7)
         figure = NotebookFigure(figsize=size, layout="constrained")
         grid = iter(figure.subplots(down, across, sharey=True, squeeze=False).ravel())
-        for (label, found), axes in zip(panels.items(), grid, strict=False):
-            for name, (difference, published) in found.items():
+        for (label, outcome), axes in zip(panels.items(), grid, strict=False):
+            for name, (difference, published) in outcome.items():
                 y = place[name]
                 for interval, shift, width, colour in (
                     (difference.over_seeds, -0.1, 2.0, GREY),

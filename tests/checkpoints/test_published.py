@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden import MODELS, read, state_dict
+from golden import MODELS, detectron2_names, read, state_dict
 from torchvision import models
 
 from dimaskdino import config
@@ -84,20 +84,6 @@ def test_a_published_swin_has_the_features_of_the_original():
         norm = published[f"backbone.norm{i}.weight"], published[f"backbone.norm{i}.bias"]
         wanted = torch.nn.functional.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], *norm).permute(0, 3, 1, 2)
         torch.testing.assert_close(features[stride], wanted, atol=1e-5, rtol=1e-5)
-
-
-def detectron2_names(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """torchvision's ResNet under detectron2's names, as arrays."""
-    names = {}
-    for key, value in state.items():
-        if "num_batches" in key:
-            continue
-        name = re.sub(r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}", key)
-        name = re.sub(r"^(conv1|bn1)", r"stem.\1", name)
-        name = re.sub(r"bn(\d)", r"conv\1.norm", name).replace("downsample.0", "shortcut")
-        name = name.replace("downsample.1", "shortcut.norm").replace("fc.", "stem.fc.")
-        names[name] = value.numpy()
-    return names
 
 
 def test_backbones_of_detectron2_and_torchvision(tmp_path):

@@ -12,6 +12,7 @@ from golden import detector, read, state_dict
 from small import MODEL
 
 from dimaskdino.data.coco import CocoDataset
+from dimaskdino.errors import UserError
 from dimaskdino.modeling import ImageBatch, postprocess
 
 HERE = importlib.util.find_spec("detectron2") is not None
@@ -89,7 +90,7 @@ def test_a_backbone_of_its_model_zoo_loads(tmp_path):
 
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.modeling import build_model
-    from test_published import detectron2_names
+    from golden import detectron2_names
     from torchvision import models
 
     net = models.resnet50()
@@ -150,12 +151,14 @@ def test_losses_need_no_objects_and_know_polygons():
 
 
 @needs_detectron2
-def test_settings_without_counterpart_are_told():
+def test_settings_of_another_model_are_refused():
     from dimaskdino.interop.detectron2 import model_config
 
-    config, remarks = model_config(configuration("MODEL.MaskDINO.DROPOUT", 0.5, "MODEL.MaskDINO.DEC_LAYERS", 3))
+    config, remarks = model_config(configuration("MODEL.MaskDINO.DEC_LAYERS", 3))
     assert config.model.decoder.layers == 3
-    assert remarks == ("MODEL.MaskDINO.DROPOUT = 0.5: this kit always has 0.0",)
+    assert remarks == ()
+    with pytest.raises(UserError, match=r"DROPOUT = 0.5 means another model"):
+        model_config(configuration("MODEL.MaskDINO.DROPOUT", 0.5))
 
 
 @needs_detectron2
