@@ -149,6 +149,11 @@ class Settings:
     remarks: tuple[str, ...] = ()
     without_effect: tuple[str, ...] = ()
 
+    def notes(self) -> list[str]:
+        """The remarks, and a line that names the keys without effect, for people."""
+        no_effect = [f"no effect on the model, in the published code either: {', '.join(self.without_effect)}"]
+        return [*self.remarks, *(no_effect if self.without_effect else [])]
+
 
 @dataclass
 class _Translation:

@@ -20,7 +20,7 @@ def show(config: Positional[str], overrides: Positional[Settings] = ()) -> int:
     from dimaskdino.config import dump_config
 
     settings = load_settings(config, overrides)
-    print_remarks(settings.remarks)
+    print_remarks(settings)
     print(dump_config(settings.config), end="")
     return 0
 

@@ -87,7 +87,7 @@ def evaluate(
         context.barrier()
     if not context.is_main:
         return 0
-    print_remarks(settings.remarks)
+    print_remarks(settings)
     result = score_layers(store, *annotations_of(trained, split))
     result.save(folder / "layers.json")
     plot_layerwise_ap({"model": result}).savefig(folder / "layers.png")
@@ -171,7 +171,7 @@ def convert(
         print(f"written: {output}")
         return 0
     changes, settings = translate_pairs(overrides) if config is None else ([], load_settings(config, overrides))
-    print_remarks(settings.remarks)
+    print_remarks(settings)
     model, conversion = load_published(file, changes, None if config is None else settings.config)
     save_model(output, model.detector, model.config, model.classes, 0)
     architecture = model.config.model

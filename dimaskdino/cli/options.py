@@ -2,11 +2,13 @@
 
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
+
+if TYPE_CHECKING:
+    from dimaskdino.checkpoints.published_settings import Settings as PublishedSettings
 
 Overrides = Annotated[
     tuple[str, ...],
@@ -62,10 +64,10 @@ def relaunch_distributed(count: int) -> None:
         os.execv(sys.executable, [sys.executable, *launcher, *sys.argv[1:]])
 
 
-def print_remarks(remarks: Iterable[str]) -> None:
-    """Print what a published configuration asks for and this kit does differently."""
-    for remark in remarks:
-        print(f"note: {remark}", file=sys.stderr)
+def print_remarks(settings: "PublishedSettings") -> None:
+    """Print what is done differently than a published configuration says, and which of its keys have no effect."""
+    for line in settings.notes():
+        print(f"note: {line}", file=sys.stderr)
 
 
 def existing(path: Path, what: str) -> Path:

@@ -33,8 +33,8 @@ def main(config_file: str, run: str, overrides: list[str]) -> int:
             settings = load_settings(config_file, overrides)
             config = _starting_from(settings)
             if first:
-                for remark in settings.remarks:
-                    print(f"note: {remark}")
+                for line in settings.notes():
+                    print(f"note: {line}")
                 folder.write_config(config)
                 print(ms_deform_attn.status())
             train(config, folder)

@@ -160,7 +160,7 @@ def plot_first_and_last_layer(panels: Mapping[str, Mapping[str, LayerAP]]) -> Fi
         for number, (part, (title, models)) in enumerate(zip(subfigures, panels.items(), strict=True)):
             part.suptitle(title, fontweight="bold")
             values = [layers[layer][kind] for layers in models.values() for layer in layers for kind in layers[layer]]
-            margin = 0.18 * (max(values) - min(values))
+            margin = max(0.18 * (max(values) - min(values)), 0.5)
             columns = part.subplots(1, len(models), sharey=True, squeeze=False)[0]
             for axes, (name, layers) in zip(columns, models.items(), strict=True):
                 _slopes(axes, layers)
