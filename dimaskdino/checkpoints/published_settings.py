@@ -13,121 +13,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dimaskdino.checkpoints.published_keys import (
+    ALWAYS,
+    DATASETS,
+    DINO,
+    HEAD,
+    MODEL,
+    NAMES,
+    NO_EFFECT,
+    RESNET_WEIGHTS,
+    SAME,
+    SWIN,
+)
 from dimaskdino.config import Config, load_config, parse_config, read_tree
 from dimaskdino.errors import UserError
 from dimaskdino.resources import find_config
 
-_MODEL, _HEAD, _DINO = "MODEL", "MODEL.SEM_SEG_HEAD", "MODEL.MaskDINO"
-
-# the same value under another name
-_SAME = {
-    f"{_HEAD}.NUM_CLASSES": "model.classes",
-    f"{_HEAD}.TRANSFORMER_ENC_LAYERS": "model.pixel_decoder.layers",
-    f"{_HEAD}.DIM_FEEDFORWARD": "model.pixel_decoder.ffn_dim",
-    f"{_DINO}.HIDDEN_DIM": "model.hidden_dim",
-    f"{_DINO}.NHEADS": "model.heads",
-    f"{_DINO}.DEC_LAYERS": "model.decoder.layers",
-    f"{_DINO}.DIM_FEEDFORWARD": "model.decoder.ffn_dim",
-    f"{_DINO}.NUM_GUIDING_TOKENS": "model.bato.guiding_tokens",
-    f"{_DINO}.INITIALIZE_BOX_TYPE": "model.selection.mask_to_box",
-    f"{_DINO}.TI_LAYERS": "model.selection.token_interaction_layers",
-    f"{_DINO}.DN_NUM": "model.denoising.queries",
-    f"{_DINO}.TRAIN_NUM_POINTS": "loss.points",
-    f"{_DINO}.OVERSAMPLE_RATIO": "loss.oversample",
-    f"{_DINO}.IMPORTANCE_SAMPLE_RATIO": "loss.uncertain_fraction",
-    **{
-        f"{_DINO}.{prefix}{theirs}_WEIGHT": f"loss.{section}.{ours}"
-        for prefix, section in (("", "weights"), ("COST_", "cost"))
-        for theirs, ours in (("CLASS", "label"), ("MASK", "mask"), ("DICE", "dice"), ("BOX", "l1"), ("GIOU", "giou"))
-    },
-    "INPUT.IMAGE_SIZE": "data.jitter.size",
-    "INPUT.MIN_SCALE": "data.jitter.min_scale",
-    "INPUT.MAX_SCALE": "data.jitter.max_scale",
-    "INPUT.MIN_SIZE_TEST": "data.resize.shortest",
-    "INPUT.MAX_SIZE_TEST": "data.resize.longest",
-    "DATALOADER.NUM_WORKERS": "data.workers",
-    "SOLVER.BASE_LR": "optimizer.lr",
-    "SOLVER.BACKBONE_MULTIPLIER": "optimizer.backbone_lr_factor",
-    "SOLVER.WEIGHT_DECAY": "optimizer.weight_decay",
-    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": "optimizer.clip_norm",
-    "SOLVER.IMS_PER_BATCH": "train.batch_size",
-    "SOLVER.MAX_ITER": "schedule.steps",
-    "SOLVER.STEPS": "schedule.drops",
-    "SOLVER.GAMMA": "schedule.drop_factor",
-    "SOLVER.CHECKPOINT_PERIOD": "train.checkpoint_every",
-    "TEST.DETECTIONS_PER_IMAGE": "evaluation.detections",
-}
-
-# what this kit always does, whatever the file says
-_ALWAYS: dict[str, Any] = {
-    f"{_MODEL}.BACKBONE.FREEZE_AT": 0,
-    f"{_MODEL}.PIXEL_MEAN": [123.675, 116.28, 103.53],
-    f"{_MODEL}.PIXEL_STD": [58.395, 57.12, 57.375],
-    f"{_MODEL}.RESNETS.STEM_TYPE": "basic",
-    f"{_MODEL}.RESNETS.STEM_OUT_CHANNELS": 64,
-    f"{_MODEL}.RESNETS.STRIDE_IN_1X1": False,
-    f"{_MODEL}.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
-    f"{_MODEL}.SWIN.APE": False,
-    f"{_MODEL}.SWIN.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
-    f"{_HEAD}.CONVS_DIM": 256,
-    f"{_HEAD}.MASK_DIM": 256,
-    f"{_HEAD}.NORM": "GN",
-    f"{_HEAD}.IN_FEATURES": ["res2", "res3", "res4", "res5"],
-    f"{_HEAD}.COMMON_STRIDE": 4,
-    f"{_DINO}.DEEP_SUPERVISION": True,
-    f"{_DINO}.DROPOUT": 0.0,
-    f"{_DINO}.ENC_LAYERS": 0,
-    f"{_DINO}.PRE_NORM": False,
-    f"{_DINO}.ENFORCE_INPUT_PROJ": False,
-    f"{_DINO}.SIZE_DIVISIBILITY": 32,
-    f"{_DINO}.INITIAL_PRED": True,
-    f"{_DINO}.TWO_STAGE": True,
-    f"{_DINO}.LEARN_TGT": False,
-    f"{_DINO}.DN": "seg",
-    f"{_DINO}.TEST.SEMANTIC_ON": False,
-    f"{_DINO}.TEST.INSTANCE_ON": True,
-    f"{_DINO}.TEST.PANOPTIC_ON": False,
-    "INPUT.FORMAT": "RGB",
-    "SOLVER.OPTIMIZER": "ADAMW",
-    "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR",
-    "SOLVER.WEIGHT_DECAY_NORM": 0.0,
-    "SOLVER.WEIGHT_DECAY_EMBED": 0.0,
-    "SOLVER.CLIP_GRADIENTS.ENABLED": True,
-    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "full_model",
-    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": 2.0,
-    "DATALOADER.FILTER_EMPTY_ANNOTATIONS": True,
-}
-
-# what does not change the model, and why
-_NO_EFFECT = {
-    f"{_MODEL}.RESNETS.RES5_MULTI_GRID": "used by DeepLab's ResNets alone",
-    f"{_HEAD}.IGNORE_VALUE": "used by semantic segmentation alone",
-    f"{_HEAD}.LOSS_WEIGHT": "not used by the published loss",
-    f"{_DINO}.NO_OBJECT_WEIGHT": "not used by the focal loss, which the published models are trained with",
-    f"{_DINO}.EVAL_FLAG": "not used at inference",
-    f"{_DINO}.TEST.OBJECT_MASK_THRESHOLD": "used by panoptic segmentation alone",
-    f"{_DINO}.TEST.OVERLAP_THRESHOLD": "used by panoptic segmentation alone",
-    "TEST.EVAL_PERIOD": "does not change the model; evaluate with 'dimaskdino evaluate'",
-    "VERSION": "the version of the file's format",
-}
-
-# names of classes in the published code; which model they mean is read from other keys
-_NAMES = (
-    f"{_MODEL}.META_ARCHITECTURE",
-    f"{_HEAD}.NAME",
-    f"{_HEAD}.PIXEL_DECODER_NAME",
-    f"{_DINO}.TRANSFORMER_DECODER_NAME",
-)
-
-_SWIN = {  # (EMBED_DIM, WINDOW_SIZE) -> timm's name
-    (96, 7): "swin_tiny_patch4_window7_224",
-    (128, 12): "swin_base_patch4_window12_384",
-    (192, 12): "swin_large_patch4_window12_384",
-}
-_RESNET_WEIGHTS = "ImageNetPretrained/torchvision/"  # detectron2's copies of torchvision's first ImageNet weights
-_DATASETS = {  # names registered in detectron2 -> folder and split
-    f"coco_{year}_{split}": ("coco", f"{split}{year}") for year in (2014, 2017) for split in ("train", "val")
-}
 _KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.\w+)*$")
 
 
@@ -216,8 +117,8 @@ def translate_changes(changes: Mapping[str, Any]) -> tuple[list[str], tuple[str,
 
 def known_keys() -> dict[str, Any]:
     """The published keys with a single counterpart, or none that varies, and their values in this kit's default."""
-    known: dict[str, Any] = dict(_ALWAYS)
-    for key, ours in _SAME.items():
+    known: dict[str, Any] = dict(ALWAYS)
+    for key, ours in SAME.items():
         value: Any = Config()
         for name in ours.split("."):
             value = getattr(value, name)
@@ -289,16 +190,16 @@ def _as_overrides(values: Mapping[str, Any]) -> list[str]:
 def _translate(keys: Mapping[str, Any], k: tuple[int, ...] | None) -> _Translation:
     made = _Translation()
     for key, value in keys.items():
-        if key in _SAME:
-            made.values[_SAME[key]] = list(value) if isinstance(value, tuple) else value
-        elif key in _ALWAYS:
-            if not _equal(value, _ALWAYS[key]):
-                raise UserError(f"{key} = {value} means another model than this kit has, with {_ALWAYS[key]}")
+        if key in SAME:
+            made.values[SAME[key]] = list(value) if isinstance(value, tuple) else value
+        elif key in ALWAYS:
+            if not _equal(value, ALWAYS[key]):
+                raise UserError(f"{key} = {value} means another model than this kit has, with {ALWAYS[key]}")
         elif key in _SPECIAL:
             _SPECIAL[key](value, keys, made)
-        elif key in _NO_EFFECT:
+        elif key in NO_EFFECT:
             made.without_effect.append(key)
-        elif key not in (*_NAMES, *_TOGETHER, *_LEVELS):
+        elif key not in (*NAMES, *_TOGETHER, *_LEVELS):
             made.remarks.append(f"{key} = {value}: not a setting of the published files; ignored")
     _selections(keys, k, made)
     _feature_levels(keys, made)
@@ -309,7 +210,7 @@ def _equal(a: Any, b: Any) -> bool:
     return list(a) == list(b) if isinstance(a, list | tuple) and isinstance(b, list) else a == b
 
 
-_TOGETHER = (f"{_DINO}.FIRST_SELECTED_QUERIES", f"{_DINO}.NUM_OBJECT_QUERIES")
+_TOGETHER = (f"{DINO}.FIRST_SELECTED_QUERIES", f"{DINO}.NUM_OBJECT_QUERIES")
 
 
 def _selections(keys: Mapping[str, Any], k: tuple[int, ...] | None, made: _Translation) -> None:
@@ -327,7 +228,7 @@ def _selections(keys: Mapping[str, Any], k: tuple[int, ...] | None, made: _Trans
 
 
 _LEVELS = tuple(
-    f"{_HEAD}.{name}"
+    f"{HEAD}.{name}"
     for name in (
         *("TOTAL_NUM_FEATURE_LEVELS", "NUM_FEATURE_LEVELS", "FEATURE_ORDER"),
         "DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES",
@@ -363,17 +264,17 @@ def _feature_levels(keys: Mapping[str, Any], made: _Translation) -> None:
 
 def _choose_model(keys: Mapping[str, Any], path: Path, made: _Translation) -> None:
     """Tell DI-MaskDINO from the baseline, which the published files do by code, not by settings."""
-    own = [key for key in (f"{_DINO}.FIRST_SELECTED_QUERIES", f"{_DINO}.NUM_GUIDING_TOKENS") if key in keys]
-    named = [str(keys[key]) for key in _NAMES if key in keys]
+    own = [key for key in (f"{DINO}.FIRST_SELECTED_QUERIES", f"{DINO}.NUM_GUIDING_TOKENS") if key in keys]
+    named = [str(keys[key]) for key in NAMES if key in keys]
     di = bool(own) or any(re.match(r"di[-_]?mask", name, re.IGNORECASE) for name in [*named, path.name])
     if not di:
         made.values["model.bato.enabled"] = False
-        made.values["model.selection.k"] = [keys.get(f"{_DINO}.NUM_OBJECT_QUERIES", 300)]
+        made.values["model.selection.k"] = [keys.get(f"{DINO}.NUM_OBJECT_QUERIES", 300)]
     made.remarks.append(f"{path.name} is read as {'DI-MaskDINO' if di else 'the baseline MaskDINO'}")
 
 
 def _resnet_depth(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
-    if keys.get(f"{_MODEL}.BACKBONE.NAME") != "D2SwinTransformer":  # the published Swin files keep the key
+    if keys.get(f"{MODEL}.BACKBONE.NAME") != "D2SwinTransformer":  # the published Swin files keep the key
         made.values["model.backbone.name"] = f"resnet{value}"
 
 
@@ -382,24 +283,22 @@ def _resnet_norm(value: Any, keys: Mapping[str, Any], made: _Translation) -> Non
     if value in kinds:
         made.values["model.backbone.norm"] = kinds[value]
     else:
-        raise UserError(f"{_MODEL}.RESNETS.NORM = {value}: this kit has {' and '.join(kinds)}")
+        raise UserError(f"{MODEL}.RESNETS.NORM = {value}: this kit has {' and '.join(kinds)}")
 
 
 def _swin(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
-    size = (keys.get(f"{_MODEL}.SWIN.EMBED_DIM"), keys.get(f"{_MODEL}.SWIN.WINDOW_SIZE"))
-    if size in _SWIN:
-        made.values["model.backbone.name"] = _SWIN[size]
+    size = (keys.get(f"{MODEL}.SWIN.EMBED_DIM"), keys.get(f"{MODEL}.SWIN.WINDOW_SIZE"))
+    if size in SWIN:
+        made.values["model.backbone.name"] = SWIN[size]
     else:
-        raise UserError(f"{_MODEL}.SWIN with EMBED_DIM, WINDOW_SIZE = {size} is none of the known {list(_SWIN)}")
+        raise UserError(f"{MODEL}.SWIN with EMBED_DIM, WINDOW_SIZE = {size} is none of the known {list(SWIN)}")
 
 
 def _swin_detail(key: str) -> Callable[[Any, Mapping[str, Any], _Translation], None]:
     def check(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
         expected = {"DROP_PATH_RATE": 0.3, "PATCH_SIZE": 4, "MLP_RATIO": 4.0, "QKV_BIAS": True, "PATCH_NORM": True}
         if key in expected and value != expected[key]:
-            raise UserError(
-                f"{_MODEL}.SWIN.{key} = {value} means another model than this kit has, with {expected[key]}"
-            )
+            raise UserError(f"{MODEL}.SWIN.{key} = {value} means another model than this kit has, with {expected[key]}")
 
     return check
 
@@ -409,7 +308,7 @@ def _backbone(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
         _swin(value, keys, made)
     elif value != "build_resnet_backbone":
         raise UserError(
-            f"{_MODEL}.BACKBONE.NAME = {value} is not known; set model.backbone.name to one of torchvision's or timm's"
+            f"{MODEL}.BACKBONE.NAME = {value} is not known; set model.backbone.name to one of torchvision's or timm's"
         )
 
 
@@ -417,10 +316,10 @@ def _weights(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
     """A backbone to start from, or a whole model."""
     if not value:
         made.values["model.backbone.weights"] = None
-    elif _RESNET_WEIGHTS in str(value) and "://" in str(value):
+    elif RESNET_WEIGHTS in str(value) and "://" in str(value):
         made.values["model.backbone.weights"] = "IMAGENET1K_V1"
     elif "://" in str(value):
-        made.remarks.append(f"{_MODEL}.WEIGHTS = {value}: download the file and give its path")
+        made.remarks.append(f"{MODEL}.WEIGHTS = {value}: download the file and give its path")
     elif str(value).endswith(".pkl"):
         made.values["model.backbone.weights"] = str(value)
     else:
@@ -434,9 +333,9 @@ def _output(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
 def _datasets(split: str) -> Callable[[Any, Mapping[str, Any], _Translation], None]:
     def chosen(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
         names = [value] if isinstance(value, str) else list(value)
-        if len(names) == 1 and names[0] in _DATASETS:
-            made.values["data.root"] = f"data/{_DATASETS[names[0]][0]}"
-            made.values[f"data.{split}"] = _DATASETS[names[0]][1]
+        if len(names) == 1 and names[0] in DATASETS:
+            made.values["data.root"] = f"data/{DATASETS[names[0]][0]}"
+            made.values[f"data.{split}"] = DATASETS[names[0]][1]
         elif names:
             made.remarks.append(
                 f"DATASETS.{split.upper()} = {names}: name a folder with data.root and a split with data.{split}; "
@@ -483,18 +382,18 @@ def _mapper(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
 
 
 _SPECIAL: dict[str, Callable[[Any, Mapping[str, Any], _Translation], None]] = {
-    f"{_MODEL}.BACKBONE.NAME": _backbone,
-    f"{_MODEL}.RESNETS.DEPTH": _resnet_depth,
-    f"{_MODEL}.RESNETS.NORM": _resnet_norm,
+    f"{MODEL}.BACKBONE.NAME": _backbone,
+    f"{MODEL}.RESNETS.DEPTH": _resnet_depth,
+    f"{MODEL}.RESNETS.NORM": _resnet_norm,
     **{
-        f"{_MODEL}.SWIN.{key}": _swin_detail(key)
+        f"{MODEL}.SWIN.{key}": _swin_detail(key)
         for key in (
             *("EMBED_DIM", "WINDOW_SIZE", "DEPTHS", "NUM_HEADS", "PRETRAIN_IMG_SIZE", "USE_CHECKPOINT", "PATCH_SIZE"),
             *("MLP_RATIO", "QKV_BIAS", "PATCH_NORM", "DROP_PATH_RATE"),
         )
     },
-    f"{_MODEL}.WEIGHTS": _weights,
-    f"{_DINO}.DN_NOISE_SCALE": _noise,
+    f"{MODEL}.WEIGHTS": _weights,
+    f"{DINO}.DN_NOISE_SCALE": _noise,
     "OUTPUT_DIR": _output,
     "DATASETS.TRAIN": _datasets("train"),
     "DATASETS.TEST": _datasets("val"),

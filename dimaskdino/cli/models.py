@@ -1,7 +1,7 @@
 """The commands that use a trained model: evaluate, predict, convert."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
@@ -16,6 +16,10 @@ from dimaskdino.cli.options import (
     relaunch_distributed,
 )
 from dimaskdino.errors import UserError
+
+if TYPE_CHECKING:
+    from dimaskdino.evaluation.detections import DetectionStore
+    from dimaskdino.model import Model
 
 
 def evaluate(
@@ -57,10 +61,8 @@ def evaluate(
     """
     from dimaskdino.checkpoints.published_settings import load_settings, starts_settings, translate_pairs
     from dimaskdino.distributed import DistributedContext
-    from dimaskdino.evaluation.bootstrap import bootstrap as resample
-    from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, annotations_of, detect_layers, score_layers
+    from dimaskdino.evaluation.layerwise_ap import detect_layers
     from dimaskdino.model import load
-    from dimaskdino.viz import plot_layerwise_ap
 
     named = model_and_settings and not starts_settings(model_and_settings[0])
     arguments = model_and_settings[1:] if named else model_and_settings
@@ -77,31 +79,44 @@ def evaluate(
             overrides=overrides,
             config=None if config is None else settings.config,
         )
-        path = Path(source)
-        beside = (
-            path if path.is_dir() else path.parent if path.exists() else Path("runs", str(source).replace("/", "_"))
-        )
-        folder = output or settings.output or beside / "evaluation"
+        folder = output or settings.output or _beside(str(source)) / "evaluation"
         shard = (context.rank, context.world_size)
         store = detect_layers(trained, split, stages or None, folder / "detections", shard)
         context.barrier()
-    if not context.is_main:
-        return 0
-    print_remarks(settings)
-    result = score_layers(store, *annotations_of(trained, split))
+    if context.is_main:
+        print_remarks(settings)
+        _score(trained, store, split, folder, bootstrap)
+        if not keep_detections:
+            store.remove()
+    return 0
+
+
+def _beside(source: str) -> Path:
+    """The folder of a model: the run folder, or the file's; below runs/ for course models and the hub's."""
+    path = Path(source)
+    if path.exists():
+        return path if path.is_dir() else path.parent
+    return Path("runs", source.replace("/", "_"))
+
+
+def _score(model: "Model", store: "DetectionStore", split: str | None, folder: Path, draws: int) -> None:
+    """Score the detections, write the results to a folder and print them."""
+    from dimaskdino.evaluation.bootstrap import bootstrap
+    from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, annotations_of, score_layers
+    from dimaskdino.viz import plot_layerwise_ap
+
+    annotations, source = annotations_of(model, split)
+    result = score_layers(store, annotations, source)
     result.save(folder / "layers.json")
     plot_layerwise_ap({"model": result}).savefig(folder / "layers.png")
     print(result.table())
-    if bootstrap:
+    if draws:
         chosen = dict.fromkeys(name for name in (FIRST_LAYER, next(reversed(result.stages))) if name in result.stages)
-        resampled = resample({name: store[name] for name in chosen}, annotations_of(trained, split)[0], bootstrap)
+        resampled = bootstrap({name: store[name] for name in chosen}, annotations, draws)
         resampled.save(folder / "bootstrap.npz")
         for name, (low, high) in resampled.intervals().items():
-            print(f"{name} AP: {low:.1f} to {high:.1f} (95 % interval, {bootstrap} resamples of the images)")
-    if not keep_detections:
-        store.remove()
+            print(f"{name} AP: {low:.1f} to {high:.1f} (95 % interval, {draws} resamples of the images)")
     print(f"written: {folder / 'layers.json'}, {folder / 'layers.png'}")
-    return 0
 
 
 def predict(

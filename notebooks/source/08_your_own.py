@@ -17,6 +17,7 @@ overrides: list = []  # settings for model and configuration that differ
 
 # %%
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -190,9 +191,10 @@ class GatedTokenOptimization(nn.Module):
         super().__init__()
         self.bato, self.gate = bato, nn.Parameter(torch.tensor(gate))
 
-    def forward(self, T_i, mask_features, guide, heads, trace=None):
-        T_bal, refreshed = self.bato(T_i, mask_features, guide, heads, trace)
-        return T_i.with_tokens(gated(T_i.tokens, T_bal.tokens, self.gate)), gated(mask_features, refreshed, self.gate)
+    def forward(self, T_i, mask_features, guide, heads, need_weights):
+        output = self.bato(T_i, mask_features, guide, heads, need_weights)
+        T_bal = T_i.with_tokens(gated(T_i.tokens, output.T_bal.tokens, self.gate))
+        return replace(output, T_bal=T_bal, mask_features=gated(mask_features, output.mask_features, self.gate))
 
 
 # %% [markdown]
