@@ -1,14 +1,12 @@
 # %% [markdown]
 # # 1 · The imbalance
 #
-# A joint model finds objects twice over: as **boxes** (detection) and as **masks** (segmentation). Its decoder
+# A joint model predicts each object twice: as a **box** (detection) and as a **mask** (segmentation). Its decoder
 # refines both, layer by layer. DI-MaskDINO starts from an observation about its predecessor MaskDINO: after the
-# *first* decoder layer the boxes are worse than the masks, although both come from the same queries, and at the
-# *last* layer it is the other way round. Detection starts with a handicap, and what the first layer lacks, the last
-# one never quite regains.
+# *first* decoder layer the boxes are worse than the masks, although both come from the same queries. At the *last*
+# layer it is the other way round. Detection starts with a handicap that the later layers never fully make up for.
 #
-# In this chapter you see that lag in published numbers, measure it on a model of your own, and look at single
-# objects.
+# In this chapter you see this lag in published numbers, measure it on a small model, and look at single objects.
 #
 # *Prerequisites*: what a box, a mask and a neural network are. *Time*: 45 minutes.
 
@@ -31,8 +29,8 @@ lesson = begin(model, overrides)
 # %% [markdown]
 # ## Published: figure 1 of the paper
 #
-# Average precision (AP, chapter 6) on BDD100K, street scenes. In MaskDINO the first layer's boxes are 4.5 points
-# behind its masks; with De-Imbalance and BATO half a point is left.
+# Average precision (AP, chapter 6) on BDD100K, a dataset of street scenes. In MaskDINO the boxes of the first layer
+# are 4.5 points behind its masks; with De-Imbalance and BATO the lag shrinks to half a point.
 
 # %%
 published = paper_tables()["figure_1_layer_ap_bdd100k"]
@@ -42,9 +40,9 @@ plot_first_and_last_layer({"Published, BDD100K": {names[k]: published[k] for k i
 # %% [markdown]
 # ## Measured: a small model and its baseline
 #
-# Two small models come with the course: DI-MaskDINO and MaskDINO, which has neither module. Both were trained alike,
-# 10,000 steps on synthetic shapes with the same seed, an hour and a half on one processor core each. The same figure
-# for them, on images that they have not seen:
+# Two small models come with the course: DI-MaskDINO, and MaskDINO, which has neither module. Both were trained in the
+# same way: 10,000 steps on synthetic shapes with the same seed, for an hour and a half on one CPU core. Here is the
+# same figure for them, on images that were not used for training:
 
 # %%
 result = lesson.layerwise_ap()
@@ -53,15 +51,14 @@ plot_first_and_last_layer({"Measured, shapes": {name: result.first_and_last() fo
 
 # %% [markdown]
 # **Compare.** The lag of the first layer shrinks here too. Two things are different: masks stay ahead of boxes at the
-# last layer, and the two models are much further apart than in the paper. Small models, short trainings and easy
-# images do that; chapter 7 repeats it with several seeds and each module alone.
+# last layer, and the two models are much further apart than in the paper. These are single trainings of small models;
+# chapter 7 repeats the comparison with several seeds, and with each module alone.
 #
 # ## Every stage
 #
-# The model's *stages* are all the places where it can be asked for boxes and masks: the tokens of the first
-# selection, the token-interaction layers of De-Imbalance (boxes only), the queries that enter the decoder, and each
-# decoder layer. One pass over the validation images gives the AP of all of them. The bars below the curves are the
-# imbalance
+# A *stage* is a point of the model that predicts boxes, and usually masks: the tokens of the first selection, the
+# token-interaction layers of De-Imbalance (boxes only), the queries that enter the decoder, and each decoder layer. One
+# pass over the validation images gives the AP of all stages. The bars below the curves show the imbalance
 #
 # $$\text{imbalance} = AP_{mask} - AP_{box},$$
 #
@@ -76,7 +73,7 @@ plot_layerwise_ap({"DI-MaskDINO": result})
 # %% [markdown]
 # ### Explore
 #
-# Both models side by side, or one alone.
+# Show both models, or one alone.
 
 # %%
 explore_curves(models)
@@ -103,9 +100,9 @@ checks.check_imbalance(imbalance)
 # %% [markdown]
 # ## One object at a time
 #
-# AP is a number over a whole data set. To see what lags, follow single objects: for each true object, the best
-# detection of its class at every stage, and how well that detection's box and mask overlap the object's. Overlap is
-# measured by *intersection over union*, for boxes and for masks alike:
+# AP is a number for a whole dataset. To see what lags, follow single objects: for each true object, take the best
+# detection of its class at every stage, and measure how well its box and mask overlap with the object's. The measure is
+# *intersection over union*, for boxes and masks alike:
 #
 # $$IoU(A, B) = \frac{|A \cap B|}{|A \cup B|}$$
 
@@ -118,7 +115,7 @@ draw_objects(looks[0], tracks[0], "first_selection")
 draw_objects(looks[0], tracks[0], list(looks[0].predictions.stages)[-1])
 
 # %% [markdown]
-# Solid lines are boxes, dashed ones masks. Over all the images looked at:
+# Solid lines are boxes, dashed lines are masks. Averaged over the objects of all images:
 
 # %%
 plot_mean_ious(tracks)
@@ -133,10 +130,10 @@ plot_mean_ious(tracks)
 explore_layers(looks)
 
 # %% [markdown]
-# Why should boxes be harder at first? A token of the feature map describes its own place. "Does this pixel belong to
-# the object?" can be answered place by place, and that is all a mask needs. "How far is it to the object's left
-# edge?" needs the whole object, most of which lies elsewhere. The decoder's attention brings that together, layer by
-# layer; De-Imbalance (chapter 3) does some of it before the first layer.
+# Why are boxes harder at first? A token of the feature map describes its own location. "Does this pixel belong to the
+# object?" can be answered locally, and that is all a mask needs. "How far is it to the left edge of the object?"
+# requires the whole object, most of which lies elsewhere. The decoder's attention collects this information layer by
+# layer; De-Imbalance (chapter 3) does part of it before the first layer.
 #
 # ### Exercise 1.2
 #

@@ -3,13 +3,13 @@
 #
 # In a transformer every query attends to every token. An image of 800 × 1333 pixels has 22,223 feature tokens in
 # four levels: attention among all of them would need half a billion weights per head and layer. *Deformable attention*
-# (Deformable DETR, Eq. 3) lets each query read a handful of places instead, which it chooses itself:
+# (Deformable DETR, Eq. 3) lets each query read only a few locations, which it chooses itself:
 #
 # $$\text{out}(q) = \sum_{l=1}^{L} \sum_{k=1}^{K} A_{qlk}\; V_l\big(p_q + \Delta p_{qlk}\big)$$
 #
 # for each head: $p_q$ is the query's reference point, $\Delta p$ and $A$ are linear functions of the query, and
-# $V_l(p)$ is the feature map of level $l$ at the place $p$, interpolated between four cells. With $L = 4$ levels and
-# $K = 4$ points a query reads 16 places per head, however large the image is.
+# $V_l(p)$ is the feature map of level $l$ at the location $p$, interpolated between four cells. With $L = 4$ levels and
+# $K = 4$ points a query reads 16 locations per head, however large the image is.
 #
 # *Prerequisites*: attention. *Time*: 45 minutes.
 
@@ -63,12 +63,12 @@ explore_sampling(looks)
 # %% [markdown]
 # ## Between the cells
 #
-# A place between cell centres is read *bilinearly*: the four cells around it, weighted by how near they are. Cell
-# $i$ of a row of $w$ cells has its centre at $(i + \tfrac12) / w$; outside the map everything is 0.
+# Between cell centres the map is interpolated *bilinearly*: the four cells around a location, weighted by proximity.
+# Cell $i$ of a row of $w$ cells has its centre at $(i + \tfrac12) / w$; outside the map everything is 0.
 #
 # ### Exercise 2.1
 #
-# The value of a map `(h, w)` at `(x, y)`, given in parts of its width and height.
+# The value of a map `(h, w)` at `(x, y)`, relative to its width and height.
 
 
 # %%

@@ -2,19 +2,19 @@
 # # 3 · De-Imbalance: residual double-selection
 #
 # Where do the decoder's queries come from? MaskDINO takes the feature tokens that look most like an object, all at
-# once. Two things go wrong there for boxes: a token describes its own place and not the extent of its object
-# (chapter 1), and the tokens that score highest crowd on the easiest objects. **De-Imbalance** (DI, Eq. 1 to 4) does
-# it in three steps:
+# once. This is bad for boxes in two ways: a token describes its own location rather than the extent of its object
+# (chapter 1), and the tokens with the highest scores crowd on the easiest objects. **De-Imbalance** (DI, Eq. 1 to 4)
+# selects in three steps:
 #
 # $$T_{s1} = \text{select}_{k_1}(T_i) \qquad
 # T_{s2} = \text{select}_{k_2}\big(\text{MHSA}(T_{s1})\big) \qquad
 # Q_{bal} = \text{MHCA}(T_{s2}, T_i)$$
 #
 # 1. a **first selection** keeps more tokens than needed, $k_1$;
-# 2. **token interaction**, self-attention among them, lets tokens of one object tell each other what they see, and a
-#    **second selection** keeps the $k_2$ best of what comes out;
-# 3. the **residual**: the result attends to the original tokens $T_i$ again, since token interaction has mixed away
-#    detail. That is the first decoder layer.
+# 2. **token interaction**, self-attention among them, lets the tokens of one object exchange information, and a
+#    **second selection** keeps the $k_2$ best;
+# 3. a **residual connection**: the result attends to the original tokens $T_i$ again, since token interaction has
+#    blurred details. This is the first decoder layer.
 #
 # *Prerequisites*: chapters 1 and 2. *Time*: 60 minutes.
 
@@ -69,7 +69,7 @@ checks.check_select(select)
 #
 # ### Exercise 3.2
 #
-# The box `(cx, cy, w, h)` around a mask `(h, w)`, in parts of the map's width and height.
+# The box `(cx, cy, w, h)` around a mask `(h, w)`, relative to the map's width and height.
 
 
 # %%
@@ -90,7 +90,7 @@ checks.check_mask_to_box(mask_to_box)
 # ## Token interaction
 #
 # Self-attention among the selected tokens, averaged over the heads. The tokens are sorted by the object that they
-# lie on, white lines between objects, background first. Bright blocks on the diagonal are tokens that look at others
+# lie on, white lines between objects, background first. Bright blocks on the diagonal are tokens that attend to others
 # of their own object.
 
 # %%

@@ -8,9 +8,9 @@
 # $$T_g^{mask} = \text{MLP}_{mask}(Q_{bal}) \qquad T_g^{box} = \text{MLP}(\text{sine}(b))$$
 # $$T_{bal} = \text{MHCA}\big(q = T_i,\; k = T_g^{mask} + T_g^{box},\; v = T_g^{mask}\big)$$
 #
-# The *guiding tokens* are made of the best queries: what they know of the mask, $T_g^{mask}$, and where their box
-# $b$ is, $T_g^{box}$. Note who asks: every **feature token** is a query here, thousands of them, and the few guiding
-# tokens are what they look at.
+# The *guiding tokens* are made from the best queries: their mask embedding, $T_g^{mask}$, and the position of their box
+# $b$, $T_g^{box}$. Note the direction: every **feature token** is a query here, thousands of them, and the few guiding
+# tokens are the keys and values.
 #
 # *Prerequisites*: chapters 1 to 3. *Time*: 45 minutes.
 
@@ -43,8 +43,8 @@ print(f"{trace.T_g_mask.shape[1]} guiding tokens for {trace.T_i.tokens.shape[1]}
 # return T_g_mask + gather_rows(guide.position, indices), T_g_mask, indices
 # ```
 #
-# Which feature tokens does the best one pull? Yellow takes much from it, blue little. An attention of 1 is what every
-# guiding token would get if all were looked at alike.
+# Which feature tokens attend to the best one? Yellow means much, blue little. A value of 1 is the attention of each
+# guiding token if all received the same.
 
 # %%
 draw_guidance(looks[0], 0)

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # 7 · Ablations: which part brings what
 #
-# A model with ten ideas in it is better than one without. Which of the ten was it? An **ablation** changes one thing
-# at a time and trains again. The paper's tables 3 to 9 are ablations on COCO and BDD100K, each row days of eight
-# GPUs. Here every row is a few **settings** away from one configuration, so that the same table can be run in
-# miniature: on the shapes, ten minutes a run.
+# A model with ten new ideas is better than one without. Which of the ten made the difference? An **ablation** changes
+# one thing at a time and trains again. The paper's tables 3 to 9 are ablations on COCO and BDD100K; each row takes
+# days on eight GPUs. Here every row is one configuration with a few **settings** changed, so that the same table can
+# be run in miniature: on the shapes, ten minutes per run.
 #
 # *Prerequisites*: chapters 1, 3, 4 and 6; mean and standard deviation. *Time*: 60 minutes.
 
@@ -65,7 +65,7 @@ checks.check_settings(triple_selection, "triple", next(s for s in studies if "ta
 # %% [markdown]
 # ## Published and in miniature
 #
-# On the left the paper's numbers; on the right runs of 2,000 steps on the shapes, a mark for each seed and a bar at
+# On the left the paper's numbers; on the right runs of 2,000 steps on the shapes, one mark per seed and a bar at
 # their mean.
 
 

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # 9 · For people with a COCO checkpoint
 #
-# The course looks at a small model on synthetic shapes. The same figures can be had from the published weights, on your
+# The course uses a small model on synthetic shapes. The published weights give the same figures on your own
 # photographs: DI-MaskDINO with a ResNet-50, 80 classes, six decoder layers, 300 queries. You need
 #
-# * a **published checkpoint**, a `.pth` file from the authors' repository. `dimaskdino convert` makes it a model of
-#   this kit; no code in the file is run, and every tensor in it is accounted for;
+# * a **published checkpoint**, a `.pth` file from the authors' repository. `dimaskdino.load` reads it
+#   as it is; no code in the file is run, and every tensor in it is accounted for;
 # * some **photographs**; and, to measure AP, COCO's validation images (`data/coco`, 1 GB).
 #
 # Without a checkpoint the notebook shows the shapes model, so that you see what you would get.
@@ -15,7 +15,7 @@
 
 # %% tags=["parameters"]
 checkpoint: str = ""  # a published .pth file; empty: the model below
-config: str = "configs/coco/instance-segmentation/dimaskdino_r50_4scale_bs16_12ep.yaml"  # what it was trained as
+config: str = "coco/instance-segmentation/dimaskdino_r50_4scale_bs16_12ep"  # what it was trained with
 model: str = "notebooks/models/dimaskdino"  # a model of this kit, shown if there is no checkpoint
 photos: str = ""  # a folder of photographs; empty: validation images of the model's data
 coco: str = ""  # COCO's folder, to measure AP of every stage: about six hours on a laptop, minutes on a GPU
@@ -45,7 +45,7 @@ from dimaskdino.viz.explorers import explore_guidance, explore_sampling, explore
 # %% [markdown]
 # ## From a published file to a model
 #
-# The converted model lies beside the checkpoint and is made once.
+# `load` takes a published `.pth`; `dimaskdino convert` makes a file of this kit from it.
 
 # %%
 os.chdir(project_root())

@@ -108,8 +108,9 @@ def test_interrupting_the_cell_stops_the_training_with_a_checkpoint(shapes_data,
     try:
         client.execute(
             "from dimaskdino.runs import TrainingProcess, show_training\n"
+            "from dimaskdino.viz import plot_losses\n"
             f"with TrainingProcess({str(FILE)!r}, {str(tmp_path)!r}, {changes!r}) as training:\n"
-            "    show_training(training, 5000)"
+            "    show_training(training, 5000, plot_losses)"
         )
         folder = RunFolder(tmp_path)
         wait_until(lambda: bool(folder.read_metrics()))
@@ -170,13 +171,13 @@ def test_train_evaluate_and_compare_notebooks(shapes_data, tmp_path):
     figures = [*run.rglob("*.png"), *(tmp_path / "compare").rglob("*.png")]
     assert len(figures) == 4
     inside = {"models": [str(run)], "run": str(tmp_path / "inside"), "images": 2}
-    instruments = run_notebook(NOTEBOOKS / "instruments.ipynb", tmp_path / "inside", inside)
-    assert json.loads((tmp_path / "inside" / "instruments.json").read_text())["mine"]["objects"] > 0
+    diagnostics = run_notebook(NOTEBOOKS / "diagnostics.ipynb", tmp_path / "inside", inside)
+    assert json.loads((tmp_path / "inside" / "diagnostics.json").read_text())["mine"]["objects"] > 0
     for notebook, words in (
         (run / "train.ipynb", "step 6 of 6"),
         (evaluation / "evaluate.ipynb", "first decoder layer: mask − box ="),
         (executed, "mine: box AP"),
-        (instruments, "objects with a token"),
+        (diagnostics, "objects with a token"),
     ):
         text = summary_of(notebook)
         assert text.startswith("**finished**")
