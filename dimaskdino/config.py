@@ -21,7 +21,7 @@ from dimaskdino.resources import find_config
 class Section(BaseModel):
     """A node of the tree. It is immutable and refuses unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Backbone(Section):
@@ -220,7 +220,7 @@ class Shapes(Section):
     train: PositiveInt = 4000
     val: PositiveInt = 200
     size: PositiveInt = Field(128, description="height and width of the images, pixels")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 class Data(Section):
@@ -271,7 +271,7 @@ class Train(Section):
     weights: Path | None = Field(
         None, description="fine-tuning: a trained model to start from, run folder or file; its classes may differ"
     )
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     checkpoint_every: PositiveInt = Field(5000, description="steps")
     log_every: PositiveInt = Field(20, description="steps")
 
@@ -354,10 +354,14 @@ def read_tree(path: Path, base_key: str = "extends", _seen: tuple[Path, ...] = (
         text = path.read_text()
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not in UTF-8; save it in that encoding") from None
     tree = _parse(text, str(path)) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold settings (key: value), got {type(tree).__name__}")
     base = tree.pop(base_key, None)
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"{path}: {base_key} must be the path of a YAML file, got {base!r}")
     return _merge(read_tree(path.parent / base, base_key, (*_seen, path)), tree) if base else tree
 
 

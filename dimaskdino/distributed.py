@@ -4,10 +4,13 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,14 @@ class DistributedContext:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values / self.world_size
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank; values are pickled, so keep them small."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         """Wait until every process has reached this point."""

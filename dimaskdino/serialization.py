@@ -4,6 +4,8 @@ import collections
 import io
 import os
 import pickle
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,22 +17,83 @@ from torch import Tensor
 
 from dimaskdino.errors import UserError
 
-# The callables that a pickle of arrays refers to. NumPy 2 renamed numpy.core to numpy._core.
+
+class _DType:
+    """Stands for `numpy.dtype` in a pickle: numbers and booleans of a fixed size, nothing else."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        text = code.decode() if isinstance(code, bytes) else code
+        if not isinstance(text, str) or not re.fullmatch(r"[<>|=]?[?biufc]\d*", text):
+            raise pickle.UnpicklingError(f"it has arrays of the type {text!r}, expected numbers")
+        self.value = np.dtype(text)
+
+    def __setstate__(self, state: Any) -> None:
+        order, *parts = state[1:5]
+        if parts != [None, None, None]:
+            raise pickle.UnpicklingError("it has arrays of records, expected numbers")
+        self.value = self.value.newbyteorder(order.decode() if isinstance(order, bytes) else order)
+
+
+class _Array:
+    """Stands for an array in a pickle, filled by `__setstate__`."""
+
+    value: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, raw = state
+        self.value = _array(dtype, raw).reshape(shape, order="F" if fortran else "C")
+
+
+class _NDArray:
+    """Stands for the class `numpy.ndarray`, which a pickle of arrays names and never calls."""
+
+    def __init__(self, *_: Any) -> None:
+        raise pickle.UnpicklingError("it calls numpy.ndarray, which arrays do not need")
+
+
+def _array(dtype: Any, raw: Any) -> np.ndarray:
+    if not isinstance(dtype, _DType) or not isinstance(raw, bytes | str):
+        raise pickle.UnpicklingError("it has an array that is not made of numbers")
+    return np.frombuffer(raw.encode("latin1") if isinstance(raw, str) else raw, dtype.value).copy()
+
+
+def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
+    if kind is not _NDArray:
+        raise pickle.UnpicklingError("it has an object that is not an array")
+    return _Array()
+
+
+def _plain(value: Any) -> Any:
+    """The content of a pickle with arrays in the place of what stood for them."""
+    if isinstance(value, _Array):
+        if value.value is None:
+            raise pickle.UnpicklingError("it has an array without values")
+        return value.value
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    return type(value)(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+# What a pickle of arrays refers to. NumPy 2 renamed numpy.core to numpy._core.
 _ALLOWED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): _DType,
+    ("numpy", "ndarray"): _NDArray,
     ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
+    **{(module, "bytes"): lambda: b"" for module in ("__builtin__", "builtins")},  # protocol 2's empty bytes
     **{
-        (f"numpy.{core}.multiarray", name): getattr(np._core.multiarray, name)
+        (f"numpy.{core}.multiarray", name): function
         for core in ("core", "_core")
-        for name in ("_reconstruct", "scalar")
+        for name, function in (("_reconstruct", _reconstruct), ("scalar", lambda dtype, raw: _array(dtype, raw)[0]))
     },
 }
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """An unpickler of dictionaries, lists, numbers, strings and NumPy arrays that refuses everything else."""
+    """An unpickler of dictionaries, lists, numbers, strings and arrays of numbers that refuses everything else.
+
+    NumPy's own classes are never called: a crafted file could make them read any memory.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
@@ -45,14 +108,18 @@ def read_pt(path: Path) -> Any:
         UserError: the file is missing, truncated, or holds more than tensors and plain values.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about files that are refused anyway
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"the checkpoint {path} does not exist") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:  # torch's message advises to switch the protection off
         raise UserError(
-            f"{path} cannot be read as a checkpoint: it may be truncated or hold more than tensors "
-            f"({_first_line(error)})"
+            f"{path} cannot be read as a checkpoint: it is no file of torch.save, is truncated, or holds more than "
+            "tensors and plain values, whose code is not run"
         ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        raise UserError(f"{path} cannot be read as a checkpoint: it may be truncated ({_first_line(error)})") from None
 
 
 def read_pkl(path: Path) -> Any:
@@ -62,10 +129,19 @@ def read_pkl(path: Path) -> Any:
         UserError: the file is missing, truncated, or holds more than arrays and plain values.
     """
     try:
-        return _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        return _plain(_ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load())
     except FileNotFoundError:
         raise UserError(f"the checkpoint {path} does not exist") from None
-    except (OSError, EOFError, ValueError, TypeError, KeyError, IndexError, pickle.UnpicklingError) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+        pickle.UnpicklingError,
+    ) as error:
         raise UserError(
             f"{path} cannot be read as a pickle of arrays: it may be truncated or hold more than arrays "
             f"({_first_line(error)})"

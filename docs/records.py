@@ -38,6 +38,24 @@ def _lag(layers: Mapping[str, Mapping[str, float]], layer: str = "first") -> str
     return f"{layers[layer]['mask'] - layers[layer]['box']:.1f}".replace("-", "−")
 
 
+def start() -> str:
+    """The two commands, with what they took: records of a fresh clone (durations.json)."""
+    record = _json("durations.json")
+    demo, test, size = record["demo_minutes"], record["test_minutes"], record["environment_gb"]
+    return "\n".join(
+        [
+            "```",
+            f"make demo    # train on the built-in data, evaluate every layer: {demo:.0f} minutes on two CPU cores",
+            f"make test    # run the tests: {test:.0f} minutes",
+            "```",
+            "",
+            f"Each command does its own set-up in `.venv/`: {size:.0f} GB with the CUDA build of PyTorch that PyPI has",
+            "for Linux, less with a CPU build (`TORCH_INDEX=URL make demo` names a package index for it; without an",
+            "NVIDIA driver PyTorch's own CPU index is used where it can be reached).",
+        ]
+    )
+
+
 def claim() -> str:
     """Caption of the first figure."""
     paper, kit = first_and_last_layers().values()
@@ -213,7 +231,20 @@ def diagnostics() -> str:
 
 BLOCKS = {
     f.__name__: f
-    for f in (claim, objects, headlines, golden, shipped, demo, table_4, speed, evaluation_size, loading, diagnostics)
+    for f in (
+        start,
+        claim,
+        objects,
+        headlines,
+        golden,
+        shipped,
+        demo,
+        table_4,
+        speed,
+        evaluation_size,
+        loading,
+        diagnostics,
+    )
 }
 _BLOCK = re.compile(r"(<!-- records: (\w+) -->\n)((?:(?!<!--).*\n)*)(<!-- end -->)")
 

@@ -283,9 +283,7 @@ def second_run(scene: Scene) -> None:
 def other_settings(scene: Scene) -> None:
     finish(scene.start())
     before = scene.run.model.read_bytes()
-    fail(
-        scene.start("optimizer.lr=1e-5"), "holds a run with other settings (optimizer.lr", "Use another folder", code=1
-    )
+    fail(scene.start("train.seed=5"), "holds a run with other settings (train.seed", "Use another folder", code=1)
     assert scene.run.model.read_bytes() == before
 
 

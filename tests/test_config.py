@@ -69,6 +69,9 @@ def test_overrides(tmp_path):
         ("model.hidden_dim=100", "multiple of 32"),
         ("train.seed", "key=value"),
         ("train.seed={", "not valid YAML"),
+        ("train.seed=-1", "train.seed.*greater than or equal to 0"),
+        ("loss.cost.mask=.nan", "loss.cost.mask.*finite number"),
+        ("optimizer.lr=.inf", "optimizer.lr.*finite number"),
     ],
 )
 def test_wrong_overrides_name_the_key_and_the_way_out(override, message, tmp_path):
@@ -119,3 +122,12 @@ def test_every_key_can_be_set_by_its_listed_name():
 def test_every_ablation_of_the_paper_is_a_setting(changes):
     changed = load_config(COCO / "dimaskdino_r50_4scale_bs16_12ep.yaml", changes)
     assert changed != load_config(COCO / "dimaskdino_r50_4scale_bs16_12ep.yaml")
+
+
+def test_files_in_another_encoding_and_odd_bases_are_named(tmp_path):
+    (tmp_path / "utf16.yaml").write_text("train: {seed: 1}", encoding="utf-16")
+    with pytest.raises(UserError, match=r"utf16.yaml is not in UTF-8"):
+        load_config(tmp_path / "utf16.yaml")
+    (tmp_path / "number.yaml").write_text("extends: 5")
+    with pytest.raises(UserError, match=r"number.yaml: extends must be the path of a YAML file, got 5"):
+        load_config(tmp_path / "number.yaml")

@@ -160,7 +160,8 @@ def load_weights(detector: Detector, weights: dict[str, Tensor], source: str) ->
     """Load a state dict into a model.
 
     Raises:
-        UserError: it has another number of classes or another architecture. The model is unchanged then.
+        UserError: it has another number of classes or another architecture, or values that are not finite. The model is
+            unchanged then.
     """
     expected = detector.state_dict()
     classes = weights.get("heads.label.bias")
@@ -181,4 +182,9 @@ def load_weights(detector: Detector, weights: dict[str, Tensor], source: str) ->
             f"{source} has another architecture than the configuration: {', '.join(problems)}. "
             "Compare its configuration with yours"
         )
+    for key, value in weights.items():
+        if value.is_floating_point() != expected[key].is_floating_point():
+            raise UserError(f"{source}: {key} has the type {value.dtype}, expected {expected[key].dtype}")
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise UserError(f"{source}: {key} is not finite, so the model is of no use; take an earlier checkpoint")
     detector.load_state_dict(weights)

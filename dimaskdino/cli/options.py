@@ -58,6 +58,10 @@ ProcessCount = Annotated[
 
 def relaunch_distributed(count: int) -> None:
     """Run this command again under torchrun with `count` processes; does nothing for one, or inside torchrun."""
+    from dimaskdino.errors import UserError
+
+    if count < 1:
+        raise UserError(f"--processes must be at least 1, got {count}")
     if count > 1 and "RANK" not in os.environ:
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "dimaskdino")
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))

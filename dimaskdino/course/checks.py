@@ -135,7 +135,7 @@ def check_mask_iou(function: Callable[[Tensor, Tensor], Tensor]) -> CheckResult:
 
 
 def check_bilinear(function: Callable[[Tensor, float, float], Tensor]) -> CheckResult:
-    """Chapter 2: the value of a map (h, w) at (x, y), given in parts of its width and height, zero outside."""
+    """Chapter 2: the value of a map (h, w) at (x, y), relative to its width and height, zero outside."""
     grid = _random(4, 5)
     cases = [(grid, x, y) for x, y in ((0.5, 0.5), (0.3, 0.62), (0.1, 0.875), (0.02, 0.5), (0.99, 0.99))]
 
@@ -168,7 +168,7 @@ def check_select(function: Callable[[Tensor, int], Tensor]) -> CheckResult:
 
 
 def check_mask_to_box(function: Callable[[Tensor], Tensor]) -> CheckResult:
-    """Chapter 3: the box (cx, cy, w, h) around a mask (h, w) bool, in parts of the map's size."""
+    """Chapter 3: the box (cx, cy, w, h) around a mask (h, w) bool, relative to the map's size."""
     masks = []
     for top, left, height, width in ((1, 2, 3, 4), (0, 0, 8, 8), (5, 1, 1, 1)):
         mask = torch.zeros(8, 8, dtype=torch.bool)
@@ -185,14 +185,14 @@ def check_mask_to_box(function: Callable[[Tensor], Tensor]) -> CheckResult:
 
 
 def check_recall(function: Callable[[Tensor, int], float]) -> CheckResult:
-    """Chapter 3: part of the objects that own at least one token, from the owners (k,) and the number of objects."""
+    """Chapter 3: fraction of the objects that own a token, from the owners (k,) and the number of objects."""
     cases = [(torch.tensor([0, 0, -1, 2]), 3), (torch.tensor([-1, -1]), 2), (torch.tensor([1, 0, 1]), 2)]
     hint = "every object counts once, however many tokens it owns, and −1 is no object"
     return _run(function, cases, lambda owners, objects: float(len(owners[owners >= 0].unique())) / objects, hint)
 
 
 def check_cross_attention(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> CheckResult:
-    """Chapter 4: what N queries (N, C) read from G keys and values (G, C), with one head."""
+    """Chapter 4: attention of N queries (N, C) to G keys and values (G, C), with one head."""
     cases = [
         tuple(_random(n, 4, seed=seed) * 6 - 3 for seed, n in enumerate(sizes)) for sizes in ((3, 5, 5), (6, 1, 1))
     ]
@@ -212,7 +212,7 @@ def check_mask_probability(function: Callable[[Tensor, Tensor], Tensor]) -> Chec
 
 
 def check_own_share(function: Callable[[Tensor, Tensor, Tensor], float]) -> CheckResult:
-    """Chapter 4: part of their attention that objects' tokens give to guiding tokens of their own object."""
+    """Chapter 4: fraction of the attention of objects' tokens that goes to guiding tokens of their own object."""
     owners = [
         (torch.tensor([0, 1, -1]), torch.tensor([0, 0, 1, -1])),
         (torch.tensor([-1, 2, 2]), torch.tensor([2, 2, 2, 2])),
@@ -363,7 +363,7 @@ def check_annotation(function: Callable[[np.ndarray], tuple[Sequence[float], flo
 
 
 def check_gate(function: Callable[[Tensor, Tensor, float], Tensor]) -> CheckResult:
-    """Chapter 8: tokens on the way from before (gate 0) to after (gate 1)."""
+    """Chapter 8: interpolation of tokens between before (gate 0) and after (gate 1)."""
     cases = [(_random(2, 3), _random(2, 3, seed=1), gate) for gate in (0.0, 1.0, 0.3)]
     return _run(function, cases, torch.lerp, "before, and the gate's part of the difference")
 

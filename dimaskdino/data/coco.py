@@ -195,10 +195,14 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
                 if not outlines:
                     return np.zeros((height, width), np.uint8)
                 encoded = coco_mask.merge(coco_mask.frPyObjects(outlines, height, width))
-            elif isinstance(segmentation["counts"], list):
-                encoded = coco_mask.frPyObjects(segmentation, *segmentation["size"])
             else:
-                encoded = segmentation
+                counts, size = segmentation["counts"], segmentation["size"]
+                lengths = counts if isinstance(counts, list) else run_lengths(counts)
+                if min(lengths, default=0) < 0 or sum(lengths) != size[0] * size[1]:
+                    raise UserError(
+                        f"{where}: its RLE covers {sum(lengths)} pixels, its size {size} has {size[0] * size[1]}"
+                    )
+                encoded = coco_mask.frPyObjects(segmentation, *size) if isinstance(counts, list) else segmentation
             if tuple(encoded["size"]) != (height, width):
                 raise UserError(f"{where}: its RLE is for {encoded['size']}, the image is {[height, width]} (h, w)")
             return coco_mask.decode(encoded)
@@ -210,6 +214,25 @@ def without_empty(sample: Sample) -> Sample:
     """Drop the objects whose mask is empty."""
     keep = sample.masks.flatten(1).any(1).bool()
     return replace(sample, labels=sample.labels[keep], masks=sample.masks[keep])
+
+
+def run_lengths(counts: str | bytes) -> list[int]:
+    """Decode the counts of a compressed RLE: numbers in groups of five bits, from the fourth on relative to two before.
+
+    pycocotools reads beyond the end of counts that do not cover the mask, so their sum is checked first.
+    """
+    lengths: list[int] = []
+    value = shift = 0
+    for byte in counts.encode() if isinstance(counts, str) else counts:
+        group = byte - 48
+        value |= (group & 0x1F) << shift
+        shift += 5
+        if not group & 0x20:
+            if group & 0x10:
+                value -= 1 << shift
+            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+            value = shift = 0
+    return lengths
 
 
 def encode_masks(masks: Bool[np.ndarray, "n h w"]) -> list[dict[str, Any]]:

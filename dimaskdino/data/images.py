@@ -90,10 +90,12 @@ def load_image(path: Path, expected: tuple[int | None, int | None] = (None, None
 
 
 def _from_pillow(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: keep the upper 8
+    if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float64)
-        grey = np.clip(values / (257 if values.max() > 255 else 1), 0, 255).astype(np.uint8)
-        image = Image.fromarray(grey)
+        largest = values.max(initial=0)
+        # 16 bits and more: keep the upper 8; floating-point values up to 1: as shares of white
+        scale = 255 if image.mode == "F" and largest <= 1 else 1 / 257 if largest > 255 else 1
+        image = Image.fromarray(np.clip(np.nan_to_num(values * scale), 0, 255).astype(np.uint8))
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 

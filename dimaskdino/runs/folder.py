@@ -55,14 +55,26 @@ class RunFolder:
     def log(self) -> Path:
         return self.path / "train.log"
 
-    def check_config(self, config: Config) -> None:
+    def check_config(self, config: Config, same_result: bool = False) -> None:
         """Check that a run with this configuration may resume the run in this folder.
 
+        Args:
+            config: the configuration.
+            same_result: also require the settings that a resumed run may change, such as the learning rate: the result
+                of the run in this folder is to stand for this configuration.
+
         Raises:
-            UserError: the settings of the two differ in what a training computes.
+            UserError: settings that matter differ.
         """
         before = load_config(self.path / "config.yaml")
-        changed = _changed_keys(before.model_dump(mode="json"), config.model_dump(mode="json"))
+        free = _NEUTRAL if same_result else (*_NEUTRAL, *_RESUMABLE)
+        changed = [
+            key
+            for key in changed_settings(before.model_dump(mode="json"), config.model_dump(mode="json"))
+            if not any(key == name or key.startswith(f"{name}.") for name in free)
+        ]
+        if config.schedule.steps < before.schedule.steps:
+            changed = [*dict.fromkeys([*changed, "schedule.steps"])]
         if changed:
             raise UserError(
                 f"{self.path} holds a run with other settings ({', '.join(changed[:5])}); resuming needs the same "
@@ -205,23 +217,27 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-# settings that do not change what a training computes, so that a resumed run may change them
-_FREE = {
+# settings that do not change what a training computes
+_NEUTRAL = (
     *("data.root", "data.workers", "data.val", "data.resize"),
     *("train.accumulate", "train.compile", "train.checkpoint_activations", "train.checkpoint_every", "train.log_every"),
     "evaluation",
-}
+)
+# settings that do not change what the weights mean, so that a resumed run may change them; steps only grow
+_RESUMABLE = ("data.skip_bad_images", "optimizer.lr", "schedule.steps", "train.batch_size", "train.precision")
 
 
-def _changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
-    """Settings that differ and change what a training computes."""
-    changed = []
+def changed_settings(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings that differ between two configurations (as plain values), by key, with their new values."""
+    changed: dict[str, Any] = {}
     for name, value in after.items():
         key = prefix + name
-        if key in _FREE or before.get(name) == value:
+        if name in before and before[name] == value:
             continue
-        both = isinstance(value, dict) and isinstance(before.get(name), dict)
-        changed += _changed_keys(before[name], value, f"{key}.") if both else [key]
+        if isinstance(value, dict) and isinstance(before.get(name), dict):
+            changed |= changed_settings(before[name], value, f"{key}.")
+        else:
+            changed[key] = value
     return changed
 
 

@@ -111,7 +111,7 @@ def plan_study(
             overrides = (*study.overrides(row, scale, seed), *changes)
             config, path = load_config(study.scales[scale], overrides), run_path(folder, row, seed)
             if (path / "config.yaml").exists():
-                RunFolder(path).check_config(config)
+                RunFolder(path).check_config(config, same_result=True)
             runs.append(PlannedRun(f"{row.label}, seed {seed}", path, study.scales[scale], overrides, config))
     timed = [
         record["seconds_per_step"]

@@ -6,13 +6,14 @@ random states and no position in the data: the step determines both, and a resum
 """
 
 import contextlib
+import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from dimaskdino.modeling import Detector, ImageBatch
 from dimaskdino.modeling.backbone import ResNet
 from dimaskdino.modeling.precision import autocast
 from dimaskdino.progress import progress_bar
-from dimaskdino.runs.folder import RunFolder
+from dimaskdino.runs.folder import RunFolder, changed_settings
 from dimaskdino.training.criterion import Losses, criterion
 from dimaskdino.training.optimizer import build_optimizer, set_rate
 from dimaskdino.training.resume_points import load_resume_point, save_resume_point
@@ -110,6 +111,21 @@ def arrange(detector: Detector, settings: Config) -> None:
         detector.pixel_decoder.compile()
 
 
+def _first_non_finite(state: Mapping[str, Tensor]) -> str | None:
+    """Name of a tensor with infinite or NaN values, None if there is none."""
+    return next((name for name, x in state.items() if x.is_floating_point() and not bool(x.isfinite().all())), None)
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors of an optimizer's state, named for messages."""
+    return {
+        f"the optimizer's {key} of parameter {number}": value
+        for number, state in enumerate(optimizer.state.values())
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
 class Trainer:
     """One run in one process."""
 
@@ -124,6 +140,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.detector, config.optimizer)
         self.scaler = torch.amp.GradScaler(context.device.type, enabled=config.train.precision == "fp16")
         self.step = 0
+        self._saved_step = -1  # of the newest resume point
+        self._changed: dict[str, Any] = {}  # settings that differ from those of the resumed run
         self._resume()
         arrange(self.detector, config)
         self.model: nn.Module = self.detector
@@ -143,9 +161,14 @@ class Trainer:
             self._start_from(self.config.train.weights)
             return
         load_weights(self.detector, state["model"], str(self.folder.checkpoints))
+        rates = [group["base_lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["base_lr"] = rate  # a resumed run may change the learning rate
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.step = self._saved_step = state["step"]
+        self._changed = changed_settings(json.loads(state["config"]), self.config.model_dump(mode="json"))
 
     def _start_from(self, weights: Path | None) -> None:
         if weights is None:
@@ -156,8 +179,19 @@ class Trainer:
             print(f"starting from {weights}{new}")
 
     def _save(self) -> None:
-        if self.context.rank:
+        """Write a resume point, unless the newest one is of this step.
+
+        Raises:
+            NonFiniteLossError: a weight or a moment of the optimizer is not finite. Nothing is written then.
+        """
+        if self.context.rank or self._saved_step == self.step:
             return
+        broken = _first_non_finite(self.detector.state_dict() | _moments(self.optimizer))
+        if broken is not None:
+            raise NonFiniteLossError(
+                f"step {self.step}: {broken} is not finite, so nothing is saved. The newest resume point is that of "
+                f"step {self._saved_step}; lower optimizer.lr, or use train.precision=fp32, and run the command again"
+            )
         state: dict[str, Any] = {
             "model": self.detector.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -167,6 +201,7 @@ class Trainer:
             "classes": self.data.classes,
         }
         save_resume_point(self.folder.checkpoints, state)
+        self._saved_step = self.step
 
     def run(self) -> None:
         """Train, log and save; writes `model.safetensors` at the end."""
@@ -178,9 +213,11 @@ class Trainer:
             progress = progress_bar(
                 total=steps, initial=self.step, description="training", disable=self.context.rank > 0
             )
+            if self._changed:
+                metrics.write({"step": self.step, "changed": self._changed})
             logged, started = self.step, time.perf_counter()
             while self.step < steps:
-                parts = [next(parts_of_steps) for _ in range(self.config.train.accumulate)]
+                parts = self._load(parts_of_steps)
                 terms, norm = self._train_step(parts)
                 self.step += 1
                 progress.update()
@@ -202,6 +239,14 @@ class Trainer:
         if self.context.rank == 0:
             save_model(self.folder.model, self.detector, self.config, self.data.classes, self.step)
 
+    def _load(self, parts: Iterator[Batch]) -> list[Batch]:
+        """This process's parts of the next step. A bad image saves the state before it stops the run."""
+        try:
+            return [next(parts) for _ in range(self.config.train.accumulate)]
+        except UserError:
+            self._save()
+            raise
+
     def _train_step(self, parts: list[Batch]) -> tuple[dict[str, Tensor], Tensor]:
         """One optimizer step over this process's parts of the batch; returns the losses and the gradient's norm."""
         set_rate(self.optimizer, self.step, self.config.schedule)
@@ -210,6 +255,7 @@ class Trainer:
         objects, signals = self.context.sum(count, self._signal is not None)
         objects, signals = objects / self.context.world_size, Readback(signals)
         terms: dict[str, Tensor] = {}
+        totals: list[Readback] = []
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             # random numbers belong to the piece of the batch, whichever process has it
@@ -220,12 +266,11 @@ class Trainer:
                 losses = self._forward(part, objects)
                 terms = {name: terms.get(name, 0) + value.detach() for name, value in losses.terms.items()}
                 total = losses.total
-                finite = Readback(total)
+                totals.append(Readback(total))
                 self.scaler.scale(total).backward()
-            if not math.isfinite(finite.get()):
-                self._give_up(losses, part, statistics)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.detector.parameters(), self.config.optimizer.clip_norm)
+        self._check_finite(terms, [value.get() for value in totals], norm, parts, statistics)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -240,16 +285,41 @@ class Trainer:
             predictions = self.model(images, targets)
         return criterion(predictions, targets, self.config.loss, objects)
 
-    def _give_up(self, losses: Losses, batch: Batch, statistics: list[Tensor]) -> NoReturn:
-        """Save the state before this step and stop."""
-        broken = [name for name, value in losses.terms.items() if not math.isfinite(value.item())]
+    def _check_finite(
+        self,
+        terms: dict[str, Tensor],
+        totals: list[float],
+        norm: Tensor,
+        parts: list[Batch],
+        statistics: list[Tensor],
+    ) -> None:
+        """Stop all processes before a loss or gradient that is not finite reaches the weights.
+
+        Gradients are averaged over the processes, so their norm is the same in all of them; losses are not, so the
+        processes exchange whether theirs are finite. fp16 has infinite gradients now and then; its loss scaler then
+        skips the step.
+
+        Raises:
+            NonFiniteLossError: in every process, with the same message. The state before this step is saved.
+        """
+        broken_losses = [i for i, total in enumerate(totals) if not math.isfinite(total)]
+        broken_norm = not self.scaler.is_enabled() and not math.isfinite(float(norm))
+        if not float(self.context.sum(len(broken_losses) + broken_norm)):
+            return
         for buffer, before in zip(self._statistics, statistics, strict=True):
             buffer.copy_(before)
+        names = [name for name, value in terms.items() if not math.isfinite(float(value))]
+        suspects = [parts[i] for i in broken_losses] or parts
+        reports = self.context.gather((names, [file for part in suspects for file in part.files]))
+        guilty = [report for report in reports if report[0]] or reports
+        terms_text = ", ".join(dict.fromkeys(name for names, _ in guilty for name in names[:6]))
+        what = f"the loss is not finite ({terms_text})" if terms_text else "the gradient is not finite"
+        files = ", ".join(file for _, found in guilty for file in found)
         self._save()
+        self.context.barrier()
         raise NonFiniteLossError(
-            f"step {self.step}: the loss is not finite ({', '.join(broken[:6])}). Images of this batch: "
-            f"{', '.join(batch.files)}. The state before this step is saved; look at these images, or lower "
-            "optimizer.lr, or use train.precision=fp32"
+            f"step {self.step}: {what}. Images of this batch: {files}. The state before this step is saved; look at "
+            "these images, or lower optimizer.lr, or use train.precision=fp32, and run the same command again"
         )
 
     def _record(self, terms: dict[str, Tensor], norm: Tensor, seconds: float) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 # %% [markdown]
 # # 5 · Training: matching, losses, denoising
 #
-# The model says what it sees as a *set*: 40 queries on the shapes, 300 on COCO, in no order, most of them for no
-# object at all. Before any loss can be computed, somebody has to say which query should have been which object. That
-# is the **matching**. The losses then pull matched queries towards their objects, at **every stage**, and **denoising
-# queries** make the beginning easier.
+# The model predicts a *set*: 40 queries on the shapes, 300 on COCO, in no particular order, most of them for no object.
+# Before any loss can be computed, each object must be assigned to a query. That is the **matching**. The losses then
+# pull matched queries towards their objects, at **every stage**, and **denoising queries** ease the start.
 #
 # *Prerequisites*: chapters 1 and 3; what a loss and a gradient are. *Time*: 60 minutes.
 
@@ -40,12 +39,12 @@ print(
 # %% [markdown]
 # ## Matching
 #
-# For every query $q$ and object $o$ a cost says how badly $q$ would do as $o$'s detection:
+# The cost of a query $q$ for an object $o$ measures how badly $q$ would detect $o$:
 #
 # $$C(q, o) = 4\,C_{class} + 5\,C_{mask} + 5\,C_{dice} + 5\,\lVert b_q - b_o\rVert_1 - 2\,GIoU(b_q, b_o)$$
 #
-# (`matching_costs` in `dimaskdino/training/matcher.py`.) The Hungarian algorithm picks one query for each object so
-# that the *total* is least. Dark cells are cheap.
+# (`matching_costs` in `dimaskdino/training/matcher.py`.) The Hungarian algorithm picks one query per object so that the
+# *total* is lowest. Dark cells are cheap.
 
 # %%
 stage = predictions.last
@@ -55,7 +54,7 @@ pairs = list(zip(queries.tolist(), objects.tolist(), strict=True))
 draw_matching(sample.image, targets.boxes[0], stage.boxes[0], cost, pairs)
 
 # %% [markdown]
-# Every stage is matched for itself. Do the same queries keep the same objects?
+# Every stage is matched separately. Do objects keep their queries?
 
 # %%
 decoder = [stage for name, stage in predictions.stages.items() if name.startswith("decoder.")]
@@ -82,15 +81,15 @@ def cheapest(cost):
 checks.check_cheapest(cheapest)
 
 # %% [markdown]
-# Two objects with one query: one of them would never be learned. And two queries that both find an object well: only
-# one is matched, the other is told to be silent. That is how the model learns not to repeat itself, without the
+# If two objects share a query, one of them is never learned. If two queries predict the same object well, only one is
+# matched, and the other learns to predict nothing. This is how the model learns to avoid duplicates, without the
 # non-maximum suppression of older detectors.
 #
 # ## The losses
 #
-# A matched query is judged by its class (focal loss), its box ($L_1$ and $1 - GIoU$) and its mask (binary
-# cross-entropy and dice, at points, most of them where the mask is unsure); an unmatched one by its class alone. All
-# stages are judged, and the denoising queries too (`stage_losses` in `dimaskdino/training/criterion.py`).
+# A matched query has losses for its class (focal loss), its box ($L_1$ and $1 - GIoU$) and its mask (binary
+# cross-entropy and dice, at points, most of them where the mask is uncertain); an unmatched query for its class alone.
+# All stages have these losses, and so do the denoising queries (`stage_losses` in `dimaskdino/training/criterion.py`).
 
 # %%
 losses = criterion(predictions, targets, settings.loss, sum(targets.counts))
@@ -102,8 +101,8 @@ plot_loss_terms({name: float(value) for name, value in losses.terms.items()})
 #
 # ### Exercise 5.2
 #
-# Generalised IoU of two boxes `(x0, y0, x1, y1)`. IoU is 0 for all boxes that do not touch, so it gives no hint of
-# where to go. GIoU subtracts the part of the smallest box around both that neither fills:
+# Generalised IoU of two boxes `(x0, y0, x1, y1)`. IoU is 0 for all boxes that do not touch, so it has no gradient
+# there. GIoU subtracts the fraction of their hull, the smallest box around both, that neither covers:
 #
 # $$GIoU = IoU - \frac{|hull| - |union|}{|hull|}$$
 
@@ -143,11 +142,11 @@ checks.check_dice_loss(dice_loss)
 # %% [markdown]
 # ## Denoising
 #
-# At first the matching changes from step to step, and a query is told to be one object now and another later.
-# Denoising queries know from the start which object they are: its class and box with some noise. The decoder learns
-# to undo the noise. They come in groups, every object once in each, and the attention mask keeps groups apart: a
-# query that could see another group's copy would have less to learn, and the matching queries must not see any, since
-# at inference there are none.
+# At first the matching changes from step to step, so a query is assigned to one object now and to another later.
+# Denoising queries belong to a known object from the start: they are its class and box with added noise, and the
+# decoder learns to remove the noise. They come in groups with every object once, and the attention mask separates the
+# groups: a query that could attend to another group's copy would have less to learn. The matching queries must not
+# attend to any denoising query, since there are none at inference.
 
 # %%
 torch.manual_seed(0)
@@ -157,15 +156,15 @@ draw_denoising(sample.image, targets.boxes[0], denoising, targets.labels.shape[1
 # %% [markdown]
 # ## A training, from its records
 #
-# Every run folder has a `metrics.jsonl`. These are the losses of the model that you have been looking at (nothing is
-# drawn if it came without its records).
+# Every run folder has a `metrics.jsonl`. These are the losses of the model of this course (nothing is drawn for a model
+# without its records).
 
 # %%
 records = lesson.run.read_metrics()
 plot_losses({"DI-MaskDINO": records}) if records else print("no records")
 
 # %% [markdown]
-# The steps down are where the learning rate is lowered (`schedule.drops`). To train one yourself, in about a quarter
+# The drops are where the learning rate is lowered (`schedule.drops`). To train one yourself, in about a quarter
 # of an hour on a laptop: `make demo`, or the notebook [runs/train.ipynb](runs/train.ipynb).
 #
 # ### Exercise 5.4, to discuss

@@ -1,10 +1,9 @@
 # %% [markdown]
 # # 6 · Evaluation: what AP measures
 #
-# All chapters speak of AP. This one takes it apart: a detection is right or wrong, right and wrong ones in the order
-# of their scores make a precision-recall curve, the area below it is AP at one IoU threshold, and the mean over ten
-# thresholds and all classes is COCO's **AP**. You build one curve by hand, find the library's number, and then look
-# at all stages.
+# All chapters use AP. This one takes it apart: detections are right or wrong; sorted by score they give a
+# precision-recall curve; the area below it is AP at one IoU threshold; and the mean over ten thresholds and all classes
+# is COCO's **AP**. You compute one curve by hand, compare it with the library's, and then look at all stages.
 #
 # *Prerequisites*: chapter 1 (IoU). *Time*: 60 minutes.
 
@@ -34,8 +33,8 @@ print(f"{len(found[stage].boxes)} detections of {stage} on {len(lesson.data)} im
 # %% [markdown]
 # ## Right or wrong
 #
-# Within one image and one class, detections are taken best score first. Each claims the object that it overlaps most
-# among those *not yet claimed*; if that IoU reaches the threshold it is right (a **true positive**), if not it is
+# Within one image and one class, detections are processed by descending score. Each claims the object that it overlaps
+# most among those *not yet claimed*; if that IoU reaches the threshold it is right (a **true positive**), if not it is
 # wrong (a **false positive**). A second detection of the same object is wrong, however well it fits.
 #
 # ### Exercise 6.1
@@ -63,8 +62,8 @@ checks.check_right_ones(right_ones)
 # %% [markdown]
 # ## Precision and recall
 #
-# Put the detections of all images in one row, best score first, and go down it. After $n$ detections, $t$ of them
-# right, of $M$ objects in all:
+# Sort the detections of all images by descending score. After $n$ detections, of which $t$ are right, with $M$ objects
+# in all images:
 #
 # $$\text{precision} = t / n \qquad \text{recall} = t / M$$
 #
@@ -87,9 +86,8 @@ checks.check_precision_recall(precision_recall)
 # %% [markdown]
 # ## The area
 #
-# COCO reads the curve at 101 recalls, 0, 0.01, … 1. At each it takes the best precision that is reached at that
-# recall *or a larger one* (so a curve never rises to the right), 0 where the recall is never reached. The mean of the
-# 101 values is AP.
+# COCO samples the curve at 101 recalls, 0, 0.01, … 1. At each it takes the best precision at that recall *or a larger
+# one* (so the curve never rises to the right), and 0 if the recall is never reached. AP is the mean of the 101 values.
 #
 # ### Exercise 6.3
 #
@@ -110,7 +108,7 @@ solved = checks.check_interpolated(interpolated)
 # %% [markdown]
 # ## By hand, and by the library
 #
-# Your three functions on real detections, all images, one class, boxes; and the same curve from the library.
+# Your three functions on the model's detections (all images, one class, boxes), and the same curve from the library.
 
 # %%
 if solved:

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 8 · Your own data and your own idea
 #
-# Two things that you will want next: objects of your own, and a change of your own in the model. Both are short. The
-# data need a folder in **COCO format**; a change is a **module** in the place of another, with the same `forward`.
+# Two things that you will want next: your own objects, and your own change of the model. Both are short. The data need
+# a folder in **COCO format**; a change is a **module** that replaces another one with the same `forward`.
 #
 # *Prerequisites*: chapters 1, 4 and 5; PyTorch modules. *Time*: 75 minutes.
 
@@ -74,8 +74,8 @@ def box_and_area(mask):
 checks.check_annotation(box_and_area)
 
 # %% [markdown]
-# The data of this chapter ask a new question of familiar scenes: is a shape *round* or *angular*? Two classes, a few
-# dozen images, as many as one labels in an afternoon.
+# The data of this chapter ask a new question about familiar scenes: is a shape *round* or *angular*? There are two
+# classes and a few dozen images, as many as one labels in an afternoon.
 
 # %%
 ROUND = ("disk", "ring")
@@ -116,8 +116,9 @@ status = data_check(folder / "data", "train")  # `dimaskdino data check FOLDER t
 # %% [markdown]
 # ## Fine-tuning
 #
-# A model that has seen many shapes knows edges, overlaps and extents already. `train.weights` starts from it; what
-# depends on the classes begins anew. Everything else is an ordinary training, in a process of its own.
+# A model that has seen many shapes already knows edges, overlaps and extents. `train.weights` starts from it;
+# parameters that depend on the classes are re-initialised. Everything else is an ordinary training, in a separate
+# process.
 
 # %%
 changes = [
@@ -135,7 +136,7 @@ with TrainingProcess(config, run, [*changes, f"train.weights={Path(model).resolv
     show_training(training, steps, plot_losses)
 
 # %% [markdown]
-# Was it worth it? The same number of steps from nothing:
+# Was it worth it? The same number of steps from scratch:
 
 # %%
 with TrainingProcess(config, folder / f"from_nothing_{steps}", changes) as training:
@@ -154,7 +155,7 @@ tuned.predict(sample.image)
 # ### Exercise 8.2, to discuss
 #
 # The fine-tuned model has seen the *images* of this generator before, only with other names. What would you expect of
-# photographs instead? Which parts of the model would you then start from weights made on photographs?
+# photographs instead? Which parts of the model would you then start from weights trained on photographs?
 #
 # ## Your own idea
 #
@@ -165,7 +166,7 @@ tuned.predict(sample.image)
 #
 # ### Exercise 8.3
 #
-# The gate: at 0 what was before, at 1 what is after.
+# The gate: 0 gives `before`, 1 gives `after`.
 
 
 # %%
@@ -179,8 +180,8 @@ def gated(before, after, gate):
 solved = checks.check_gate(gated)
 
 # %% [markdown]
-# A module for it. It has the `forward` of the one that it stands for (`TokenOptimization`), so nothing else in the
-# model has to know.
+# A module for it. It has the `forward` of the module that it replaces (`TokenOptimization`), so nothing else in the
+# model has to change.
 
 
 # %%
@@ -198,8 +199,8 @@ class GatedTokenOptimization(nn.Module):
 
 
 # %% [markdown]
-# Put it in and look, before any training: with the gate open the model is what it was. How much do the later layers
-# rely on BATO, once they were trained with it?
+# Insert it and look, before any training: with an open gate the model is unchanged. How much do the later layers rely
+# on BATO, after a training with it?
 
 # %%
 detector = lesson.trained.detector

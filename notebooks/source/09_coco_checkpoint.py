@@ -10,7 +10,7 @@
 #
 # Without a checkpoint the notebook shows the shapes model, so that you see what you would get.
 #
-# *Prerequisites*: chapters 1 to 4. *Time*: 30 minutes, with a checkpoint at hand; some seconds for each photograph
+# *Prerequisites*: chapters 1 to 4. *Time*: 30 minutes, with a checkpoint at hand; some seconds per photograph
 # on a laptop.
 
 # %% tags=["parameters"]
@@ -98,7 +98,7 @@ explore_guidance(looks)
 # %% [markdown]
 # ## AP of every stage
 #
-# Published for BDD100K, and measured on COCO's 5,000 validation images if you gave its folder.
+# Published for BDD100K, or measured on COCO's 5,000 validation images if you set its folder.
 
 # %%
 if coco:
@@ -133,4 +133,4 @@ checks.check_best_queries(best_queries)
 # ### Exercise 9.2, to discuss
 #
 # Compare with the shapes model: does token interaction stay within objects when an image has thirty of them? Are the
-# sampling points of a small object as far apart, in parts of its box, as those of a large one?
+# sampling points of a small object as far apart, relative to its box, as those of a large one?

@@ -74,7 +74,7 @@ def _cell_centres(height: int, width: int) -> Tensor:
 
 
 def _away_from_borders(locations: Tensor) -> Tensor:
-    """Keep samples 0.01 cells from the lines between cell centres.
+    """Keep samples at least 0.01 cells away from the lines between cell centres.
 
     There the gradient of a location jumps, and float32 rounds some samples to the other side than float64.
     """
@@ -201,7 +201,7 @@ def _bandwidth() -> float:
 
 
 def _floor(inputs: tuple[Tensor, ...], direction: str, device: str, bandwidth: float) -> float:
-    """A time in milliseconds that the hardware does not allow to beat.
+    """A lower bound of the time in milliseconds.
 
     CPU: every byte of the inputs read once and of the results written once, at the speed of a copy. GPU: the bytes of
     all sampled cells through the L1 caches, 128 a clock and multiprocessor (the backward reads them once more; its

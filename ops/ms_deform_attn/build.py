@@ -1,7 +1,7 @@
-"""Compile the C++ and CUDA kernels, once, and find them again.
+"""Compile the C++ and CUDA kernels and cache them.
 
-A build is stored under a key of everything it depends on: the source, the torch version, its C++ ABI, the flags, the
-platform and the processor's instruction set or the GPU's architecture. A change of any of them simply is another build.
+The cache key is a hash of everything a build depends on: the source, the torch version, its C++ ABI, the flags, the
+platform, and the instruction set of the CPU or the architecture of the GPU.
 """
 
 import functools
@@ -19,12 +19,12 @@ import torch
 Device = Literal["cpu", "cuda"]
 
 SOURCES = {device: Path(__file__).parent / "csrc" / name for device, name in (("cpu", "cpu.cpp"), ("cuda", "cuda.cu"))}
-# -fopenmp: without it ATen's parallel_for, which is compiled here, runs on one thread. NaN, infinity and the order of
-# sums keep their meaning, which -ffast-math would take away.
+# -fopenmp: without it ATen's parallel_for, which is compiled here, runs on one thread. No -ffast-math, which would
+# change the handling of NaN and infinity and the order of sums.
 CPU_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math",
              *(("-fopenmp",) if sys.platform == "linux" else ()))  # fmt: skip
 CUDA_FLAGS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr")
-# Where no GPU is at hand to ask: Ampere and Hopper, and PTX for what comes after.
+# Without a GPU on this machine: Ampere and Hopper, and PTX for later architectures.
 DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
 
 
@@ -53,7 +53,7 @@ def architectures() -> str:
 
 
 def library_path(device: Device) -> Path | None:
-    """The file that the current source, torch and machine build to, which need not exist.
+    """The file that a build of the current source, torch and machine has; it need not exist.
 
     None where torch itself cannot use such a device.
     """
@@ -103,7 +103,7 @@ def prepare(device: Device) -> list[str]:
 
 
 def build(device: Device, verbose: bool = False) -> Path:
-    """Compile the kernels for a device of this machine unless that is done already.
+    """Compile the kernels for a device of this machine, unless a build exists.
 
     Args:
         device: "cpu" or "cuda".

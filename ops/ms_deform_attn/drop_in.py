@@ -11,7 +11,7 @@ from ms_deform_attn.functional import gradients, ms_deform_attn
 NAME = "MultiScaleDeformableAttention"
 
 # Those projects keep the shapes of the levels in a tensor on the GPU and pass the same tensor to every layer. Copying
-# it to the host makes the GPU wait, so that is done once a tensor; the version tells whether it was written to since.
+# it to the host makes the GPU wait, so it is done once per tensor; the version counter shows whether it has changed.
 _host_shapes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 

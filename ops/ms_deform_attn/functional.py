@@ -247,7 +247,7 @@ def gradients(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights from that of the output (B, Q, heads·D), without a forward pass.
+    """Gradients of value, locations and weights for a gradient of the output (B, Q, heads·D), without a forward pass.
 
     For code with a backward pass of its own; `ms_deform_attn` is differentiable without it.
     """

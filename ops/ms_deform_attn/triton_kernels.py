@@ -1,4 +1,4 @@
-"""The kernels in Triton: for GPUs on machines without nvcc, since PyTorch brings Triton along.
+"""The kernels in Triton, which comes with PyTorch: for GPUs on machines without nvcc.
 
 A program computes BLOCK_Q queries of one head. Values are masked, not clamped, at the border of a level. With
 TRITON_INTERPRET=1 in the environment before this module is imported they run on the CPU, slowly, for tests.
@@ -19,7 +19,7 @@ def _position(location, i, mask, width, height, acc_type: tl.constexpr):
     """Of sample i: the cell left above (x0, y0), the position between the cells, and whether it reads anything."""
     x = tl.load(location + 2 * i, mask=mask, other=-2.0).to(acc_type) * width - 0.5
     y = tl.load(location + 2 * i + 1, mask=mask, other=-2.0).to(acc_type) * height - 0.5
-    # NaN fails every comparison; what fails is replaced before it becomes an integer
+    # NaN fails every comparison; values that fail are replaced before the conversion to integer
     inside = (x > -1.0) & (y > -1.0) & (x < width) & (y < height)
     x = tl.where(inside, x, 0.0)
     y = tl.where(inside, y, 0.0)

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from dimaskdino.data.coco import CocoDataset, find_split, load_image
+from dimaskdino.data.coco import CocoDataset, find_split, run_lengths
+from dimaskdino.data.images import load_image
 from dimaskdino.errors import UserError
 
 TINY_COCO = Path(__file__).parents[3] / "shared" / "data" / "tiny_coco"
@@ -185,3 +186,49 @@ def test_real_coco_masks_agree_with_their_annotations():
         objects = [a for a in content["annotations"] if a["image_id"] == record["id"] and not a["iscrowd"]]
         areas = [float(mask.sum()) for mask in data[i].masks]
         np.testing.assert_allclose(sorted(areas), sorted(a["area"] for a in objects), rtol=0.25, atol=40)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_run_lengths_are_those_of_pycocotools(seed):
+    mask = (np.random.default_rng(seed).random((30, 41)) < 0.3 + 0.1 * seed).astype(np.uint8)
+    encoded = coco_mask.encode(np.asfortranarray(mask))
+    flat = mask.flatten(order="F")
+    starts = np.flatnonzero(np.diff(flat)) + 1
+    expected = np.diff(np.concatenate([[0], starts, [flat.size]])).tolist()
+    assert run_lengths(encoded["counts"]) == ([0, *expected] if flat[0] else expected)
+
+
+@pytest.mark.parametrize("counts", [[10, 20], [10, 2000], [-5, 69], "05", []])
+def test_run_lengths_that_do_not_cover_the_image_are_refused(counts, tmp_path):
+    dataset = tiny_dataset(tmp_path, {"size": [8, 8], "counts": counts})
+    with pytest.raises(
+        UserError, match=r"annotation 1 of image 1: its RLE covers -?\d+ pixels, its size \[8, 8\] has 64"
+    ):
+        dataset[0]
+
+
+def tiny_dataset(folder: Path, segmentation: dict) -> CocoDataset:
+    (folder / "images" / "train").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "images" / "train" / "a.png")
+    annotation = {
+        "id": 1,
+        "image_id": 1,
+        "category_id": 1,
+        "segmentation": segmentation,
+        "bbox": [0, 0, 1, 1],
+        "area": 1,
+    }
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 8, "width": 8}],
+        "annotations": [annotation],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    (folder / "annotations" / "train.json").write_text(json.dumps(content))
+    return CocoDataset(folder, "train")
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0.0, 0), (0.5, 127), (1.0, 255), (200.0, 200), (65535.0, 255)])
+def test_floating_point_tiffs_keep_their_brightness(value, expected, tmp_path):
+    Image.fromarray(np.full((4, 4), value, np.float32)).save(tmp_path / "a.tiff")
+    assert abs(int(load_image(tmp_path / "a.tiff")[0, 0, 0]) - expected) <= 1

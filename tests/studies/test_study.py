@@ -204,6 +204,9 @@ def test_a_study_runs_and_goes_on_whatever_fails(shapes_data, tmp_path):
     assert report.difference(study.rows[1], study.quantities[0]).over_images is not None
     with pytest.raises(UserError, match="holds a run with other settings"):
         plan_study(study, "tiny", [0], tmp_path, [*changes, "model.decoder.layers=3"])
+    # a run may be resumed with another learning rate, but its result is not that of this study
+    with pytest.raises(UserError, match=r"holds a run with other settings \(optimizer.lr"):
+        plan_study(study, "tiny", [0], tmp_path, [*changes, "optimizer.lr=1e-5"])
 
 
 @pytest.mark.slow
