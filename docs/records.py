@@ -4,6 +4,7 @@ A block of Markdown between `<!-- records: NAME -->` and `<!-- end -->` is the t
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,15 +42,15 @@ def _lag(layers: Mapping[str, Mapping[str, float]], layer: str = "first") -> str
 def start() -> str:
     """The two commands, with what they took: records of a fresh clone (durations.json)."""
     record = _json("durations.json")
-    demo, test, size = record["demo_minutes"], record["test_minutes"], record["environment_gb"]
+    demo, test, size = (math.ceil(record[key]) for key in ("demo_minutes", "test_minutes", "environment_gb"))
     return "\n".join(
         [
             "```",
-            f"make demo    # train on the built-in data, evaluate every layer: {demo:.0f} minutes on two CPU cores",
-            f"make test    # run the tests: {test:.0f} minutes",
+            f"make demo    # train on the built-in data, evaluate every layer: {demo} minutes on two CPU cores",
+            f"make test    # run the tests: {test} minutes",
             "```",
             "",
-            f"Each command does its own set-up in `.venv/`: {size:.0f} GB with the CUDA build of PyTorch that PyPI has",
+            f"Each command does its own set-up in `.venv/`: {size} GB with the CUDA build of PyTorch that PyPI has",
             "for Linux, less with a CPU build (`TORCH_INDEX=URL make demo` names a package index for it; without an",
             "NVIDIA driver PyTorch's own CPU index is used where it can be reached).",
         ]
@@ -60,10 +61,10 @@ def claim() -> str:
     """Caption of the first figure."""
     paper, kit = first_and_last_layers().values()
     return (
-        "*Box and mask AP at the first and the last decoder layer. At the first layer MaskDINO's boxes lag\n"
-        f"{_lag(paper['MaskDINO'])} points behind its masks in the paper and {_lag(kit['MaskDINO'])} here;\n"
-        f"DI-MaskDINO's {_lag(paper['DI-MaskDINO'])} and {_lag(kit['DI-MaskDINO'])}. Here: the two models that come\n"
-        "with the kit, on synthetic shapes, one training each.*"
+        f"*Box and mask AP at the first and the last decoder layer. At the first layer MaskDINO's boxes lag "
+        f"{_lag(paper['MaskDINO'])} points\nbehind its masks in the paper and {_lag(kit['MaskDINO'])} here, DI-MaskDINO's "
+        f"{_lag(paper['DI-MaskDINO'])} and {_lag(kit['DI-MaskDINO'])}. Here: the two models that come with the kit,\n"
+        "on synthetic shapes, one training each.*"
     )
 
 
