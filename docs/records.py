@@ -62,8 +62,8 @@ def claim() -> str:
     paper, kit = first_and_last_layers().values()
     return (
         f"*Box and mask AP at the first and the last decoder layer. At the first layer MaskDINO's boxes lag "
-        f"{_lag(paper['MaskDINO'])} points\nbehind its masks in the paper and {_lag(kit['MaskDINO'])} here, DI-MaskDINO's "
-        f"{_lag(paper['DI-MaskDINO'])} and {_lag(kit['DI-MaskDINO'])}. Here: the two models that come with the kit,\n"
+        f"{_lag(paper['MaskDINO'])} points\nbehind its masks in the paper and {_lag(kit['MaskDINO'])} here, "
+        f"DI-MaskDINO's {_lag(paper['DI-MaskDINO'])} and {_lag(kit['DI-MaskDINO'])}. Here: the two models that come with the kit,\n"
         "on synthetic shapes, one training each.*"
     )
 
