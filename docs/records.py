@@ -60,11 +60,11 @@ def start() -> str:
 def claim() -> str:
     """Caption of the first figure."""
     paper, kit = first_and_last_layers().values()
+    lags = [_lag(layers[name]) for name in MODELS for layers in (paper, kit)]
     return (
-        f"*Box and mask AP at the first and the last decoder layer. At the first layer MaskDINO's boxes lag "
-        f"{_lag(paper['MaskDINO'])} points\nbehind its masks in the paper and {_lag(kit['MaskDINO'])} here, "
-        f"DI-MaskDINO's {_lag(paper['DI-MaskDINO'])} and {_lag(kit['DI-MaskDINO'])}. Here: the two models that come with the kit,\n"
-        "on synthetic shapes, one training each.*"
+        "*Box and mask AP at the first and the last decoder layer. At the first layer MaskDINO's boxes lag "
+        f"{lags[0]} points\nbehind its masks in the paper and {lags[1]} here, DI-MaskDINO's {lags[2]} and {lags[3]}. "
+        "Here: the two models that come with the kit,\non synthetic shapes, one training each.*"
     )
 
 
