@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from dimaskdino.data.images import SUFFIXES, find_files
+from dimaskdino.data.images import SUFFIXES, find_files, to_image_tensor
 from dimaskdino.errors import UserError
 from dimaskdino.model import Model, Result
 from dimaskdino.progress import progress_bar
@@ -20,7 +20,7 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 
 
 @dataclass
-class Predictions:
+class FilesReport:
     """What `predict_files` did.
 
     Attributes:
@@ -43,7 +43,7 @@ def predict_files(
     stage: str | None = None,
     threshold: float = 0.3,
     batch_size: int = 8,
-) -> Predictions:
+) -> FilesReport:
     """Draw the detections in images and videos, and write them to `predictions.json`.
 
     The output mirrors the folders of the input. `predictions.json` has COCO's format, with a `score` per annotation,
@@ -62,7 +62,7 @@ def predict_files(
     """
     files = find_files(paths, (*SUFFIXES, *VIDEO_SUFFIXES))
     targets = _targets(files, output)
-    result = Predictions([], output / "predictions.json")
+    result = FilesReport([], output / "predictions.json")
     coco = _CocoWriter(model)
     progress = progress_bar(total=len(files), description="predicting", unit="file")
     try:
@@ -96,11 +96,9 @@ def _predict_pictures(
     stage: str | None,
     threshold: float,
     batch_size: int,
-    report: Predictions,
+    report: FilesReport,
 ) -> Iterator[tuple[Path, Path, Result]]:
     """Results of the files that can be read; the others are noted in the report."""
-    from dimaskdino.data.images import to_image_tensor
-
     readable, images = [], []
     for file, target in files:
         try:

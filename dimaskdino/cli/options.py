@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
@@ -72,16 +71,3 @@ def print_remarks(settings: "PublishedSettings") -> None:
     """Print what is done differently than a published configuration says, and which of its keys have no effect."""
     for line in settings.notes():
         print(f"note: {line}", file=sys.stderr)
-
-
-def existing(path: Path, what: str) -> Path:
-    """The path, if it exists.
-
-    Raises:
-        UserError: it does not.
-    """
-    from dimaskdino.errors import UserError
-
-    if not path.exists():
-        raise UserError(f"the {what} {path} does not exist")
-    return path

@@ -32,9 +32,9 @@ def test_stages_are_the_recorded_ones(case):
 
 
 def test_feature_tokens_and_mask_features(case):
-    _, recorded, _, predictions = case
-    if "memory.0_sample" not in recorded:
-        pytest.skip("not recorded for this case")
+    record, recorded, _, predictions = case
+    if record["case"] == "maskdino_5level":
+        pytest.skip("its record has predictions alone")
     T_i = predictions.trace.T_i
     # recorded in the encoder's order, which is the opposite of the decoder's
     for level, stride in enumerate(reversed(T_i.strides)):
