@@ -6,7 +6,6 @@ random states and no position in the data: the step determines both, and a resum
 """
 
 import contextlib
-import json
 import math
 import signal
 import time
@@ -168,7 +167,9 @@ class Trainer:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step = self._saved_step = state["step"]
-        self._changed = changed_settings(json.loads(state["config"]), self.config.model_dump(mode="json"))
+        # validated first: settings that are newer than the run then have their defaults, and are no change
+        before = Config.model_validate_json(state["config"]).model_dump(mode="json")
+        self._changed = changed_settings(before, self.config.model_dump(mode="json"))
 
     def _start_from(self, weights: Path | None) -> None:
         if weights is None:

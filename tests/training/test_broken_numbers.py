@@ -1,5 +1,6 @@
 """Numbers that are not finite never reach the weights, a checkpoint, or a person who believes them."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -196,3 +197,14 @@ def test_a_bad_image_saves_before_it_stops(shapes_data, tmp_path):
     run = run_training(tmp_path / "run", data, "train.checkpoint_every=100", "data.skip_bad_images=true")
     assert run.status()["state"] == "finished"
     assert any("skipped" in record for record in run.read_metrics())
+
+
+def test_settings_that_are_newer_than_the_run_are_no_change(shapes_data, tmp_path):
+    run = run_training(tmp_path, shapes_data)
+    state = load_pt(run.checkpoints / "last.pt")
+    before = json.loads(state["config"])
+    del before["model"]["pixel_decoder"]["finest"]  # as a run before 0.2 has it
+    torch.save(state | {"config": json.dumps(before)}, run.checkpoints / "last.pt")
+    resumed = run_training(tmp_path, shapes_data, "schedule.steps=7")
+    (noted,) = [record for record in resumed.read_metrics() if "changed" in record]
+    assert noted["changed"] == {"schedule.steps": 7}
