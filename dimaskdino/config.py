@@ -273,6 +273,7 @@ class Train(Section):
     )
     seed: int = Field(0, ge=0)
     checkpoint_every: PositiveInt = Field(5000, description="steps")
+    keep: PositiveInt = Field(2, description="number of newest resume points that are kept")
     log_every: PositiveInt = Field(20, description="steps")
 
 
@@ -312,6 +313,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 def parse_config(tree: dict[str, Any], overrides: Iterable[str], source: str) -> Config:
     """Apply overrides to a tree of plain values and validate it; `source` names it in error messages (`UserError`)."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{source}: a configuration has settings (key: value), got {type(tree).__name__}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -328,11 +331,42 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _parse(text: str, what: str) -> Any:
+YAML_VALUES = 100_000  # what a configuration may hold when its aliases are written out
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """Parse YAML of settings.
+
+    Args:
+        text: the YAML.
+        what: names it in error messages.
+
+    Raises:
+        UserError: it is not YAML, or its aliases stand for an endless or a huge number of values.
+    """
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        if _count_values(value, {}) > YAML_VALUES:
+            raise UserError(f"{what} holds more than {YAML_VALUES:,} values when its aliases are written out")
+    except (yaml.YAMLError, ValueError) as error:  # yaml leaves impossible dates and numbers to Python
         raise UserError(f"{what} is not valid YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{what} is nested too deeply, or an alias refers to itself") from None
+    return value
+
+
+def _count_values(value: Any, known: dict[int, int]) -> int:
+    """Number of values with every alias written out; each shared part is counted once and multiplied."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count_values(part, known) for part in parts)
+    return known[id(value)]
+
+
+def _parse(text: str, what: str) -> Any:
+    value = parse_yaml(text, what)
     if isinstance(value, str):  # YAML 1.1 reads 1e-4, which has no dot, as a string
         try:
             return float(value)
@@ -351,7 +385,7 @@ def read_tree(path: Path, base_key: str = "extends", _seen: tuple[Path, ...] = (
     if path in _seen:
         raise UserError(f"{path} extends itself, by way of {', '.join(p.name for p in _seen)}")
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 T = TypeVar("T")
+STORE = "DIMASKDINO_STORE"  # a file through which the processes of one machine meet
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,16 @@ class DistributedContext:
 def _init_process_group(backend: str, world_size: int) -> None:
     """Initialise the process group so that it survives restarts by torchrun.
 
-    torchrun's store keeps the addresses of the processes before the restart, and Gloo may read those (with torch 2.15
-    every second restart failed to connect). A prefix per restart keeps the generations apart.
+    The store keeps the addresses of the processes before a restart, and Gloo may read those (with torch 2.15 every
+    second restart failed to connect). A prefix per restart keeps the generations apart.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    store: dist.Store
+    if STORE in os.environ:
+        store = dist.FileStore(os.environ[STORE], world_size)
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    else:
         dist.init_process_group(backend)
         return
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"dimaskdino {restart}", store)
+    store = dist.PrefixStore(f"dimaskdino {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=world_size)

@@ -1,5 +1,49 @@
-"""The one kind of error that a person is meant to read instead of a traceback."""
+"""What a person is meant to read instead of a traceback."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
 
 class UserError(Exception):
     """Something outside the program is wrong: a file, a setting, a disk. The message says what to do about it."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop, and has saved its state. The message says by what, and how to resume."""
+
+
+_REASONS = {
+    ("ENOSPC", "EDQUOT"): "the disk is full; free some space and run the command again",
+    ("EROFS",): "the disk is read-only; choose a folder on another disk",
+    ("EACCES", "EPERM"): "there is no permission to write here; change it or choose another folder",
+    ("ENOLCK", "ENOSYS", "EOPNOTSUPP"): "the file system does not support this; choose a folder on a local disk",
+    ("ESTALE",): "the network file system lost the file; run the command again",
+    ("ENOTDIR", "EEXIST"): "a file is where a folder is needed; choose another name",
+    ("EISDIR",): "a folder is where a file is needed; choose another name",
+    ("ENAMETOOLONG",): "the name is too long; choose a shorter one",
+}
+_BY_NUMBER = {getattr(errno, name): text for names, text in _REASONS.items() for name in names if hasattr(errno, name)}
+
+
+def explain_os_error(error: OSError) -> str:
+    """What the operating system reports, and what to do about it."""
+    text = error.strerror or str(error)
+    advice = _BY_NUMBER.get(error.errno) if error.errno is not None else None
+    return text if advice is None else f"{advice} ({text})"
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Turn the operating system's errors while writing a file or folder into a `UserError` that names it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = os.fspath(path) if not error.filename else os.fsdecode(error.filename)
+        raise UserError(f"cannot write {where}: {explain_os_error(error)}") from None

@@ -1,6 +1,7 @@
 """Reading files of tensors from anywhere without running code in them, and writing files whole or not at all."""
 
 import collections
+import contextlib
 import io
 import os
 import pickle
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dimaskdino.errors import UserError
+from dimaskdino.errors import UserError, explain_os_error
 
 
 class _DType:
@@ -176,7 +177,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return {name: torch.as_tensor(value) for name, value in state.items()}
 
 
-def write_atomically(path: Path, write: Callable[[Path], None], backup: Path | None = None) -> None:
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file so that readers see the old content or the new one, never a part.
 
     The content is written beside the target, flushed to disk, then renamed.
@@ -184,24 +185,60 @@ def write_atomically(path: Path, write: Callable[[Path], None], backup: Path | N
     Args:
         path: the target.
         write: writes the content to the path it is given.
-        backup: where the previous content of the target is kept.
 
     Raises:
-        UserError: the file cannot be written, for example because the disk is full. Existing files are kept.
+        UserError: the file cannot be written, for example because the disk is full. An existing file is kept.
     """
     partial = path.with_name(path.name + ".partial")
     try:
+        partial.touch()
+        permissions = partial.stat().st_mode
         write(partial)
+        with contextlib.suppress(OSError):  # file systems without permissions
+            partial.chmod(permissions)  # safetensors makes files that their owner alone can read
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
-        if backup is not None and path.exists():
-            os.replace(path, backup)
         os.replace(partial, path)
     # a full disk surfaces as OSError from Python, as RuntimeError or SafetensorError from the writers
     except (OSError, RuntimeError, SafetensorError) as error:
+        system_error = _system_error(partial, error)
+        _discard(partial)
+        why = explain_os_error(system_error) if system_error else _first_line(error)
+        kept = "; the file that was there is kept" if path.exists() else ""
+        raise UserError(f"cannot write {path}: {why}{kept}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    write_atomically(path, lambda partial: _write_text(partial, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _discard(partial: Path) -> None:
+    """Delete a file, and free its space even if a writer still holds it open."""
+    with contextlib.suppress(OSError):
+        os.truncate(partial, 0)
+    with contextlib.suppress(OSError):
         partial.unlink(missing_ok=True)
-        kept = "; the existing checkpoints are untouched" if path.exists() or (backup and backup.exists()) else ""
-        raise UserError(f"cannot write {path}: {error}. Is the disk full? Free some space and resume{kept}") from error
+
+
+def _system_error(path: Path, error: Exception) -> OSError | None:
+    """The operating system's reason for a failed write; torch's writer does not pass it on, so a write is tried."""
+    if isinstance(error, OSError):
+        return error
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(1 << 16))
+    except OSError as reason:
+        return reason
+    return None
 
 
 def _first_line(error: Exception) -> str:

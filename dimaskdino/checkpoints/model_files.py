@@ -1,12 +1,14 @@
 """Models in this kit's own format: weights, configuration and class names in one safetensors file."""
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,7 +18,9 @@ from dimaskdino.modeling import Detector, ImageBatch, Predictions
 from dimaskdino.modeling.precision import Precision, autocast
 from dimaskdino.serialization import read_pt, read_safetensors, write_atomically
 
-MODEL, LAST, PREVIOUS = "model.safetensors", "last.pt", "previous.pt"
+MODEL = "model.safetensors"
+_POINT = re.compile(r"step_(\d+)\.pt")
+_POINTS_BEFORE_0_2 = ("last.pt", "previous.pt")
 # parameters whose shape depends on the number of classes
 CLASS_PARAMETERS = ("heads.label.weight", "heads.label.bias", "denoising.labels.weight")
 
@@ -92,7 +96,10 @@ def load_model_file(path: Path, overrides: Iterable[str] = ()) -> TrainedModel:
     """
     path = _model_path(path)
     weights, config, classes, step = _read_model(path)
-    settings = parse_config(json.loads(config), overrides, str(path))
+    try:
+        settings = parse_config(json.loads(config), overrides, str(path))
+    except ValueError as error:
+        raise UserError(f"the configuration in {path} is damaged ({error}); take another copy of the file") from None
     detector = Detector(settings.model.without_backbone_weights())
     load_weights(detector, weights, str(path))
     return TrainedModel(detector.eval(), settings, classes, step)
@@ -101,14 +108,29 @@ def load_model_file(path: Path, overrides: Iterable[str] = ()) -> TrainedModel:
 def _model_path(path: Path) -> Path:
     """The file that a run folder or a path to a file stands for."""
     if path.is_dir():
-        candidates = [path / "checkpoints" / name for name in (MODEL, LAST, PREVIOUS)] + [path / MODEL]
-        existing = [candidate for candidate in candidates if candidate.exists()]
+        folder = path / "checkpoints"
+        existing = [file for file in (folder / MODEL, *resume_points(folder), path / MODEL) if file.exists()]
         if not existing:
-            raise UserError(f"{path} holds no trained model (looked for {', '.join(map(str, candidates))})")
+            raise UserError(
+                f"{path} holds no trained model (looked for {MODEL} and for resume points in {folder}, and for "
+                f"{path / MODEL})"
+            )
         return existing[0]
     if not path.exists():
         raise UserError(f"the model {path} does not exist")
     return path
+
+
+def resume_point_path(folder: Path, step: int) -> Path:
+    """The resume point of a step in a folder of checkpoints."""
+    return folder / f"step_{step:07d}.pt"
+
+
+def resume_points(folder: Path) -> list[Path]:
+    """The resume points in a folder of checkpoints, newest first; those of earlier versions of the kit come last."""
+    numbered = {int(match[1]): file for file in folder.glob("step_*.pt") if (match := _POINT.fullmatch(file.name))}
+    earlier = [folder / name for name in _POINTS_BEFORE_0_2]
+    return [numbered[step] for step in sorted(numbered, reverse=True)] + [file for file in earlier if file.exists()]
 
 
 def _read_model(path: Path) -> tuple[dict[str, Tensor], str, list[str], int]:
@@ -117,9 +139,22 @@ def _read_model(path: Path) -> tuple[dict[str, Tensor], str, list[str], int]:
         weights, metadata = read_safetensors(path)
         if "config" not in metadata:
             raise UserError(f"{path} holds tensors but no configuration of this kit")
-        return weights, metadata["config"], json.loads(metadata["classes"]), int(metadata["step"])
+        try:
+            classes, step = json.loads(metadata["classes"]), int(metadata["step"])
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path} has damaged metadata ({error}); take another copy of the file") from None
+        return weights, metadata["config"], _class_names(classes, path), step
     state = read_resume_point(path)
-    return state["model"], state["config"], state["classes"], state["step"]
+    return state["model"], state["config"], _class_names(state["classes"], path), state["step"]
+
+
+def _class_names(classes: Any, path: Path) -> list[str]:
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{path} has damaged metadata: its classes are not a list of names; take another copy")
+    return classes
+
+
+_CONTENT = {"model": dict, "optimizer": dict, "scaler": dict, "step": int, "config": str, "classes": list}
 
 
 def read_resume_point(path: Path) -> dict[str, Any]:
@@ -133,7 +168,23 @@ def read_resume_point(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is not a checkpoint of this kit. To convert a published one: dimaskdino convert {path} OUTPUT"
         )
+    damaged = [name for name, kind in _CONTENT.items() if not isinstance(state.get(name), kind)]
+    if damaged or not all(isinstance(value, Tensor) for value in state["model"].values()):
+        raise UserError(
+            f"{path} is no resume point: {', '.join(damaged) or 'model'} is missing or damaged; take an earlier one"
+        )
     return state
+
+
+def recorded_config(run: Path) -> Config | None:
+    """The configuration that the newest readable checkpoint of a run folder holds; None if there is none."""
+    folder = run / "checkpoints"
+    for path in (*resume_points(folder), folder / MODEL):
+        try:
+            return Config.model_validate_json(_read_model(path)[1])
+        except (UserError, ValidationError):
+            continue
+    return None
 
 
 def initialize_from(detector: Detector, weights: dict[str, Tensor], source: str) -> list[str]:

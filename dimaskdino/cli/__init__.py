@@ -8,7 +8,8 @@ import sys
 from tyro.extras import SubcommandApp
 
 from dimaskdino.cli import config, data, models, notebooks, training
-from dimaskdino.errors import UserError
+from dimaskdino.errors import Stopped, UserError, explain_os_error
+from dimaskdino.signals import EXIT_STOPPED, end_with_parent
 
 app = SubcommandApp()
 for _function in (
@@ -29,11 +30,20 @@ app.command(_config, name="config", help="List configurations and settings, or s
 def main() -> None:
     """Entry point of `dimaskdino`. Errors that a person can fix are one line, without a traceback."""
     try:
+        end_with_parent()
         description = "DI-MaskDINO: joint object detection and instance segmentation."
         sys.exit(app.cli(prog="dimaskdino", description=description))
     except UserError as error:
         print(f"dimaskdino: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        print(f"dimaskdino: {error.filename or 'cannot write'}: {explain_os_error(error)}", file=sys.stderr)
+        sys.exit(1)
+    except Stopped as stopped:
+        print(f"dimaskdino: {stopped}", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
     except KeyboardInterrupt:
         print("dimaskdino: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 import os
+import subprocess
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,9 +63,12 @@ def relaunch_distributed(count: int) -> None:
     if count < 1:
         raise UserError(f"--processes must be at least 1, got {count}")
     if count > 1 and "RANK" not in os.environ:
-        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "dimaskdino")
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv[1:]])
+        from dimaskdino.runs.processes import launch_command
+
+        command, environment = launch_command("dimaskdino", sys.argv[1:], count)
+        if hasattr(os, "fork"):
+            os.execve(sys.executable, command, os.environ | environment)  # signals then reach torchrun directly
+        sys.exit(subprocess.run(command, env=os.environ | environment, check=False).returncode)
 
 
 def print_remarks(settings: "PublishedSettings") -> None:

@@ -48,7 +48,8 @@ def status(run: Positional[Path]) -> int:
 
     folder = RunFolder(run)
     current = folder.status()
-    shown = ", ".join(f"{key} {current[key]}" for key in ("state", "reason", "started", "ended") if key in current)
+    parts = ("state", "reason", "note", "started", "ended")
+    shown = ", ".join(f"{key} {current[key]}" for key in parts if key in current)
     print(f"{run}: {shown}")
     latest = next((record for record in reversed(folder.read_metrics()) if "loss" in record), None)
     if latest:

@@ -15,6 +15,7 @@ from dimaskdino.data.coco import CocoDataset, Sample
 from dimaskdino.data.transforms import evaluation_resize, large_scale_jitter
 from dimaskdino.errors import UserError
 from dimaskdino.modeling.structures import Targets, padded_size
+from dimaskdino.signals import ignore_stop_signals
 
 BAD_IMAGES_IN_A_ROW = 20  # more than that means a wrong folder
 
@@ -130,7 +131,7 @@ def training_loader(data: CocoDataset, settings: config.Config, first_step: int,
         batch_sampler=positions,  # type: ignore[arg-type]
         collate_fn=collate,
         num_workers=settings.data.workers,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
     )
 
 
@@ -149,7 +150,7 @@ def evaluation_loader(data: CocoDataset, settings: config.Config, groups: Sequen
         batch_sampler=positions,  # type: ignore[arg-type]
         collate_fn=collate,
         num_workers=settings.data.workers if positions else 0,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
     )
 
 
@@ -183,5 +184,6 @@ def explaining_dead_workers() -> Iterator[None]:
         ) from error
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    ignore_stop_signals()  # a training saves first, and then ends its loaders

@@ -3,29 +3,34 @@
 config.yaml     the complete configuration        versions.json   python, packages, machine
 metrics.jsonl   one record every few steps        tensorboard/    the same for tensorboard
 checkpoints/    resume points, model.safetensors  figures/        figures of the notebooks
-status.json     running, finished or failed, and why
+status.json     running, finished, stopped or failed, and why
+lock            held while a process writes to the folder
+
+Small files are written atomically. Those that a crash has damaged are left out when read, never in the way.
 """
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-import psutil
+import filelock
 import torch
 
+from dimaskdino.checkpoints.model_files import recorded_config
 from dimaskdino.config import Config, dump_config, load_config
-from dimaskdino.errors import UserError
+from dimaskdino.errors import Stopped, UserError, explain_os_error, writing
+from dimaskdino.serialization import write_text
 
-State = Literal["running", "finished", "failed"]
+State = Literal["running", "finished", "stopped", "failed"]
+LOCK_SECONDS = 5.0  # a reader of the status holds the lock for an instant
+PROBE_SECONDS = 0.2
 _PACKAGES = ("dimaskdino", "torch", "torchvision", "numpy", "pycocotools", "hotcoco", "papermill")
 
 
@@ -66,7 +71,9 @@ class RunFolder:
         Raises:
             UserError: settings that matter differ.
         """
-        before = load_config(self.path / "config.yaml")
+        before = self._config_before()
+        if before is None:
+            return
         free = _NEUTRAL if same_result else (*_NEUTRAL, *_RESUMABLE)
         changed = [
             key
@@ -81,97 +88,142 @@ class RunFolder:
                 "settings. Use another folder, or delete this one"
             )
 
+    def _config_before(self) -> Config | None:
+        """The configuration of the run in this folder: config.yaml or, if that is damaged, the checkpoints' copy."""
+        try:
+            return load_config(self.path / "config.yaml")
+        except UserError:
+            return recorded_config(self.path)
+
     def write_config(self, config: Config) -> None:
         """Write the configuration and the versions.
 
         Raises:
             UserError: the folder belongs to a run with another model, or cannot be written.
         """
-        try:
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            file = self.path / "config.yaml"
-            if file.exists() and self.checkpoints.exists():
-                self.check_config(config)
-            file.write_text(dump_config(config))
-            (self.path / "versions.json").write_text(json.dumps(versions(), indent=1))
-        except OSError as error:
-            raise UserError(f"cannot write to the run folder {self.path}: {error.strerror}") from None
+        if self.checkpoints.exists():
+            self.check_config(config)
+        write_text(self.path / "config.yaml", dump_config(config))
+        write_text(self.path / "versions.json", json.dumps(versions(), indent=1))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Lock the folder for this process, and write a status that says how it ended, even after an exception.
 
         Raises:
-            UserError: another process is using the folder.
+            UserError: another process is using the folder, or it cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("w") as lock:
-            try:
-                # not flock: loader processes would inherit it and keep it a while after this process was killed
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise UserError(
-                    f"another run is using {self.path}; wait for it to end or choose another folder"
-                ) from None
-            process = psutil.Process()
-            started = {"pid": process.pid, "process_started": process.create_time(), "started": _now()}
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        lock = self._lock()
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except filelock.Timeout:
+            raise UserError(f"another run is using {self.path}; wait for it to end or choose another folder") from None
+        except OSError as error:
+            raise UserError(f"cannot lock {self.path}: {explain_os_error(error)}") from None
+        try:
+            started = {"started": _now(), "pid": os.getpid(), "host": platform.node(), "boot": _boot()}
             self._write_status("running", **started)
-            watcher = _watch(self.path, process.pid)
             try:
                 yield
             except BaseException as error:
+                state: State = "stopped" if isinstance(error, Stopped) else "failed"
                 reason = str(error) or type(error).__name__
-                with contextlib.suppress(OSError):  # a full disk must not hide what happened
-                    self._write_status("failed", reason=reason, started=started["started"], ended=_now())
+                with contextlib.suppress(UserError):  # a full disk must not hide what happened
+                    self._write_status(state, reason=reason, started=started["started"], ended=_now())
                 raise
             else:
                 self._write_status("finished", started=started["started"], ended=_now())
-            finally:
-                watcher.terminate()
-                watcher.wait()
+        finally:
+            lock.release()
+
+    def _lock(self) -> filelock.BaseFileLock:
+        # the system releases it when the process ends, however it ends; forked loader processes do not keep it
+        return filelock.FileLock(self.path / "lock", preserve_lock_file=True, fallback_to_soft=False)
+
+    def _is_locked(self) -> bool | None:
+        """Whether a process holds the folder's lock; None if that cannot be told, as on a read-only disk."""
+        if not (self.path / "lock").exists():
+            return None
+        lock = self._lock()
+        try:
+            lock.acquire(timeout=PROBE_SECONDS)  # other readers hold it for an instant
+        except filelock.Timeout:
+            return True
+        except (OSError, NotImplementedError):
+            return None
+        lock.release()
+        return False
 
     def _write_status(self, state: State, **details: Any) -> None:
-        partial = self.path / "status.json.partial"
-        partial.write_text(json.dumps({"state": state, **details}, indent=1))
-        os.replace(partial, self.path / "status.json")
+        file, text = self.path / "status.json", json.dumps({"state": state, **details}, indent=1)
+        try:
+            write_text(file, text)
+        except UserError:
+            # on a full disk the old file's own block is still there to be used
+            try:
+                with file.open("r+") as stream:
+                    stream.write(text)
+                    stream.truncate()
+            except OSError as error:
+                raise UserError(f"cannot write {file}: {explain_os_error(error)}") from None
 
     def note_failure(self, reason: str) -> None:
-        """Set the status to failed; an existing reason is kept."""
-        if not (self.path / "status.json").exists() or self.status()["state"] != "failed":
+        """Set the status to failed; the reason of a run that has failed or stopped is kept."""
+        if self.status()["state"] not in ("failed", "stopped") or not (self.path / "status.json").exists():
             self._write_status("failed", reason=reason, ended=_now())
 
     def status(self) -> dict[str, Any]:
-        """The status. A run whose process has vanished is failed."""
+        """How the run is going: `state`, and `reason`, `started`, `ended`, `note` where there is one. Writes nothing.
+
+        A run that says `running` and holds no lock on its folder has vanished, so it is failed. Where the lock says
+        nothing, as seen from another machine, the state stays `running` and `note` says so.
+        """
         file = self.path / "status.json"
         if not file.exists():
             return {"state": "failed", "reason": f"{self.path} holds no run"}
-        status = json.loads(file.read_text())
-        if status["state"] == "running" and not _alive(status["pid"], status["process_started"]):
-            self._write_status("failed", reason=_KILLED, started=status["started"], ended=_now())
-            return self.status()
-        return status
+        status = _read_record(file)
+        if not isinstance(status.get("state"), str):
+            reason = f"{file} is damaged; run the same command again to resume from the last checkpoint"
+            return {"state": "failed", "reason": reason}
+        if status["state"] != "running" or (locked := self._is_locked()):
+            return status
+        # the same start of the same machine sees its locks, from every container; another machine may not
+        elsewhere = status.get("boot") != _boot() and status.get("host") != platform.node()
+        if locked is None or elsewhere:
+            where = status.get("host", "another machine")
+            return status | {"note": f"as {where} left it; whether it still runs cannot be told from here"}
+        return {"state": "failed", "reason": _VANISHED} | {k: status[k] for k in ("started",) if k in status}
 
     @contextlib.contextmanager
     def metrics(self, step: int, enabled: bool = True) -> Iterator["Metrics"]:
-        """Open the metrics file; records after `step` are removed, since they belong to lost work."""
+        """Open the metrics file; records after `step` are removed, since they belong to lost work.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         if not enabled:
             yield Metrics(None, None)
             return
         kept = [json.dumps(r) + "\n" for r in self.read_metrics() if r["step"] <= step]
         file = self.path / "metrics.jsonl"
-        file.write_text("".join(kept))
+        write_text(file, "".join(kept))
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by training alone
 
         with file.open("a") as stream, SummaryWriter(str(self.path / "tensorboard"), purge_step=step) as board:
             yield Metrics(stream, board)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All complete records."""
+        """All complete records; damaged lines are left out."""
         file = self.path / "metrics.jsonl"
         if not file.exists():
             return []
-        lines = file.read_text().split("\n")[:-1]  # what follows the last line end is still being written
-        return [json.loads(line) for line in lines]
+        lines = file.read_text(errors="replace").split("\n")[:-1]  # after the last line end: still being written
+        records = (_parse_record(line) for line in lines)
+        return [record for record in records if isinstance(record.get("step"), int)]
 
 
 class Metrics:
@@ -191,26 +243,30 @@ class Metrics:
             self.board.add_scalar(name, value, record["step"])
 
 
-_KILLED = "the process vanished; it was probably killed. Run the same command again to resume"
+_VANISHED = "the process vanished; it was probably killed. Run the same command again to resume"
 
 
-def _watch(folder: Path, pid: int) -> subprocess.Popen:
-    """Start a small process that updates the status if another process dies without doing so."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "dimaskdino.runs.watch", str(folder), str(pid)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # it must outlive the watched process
-    )
-
-
-def _alive(pid: int, started: float) -> bool:
+def _read_record(file: Path) -> dict[str, Any]:
+    """A small json file; empty if it is damaged or missing."""
     try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - started) < 1 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+        return _parse_record(file.read_text(errors="replace"))
+    except OSError:
+        return {}
+
+
+def _parse_record(text: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError, RecursionError):
+        content = json.loads(text)
+        if isinstance(content, dict):
+            return content
+    return {}
+
+
+def _boot() -> str | None:
+    """An identifier of this start of the machine, the same in all containers on it; None outside Linux."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return None
 
 
 def _now() -> str:
@@ -220,8 +276,8 @@ def _now() -> str:
 # settings that do not change what a training computes
 _NEUTRAL = (
     *("data.root", "data.workers", "data.val", "data.resize"),
-    *("train.accumulate", "train.compile", "train.checkpoint_activations", "train.checkpoint_every", "train.log_every"),
-    "evaluation",
+    *("train.accumulate", "train.compile", "train.checkpoint_activations"),
+    *("train.checkpoint_every", "train.keep", "train.log_every", "evaluation"),
 )
 # settings that do not change what the weights mean, so that a resumed run may change them; steps only grow
 _RESUMABLE = ("data.skip_bad_images", "optimizer.lr", "schedule.steps", "train.batch_size", "train.precision")

@@ -1,18 +1,26 @@
 """What a run's notebook shows while it runs: a summary at its top, and the progress of a training."""
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from dimaskdino.errors import Stopped
+from dimaskdino.runs.folder import RunFolder
 from dimaskdino.runs.processes import TrainingProcess, project_root
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NOTEBOOK_FOLDER = "DIMASKDINO_NOTEBOOK_FOLDER"  # folder of the executed notebook, set by `run_notebook`
+
+
+def escape(text: str) -> str:
+    """Text that comes from data, such as a file's name, to be shown by Markdown as it is: no HTML, links or styles."""
+    return re.sub(r"([\\`*_{}\[\]()#+!|~$^<>&])", lambda match: f"&#{ord(match[1])};", " ".join(text.split()))
 
 
 class Summary:
@@ -32,7 +40,7 @@ class Summary:
         self.folder = (project_root() / run).resolve()
         self._text = display({"text/plain": ""}, raw=True, display_id=True)
         self._figure = display({"text/plain": ""}, raw=True, display_id=True)
-        self.show("running", [f"results will be in `{run}`"])
+        self.show("running", [f"results will be in {escape(run)}"])
 
     def show(
         self,
@@ -45,11 +53,11 @@ class Summary:
 
         Args:
             state: one word, such as finished.
-            lines: paragraphs, Markdown.
+            lines: paragraphs, Markdown; use `escape` for text that comes from data.
             figure: shown below the text.
             links: paths by their names; paths that do not exist are left out.
         """
-        existing = {name: project_root() / path for name, path in (links or {}).items()}
+        existing = {escape(name): project_root() / path for name, path in (links or {}).items()}
         shown = [f"[{name}]({self._link(path)})" for name, path in existing.items() if path.exists()]
         text = "\n\n".join([f"**{state}**", *lines, " · ".join(shown)])
         self._text.update({"text/markdown": text, "text/plain": text}, raw=True)
@@ -65,9 +73,14 @@ class Summary:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.show("failed", [reason], links={"run folder": self.folder})
+        if error is None:
+            return
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        state = "failed"
+        if isinstance(error, Stopped | KeyboardInterrupt):
+            state, status = "stopped", RunFolder(self.folder).status()
+            reason = status.get("reason", reason)
+        self.show(state, [escape(reason)], links={"run folder": self.folder})
 
 
 def show_training(

@@ -4,18 +4,18 @@ import difflib
 import os
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import yaml
-
-from dimaskdino.config import load_config
-from dimaskdino.errors import UserError
+from dimaskdino.config import load_config, parse_yaml
+from dimaskdino.errors import Stopped, UserError
 from dimaskdino.progress import progress_bar
 from dimaskdino.runs.folder import RunFolder
-from dimaskdino.runs.live import NOTEBOOK_FOLDER
+from dimaskdino.runs.live import NOTEBOOK_FOLDER, escape
+from dimaskdino.signals import STOP_SECONDS, stop_signals_interrupt
 
 POLL_SECONDS = 1.0
 
@@ -44,7 +44,7 @@ def parse_parameters(notebook: Path, assignments: Sequence[str]) -> dict[str, An
         name, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"'{assignment}' is not of the form name=value")
-        values[name] = yaml.safe_load(text)
+        values[name] = parse_yaml(text, f"the value of {name}")
     return check_parameters(notebook, values)
 
 
@@ -87,6 +87,7 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
     Raises:
         UserError: unknown parameters, or the notebook failed. The message is the notebook's own, and the status of the
             folder has it too.
+        Stopped: a signal asked to stop, and the training in the folder has saved its state.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -96,7 +97,7 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
     folder.mkdir(parents=True, exist_ok=True)
     os.environ[NOTEBOOK_FOLDER] = str(folder.resolve())
     try:
-        with _TrainingProgress(folder, echo):
+        with _TrainingProgress(folder, echo), stop_signals_interrupt():
             papermill.execute_notebook(
                 *(str(notebook), str(output), values),
                 progress_bar=not echo,
@@ -105,14 +106,46 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
                 config=kernel_config(),
             )
     except papermill.PapermillExecutionError as error:
-        reason = f"{error.ename}: {error.evalue}" if error.ename != "UserError" else error.evalue
-        RunFolder(folder).note_failure(reason)
-        raise UserError(f"{reason}\nthe notebook as far as it got: {output}") from None
+        reason = f"{error.ename}: {error.evalue}" if error.ename not in ("UserError", "Stopped") else error.evalue
+        interrupted = error.ename in ("KeyboardInterrupt", "Stopped")
     except DeadKernelError:
-        reason = "the notebook's kernel died, perhaps because memory ran out"
-        RunFolder(folder).note_failure(reason)
-        raise UserError(f"{reason}\nthe notebook as far as it got: {output}") from None
-    return output
+        reason, interrupted = "the notebook's kernel died, perhaps because memory ran out", False
+    except KeyboardInterrupt:
+        reason, interrupted = "interrupted", True
+    else:
+        return output
+    status = _final_status(RunFolder(folder))
+    where = f"the notebook as far as it got: {output}"
+    if status["state"] == "stopped":
+        _finish_summary(output, "stopped", status["reason"])
+        raise Stopped(f"{status['reason']}\n{where}")
+    if interrupted:
+        _finish_summary(output, "interrupted", reason)
+        raise KeyboardInterrupt
+    RunFolder(folder).note_failure(reason)
+    _finish_summary(output, "failed", reason)
+    raise UserError(f"{reason}\n{where}")
+
+
+def _final_status(folder: RunFolder) -> dict[str, Any]:
+    """The status once the run has ended: a training whose notebook died saves its state first."""
+    end = time.monotonic() + STOP_SECONDS
+    while (status := folder.status())["state"] == "running" and time.monotonic() < end:
+        time.sleep(POLL_SECONDS)
+    return status
+
+
+def _finish_summary(notebook: Path, state: str, reason: str) -> None:
+    """Correct the summary at the top of a notebook that had no time to do so."""
+    import nbformat
+
+    content = nbformat.read(notebook, as_version=4)
+    for output in (output for cell in content.cells for output in cell.get("outputs", [])):
+        text = output.get("data", {}).get("text/markdown", "")
+        if text.startswith("**running**"):
+            output.data["text/markdown"] = output.data["text/plain"] = f"**{state}**\n\n{escape(reason)}\n\n"
+            nbformat.write(content, notebook)
+            return
 
 
 class _TrainingProgress:

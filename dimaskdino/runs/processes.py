@@ -1,21 +1,23 @@
-"""Training processes: torchrun as a subprocess, followed through its metrics file."""
+"""Training processes: how they are started, followed through their metrics, and stopped."""
 
 import contextlib
-import ctypes
 import os
-import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dimaskdino.errors import UserError
+import psutil
+
+from dimaskdino.distributed import STORE
+from dimaskdino.errors import Stopped, UserError, writing
 from dimaskdino.runs.folder import RunFolder
+from dimaskdino.signals import STOP_SECONDS, child_environment
 
 POLL_SECONDS = 0.5
-STOP_SECONDS = 120  # a step of a large model on a CPU, and writing its checkpoint
 
 
 def project_root() -> Path:
@@ -24,19 +26,32 @@ def project_root() -> Path:
     return next((folder for folder in (here, *here.parents) if (folder / "configs").is_dir()), here)
 
 
-def training_command(config: str, run: Path, overrides: Sequence[str], processes: int) -> list[str]:
-    """The torchrun command line."""
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
-        *("-m", "dimaskdino.training.launch", config, str(run), *overrides),
+def launch_command(module: str, arguments: Sequence[str], processes: int) -> tuple[list[str], dict[str, str]]:
+    """Command line and additional environment to run a module in a number of processes on this machine.
+
+    A single process runs the module itself. Several run under torchrun, which meets through a file that only this user
+    can read; the processes connect over the loopback interface alone.
+    """
+    command = [sys.executable, "-m"]
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))}
+    if processes == 1:
+        return [*command, module, *arguments], threads
+    meeting = Path(tempfile.mkdtemp(prefix="dimaskdino-"))
+    torchrun = [
+        *("torch.distributed.run", "--nnodes=1", f"--nproc-per-node={processes}", "--local-addr=127.0.0.1"),
+        *("--rdzv-backend=c10d", f"--rdzv-endpoint={meeting / 'torchrun'}", "--rdzv-conf=store_type=file"),
+        *(f"--rdzv-id={meeting.name}", "-m", module),
     ]
+    loopback = _loopback_interface()
+    variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    interfaces = {variable: os.environ.get(variable, loopback) for variable in variables}
+    own_store = {STORE: str(meeting / "workers"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return [*command, *torchrun, *arguments], threads | own_store | (interfaces if loopback else {})
 
 
-def end_with_parent() -> None:
-    """Ask Linux to send SIGTERM when the parent dies, so that a killed notebook kernel leaves no training behind."""
-    with contextlib.suppress(OSError, AttributeError):
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+def _loopback_interface() -> str:
+    interfaces = psutil.net_if_addrs()
+    return next((name for name, addresses in interfaces.items() if "127.0.0.1" in [a.address for a in addresses]), "")
 
 
 class TrainingProcess:
@@ -59,16 +74,18 @@ class TrainingProcess:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = RunFolder(run)
-        self.folder.path.mkdir(parents=True, exist_ok=True)
-        with self.folder.log.open("a") as log:
+        with writing(self.folder.path):
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+        arguments = [config, str(self.folder.path), *overrides]
+        command, needed = launch_command("dimaskdino.training.launch", arguments, processes)
+        with writing(self.folder.log), self.folder.log.open("a") as log:
             self.process = subprocess.Popen(
-                training_command(config, self.folder.path, overrides, processes),
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # an interrupted cell must not interrupt it in the middle of a step
-                preexec_fn=end_with_parent,
-                env={"OMP_NUM_THREADS": str(_threads(processes))} | os.environ | (environment or {}),
+                env=os.environ | needed | child_environment() | (environment or {}),
             )
 
     def __enter__(self) -> "TrainingProcess":
@@ -82,6 +99,7 @@ class TrainingProcess:
 
         Raises:
             UserError: the training failed; the message is its own.
+            Stopped: the training was asked to stop, and has saved its state.
         """
         seen = -1
         while True:
@@ -94,6 +112,8 @@ class TrainingProcess:
                 break
             time.sleep(POLL_SECONDS)
         status = self.folder.status()
+        if status["state"] == "stopped":
+            raise Stopped(status.get("reason", "stopped"))
         if self.process.returncode or status["state"] != "finished":
             reason = status.get("reason") or "no reason was recorded"
             raise UserError(f"the training did not finish: {reason}\n{self._last_lines()}")
@@ -110,9 +130,13 @@ class TrainingProcess:
         try:
             self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            for process in reversed([psutil.Process(self.process.pid), *_descendants(self.process.pid)]):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             self.process.wait()
 
 
-def _threads(processes: int) -> int:
-    return max(1, (os.cpu_count() or 1) // processes)
+def _descendants(number: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(number).children(recursive=True)
+    return []

@@ -19,7 +19,8 @@ from dimaskdino.errors import UserError
 from dimaskdino.evaluation.bootstrap import DRAWS
 from dimaskdino.progress import progress_bar
 from dimaskdino.runs.folder import RunFolder
-from dimaskdino.runs.processes import TrainingProcess, end_with_parent
+from dimaskdino.runs.processes import TrainingProcess
+from dimaskdino.signals import child_environment
 from dimaskdino.studies.study import Study, run_path
 
 
@@ -205,8 +206,7 @@ class _Jobs:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | environment,
-                preexec_fn=end_with_parent,
+                env=os.environ | child_environment() | environment,
             )
         self.evaluations.add(evaluation)
         if evaluation.wait():

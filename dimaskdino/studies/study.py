@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from dimaskdino.config import Config, Section, explain, load_config
+from dimaskdino.config import Config, Section, explain, load_config, parse_yaml
 from dimaskdino.errors import UserError
 from dimaskdino.resources import configs_folder
 from dimaskdino.studies.comparison import EvaluatedRun, Quantity
@@ -18,7 +17,8 @@ class Row(Section):
     """One variant of the model."""
 
     name: str = Field(
-        description="name of the row and of its runs; rows with the same name in several studies share them"
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$",
+        description="name of the row and of its runs; rows with the same name in several studies share them",
     )
     label: str
     against: str | None = Field(None, description="the row that this one is compared with")
@@ -151,11 +151,11 @@ def load_study(path: Path) -> Study:
         UserError: it cannot be read, or is not a study.
     """
     try:
-        study = Study.model_validate(yaml.safe_load(path.read_text()))
+        study = Study.model_validate(parse_yaml(path.read_text(encoding="utf-8"), str(path)))
     except OSError as error:
         raise UserError(f"cannot read the study {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not in UTF-8; save it in that encoding") from None
     except ValidationError as error:
         raise UserError(explain(error, f"{path} is not a study", Study)) from None
     scales = {name: (path.parent / file).resolve() for name, file in study.scales.items()}

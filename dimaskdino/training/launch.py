@@ -1,6 +1,5 @@
-"""`torchrun … -m dimaskdino.training.launch CONFIG RUN [key=value …]`: one training process."""
+"""`python -m dimaskdino.training.launch CONFIG RUN [key=value …]`, alone or under torchrun: one training process."""
 
-import errno
 import os
 import sys
 from contextlib import nullcontext
@@ -10,11 +9,10 @@ import ms_deform_attn
 
 from dimaskdino.checkpoints.published_settings import Settings, load_settings
 from dimaskdino.config import Config
-from dimaskdino.errors import UserError
+from dimaskdino.errors import Stopped, UserError, explain_os_error
 from dimaskdino.runs.folder import RunFolder
-from dimaskdino.training.trainer import Stopped, train
-
-EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again to resume
+from dimaskdino.signals import EXIT_STOPPED, end_with_parent
+from dimaskdino.training.trainer import train
 
 
 def _starting_from(settings: Settings) -> Config:
@@ -39,18 +37,19 @@ def main(config_file: str, run: str, overrides: list[str]) -> int:
                 print(ms_deform_attn.status())
             train(config, folder)
     except Stopped as stopped:
-        print(f"stopped by {stopped}")
+        print(stopped)
         return EXIT_STOPPED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno is None:
             raise
-        print(f"error: the disk is full ({error}); free some space and run the same command again", file=sys.stderr)
+        print(f"error: {error.filename or folder.path}: {explain_os_error(error)}", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
+    end_with_parent()
     sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3:]))

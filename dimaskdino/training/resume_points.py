@@ -1,23 +1,32 @@
-"""Resume points: the state of a training, written whole or not at all, the newest two of them kept."""
+"""Resume points: the state of a training after a step, written whole or not at all, the newest ones kept."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dimaskdino.checkpoints.model_files import LAST, PREVIOUS, read_resume_point
-from dimaskdino.errors import UserError
+from dimaskdino.checkpoints.model_files import read_resume_point, resume_point_path, resume_points
+from dimaskdino.errors import UserError, writing
 from dimaskdino.serialization import write_atomically
 
 
-def save_resume_point(folder: Path, state: dict[str, Any]) -> None:
-    """Write `last.pt` and keep the previous one as `previous.pt`.
+def save_resume_point(folder: Path, state: dict[str, Any], keep: int = 2) -> None:
+    """Write the resume point of `state["step"]`, then delete all but the newest `keep`.
 
     Raises:
         UserError: it cannot be written, for example because the disk is full. Existing files are kept.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / LAST, lambda path: torch.save(state, path), backup=folder / PREVIOUS)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        write_atomically(resume_point_path(folder, state["step"]), lambda path: torch.save(state, path))
+    except UserError as error:
+        existing = resume_points(folder)
+        raise UserError(f"{error}; {existing[0].name} is kept" if existing else str(error)) from None
+    for old in resume_points(folder)[keep:]:
+        with contextlib.suppress(OSError):
+            old.unlink()
 
 
 def load_resume_point(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
@@ -29,13 +38,13 @@ def load_resume_point(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
     Raises:
         UserError: there are resume points but none can be read.
     """
-    candidates = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
+    candidates = resume_points(folder)
     remark = None
     for path in candidates:
         try:
             return read_resume_point(path), remark
         except UserError as error:
-            remark = str(error)
+            remark = remark or str(error)
     if candidates:
         raise UserError(f"{remark}; no other resume point is left. Delete {folder} to start again")
     return None, None

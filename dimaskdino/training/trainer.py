@@ -7,11 +7,9 @@ random states and no position in the data: the step determines both, and a resum
 
 import contextlib
 import math
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -28,12 +26,13 @@ from dimaskdino.data import shapes
 from dimaskdino.data.dataloader import Batch, batches, explaining_dead_workers, training_dataset, training_loader
 from dimaskdino.data.summary import describe
 from dimaskdino.distributed import DistributedContext
-from dimaskdino.errors import UserError
+from dimaskdino.errors import Stopped, UserError
 from dimaskdino.modeling import Detector, ImageBatch
 from dimaskdino.modeling.backbone import ResNet
 from dimaskdino.modeling.precision import autocast
 from dimaskdino.progress import progress_bar
 from dimaskdino.runs.folder import RunFolder, changed_settings
+from dimaskdino.signals import StopRequest
 from dimaskdino.training.criterion import Losses, criterion
 from dimaskdino.training.optimizer import build_optimizer, set_rate
 from dimaskdino.training.resume_points import load_resume_point, save_resume_point
@@ -41,10 +40,6 @@ from dimaskdino.training.resume_points import load_resume_point, save_resume_poi
 
 class NonFiniteLossError(UserError):
     """A loss became infinite or NaN."""
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and has saved its state."""
 
 
 class Readback:
@@ -71,7 +66,7 @@ def train(config: Config, folder: RunFolder) -> None:
 
     Raises:
         UserError: settings, data or disk are unusable; `NonFiniteLossError` if the loss is not finite.
-        Stopped: on SIGTERM or SIGINT. The state is saved, and `train` with the same folder resumes.
+        Stopped: on SIGTERM, SIGINT or SIGHUP. The state is saved, and `train` with the same folder resumes.
     """
     with DistributedContext.join() as context, explaining_dead_workers():
         if context.rank == 0:
@@ -146,7 +141,7 @@ class Trainer:
         self.model: nn.Module = self.detector
         if context.world_size > 1:
             self.model = DistributedDataParallel(self.detector)
-        self._signal: str | None = None  # received by this process
+        self._stop = StopRequest()
         self._stopping = False  # some process received a signal; the same step for all of them
         # batch norm's statistics change in the forward pass, before it is known whether the loss is finite
         norms = [m for m in self.detector.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -201,7 +196,7 @@ class Trainer:
             "config": self.config.model_dump_json(),
             "classes": self.data.classes,
         }
-        save_resume_point(self.folder.checkpoints, state)
+        save_resume_point(self.folder.checkpoints, state, self.config.train.keep)
         self._saved_step = self.step
 
     def run(self) -> None:
@@ -210,7 +205,7 @@ class Trainer:
         self.model.train()
         loader = training_loader(self.data, self.config, self.step, self.context.rank, self.context.world_size)
         parts_of_steps = batches(loader)
-        with self._stopping_on_signals(), self.folder.metrics(self.step, self.context.rank == 0) as metrics:
+        with self._stop, self.folder.metrics(self.step, self.context.rank == 0) as metrics:
             progress = progress_bar(
                 total=steps, initial=self.step, description="training", disable=self.context.rank > 0
             )
@@ -234,8 +229,10 @@ class Trainer:
                 if self.step % every == 0 or self.step == steps or self._stopping:
                     self._save()
                 if self._stopping and self.step < steps:
-                    reason = self._signal or "a signal to another process"
-                    raise Stopped(f"{reason} at step {self.step} of {steps}; run the same command again to resume")
+                    reason = self._stop.received or "a signal to another process"
+                    raise Stopped(
+                        f"stopped by {reason} at step {self.step} of {steps}; run the same command again to resume"
+                    )
             progress.close()
         if self.context.rank == 0:
             save_model(self.folder.model, self.detector, self.config, self.data.classes, self.step)
@@ -253,7 +250,7 @@ class Trainer:
         set_rate(self.optimizer, self.step, self.config.schedule)
         statistics = [buffer.clone() for buffer in self._statistics]
         count = sum(sum(part.targets.counts) for part in parts)
-        objects, signals = self.context.sum(count, self._signal is not None)
+        objects, signals = self.context.sum(count, self._stop.received is not None)
         objects, signals = objects / self.context.world_size, Readback(signals)
         terms: dict[str, Tensor] = {}
         totals: list[Readback] = []
@@ -275,7 +272,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._stopping = signals.get() > 0 or (self.context.world_size == 1 and self._signal is not None)
+        self._stopping = signals.get() > 0 or (self.context.world_size == 1 and self._stop.received is not None)
         return terms, norm
 
     def _forward(self, batch: Batch, objects: Tensor) -> Losses:
@@ -336,17 +333,3 @@ class Trainer:
             "remaining_seconds": remaining * seconds,
             "losses": dict(zip(terms, values, strict=True)),
         }
-
-    @contextlib.contextmanager
-    def _stopping_on_signals(self) -> Iterator[None]:
-        """On SIGTERM and SIGINT finish the step and save, instead of dying in the middle."""
-
-        def remember(number: int, frame: FrameType | None) -> None:
-            self._signal = signal.Signals(number).name
-
-        before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from jupyter_client.manager import start_new_kernel
-from small import FILE, overrides
+from small import FILE, overrides, settings, trained_file
 
 from dimaskdino.errors import UserError
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
@@ -32,19 +32,82 @@ def test_status_of_what_went_well_and_what_did_not(tmp_path):
     assert folder.status() | {"state": "failed", "reason": "division by zero"} == folder.status()
 
 
-def test_status_file_of_a_killed_process_is_put_right_without_a_reader(tmp_path):
+def running_elsewhere(folder, child: str = "") -> subprocess.Popen:
+    """A process that has a run in the folder, and has started it when this returns."""
     code = (
-        "from dimaskdino.runs.folder import RunFolder\nimport time\n"
-        f"with RunFolder({str(tmp_path)!r}).running(): time.sleep(60)"
+        "from dimaskdino.runs.folder import RunFolder\nimport os, time\n"
+        f"with RunFolder({str(folder)!r}).running():\n {child}\n print('started', flush=True)\n time.sleep(60)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code])
-    file = tmp_path / "status.json"
-    wait_until(lambda: file.exists() and json.loads(file.read_text())["state"] == "running")
-    time.sleep(1)  # the watching process is on its way
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "started\n"
+    return process
+
+
+def test_status_is_read_without_writing(tmp_path):
+    process = running_elsewhere(tmp_path)
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    assert RunFolder(tmp_path).status()["state"] == "running"
     process.kill()
-    process.wait()
-    wait_until(lambda: json.loads(file.read_text())["state"] == "failed")
-    assert "killed" in json.loads(file.read_text())["reason"]
+    process.communicate()
+    assert RunFolder(tmp_path).status()["state"] == "failed"
+    assert "killed. Run the same command again" in RunFolder(tmp_path).status()["reason"]
+    assert before == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+
+
+def test_a_forked_helper_does_not_keep_the_run_alive(tmp_path):
+    process = running_elsewhere(tmp_path, "os.fork() or (time.sleep(20), os._exit(0))")
+    process.kill()
+    process.communicate()
+    assert RunFolder(tmp_path).status()["state"] == "failed"
+    with RunFolder(tmp_path).running():
+        assert RunFolder(tmp_path).status()["state"] == "running"
+
+
+@pytest.mark.parametrize(
+    ("changes", "state"),
+    [
+        ({}, "failed"),  # no lock: the process has vanished
+        ({"host": "container"}, "failed"),  # another container on this machine: it sees the same lock
+        ({"boot": "earlier"}, "failed"),  # this machine before it restarted
+        ({"host": "node7", "boot": "theirs"}, "running"),  # another machine, whose locks may be invisible here
+    ],
+)
+def test_the_lock_decides_where_it_can_be_seen(tmp_path, changes, state):
+    process = running_elsewhere(tmp_path)
+    process.kill()
+    process.communicate()
+    file = tmp_path / "status.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    status = RunFolder(tmp_path).status()
+    assert status["state"] == state
+    assert ("cannot be told from here" in status.get("note", "")) == (state == "running")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '"running"', '{"state": 3}', "\x00\x00"])
+def test_damaged_small_files_are_not_in_the_way(tmp_path, shapes_data, content):
+    folder = RunFolder(tmp_path)
+    config = settings(shapes_data)
+    with folder.running():
+        folder.write_config(config)
+    for name in ("status.json", "metrics.jsonl", "config.yaml", "versions.json"):
+        (tmp_path / name).write_text(content)
+    assert folder.status()["state"] == "failed"
+    assert "resume from the last checkpoint" in folder.status()["reason"]
+    assert folder.read_metrics() == []
+    with folder.running(), folder.metrics(0) as metrics:
+        folder.write_config(config)
+        metrics.write({"step": 1})
+    assert folder.status()["state"] == "finished"
+    assert [record["step"] for record in folder.read_metrics()] == [1]
+
+
+def test_a_damaged_configuration_is_checked_against_the_checkpoints_copy(tmp_path, shapes_data):
+    folder = RunFolder(tmp_path)
+    trained_file(folder.model, shapes_data, "data.shapes=null")
+    (tmp_path / "config.yaml").write_text("model: {")
+    folder.check_config(settings(shapes_data))
+    with pytest.raises(UserError, match=r"other settings \(model\.classes"):
+        folder.check_config(settings(shapes_data, "model.classes=9"))
 
 
 def wait_until(condition, seconds: float = 60) -> None:

@@ -15,7 +15,7 @@ from test_trainer import assert_equal_models, run_training
 from dimaskdino import UserError, load
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.training import trainer as module
-from dimaskdino.training.resume_points import load_resume_point
+from dimaskdino.training.resume_points import load_resume_point, resume_points
 from dimaskdino.training.trainer import NonFiniteLossError
 
 
@@ -67,8 +67,8 @@ def test_failing_again_at_the_same_step_keeps_both_resume_points(shapes_data, tm
             patch.setattr(module, "criterion", breaking("gradient", 1 if resumed else 4))
             with pytest.raises(NonFiniteLossError, match="step 3"):
                 run_training(tmp_path, shapes_data)
-    steps = {name: load_pt(tmp_path / "checkpoints" / name)["step"] for name in ("last.pt", "previous.pt")}
-    assert steps == {"last.pt": 3, "previous.pt": 2}
+    steps = [load_pt(file)["step"] for file in resume_points(tmp_path / "checkpoints")]
+    assert steps == [3, 2]
 
 
 def load_pt(path: Path) -> dict:
@@ -91,12 +91,12 @@ def test_weights_that_are_not_finite_are_never_saved(shapes_data, tmp_path, monk
         NonFiniteLossError, match=r"not finite, so nothing is saved. The newest resume point is that of step 2"
     ):
         run_training(tmp_path, shapes_data)
-    assert load_pt(tmp_path / "checkpoints" / "last.pt")["step"] == 2
+    assert [load_pt(file)["step"] for file in resume_points(tmp_path / "checkpoints")] == [2]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_models_that_are_not_finite_are_refused(value, finished, tmp_path):
-    state = load_pt(finished.checkpoints / "last.pt")
+    state = load_pt(resume_points(finished.checkpoints)[0])
     state["model"]["heads.label.bias"][1] = value
     torch.save(state, tmp_path / "broken.pt")
     with pytest.raises(UserError, match=r"broken.pt: heads.label.bias is not finite"):
@@ -104,7 +104,7 @@ def test_models_that_are_not_finite_are_refused(value, finished, tmp_path):
 
 
 def test_integer_weights_are_refused(finished, tmp_path):
-    state = load_pt(finished.checkpoints / "last.pt")
+    state = load_pt(resume_points(finished.checkpoints)[0])
     state["model"]["heads.label.bias"] = state["model"]["heads.label.bias"].long()
     torch.save(state, tmp_path / "integers.pt")
     with pytest.raises(UserError, match=r"heads.label.bias has the type torch.int64, expected torch.float32"):
@@ -201,10 +201,11 @@ def test_a_bad_image_saves_before_it_stops(shapes_data, tmp_path):
 
 def test_settings_that_are_newer_than_the_run_are_no_change(shapes_data, tmp_path):
     run = run_training(tmp_path, shapes_data)
-    state = load_pt(run.checkpoints / "last.pt")
+    newest = resume_points(run.checkpoints)[0]
+    state = load_pt(newest)
     before = json.loads(state["config"])
     del before["model"]["pixel_decoder"]["finest"]  # as a run before 0.2 has it
-    torch.save(state | {"config": json.dumps(before)}, run.checkpoints / "last.pt")
+    torch.save(state | {"config": json.dumps(before)}, newest)
     resumed = run_training(tmp_path, shapes_data, "schedule.steps=7")
     (noted,) = [record for record in resumed.read_metrics() if "changed" in record]
     assert noted["changed"] == {"schedule.steps": 7}

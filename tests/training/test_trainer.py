@@ -21,9 +21,8 @@ from dimaskdino.errors import UserError
 from dimaskdino.runs.export import export
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.training import launch as training_main
-from dimaskdino.training import resume_points
 from dimaskdino.training.optimizer import build_optimizer, rate_factor
-from dimaskdino.training.resume_points import load_resume_point, save_resume_point
+from dimaskdino.training.resume_points import load_resume_point
 from dimaskdino.training.trainer import NonFiniteLossError, Trainer, train
 
 
@@ -211,29 +210,6 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_weights(finished, 
     assert_equal_models(run_training(tmp_path, shapes_data).model, finished.model)
 
 
-def test_a_full_disk_keeps_what_was_saved(tmp_path, monkeypatch):
-    save_resume_point(tmp_path, {"model": {}, "step": 1})
-
-    def full(state, path):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(resume_points.torch, "save", full)
-    with pytest.raises(UserError, match=r"No space left.*Free some space.*untouched"):
-        save_resume_point(tmp_path, {"model": {}, "step": 2})
-    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
-    assert load_resume_point(tmp_path)[0]["step"] == 1
-
-
-def test_a_really_full_disk(tmp_path):
-    """/dev/full fails every write as a full disk does."""
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full on this system")
-    (tmp_path / "last.pt.partial").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="Is the disk full"):
-        save_resume_point(tmp_path, {"model": {"x": torch.zeros(1000)}, "step": 2})
-
-
 def test_a_disk_that_fills_up_in_between(shapes_data, tmp_path, monkeypatch, capsys):
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
@@ -241,19 +217,6 @@ def test_a_disk_that_fills_up_in_between(shapes_data, tmp_path, monkeypatch, cap
     assert training_main.main(str(FILE), str(tmp_path), overrides(shapes_data)) == 1
     assert "the disk is full" in capsys.readouterr().err
     assert "No space left" in RunFolder(tmp_path).status()["reason"]
-
-
-def test_a_truncated_resume_point_falls_back_to_the_one_before(tmp_path):
-    for step in (1, 2):
-        save_resume_point(tmp_path, {"model": {"x": torch.zeros(100)}, "step": step})
-    last = tmp_path / "last.pt"
-    last.write_bytes(last.read_bytes()[:200])
-    state, remark = load_resume_point(tmp_path)
-    assert state["step"] == 1
-    assert "truncated" in remark
-    (tmp_path / "previous.pt").write_bytes(b"")
-    with pytest.raises(UserError, match="no other resume point is left"):
-        load_resume_point(tmp_path)
 
 
 def test_loading_runs_no_code(tmp_path):
