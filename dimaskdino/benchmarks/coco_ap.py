@@ -82,7 +82,7 @@ def _truth(images: int, pool: _Pool, rng: np.random.Generator, file: Path) -> li
             for i, (shape, category) in enumerate(zip(shapes, categories, strict=True))
         ]
     content = {
-        "images": [{"id": i, "height": HEIGHT, "width": WIDTH} for i in range(1, images + 1)],
+        "images": [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(1, images + 1)],
         "annotations": annotations,
         "categories": [{"id": i, "name": f"class {i}"} for i in range(1, CLASSES + 1)],
     }

@@ -42,22 +42,30 @@ def check(
         read: Read every image and mask too, which takes about 20 minutes for COCO; --no-read looks at the annotations
             and for the files alone.
     """
-    from dimaskdino.data.coco import CocoDataset
+    from dimaskdino.data.annotations import inspect_annotations
+    from dimaskdino.data.coco import CocoDataset, find_split
     from dimaskdino.data.summary import describe
 
     problems = 0
     for split in splits:
         try:
-            found = describe(root, split)
+            file, folder = find_split(root, split)
+            annotations = inspect_annotations(file)
         except UserError as error:
             print(f"{split}: {error}", file=sys.stderr)
             problems += 1
             continue
-        print(f"{split}: {found.text()}")
+        found = describe(annotations, folder)
+        print("\n".join([f"{split}: {found.text()}", *(f"mended when read: {line}" for line in annotations.remarks)]))
+        for problem in annotations.problems:
+            print(problem, file=sys.stderr)
+        problems += len(annotations.problems)
         missing = found.missing_files
         if missing:
             problems += len(missing)
             print(f"{split}: {len(missing)} images are missing, the first {missing[0]}", file=sys.stderr)
+        if annotations.problems:
+            continue  # the images can be read once the annotations are right
         data = CocoDataset(root, split)
         for i in progress_bar(range(len(data) if read else 0), f"reading {split}", disable=not read):
             try:

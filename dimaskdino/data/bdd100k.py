@@ -15,7 +15,8 @@ from jaxtyping import UInt8
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from dimaskdino.data.coco import encode_masks, read_annotations
+from dimaskdino.data.annotations import read_annotations
+from dimaskdino.data.coco import encode_masks
 from dimaskdino.errors import UserError
 from dimaskdino.progress import progress_bar
 

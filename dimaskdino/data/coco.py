@@ -1,6 +1,5 @@
 """Datasets in COCO format: annotations json and a folder of images."""
 
-import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
+from dimaskdino.data.annotations import read_annotations, to_run_lengths
 from dimaskdino.data.images import load_image
 from dimaskdino.errors import UserError
 
@@ -84,37 +84,6 @@ def find_split(root: Path, split: str) -> tuple[Path, Path]:
     raise UserError(f"{root} has no annotations of the split '{split}' (looked for {tried})")
 
 
-def read_annotations(file: Path) -> dict[str, Any]:
-    """Read and check a COCO annotations file.
-
-    Raises:
-        UserError: the file is not json, a part is missing, or an annotation refers to an unknown image or category.
-    """
-    try:
-        content = json.loads(file.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the annotations {file}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{file} is not valid json ({error}); was it copied completely?") from None
-    for part in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(part), list):
-            raise UserError(f"{file} is not in COCO format: it has no list '{part}'")
-    if not content["images"] or not content["categories"]:
-        raise UserError(f"{file} lists no images or no categories")
-    images = {image["id"] for image in content["images"]}
-    categories = {category["id"] for category in content["categories"]}
-    for annotation in content["annotations"]:
-        if annotation.get("category_id") not in categories:
-            raise UserError(
-                f"{file}: annotation {annotation.get('id')} has the unknown category {annotation.get('category_id')}"
-            )
-        if annotation.get("image_id") not in images:
-            raise UserError(
-                f"{file}: annotation {annotation.get('id')} belongs to the unknown image {annotation.get('image_id')}"
-            )
-    return content
-
-
 class CocoDataset(torch.utils.data.Dataset[Sample]):
     """The images of a split with their objects, crowds left out.
 
@@ -133,17 +102,17 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         only_with_objects: bool = False,
     ) -> None:
         self.annotations_file, self.image_folder = find_split(root, split)
-        content = read_annotations(self.annotations_file)
-        categories = sorted(content["categories"], key=lambda category: category["id"])
+        self.annotations = read_annotations(self.annotations_file)
+        categories = sorted(self.annotations.categories, key=lambda category: category["id"])
         self.category_ids = [category["id"] for category in categories]
-        self.classes = [str(category.get("name", category["id"])) for category in categories]
+        self.classes = [category["name"] for category in categories]
         self.transform = transform
         self._label = {category: label for label, category in enumerate(self.category_ids)}
         self._objects: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        for annotation in content["annotations"]:
-            if not annotation.get("iscrowd", 0):
+        for annotation in self.annotations.annotations:
+            if not annotation["iscrowd"]:
                 self._objects[annotation["image_id"]].append(annotation)
-        self.images = [i for i in content["images"] if not only_with_objects or self._objects.get(i["id"])]
+        self.images = [i for i in self.annotations.images if not only_with_objects or self._objects.get(i["id"])]
         if not self.images:
             raise UserError(f"{self.annotations_file} has no image with an object in it")
 
@@ -165,11 +134,11 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         record = self.images[index]
         path = self.image_folder / record["file_name"]
-        image = load_image(path, expected=(record.get("height"), record.get("width")))
+        image = load_image(path, expected=(record["height"], record["width"]))
         height, width = image.shape[-2:]
         masks, labels = [], []
         for annotation in self._objects.get(record["id"], []):
-            mask = self._mask(annotation, height, width)
+            mask = coco_mask.decode(to_run_lengths(annotation["segmentation"], (height, width)))
             if mask.any():  # zero-area and one-point outlines cover nothing
                 masks.append(mask)
                 labels.append(self._label[annotation["category_id"]])
@@ -184,55 +153,11 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         )
         return self.transform(sample) if self.transform else sample
 
-    def _mask(self, annotation: dict[str, Any], height: int, width: int) -> UInt8[np.ndarray, "h w"]:
-        where = f"{self.annotations_file}: annotation {annotation.get('id')} of image {annotation['image_id']}"
-        segmentation = annotation.get("segmentation")
-        if segmentation is None:
-            raise UserError(f"{where} has no segmentation; the model needs masks, boxes are not enough")
-        try:
-            if isinstance(segmentation, list):
-                outlines = [outline for outline in segmentation if len(outline) >= 6]
-                if not outlines:
-                    return np.zeros((height, width), np.uint8)
-                encoded = coco_mask.merge(coco_mask.frPyObjects(outlines, height, width))
-            else:
-                counts, size = segmentation["counts"], segmentation["size"]
-                lengths = counts if isinstance(counts, list) else run_lengths(counts)
-                if min(lengths, default=0) < 0 or sum(lengths) != size[0] * size[1]:
-                    raise UserError(
-                        f"{where}: its RLE covers {sum(lengths)} pixels, its size {size} has {size[0] * size[1]}"
-                    )
-                encoded = coco_mask.frPyObjects(segmentation, *size) if isinstance(counts, list) else segmentation
-            if tuple(encoded["size"]) != (height, width):
-                raise UserError(f"{where}: its RLE is for {encoded['size']}, the image is {[height, width]} (h, w)")
-            return coco_mask.decode(encoded)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{where} has a segmentation that cannot be read: {error}") from None
-
 
 def without_empty(sample: Sample) -> Sample:
     """Drop the objects whose mask is empty."""
     keep = sample.masks.flatten(1).any(1).bool()
     return replace(sample, labels=sample.labels[keep], masks=sample.masks[keep])
-
-
-def run_lengths(counts: str | bytes) -> list[int]:
-    """Decode the counts of a compressed RLE: numbers in groups of five bits, from the fourth on relative to two before.
-
-    pycocotools reads beyond the end of counts that do not cover the mask, so their sum is checked first.
-    """
-    lengths: list[int] = []
-    value = shift = 0
-    for byte in counts.encode() if isinstance(counts, str) else counts:
-        group = byte - 48
-        value |= (group & 0x1F) << shift
-        shift += 5
-        if not group & 0x20:
-            if group & 0x10:
-                value -= 1 << shift
-            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
-            value = shift = 0
-    return lengths
 
 
 def encode_masks(masks: Bool[np.ndarray, "n h w"]) -> list[dict[str, Any]]:

@@ -3,11 +3,10 @@
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from dimaskdino.data.coco import find_split, read_annotations
+from dimaskdino.data.annotations import Annotations
 
 SMALL, MEDIUM = 32**2, 96**2  # pixels of area, COCO's limits
 
@@ -73,31 +72,28 @@ class Statistics:
         return "\n".join(lines)
 
 
-def describe(root: Path, split: str) -> Statistics:
+def describe(annotations: Annotations, folder: Path) -> Statistics:
     """Count a split.
 
-    Raises:
-        UserError: there is no such split, or its annotations cannot be used.
+    Args:
+        annotations: its annotations.
+        folder: its image folder.
     """
-    file, folder = find_split(root, split)
-    content = read_annotations(file)
-    objects = [a for a in content["annotations"] if not a.get("iscrowd", 0)]
+    objects = [a for a in annotations.annotations if not a["iscrowd"]]
     in_image = Counter(a["image_id"] for a in objects)
     by_class = Counter(a["category_id"] for a in objects)
     images_of = Counter(category for _, category in {(a["image_id"], a["category_id"]) for a in objects})
-    classes = [
-        ClassCount(str(c.get("name", c["id"])), by_class[c["id"]], images_of[c["id"]]) for c in content["categories"]
-    ]
-    areas = np.array([_area(a) for a in objects])
+    classes = [ClassCount(c["name"], by_class[c["id"]], images_of[c["id"]]) for c in annotations.categories]
+    areas = np.array([a["area"] for a in objects])
     counts = np.array(list(in_image.values()) or [0])
-    sides = np.array([max(i.get("height", 0), i.get("width", 0)) for i in content["images"]])
+    sides = np.array([max(i["height"], i["width"]) for i in annotations.images] or [0])
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    missing = [i["file_name"] for i in content["images"] if i["file_name"] not in present]
+    missing = [i["file_name"] for i in annotations.images if i["file_name"] not in present]
     return Statistics(
-        images=len(content["images"]),
-        empty_images=len(content["images"]) - len(in_image),
+        images=len(annotations.images),
+        empty_images=len(annotations.images) - len(in_image),
         objects=len(objects),
-        crowds=len(content["annotations"]) - len(objects),
+        crowds=len(annotations.annotations) - len(objects),
         small=int((areas < SMALL).sum()),
         medium=int(((areas >= SMALL) & (areas < MEDIUM)).sum()),
         large=int((areas >= MEDIUM).sum()),
@@ -106,10 +102,3 @@ def describe(root: Path, split: str) -> Statistics:
         classes=tuple(sorted(classes, key=lambda c: -c.objects)),
         missing_files=tuple(folder / name for name in missing if not (folder / name).exists()),
     )
-
-
-def _area(annotation: dict[str, Any]) -> float:
-    if "area" in annotation:
-        return annotation["area"]
-    _, _, width, height = annotation.get("bbox", (0, 0, 0, 0))
-    return width * height

@@ -8,6 +8,8 @@ import numpy as np
 from hotcoco import COCO, COCOeval
 from jaxtyping import Float
 
+from dimaskdino.data.annotations import read_annotations
+
 Kind = Literal["box", "mask"]
 IOU_TYPE: dict[Kind, str] = {"box": "bbox", "mask": "segm"}  # COCO's names
 
@@ -82,5 +84,9 @@ def _percent(precision: np.ndarray) -> float | None:
 
 
 def read_truth(annotations: Path) -> COCO:
-    """Read the annotations of a split with hotcoco."""
-    return COCO(str(annotations))
+    """Read the annotations of a split for scoring.
+
+    Raises:
+        UserError: the file or one of its records cannot be used.
+    """
+    return COCO(read_annotations(annotations).as_coco())

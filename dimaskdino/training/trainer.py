@@ -23,6 +23,7 @@ from dimaskdino.checkpoints.model_files import initialize_from, load_weights, sa
 from dimaskdino.config import Config
 from dimaskdino.config import Data as DataSettings
 from dimaskdino.data import shapes
+from dimaskdino.data.coco import CocoDataset
 from dimaskdino.data.dataloader import Batch, batches, explaining_dead_workers, training_dataset, training_loader
 from dimaskdino.data.summary import describe
 from dimaskdino.distributed import DistributedContext
@@ -75,13 +76,13 @@ def train(config: Config, folder: RunFolder) -> None:
         Trainer(config, folder, context).run()
 
 
-def _look_at(data: DataSettings) -> None:
+def _look_at(data: CocoDataset, settings: DataSettings) -> None:
     """Print a summary of the training data, and stop before the first step if images are missing."""
-    found = describe(data.root, data.train)
-    print(f"training data: {found.summary()}")
-    if found.missing_files and not data.skip_bad_images:
+    found = describe(data.annotations, data.image_folder)
+    print("\n".join([f"training data: {found.summary()}", *(f"note: {line}" for line in data.annotations.remarks)]))
+    if found.missing_files and not settings.skip_bad_images:
         raise UserError(
-            f"{len(found.missing_files)} images of '{data.train}' are missing, the first {found.missing_files[0]} "
+            f"{len(found.missing_files)} images of '{settings.train}' are missing, the first {found.missing_files[0]} "
             "(data.skip_bad_images=true replaces them)"
         )
 
@@ -128,7 +129,7 @@ class Trainer:
         self.data = training_dataset(config)
         self.data.check_classes(config.model.classes)
         if context.rank == 0:
-            _look_at(config.data)
+            _look_at(self.data, config.data)
         torch.manual_seed(config.train.seed)
         self.detector = Detector(config.model).to(context.device)
         self.optimizer = build_optimizer(self.detector, config.optimizer)

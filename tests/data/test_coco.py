@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from dimaskdino.data.coco import CocoDataset, find_split, run_lengths
+from dimaskdino.data.annotations import run_lengths
+from dimaskdino.data.coco import CocoDataset, find_split
 from dimaskdino.data.images import load_image
 from dimaskdino.errors import UserError
 
@@ -77,47 +78,6 @@ def test_images_without_objects(tmp_path):
     assert len(dataset(tmp_path, [])[0].labels) == 0
     with pytest.raises(UserError, match="no image with an object"):
         CocoDataset(tmp_path, "train", only_with_objects=True)
-
-
-@pytest.mark.parametrize(
-    ("annotation", "message"),
-    [
-        ({"segmentation": [SQUARE], "category_id": 4}, "annotation 100 has the unknown category 4"),
-        ({"segmentation": [SQUARE], "image_id": 8}, "annotation 100 belongs to the unknown image 8"),
-    ],
-)
-def test_references_to_nothing(annotation, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        dataset(tmp_path, [annotation])
-
-
-@pytest.mark.parametrize(
-    ("annotation", "message"),
-    [
-        ({"segmentation": rle(np.ones((5, 5), bool), False)}, r"annotation 100 of image 7: its RLE is for \[5, 5\]"),
-        ({"segmentation": {"size": [20, 24]}}, "cannot be read: 'counts'"),
-        ({}, "no segmentation; the model needs masks"),
-    ],
-)
-def test_segmentations_that_cannot_be_used(annotation, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        dataset(tmp_path, [annotation])[0]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "not valid json"),
-        ('{"images": [', "not valid json.*copied completely"),
-        ("[]", "no list 'images'"),
-        ('{"images": [], "annotations": [], "categories": []}', "no images or no categories"),
-    ],
-)
-def test_annotation_files_that_cannot_be_used(text, message, tmp_path):
-    dataset(tmp_path, [])
-    (tmp_path / "annotations" / "train.json").write_text(text)
-    with pytest.raises(UserError, match=message):
-        CocoDataset(tmp_path, "train")
 
 
 def test_folders_that_cannot_be_used(tmp_path):
@@ -196,36 +156,6 @@ def test_run_lengths_are_those_of_pycocotools(seed):
     starts = np.flatnonzero(np.diff(flat)) + 1
     expected = np.diff(np.concatenate([[0], starts, [flat.size]])).tolist()
     assert run_lengths(encoded["counts"]) == ([0, *expected] if flat[0] else expected)
-
-
-@pytest.mark.parametrize("counts", [[10, 20], [10, 2000], [-5, 69], "05", []])
-def test_run_lengths_that_do_not_cover_the_image_are_refused(counts, tmp_path):
-    dataset = tiny_dataset(tmp_path, {"size": [8, 8], "counts": counts})
-    with pytest.raises(
-        UserError, match=r"annotation 1 of image 1: its RLE covers -?\d+ pixels, its size \[8, 8\] has 64"
-    ):
-        dataset[0]
-
-
-def tiny_dataset(folder: Path, segmentation: dict) -> CocoDataset:
-    (folder / "images" / "train").mkdir(parents=True)
-    (folder / "annotations").mkdir()
-    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "images" / "train" / "a.png")
-    annotation = {
-        "id": 1,
-        "image_id": 1,
-        "category_id": 1,
-        "segmentation": segmentation,
-        "bbox": [0, 0, 1, 1],
-        "area": 1,
-    }
-    content = {
-        "images": [{"id": 1, "file_name": "a.png", "height": 8, "width": 8}],
-        "annotations": [annotation],
-        "categories": [{"id": 1, "name": "thing"}],
-    }
-    (folder / "annotations" / "train.json").write_text(json.dumps(content))
-    return CocoDataset(folder, "train")
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0.0, 0), (0.5, 127), (1.0, 255), (200.0, 200), (65535.0, 255)])

@@ -8,7 +8,7 @@ BOX = {"segmentation": [SQUARE], "bbox": [4, 3, 8, 6]}
 
 
 def test_counts(tmp_path):
-    dataset(
+    data = dataset(
         tmp_path,
         [
             BOX,  # 48 pixels, from its box
@@ -18,7 +18,7 @@ def test_counts(tmp_path):
             BOX | {"iscrowd": 1},
         ],
     )
-    found = describe(tmp_path, "train")
+    found = describe(data.annotations, data.image_folder)
     assert (found.images, found.empty_images, found.objects, found.crowds) == (1, 0, 4, 1)
     assert (found.small, found.medium, found.large) == (1, 2, 1)
     assert [(c.name, c.objects, c.images) for c in found.classes] == [("cup", 3, 1), ("key", 1, 1)]
@@ -29,7 +29,7 @@ def test_counts(tmp_path):
 
 
 def test_missing_images_and_unused_classes(tmp_path):
-    dataset(tmp_path, [BOX], file_name="b.png")
-    found = describe(tmp_path, "train")
+    data = dataset(tmp_path, [BOX], file_name="b.png")
+    found = describe(data.annotations, data.image_folder)
     assert [path.name for path in found.missing_files] == ["b.png"]
     assert "without a single object: key" in found.text()
