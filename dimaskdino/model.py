@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, get_args, overload
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -16,15 +16,17 @@ from dimaskdino.checkpoints.model_files import MODEL
 from dimaskdino.config import Config
 from dimaskdino.data.coco import Sample, encode_masks
 from dimaskdino.data.images import ImageInput, to_image_tensor
-from dimaskdino.errors import UserError
+from dimaskdino.errors import UserError, writing
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.evaluation.predict import predict_images
 from dimaskdino.inspection.look import Look, look_at
 from dimaskdino.interop import hub
 from dimaskdino.interop.supervision import to_supervision
+from dimaskdino.markdown import escape
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.precision import Precision
 from dimaskdino.resources import MODELS, find_model
+from dimaskdino.serialization import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -102,9 +104,10 @@ class Result:
         """
         path = Path(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.plot().savefig(path)
-        except (OSError, ValueError) as error:
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.plot().savefig(path)
+        except ValueError as error:  # an unknown format
             raise UserError(f"cannot write {path}: {error}") from None
 
     def to_coco(self, image_id: int = 0, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
@@ -191,13 +194,15 @@ class Model(TrainedModel):
             A result, or one per image of the list, in its order.
 
         Raises:
-            UserError: an image cannot be read, or the model has no such stage.
+            UserError: an image cannot be read, the model has no such stage, or an argument is out of range.
 
         Example:
             >>> result = dimaskdino.load("dimaskdino-shapes").predict("photo.jpg", threshold=0.5)
             >>> result.boxes.shape
             torch.Size([3, 4])
         """
+        if not 0 <= threshold <= 1:
+            raise UserError(f"the threshold is a score from 0 to 1, got {threshold:g}")
         several = isinstance(images, list | tuple)
         inputs: Sequence[ImageInput] = images if several else [images]  # type: ignore[assignment,list-item]
         tensors = [to_image_tensor(image) for image in inputs]
@@ -239,16 +244,12 @@ class Model(TrainedModel):
             UserError: the folder cannot be written.
         """
         folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_model(folder / MODEL, self.detector, self.config, self.classes, self.step)
-            settings = {"classes": self.classes, "step": self.step, **self.config.model_dump(mode="json")}
-            (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
-            if layerwise_ap is not None:
-                layerwise_ap.save(folder / "layers.json")
-            (folder / "README.md").write_text(_model_card(self, layerwise_ap))
-        except OSError as error:
-            raise UserError(f"cannot write the model to {folder}: {error.strerror}") from None
+        save_model(folder / MODEL, self.detector, self.config, self.classes, self.step)
+        settings = {"classes": self.classes, "step": self.step, **self.config.model_dump(mode="json")}
+        write_text(folder / "config.json", json.dumps(settings, indent=1) + "\n")
+        if layerwise_ap is not None:
+            layerwise_ap.save(folder / "layers.json")
+        write_text(folder / "README.md", _model_card(self, layerwise_ap))
 
     def push_to_hub(self, hub_id: str, layerwise_ap: LayerwiseAP | None = None, private: bool = False) -> str:
         """Upload the files that `save` writes to the Hugging Face Hub.
@@ -298,6 +299,8 @@ def load(
     Raises:
         UserError: there is no such model, it is truncated, or it does not fit its configuration.
     """
+    if precision not in get_args(Precision):
+        raise UserError(f"the precision is one of {', '.join(get_args(Precision))}, got '{precision}'")
     path = Path(source)
     if not path.exists():
         shipped = find_model(str(source))
@@ -340,7 +343,7 @@ def _above(instances: Instances, threshold: float) -> Instances:
 def _model_card(model: Model, layerwise_ap: LayerwiseAP | None) -> str:
     settings = model.config.model
     name = "DI-MaskDINO" if settings.bato.enabled or len(settings.selection.k) > 1 else "MaskDINO"
-    classes = ", ".join(model.classes[:20]) + (", …" if len(model.classes) > 20 else "")
+    classes = ", ".join(map(escape, model.classes[:20])) + (", …" if len(model.classes) > 20 else "")
     text = f"""---
 library_name: dimaskdino
 pipeline_tag: image-segmentation

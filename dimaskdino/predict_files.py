@@ -12,9 +12,10 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from dimaskdino.data.images import SUFFIXES, find_files, to_image_tensor
-from dimaskdino.errors import UserError
+from dimaskdino.errors import UserError, writing
 from dimaskdino.model import Model, Result
 from dimaskdino.progress import progress_bar
+from dimaskdino.serialization import write_text
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 
@@ -58,32 +59,34 @@ def predict_files(
         batch_size: number of images per forward pass, at most.
 
     Raises:
-        UserError: a path does not exist, an output would overwrite an input, or the output cannot be written.
+        UserError: a path does not exist, an argument is out of range, an output would overwrite an input, or the output
+            cannot be written.
     """
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
     files = find_files(paths, (*SUFFIXES, *VIDEO_SUFFIXES))
     targets = _targets(files, output)
     result = FilesReport([], output / "predictions.json")
     coco = _CocoWriter(model)
     progress = progress_bar(total=len(files), description="predicting", unit="file")
-    try:
+    with writing(output):
         output.mkdir(parents=True, exist_ok=True)
+    try:
         for start in range(0, len(files), batch_size):
             chunk = list(zip(files[start : start + batch_size], targets[start : start + batch_size], strict=True))
-            pictures = [(file, target) for (file, _), target in chunk if file.suffix.lower() in SUFFIXES]
+            pictures = [(file, target) for (file, _), target in chunk if file.suffix.lower() not in VIDEO_SUFFIXES]
             for file, target, prediction in _predict_pictures(model, pictures, stage, threshold, batch_size, result):
                 coco.add(prediction, str(file))
-                target.parent.mkdir(parents=True, exist_ok=True)
                 prediction.save(target)
                 result.pictures.append(target)
             for (file, _), target in chunk:
                 if file.suffix.lower() in VIDEO_SUFFIXES:
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    _predict_video(model, file, target, stage, threshold, coco)
+                    with writing(target):
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        _predict_video(model, file, target, stage, threshold, coco)
                     result.pictures.append(target)
             progress.update(len(chunk))
-        result.json.write_text(json.dumps(coco.content))
-    except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror or error}") from None
+        write_text(result.json, json.dumps(coco.content))
     finally:
         progress.close()
     result.detections = len(coco.content["annotations"])

@@ -64,6 +64,15 @@ def find_model(name: str) -> Path | None:
 
 
 def find_notebook(name: str | Path) -> Path:
-    """The file of a notebook: a path, or the name of a run notebook such as `train`."""
+    """The file of a notebook: a path, or the name of a run notebook such as `train`.
+
+    Raises:
+        UserError: it is neither.
+    """
     path = Path(name)
-    return _folder("notebooks") / f"{name}.ipynb" if not path.suffix and not path.exists() else path
+    if path.is_file():
+        return path
+    known = sorted(file.stem for file in _folder("notebooks").glob("*.ipynb"))
+    if str(name) in known:
+        return _folder("notebooks") / f"{name}.ipynb"
+    raise UserError(f"no notebook '{name}': give a path, or one of {', '.join(known)}")

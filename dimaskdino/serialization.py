@@ -172,7 +172,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         return read_safetensors(path)[0]
     content = read_pkl(path) if path.suffix == ".pkl" else read_pt(path)
     state = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor | np.ndarray) for value in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor | np.ndarray) for x in state.values()):
         raise UserError(f"{path} holds no state dict (parameter names with tensors, at the top or under 'model')")
     return {name: torch.as_tensor(value) for name, value in state.items()}
 

@@ -1,6 +1,8 @@
 """Signals that ask a process to stop, and the death of the process that started it, which counts as one."""
 
+import atexit
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -57,10 +59,23 @@ def stop_signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def ignore_stop_signals() -> None:
-    """For helper processes that end with their parent: a signal to all processes must not take them from it."""
-    for number in stop_signals():
-        signal.signal(number, signal.SIG_IGN)
+class HelperSignals:
+    """Makes helper processes outlive a stop signal to all processes, so that their parent can finish what it does.
+
+    Make it in the parent and call it in the helper. The helper ends with its parent, which asks it to when it exits.
+    """
+
+    def __init__(self) -> None:
+        self._exiting = multiprocessing.Event()
+        atexit.register(self._exiting.set)  # runs before multiprocessing terminates the helpers that are left
+
+    def __call__(self) -> None:
+        for number in stop_signals():
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._exiting.is_set():
+            os._exit(0)
 
 
 def child_environment() -> dict[str, str]:

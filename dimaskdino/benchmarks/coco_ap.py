@@ -114,25 +114,36 @@ def _detections(
     )
 
 
-def measure(images: int, stages: int, detections: int) -> dict[str, Any]:
-    """Write synthetic detections, score all stages, and one of them with pycocotools too."""
+def write_synthetic(
+    folder: Path, images: int, stages: int, detections: int
+) -> tuple[DetectionStore, Path, list[tuple[np.ndarray, np.ndarray]]]:
+    """Write synthetic annotations and detections of a number of stages.
+
+    Returns:
+        The detections; the annotations, COCO json; the objects of each image.
+    """
     rng = np.random.default_rng(0)
     pool = _pool(rng)
+    folder.mkdir(parents=True, exist_ok=True)
+    annotations = folder / "truth.json"
+    objects = _truth(images, pool, rng, annotations)
+    store = DetectionStore(folder / "detections", {"synthetic": True}, images)
+    for part in progress_bar(store.parts, "writing"):
+        store.write(
+            part,
+            {
+                f"decoder.{s}": [_detections(i + 1, objects[i], pool, detections, rng) for i in store.images_of(part)]
+                for s in range(stages)
+            },
+        )
+    return store, annotations, objects
+
+
+def measure(images: int, stages: int, detections: int) -> dict[str, Any]:
+    """Write synthetic detections, score all stages, and one of them with pycocotools too."""
     with tempfile.TemporaryDirectory() as folder:
-        annotations = Path(folder) / "truth.json"
-        objects = _truth(images, pool, rng, annotations)
-        store = DetectionStore(Path(folder) / "detections", {"synthetic": True}, images)
         started = time.perf_counter()
-        for part in progress_bar(store.parts, "writing"):
-            store.write(
-                part,
-                {
-                    f"decoder.{s}": [
-                        _detections(i + 1, objects[i], pool, detections, rng) for i in store.images_of(part)
-                    ]
-                    for s in range(stages)
-                },
-            )
+        store, annotations, objects = write_synthetic(Path(folder), images, stages, detections)
         written = time.perf_counter() - started
         size = sum(file.stat().st_size for file in store.folder.iterdir())
         started = time.perf_counter()

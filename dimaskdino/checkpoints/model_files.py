@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dimaskdino.config import Config, parse_config
-from dimaskdino.errors import UserError
+from dimaskdino.errors import UserError, writing
 from dimaskdino.modeling import Detector, ImageBatch, Predictions
 from dimaskdino.modeling.precision import Precision, autocast
 from dimaskdino.serialization import read_pt, read_safetensors, write_atomically
@@ -76,7 +76,8 @@ def save_model(
     Raises:
         UserError: the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"config": config.model_dump_json(), "classes": json.dumps(classes), "step": str(step)}
     state = {key: value.detach().cpu().contiguous() for key, value in detector.state_dict().items()}
     if half:
@@ -100,6 +101,8 @@ def load_model_file(path: Path, overrides: Iterable[str] = ()) -> TrainedModel:
         settings = parse_config(json.loads(config), overrides, str(path))
     except ValueError as error:
         raise UserError(f"the configuration in {path} is damaged ({error}); take another copy of the file") from None
+    if len(classes) != settings.model.classes:
+        raise UserError(f"{path} names {len(classes)} classes, its model has {settings.model.classes} (model.classes)")
     detector = Detector(settings.model.without_backbone_weights())
     load_weights(detector, weights, str(path))
     return TrainedModel(detector.eval(), settings, classes, step)
@@ -176,6 +179,11 @@ def read_resume_point(path: Path) -> dict[str, Any]:
     return state
 
 
+def first_non_finite(state: Mapping[str, Tensor]) -> str | None:
+    """Name of a tensor with infinite or NaN values, None if there is none."""
+    return next((name for name, x in state.items() if x.is_floating_point() and not bool(x.isfinite().all())), None)
+
+
 def recorded_config(run: Path) -> Config | None:
     """The configuration that the newest readable checkpoint of a run folder holds; None if there is none."""
     folder = run / "checkpoints"
@@ -236,6 +244,7 @@ def load_weights(detector: Detector, weights: dict[str, Tensor], source: str) ->
     for key, value in weights.items():
         if value.is_floating_point() != expected[key].is_floating_point():
             raise UserError(f"{source}: {key} has the type {value.dtype}, expected {expected[key].dtype}")
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise UserError(f"{source}: {key} is not finite, so the model is of no use; take an earlier checkpoint")
+    broken = first_non_finite(weights)
+    if broken is not None:
+        raise UserError(f"{source}: {broken} is not finite, so the model is of no use; take an earlier checkpoint")
     detector.load_state_dict(weights)

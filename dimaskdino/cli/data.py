@@ -21,10 +21,16 @@ def shapes(root: Positional[Path], train: int = 4000, val: int = 200, size: int 
         size: Side of the images, pixels.
         seed: The same seed gives the same data.
     """
+    from pydantic import ValidationError
+
     from dimaskdino import config
     from dimaskdino.data.shapes import generate
 
-    generate(root, config.Shapes(train=train, val=val, size=size, seed=seed))
+    try:
+        settings = config.Shapes(train=train, val=val, size=size, seed=seed)
+    except ValidationError as error:
+        raise UserError(config.explain(error, "dimaskdino data shapes", config.Shapes)) from None
+    generate(root, settings)
     print(f"written: {root}; use it with data.root={root} data.train=train data.val=val")
     return 0
 

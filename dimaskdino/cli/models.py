@@ -1,5 +1,6 @@
 """The commands that use a trained model: evaluate, predict, convert."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,7 @@ from dimaskdino.cli.options import (
     print_remarks,
     relaunch_distributed,
 )
-from dimaskdino.errors import UserError
+from dimaskdino.errors import UserError, writing
 
 if TYPE_CHECKING:
     from dimaskdino.evaluation.detections import DetectionStore
@@ -70,6 +71,8 @@ def evaluate(
     source = model_and_settings[0] if named else settings.weights
     if source is None:
         raise UserError("name the model: dimaskdino evaluate MODEL, or MODEL.WEIGHTS FILE among the settings")
+    if bootstrap < 0:
+        raise UserError(f"--bootstrap is a number of resamples, such as 1000, got {bootstrap}")
     relaunch_distributed(processes)
     with DistributedContext.join() as context:
         trained = load(
@@ -101,21 +104,25 @@ def _beside(source: str) -> Path:
 
 def _score(model: "Model", store: "DetectionStore", split: str | None, folder: Path, draws: int) -> None:
     """Score the detections, write the results to a folder and print them."""
+    from dimaskdino.data.annotations import read_annotations
     from dimaskdino.evaluation.bootstrap import bootstrap
     from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, annotations_of, score_layers
     from dimaskdino.viz import plot_layerwise_ap
 
     annotations, source = annotations_of(model, split)
     result = score_layers(store, annotations, source)
-    result.save(folder / "layers.json")
-    plot_layerwise_ap({"model": result}).savefig(folder / "layers.png")
     print(result.table())
+    for line in (*read_annotations(annotations).remarks, *result.remarks):
+        print(f"note: {line}", file=sys.stderr)
     if draws:
         chosen = dict.fromkeys(name for name in (FIRST_LAYER, next(reversed(result.stages))) if name in result.stages)
         resampled = bootstrap({name: store[name] for name in chosen}, annotations, draws)
         resampled.save(folder / "bootstrap.npz")
         for name, (low, high) in resampled.intervals().items():
             print(f"{name} AP: {low:.1f} to {high:.1f} (95 % interval, {draws} resamples of the images)")
+    with writing(folder):
+        plot_layerwise_ap({"model": result}).savefig(folder / "layers.png")
+    result.save(folder / "layers.json")  # last: studies take it as the sign of a complete evaluation
     print(f"written: {folder / 'layers.json'}, {folder / 'layers.png'}")
 
 
@@ -152,6 +159,8 @@ def predict(
     trained = load(model, device=device, precision=precision)  # type: ignore[arg-type]
     report = predict_files(trained, images, output, stage, threshold, batch_size)
     print(f"{report.detections} detections in {len(report.pictures)} files, {len(report.skipped)} skipped")
+    if report.pictures and not report.detections:
+        print(f"note: no detection has a score of {threshold} or more; try a lower --threshold", file=sys.stderr)
     print(f"written: {report.json} and the pictures in {output}")
     return 0 if report.pictures else 1
 

@@ -9,7 +9,7 @@ from dimaskdino.errors import UserError
 
 
 def train(
-    config: ConfigPath, overrides: Positional[Settings] = (), run: Path | None = None, processes: ProcessCount = 1
+    config: ConfigPath, overrides: Positional[Settings] = (), run: str | None = None, processes: ProcessCount = 1
 ) -> int:
     """Train a model, or resume a training.
 
@@ -28,8 +28,8 @@ def train(
     from dimaskdino.training.launch import main as train_in_this_process
 
     _, pairs = split_arguments(overrides)
-    folder = run or pairs.get("OUTPUT_DIR")
-    if not folder or not str(folder):
+    folder = pairs.get("OUTPUT_DIR") if run is None else run
+    if not folder or not str(folder).strip():
         raise UserError("name the run folder: --run FOLDER")
     relaunch_distributed(processes)
     return train_in_this_process(config, str(folder), list(overrides))

@@ -1,7 +1,7 @@
 """Batches: collation, and a training order that depends on the seed and the position alone."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +15,7 @@ from dimaskdino.data.coco import CocoDataset, Sample
 from dimaskdino.data.transforms import evaluation_resize, large_scale_jitter
 from dimaskdino.errors import UserError
 from dimaskdino.modeling.structures import Targets, padded_size
-from dimaskdino.signals import ignore_stop_signals
+from dimaskdino.signals import HelperSignals
 
 BAD_IMAGES_IN_A_ROW = 20  # more than that means a wrong folder
 
@@ -131,7 +131,7 @@ def training_loader(data: CocoDataset, settings: config.Config, first_step: int,
         batch_sampler=positions,  # type: ignore[arg-type]
         collate_fn=collate,
         num_workers=settings.data.workers,
-        worker_init_fn=_start_worker,
+        worker_init_fn=_WorkerStart(),
     )
 
 
@@ -150,18 +150,25 @@ def evaluation_loader(data: CocoDataset, settings: config.Config, groups: Sequen
         batch_sampler=positions,  # type: ignore[arg-type]
         collate_fn=collate,
         num_workers=settings.data.workers if positions else 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=_WorkerStart(),
     )
 
 
-def batches(loader: DataLoader) -> Iterator[Batch]:
-    """Iterate over a loader; a `UserError` of a worker process is raised again without the worker's traceback.
+def batches(loader: DataLoader) -> Generator[Batch, None, None]:
+    """Iterate over a loader; closing the iterator ends the loader's processes.
 
     Raises:
         UserError: an image or annotation cannot be used.
     """
-    try:
+    with without_worker_traceback():
         yield from loader
+
+
+@contextlib.contextmanager
+def without_worker_traceback() -> Iterator[None]:
+    """Raise a `UserError` of a loader process as it was, without the traceback that PyTorch puts into its message."""
+    try:
+        yield
     except UserError as error:
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
@@ -184,6 +191,12 @@ def explaining_dead_workers() -> Iterator[None]:
         ) from error
 
 
-def _start_worker(worker: int) -> None:
-    torch.set_num_threads(1)
-    ignore_stop_signals()  # a training saves first, and then ends its loaders
+class _WorkerStart:
+    """Prepares a loader process. A training that is asked to stop saves first, and then ends its loaders."""
+
+    def __init__(self) -> None:
+        self._signals = HelperSignals()
+
+    def __call__(self, worker: int) -> None:
+        torch.set_num_threads(1)
+        self._signals()

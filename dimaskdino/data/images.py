@@ -1,6 +1,7 @@
 """Images as people have them: files, Pillow images, arrays and tensors, all to (3, h, w) uint8 RGB."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,10 +70,12 @@ def load_image(path: Path, expected: tuple[int | None, int | None] = (None, None
         UserError: the file is missing, truncated or no image, or has another size than expected.
     """
     try:
-        with Image.open(path) as opened:
-            opened.load()
-            stored = opened.copy()
-            upright = ImageOps.exif_transpose(opened)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about damage that is an error below, or does not matter
+            with Image.open(path) as opened:
+                opened.load()
+                stored = opened.copy()
+                upright = ImageOps.exif_transpose(opened)
     except FileNotFoundError:
         raise UserError(f"the image {path} does not exist") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -119,7 +122,7 @@ def find_files(paths: Sequence[Path], suffixes: Sequence[str] = SUFFIXES) -> lis
         if not path.exists():
             raise UserError(f"{path} does not exist")
         if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in suffixes]
+            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in suffixes and not p.is_dir()]
             start = Path(path.resolve().name) if several else Path()
             files += [(p, start / p.relative_to(path)) for p in inside]
         else:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from dimaskdino import config
 from dimaskdino.data.coco import encode_masks
-from dimaskdino.errors import UserError
+from dimaskdino.data.dataloader import without_worker_traceback
+from dimaskdino.errors import UserError, writing
 from dimaskdino.progress import progress_bar
+from dimaskdino.serialization import write_text
 
 CLASSES = ("disk", "rectangle", "triangle", "star", "ring")
 SPLITS = ("train", "val")
@@ -32,23 +35,26 @@ def generate(root: Path, settings: config.Shapes, processes: int = 2) -> None:
     The folder appears when it is complete. The same settings give the same data.
 
     Raises:
-        UserError: the folder exists, or cannot be written.
+        UserError: the folder exists, or cannot be written. Nothing is left then.
     """
     if root.exists():
         raise UserError(f"{root} exists already; choose another folder or delete it")
     partial = root.with_name(f"{root.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        for split in SPLITS:
-            _write_split(partial, split, settings, processes)
-        partial.rename(root)
-    except OSError as error:
-        raise UserError(f"cannot write the shapes data to {root}: {error.strerror}") from None
+        with writing(root), without_worker_traceback():
+            for split in SPLITS:
+                _write_split(partial, split, settings, processes)
+            partial.rename(root)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def ensure(data: config.Data) -> None:
     """Generate the shapes data if the settings ask for it and the folder does not exist."""
     if data.shapes is not None and not data.root.exists():
-        data.root.parent.mkdir(parents=True, exist_ok=True)
+        with writing(data.root):
+            data.root.parent.mkdir(parents=True, exist_ok=True)
         generate(data.root, data.shapes)
 
 
@@ -64,7 +70,7 @@ def _write_split(root: Path, split: str, settings: config.Shapes, processes: int
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
     (root / "annotations").mkdir(exist_ok=True)
     content = {"images": images, "annotations": annotations, "categories": categories}
-    (root / "annotations" / f"{split}.json").write_text(json.dumps(content))
+    write_text(root / "annotations" / f"{split}.json", json.dumps(content))
 
 
 class _Scenes(Dataset[tuple[str, list[dict]]]):
@@ -79,7 +85,8 @@ class _Scenes(Dataset[tuple[str, list[dict]]]):
     def __getitem__(self, index: int) -> tuple[str, list[dict]]:
         image, labels, masks = scene(self.settings, self.split, index)
         name = f"{index:06d}.jpg"
-        Image.fromarray(image).save(self.folder / name, quality=92)
+        with writing(self.folder / name):
+            Image.fromarray(image).save(self.folder / name, quality=92)
         return name, _objects(labels, masks)
 
 

@@ -15,10 +15,11 @@ import numpy as np
 from hotcoco import COCO, COCOeval
 from jaxtyping import Bool, Float, Int
 
-from dimaskdino.errors import UserError
+from dimaskdino.errors import UserError, writing
 from dimaskdino.evaluation.coco_ap import IOU_TYPE, Kind, read_truth
 from dimaskdino.evaluation.detections import Detections
 from dimaskdino.progress import progress_bar
+from dimaskdino.serialization import write_atomically
 
 DRAWS = 1000
 CONFIDENCE = 0.95
@@ -43,10 +44,15 @@ class BootstrapAP:
         return {name: tuple(np.nanpercentile(s, [tail, 100 - tail]).tolist()) for name, s in self.samples.items()}
 
     def save(self, path: Path) -> None:
-        """Write as npz; `BootstrapAP.load` reads it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write as npz; `BootstrapAP.load` reads it.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {name: values.astype(np.float32) for name, values in self.samples.items()}
-        np.savez(path, images=np.array(self.images), **arrays)
+        write_atomically(path, lambda partial: _save_arrays(partial, images=np.array(self.images), **arrays))
 
     @classmethod
     def load(cls, path: Path) -> "BootstrapAP":
@@ -63,6 +69,11 @@ class BootstrapAP:
             raise UserError(f"no bootstrap samples at {path} ({error}); evaluate with --bootstrap first") from None
         except (ValueError, KeyError) as error:
             raise UserError(f"{path} holds no bootstrap samples of this kit ({error})") from None
+
+
+def _save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    with path.open("wb") as file:  # given a name, NumPy would add its suffix
+        np.savez(file, **arrays)
 
 
 def bootstrap(by_stage: Mapping[str, Detections], annotations: Path, draws: int = DRAWS) -> BootstrapAP:

@@ -19,9 +19,10 @@ from pycocotools import mask as coco_mask
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dimaskdino.checkpoints.model_files import TrainedModel, write_atomically
-from dimaskdino.errors import UserError
+from dimaskdino.checkpoints.model_files import TrainedModel
+from dimaskdino.errors import UserError, writing
 from dimaskdino.modeling import Instances
+from dimaskdino.serialization import write_atomically, write_text
 
 PART = 50  # images
 POLL_SECONDS = 0.5
@@ -153,17 +154,25 @@ class DetectionStore(Mapping[str, Detections]):
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self.folder = folder
         self.images = images
-        note, text = self.folder / "about.json", json.dumps(about, indent=1, sort_keys=True)
-        waited = 0.0
-        while not first and not (note.exists() and note.read_text() == text):
+        text, waited = json.dumps(about, indent=1, sort_keys=True), 0.0
+        while not first and not self._is_about(text):
             time.sleep(POLL_SECONDS)
             waited += POLL_SECONDS
             if waited > START_SECONDS:
                 raise UserError(f"no process prepared {self.folder}; is it on a disk that all machines share?")
-        if not note.exists() or note.read_text() != text:
+        if not self._is_about(text):
             self.remove()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(note, lambda path: path.write_text(text))
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self._note, text)
+
+    @property
+    def _note(self) -> Path:
+        return self.folder / "about.json"
+
+    def _is_about(self, text: str) -> bool:
+        """Whether the files in the folder were made as `text` says."""
+        return self._note.exists() and self._note.read_text(errors="replace") == text
 
     @property
     def parts(self) -> range:
@@ -178,7 +187,16 @@ class DetectionStore(Mapping[str, Detections]):
 
     def missing(self, shard: tuple[int, int] = (0, 1)) -> list[int]:
         """Missing parts that process `shard[0]` of `shard[1]` has to write."""
-        return [part for part in self.parts if part % shard[1] == shard[0] and not self._file(part).exists()]
+        return [part for part in self.parts if part % shard[1] == shard[0] and not self._is_readable(part)]
+
+    def _is_readable(self, part: int) -> bool:
+        if not self._file(part).exists():
+            return False
+        try:
+            with self._opened(part) as file:
+                return "stages" in (file.metadata() or {})
+        except UserError:
+            return False
 
     def write(self, part: int, stages: Mapping[str, Sequence[Detections]]) -> None:
         """Write one part: the detections in its images at every stage.
@@ -227,8 +245,17 @@ class DetectionStore(Mapping[str, Detections]):
         return Detections.joined(parts)
 
     def remove(self) -> None:
-        """Delete the detections."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the detections; other files in the folder stay."""
+        for file in (self._note, *self.folder.glob("[0-9]*.safetensors"), *self.folder.glob("*.partial")):
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+
+def file_digest(path: Path) -> str:
+    """A digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(model: TrainedModel) -> str:

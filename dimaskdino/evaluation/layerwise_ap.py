@@ -1,5 +1,6 @@
 """AP of every stage in one pass over the data: where detection lags behind segmentation."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from typing import Any
 from dimaskdino.checkpoints.model_files import TrainedModel
 from dimaskdino.data.coco import find_split
 from dimaskdino.data.dataloader import Batch, batches, evaluation_dataset, evaluation_loader, explaining_dead_workers
-from dimaskdino.errors import UserError
+from dimaskdino.errors import UserError, writing
 from dimaskdino.evaluation.coco_ap import AveragePrecision, average_precision, read_truth
-from dimaskdino.evaluation.detections import Detections, DetectionStore, fingerprint
+from dimaskdino.evaluation.detections import Detections, DetectionStore, file_digest, fingerprint
 from dimaskdino.modeling import ImageBatch, Predictions, Stage, postprocess
 from dimaskdino.progress import progress_bar
+from dimaskdino.serialization import write_text
 
 FIRST_LAYER = "decoder.1"
 
@@ -51,6 +53,16 @@ class LayerwiseAP:
     def last(self) -> StageAP:
         return next(reversed(self.stages.values()))
 
+    @property
+    def remarks(self) -> list[str]:
+        """What is unusual about the result, for people."""
+        box = self.last.box.AP
+        if box is None:
+            return ["there is no annotated object, so AP is not defined"]
+        if box == 0:
+            return ["no detection matches an object: is the model trained, and are its classes those of the data?"]
+        return []
+
     def first_and_last(self) -> dict[str, dict[str, float | None]]:
         """Box and mask AP of the first and the last decoder layer, as in figure 1 of the paper.
 
@@ -83,7 +95,11 @@ class LayerwiseAP:
         return "\n".join(lines)
 
     def save(self, path: Path) -> None:
-        """Write as json; `LayerwiseAP.load` reads it."""
+        """Write as json; `LayerwiseAP.load` reads it.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         stages = {
             name: {
                 "box": stage.box.to_json(),
@@ -92,8 +108,9 @@ class LayerwiseAP:
             }
             for name, stage in self.stages.items()
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"source": self.source, "images": self.images, "stages": stages}, indent=1))
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({"source": self.source, "images": self.images, "stages": stages}, indent=1))
 
     @classmethod
     def load(cls, path: Path) -> "LayerwiseAP":
@@ -119,6 +136,11 @@ class LayerwiseAP:
 
 def _cell(value: float | None, width: int, sign: str) -> str:
     return f"{'–':>{width}}" if value is None else f"{value:>{sign}{width}.1f}"
+
+
+def show_ap(ap: float | None) -> str:
+    """AP with one decimal, or a dash where it is not defined."""
+    return _cell(ap, 0, "").strip()
 
 
 def evaluate_layers(
@@ -189,18 +211,25 @@ def detect_layers(
     data = evaluation_dataset(settings, split)
     data.check_classes(settings.model.classes)
     about = {
-        "model": fingerprint(model),
-        "annotations": [str(data.annotations_file.resolve()), data.annotations_file.stat().st_size, len(data)],
-        "resize": settings.data.resize.model_dump(),
+        "weights": fingerprint(model),
+        "model": settings.model.model_dump(mode="json"),
+        "precision": model.precision,
+        "annotations": file_digest(data.annotations_file),
+        "images": str(data.image_folder.resolve()),
+        "resize": settings.data.resize.model_dump(mode="json"),
         "detections": settings.evaluation.detections,
         "stages": list(stages) if stages else None,
     }
     store = DetectionStore(folder, about, len(data), first=shard[0] == 0)
     missing = store.missing(shard)
     loader = evaluation_loader(data, settings, [store.images_of(part) for part in missing])
-    loaded, images_left = batches(loader), sum(len(store.images_of(part)) for part in missing)
+    images_left = sum(len(store.images_of(part)) for part in missing)
     title = f"evaluating {data.annotations_file.stem}"
-    with explaining_dead_workers(), progress_bar(total=images_left, description=title, unit="images") as progress:
+    with (
+        contextlib.closing(batches(loader)) as loaded,
+        explaining_dead_workers(),
+        progress_bar(total=images_left, description=title, unit="images") as progress,
+    ):
         for part in missing:
             detections: dict[str, list[Detections]] = {}
             while not detections or len(next(iter(detections.values()))) < len(store.images_of(part)):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dimaskdino.checkpoints import TrainedModel
 from dimaskdino.data.transforms import resize_image
+from dimaskdino.errors import UserError
 from dimaskdino.evaluation.layerwise_ap import chosen_stages
 from dimaskdino.modeling import ImageBatch, Instances, Predictions, postprocess
 
@@ -40,8 +41,10 @@ def predict_images(
         Detections by stage name, one dictionary per image.
 
     Raises:
-        UserError: the model has no such stage.
+        UserError: the model has no such stage, or the batch size is less than 1.
     """
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
     resized = [resize_image(image, model.config.data.resize) for image in images]
     by_size: dict[tuple[int, ...], list[int]] = {}
     for number, image in enumerate(resized):

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import box_convert
 
+from dimaskdino.errors import UserError
 from dimaskdino.modeling.structures import Instances, Stage
 
 MASK_CHUNK = 16  # number of masks resized at a time, to bound memory
@@ -32,11 +33,18 @@ def postprocess(
         detections: number of pairs to keep per image.
         masks: compute masks where the stage has them. They change the scores: class score × mean mask probability
             inside the mask.
+
+    Raises:
+        UserError: scores or boxes are not finite.
     """
     B, _, K = stage.class_logits.shape
     scores, pairs = (
         stage.class_logits.float().sigmoid().flatten(1).topk(min(detections, stage.class_logits[0].numel()), dim=1)
     )
+    if not bool(scores.isfinite().all() & stage.boxes.isfinite().all()):
+        raise UserError(
+            "the model's scores or boxes are not finite: its weights are broken, or the precision is too low (try fp32)"
+        )
     height, width = padded_size
     results = []
     for b in range(B):

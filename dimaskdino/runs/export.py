@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from dimaskdino.checkpoints import load_checkpoint, save_model
-from dimaskdino.errors import UserError
-from dimaskdino.runs.folder import RunFolder
+from dimaskdino.config import dump_config
+from dimaskdino.errors import UserError, writing
+from dimaskdino.runs.folder import RunFolder, read_record
+from dimaskdino.serialization import write_text
 
 DIGITS = 5  # of the numbers in the metrics, which are most of what is written besides the weights
 
@@ -30,17 +32,23 @@ def export(run: RunFolder, target: RunFolder) -> None:
     if target.path.exists():
         raise UserError(f"{target.path} exists already; choose another folder or delete it")
     trained = load_checkpoint(run.path)
-    save_model(target.model, trained.detector, trained.config, trained.classes, trained.step, half=True)
+    # the target appears when it is complete, so that a failure is not in the way of the next try
+    made = RunFolder(target.path.with_name(f"{target.path.name}.partial"))
+    shutil.rmtree(made.path, ignore_errors=True)
     try:
-        for name in ("config.yaml", "status.json"):
-            shutil.copyfile(run.path / name, target.path / name)
-        records = [json.dumps(_rounded(record)) + "\n" for record in run.read_metrics()]
-        (target.path / "metrics.jsonl").write_text("".join(records))
-        versions = json.loads((run.path / "versions.json").read_text())
-        versions["command"] = [Path(word).name if Path(word).is_absolute() else word for word in versions["command"]]
-        (target.path / "versions.json").write_text(json.dumps(versions, indent=1))
-    except OSError as error:
-        raise UserError(f"cannot copy the records of {run.path} to {target.path}: {error.strerror}") from None
+        with writing(target.path):
+            save_model(made.model, trained.detector, trained.config, trained.classes, trained.step, half=True)
+            shutil.copyfile(run.path / "status.json", made.path / "status.json")
+            write_text(made.path / "config.yaml", dump_config(trained.config))
+            records = [json.dumps(_rounded(record)) + "\n" for record in run.read_metrics()]
+            write_text(made.path / "metrics.jsonl", "".join(records))
+            versions = read_record(run.path / "versions.json")
+            command = [str(word) for word in versions.get("command", ())]
+            versions["command"] = [Path(word).name if Path(word).is_absolute() else word for word in command]
+            write_text(made.path / "versions.json", json.dumps(versions, indent=1))
+            made.path.rename(target.path)
+    finally:
+        shutil.rmtree(made.path, ignore_errors=True)
 
 
 def _rounded(value: Any) -> Any:

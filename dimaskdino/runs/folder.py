@@ -16,7 +16,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -43,6 +43,8 @@ class RunFolder:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._started: dict[str, Any] = {}
+        self._is_finished = False  # by an earlier process, and this one has not changed it
 
     @property
     def checkpoints(self) -> Path:
@@ -112,6 +114,8 @@ class RunFolder:
     def running(self) -> Iterator[None]:
         """Lock the folder for this process, and write a status that says how it ended, even after an exception.
 
+        A finished run stays finished until `goes_on` is called, so that a command that is refused does not spoil it.
+
         Raises:
             UserError: another process is using the folder, or it cannot be written.
         """
@@ -125,20 +129,29 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot lock {self.path}: {explain_os_error(error)}") from None
         try:
-            started = {"started": _now(), "pid": os.getpid(), "host": platform.node(), "boot": _boot()}
-            self._write_status("running", **started)
+            self._started = {"started": _now(), "pid": os.getpid(), "host": platform.node(), "boot": _boot()}
+            self._is_finished = read_record(self.path / "status.json").get("state") == "finished"
+            if not self._is_finished:
+                self._write_status("running", **self._started)
             try:
                 yield
             except BaseException as error:
-                state: State = "stopped" if isinstance(error, Stopped) else "failed"
-                reason = str(error) or type(error).__name__
-                with contextlib.suppress(UserError):  # a full disk must not hide what happened
-                    self._write_status(state, reason=reason, started=started["started"], ended=_now())
+                if not self._is_finished:
+                    state: State = "stopped" if isinstance(error, Stopped) else "failed"
+                    reason = str(error) or type(error).__name__
+                    with contextlib.suppress(UserError):  # a full disk must not hide what happened
+                        self._write_status(state, reason=reason, started=self._started["started"], ended=_now())
                 raise
             else:
-                self._write_status("finished", started=started["started"], ended=_now())
+                self._write_status("finished", started=self._started["started"], ended=_now())
         finally:
             lock.release()
+
+    def goes_on(self) -> None:
+        """A finished run is being changed: from now on its status is that of this process."""
+        if self._is_finished:
+            self._is_finished = False
+            self._write_status("running", **self._started)
 
     def _lock(self) -> filelock.BaseFileLock:
         # the system releases it when the process ends, however it ends; forked loader processes do not keep it
@@ -185,7 +198,7 @@ class RunFolder:
         file = self.path / "status.json"
         if not file.exists():
             return {"state": "failed", "reason": f"{self.path} holds no run"}
-        status = _read_record(file)
+        status = read_record(file)
         if not isinstance(status.get("state"), str):
             reason = f"{file} is damaged; run the same command again to resume from the last checkpoint"
             return {"state": "failed", "reason": reason}
@@ -208,6 +221,7 @@ class RunFolder:
         if not enabled:
             yield Metrics(None, None)
             return
+        self.goes_on()
         kept = [json.dumps(r) + "\n" for r in self.read_metrics() if r["step"] <= step]
         file = self.path / "metrics.jsonl"
         write_text(file, "".join(kept))
@@ -246,7 +260,7 @@ class Metrics:
 _VANISHED = "the process vanished; it was probably killed. Run the same command again to resume"
 
 
-def _read_record(file: Path) -> dict[str, Any]:
+def read_record(file: Path) -> dict[str, Any]:
     """A small json file; empty if it is damaged or missing."""
     try:
         return _parse_record(file.read_text(errors="replace"))
@@ -281,6 +295,23 @@ _NEUTRAL = (
 )
 # settings that do not change what the weights mean, so that a resumed run may change them; steps only grow
 _RESUMABLE = ("data.skip_bad_images", "optimizer.lr", "schedule.steps", "train.batch_size", "train.precision")
+
+
+def distinct_names(paths: Sequence[Path | str]) -> list[str]:
+    """A short name for each path: its last part, with as many parts before it as tell all of them apart.
+
+    Raises:
+        UserError: a path is there twice.
+    """
+    absolute = [Path(path).absolute() for path in paths]
+    for path in absolute:
+        if absolute.count(path) > 1:
+            raise UserError(f"{path} is listed twice")
+    for length in range(1, max((len(path.parts) for path in absolute), default=1) + 1):
+        names = ["/".join(path.parts[-length:]) for path in absolute]
+        if len(set(names)) == len(names):
+            break
+    return names if paths else []
 
 
 def changed_settings(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, Any]:

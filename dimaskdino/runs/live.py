@@ -1,7 +1,6 @@
 """What a run's notebook shows while it runs: a summary at its top, and the progress of a training."""
 
 import os
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dimaskdino.errors import Stopped
+from dimaskdino.markdown import escape
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.runs.processes import TrainingProcess, project_root
 
@@ -16,11 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NOTEBOOK_FOLDER = "DIMASKDINO_NOTEBOOK_FOLDER"  # folder of the executed notebook, set by `run_notebook`
-
-
-def escape(text: str) -> str:
-    """Text that comes from data, such as a file's name, to be shown by Markdown as it is: no HTML, links or styles."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$^<>&])", lambda match: f"&#{ord(match[1])};", " ".join(text.split()))
 
 
 class Summary:
@@ -53,7 +48,7 @@ class Summary:
 
         Args:
             state: one word, such as finished.
-            lines: paragraphs, Markdown; use `escape` for text that comes from data.
+            lines: paragraphs, Markdown; use `dimaskdino.markdown.escape` for text that comes from data.
             figure: shown below the text.
             links: paths by their names; paths that do not exist are left out.
         """

@@ -12,9 +12,10 @@ from typing import Any
 
 from dimaskdino.config import load_config, parse_yaml
 from dimaskdino.errors import Stopped, UserError
+from dimaskdino.markdown import escape
 from dimaskdino.progress import progress_bar
 from dimaskdino.runs.folder import RunFolder
-from dimaskdino.runs.live import NOTEBOOK_FOLDER, escape
+from dimaskdino.runs.live import NOTEBOOK_FOLDER
 from dimaskdino.signals import STOP_SECONDS, stop_signals_interrupt
 
 POLL_SECONDS = 1.0
@@ -24,13 +25,18 @@ def notebook_parameters(notebook: Path) -> dict[str, dict[str, Any]]:
     """The parameters that a notebook's `parameters` cell declares: type, default and help by name.
 
     Raises:
-        UserError: there is no such notebook.
+        UserError: there is no such notebook, or the file is none.
     """
+    import nbformat
     import papermill  # with its imports about a second: only for those who run notebooks
 
     if not notebook.exists():
         raise UserError(f"the notebook {notebook} does not exist")
-    return papermill.inspect_notebook(str(notebook))
+    try:
+        return papermill.inspect_notebook(str(notebook))
+    except (ValueError, LookupError, AttributeError, nbformat.ValidationError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{notebook} is not a notebook of Jupyter: {reason}") from None
 
 
 def parse_parameters(notebook: Path, assignments: Sequence[str]) -> dict[str, Any]:

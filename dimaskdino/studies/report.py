@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dimaskdino.errors import writing
+from dimaskdino.markdown import escape
+from dimaskdino.serialization import write_text
 from dimaskdino.studies.comparison import Difference, EvaluatedRun, Quantity, difference
 from dimaskdino.studies.study import Row, Study
 
@@ -93,7 +96,7 @@ class StudyReport:
 
     def markdown(self) -> str:
         """The report as two tables: the rows, and their differences."""
-        title = f"**{self.study.title}**, scale {self.scale}: means of the seeds ± standard deviation"
+        title = f"**{escape(self.study.title)}**, scale {escape(self.scale)}: means of the seeds ± standard deviation"
         parts = [title, _table(*self._rows_table())]
         header, rows = self._differences_table()
         if rows:
@@ -113,7 +116,7 @@ class StudyReport:
         for row in self.study.rows:
             cells = [_spread(list(self.values(row.name, q).values()), q) for q in quantities]
             numbers = [_number(self.published[column][row.name].get(str(q)), q) for column, q in published]
-            rows.append([row.label, *cells, str(len(self.measured.get(row.name, {}))), *numbers])
+            rows.append([escape(row.label), *cells, str(len(self.measured.get(row.name, {}))), *numbers])
         return header, rows
 
     def _is_published(self, column: str, quantity: Quantity) -> bool:
@@ -128,7 +131,8 @@ class StudyReport:
                 outcome = self.difference(row, quantity)
                 if outcome is None or row.against is None:
                     continue
-                cells = [f"{row.label} − {self.study.row(row.against).label}", quantity.label, f"{outcome.mean:+.1f}"]
+                what = escape(f"{row.label} − {self.study.row(row.against).label}")
+                cells = [what, quantity.label, f"{outcome.mean:+.1f}"]
                 for interval in (outcome.over_images, outcome.over_seeds):
                     cells.append(f"{interval.low:+.1f} to {interval.high:+.1f}" if interval else "–")
                 cells.append(str(len(outcome.by_seed)))
@@ -139,10 +143,15 @@ class StudyReport:
         return header, rows
 
     def save(self, folder: Path) -> None:
-        """Write table.json and table.md."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.json").write_text(json.dumps(self.to_json(), indent=1) + "\n")
-        (folder / "table.md").write_text(self.markdown() + "\n")
+        """Write table.json and table.md.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "table.json", json.dumps(self.to_json(), indent=1) + "\n")
+        write_text(folder / "table.md", self.markdown() + "\n")
 
 
 def _number(value: float | None, quantity: Quantity) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dimaskdino.checkpoints.model_files import read_resume_point, resume_point_path, resume_points
+from dimaskdino.checkpoints.model_files import first_non_finite, read_resume_point, resume_point_path, resume_points
 from dimaskdino.errors import UserError, writing
 from dimaskdino.serialization import write_atomically
 
@@ -42,7 +42,11 @@ def load_resume_point(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
     remark = None
     for path in candidates:
         try:
-            return read_resume_point(path), remark
+            state = read_resume_point(path)
+            broken = first_non_finite(state["model"])
+            if broken is None:
+                return state, remark
+            remark = remark or f"{path}: {broken} is not finite"
         except UserError as error:
             remark = remark or str(error)
     if candidates:

@@ -8,7 +8,7 @@ random states and no position in the data: the step determines both, and a resum
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.nn.parallel import DistributedDataParallel
 
 from dimaskdino.checkpoints import load_checkpoint
-from dimaskdino.checkpoints.model_files import initialize_from, load_weights, save_model
+from dimaskdino.checkpoints.model_files import first_non_finite, initialize_from, load_weights, save_model
 from dimaskdino.config import Config
 from dimaskdino.config import Data as DataSettings
 from dimaskdino.data import shapes
@@ -106,11 +106,6 @@ def arrange(detector: Detector, settings: Config) -> None:
         detector.pixel_decoder.compile()
 
 
-def _first_non_finite(state: Mapping[str, Tensor]) -> str | None:
-    """Name of a tensor with infinite or NaN values, None if there is none."""
-    return next((name for name, x in state.items() if x.is_floating_point() and not bool(x.isfinite().all())), None)
-
-
 def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The tensors of an optimizer's state, named for messages."""
     return {
@@ -183,7 +178,7 @@ class Trainer:
         """
         if self.context.rank or self._saved_step == self.step:
             return
-        broken = _first_non_finite(self.detector.state_dict() | _moments(self.optimizer))
+        broken = first_non_finite(self.detector.state_dict() | _moments(self.optimizer))
         if broken is not None:
             raise NonFiniteLossError(
                 f"step {self.step}: {broken} is not finite, so nothing is saved. The newest resume point is that of "
@@ -206,7 +201,11 @@ class Trainer:
         self.model.train()
         loader = training_loader(self.data, self.config, self.step, self.context.rank, self.context.world_size)
         parts_of_steps = batches(loader)
-        with self._stop, self.folder.metrics(self.step, self.context.rank == 0) as metrics:
+        with (
+            contextlib.closing(parts_of_steps),
+            self._stop,
+            self.folder.metrics(self.step, self.context.rank == 0) as metrics,
+        ):
             progress = progress_bar(
                 total=steps, initial=self.step, description="training", disable=self.context.rank > 0
             )

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
-from dimaskdino.viz.style import BOX, CYCLE, GREY, MASK, NotebookFigure, style
+from dimaskdino.viz.style import BOX, CYCLE, GREY, MASK, NotebookFigure, data_label, style
 
 RUNNING_MEANS = 60  # about this many windows over a long run
 _SHORT = {"first_selection": "first\nselection"}
@@ -47,6 +47,7 @@ def plot_layerwise_ap(runs: Mapping[str, LayerwiseAP]) -> Figure:
         figure = NotebookFigure(figsize=(max(7.0, 1.05 * len(names)), 5.6), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.3])
         for number, (label, result) in enumerate(runs.items()):
+            label = data_label(label)
             alone = len(runs) == 1
             colours = (BOX, MASK) if alone else (CYCLE[number % len(CYCLE)],) * 2
             for kind, colour, line, marker in zip(("box", "mask"), colours, ("-", "--"), ("s", "o"), strict=True):
@@ -101,6 +102,7 @@ def plot_losses(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
         figure = NotebookFigure(figsize=(10, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         for number, (label, records) in enumerate(runs.items()):
+            label = data_label(label)
             records = [record for record in records if "loss" in record]
             steps = [record["step"] for record in records]
             if not records:
@@ -164,7 +166,7 @@ def plot_first_and_last_layer(panels: Mapping[str, Mapping[str, LayerAP]]) -> Fi
             columns = part.subplots(1, len(models), sharey=True, squeeze=False)[0]
             for axes, (name, layers) in zip(columns, models.items(), strict=True):
                 _slopes(axes, layers)
-                axes.set(title=name, xlim=(-0.75, 1.42), ylim=(min(values) - margin, max(values) + margin))
+                axes.set(title=data_label(name), xlim=(-0.75, 1.42), ylim=(min(values) - margin, max(values) + margin))
             columns[0].set_ylabel("AP (%)" if number == 0 else "")
             columns[0].legend(loc="lower right", fontsize=9, handlelength=1.2)
     return figure

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dimaskdino.modeling import Instances
 from dimaskdino.viz.curves import short_name
-from dimaskdino.viz.style import CYCLE, NotebookFigure, style
+from dimaskdino.viz.style import CYCLE, NotebookFigure, data_label, style
 
 
 def draw_instances(
@@ -47,7 +47,7 @@ def draw_instances(
             colour = CYCLE[number % len(CYCLE)]
             x0, y0, x1, y1 = instances.boxes[i].tolist()
             axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=colour, linewidth=1.6))
-            text = _label(instances, classes, i).replace("$", r"\$")
+            text = _label(instances, classes, i)
             box = {"facecolor": colour, "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
             x, y = min(max(x0, 0), width), min(max(y0, 0.065 * height), height)
             axes.text(x, y, text, fontsize=size, color="white", bbox=box, va="bottom", clip_on=True)
@@ -88,7 +88,7 @@ def _with_masks(image: Tensor, instances: Instances, kept: Sequence[int]) -> np.
 
 
 def _label(instances: Instances, classes: Sequence[str], i: int) -> str:
-    return f"{classes[int(instances.labels[i])]} {float(instances.scores[i]):.2f}"
+    return f"{data_label(classes[int(instances.labels[i])])} {float(instances.scores[i]):.2f}"
 
 
 def draw_stages(

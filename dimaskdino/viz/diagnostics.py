@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from dimaskdino.inspection.diagnostics import Calibration, GradientConflict, Survey, query_stability
 from dimaskdino.viz.curves import short_name
-from dimaskdino.viz.style import BOX, CYCLE, GREY, MASK, NotebookFigure, style
+from dimaskdino.viz.style import BOX, CYCLE, GREY, MASK, NotebookFigure, data_label, style
 
 _LINES = ("-", "--", ":", "-.")
 
@@ -27,7 +27,13 @@ def plot_imbalance_by_group(models: Mapping[str, Mapping[str, Mapping[str, float
             names = list(dict.fromkeys(stage for stages in groups.values() for stage in stages))
             for number, (group, stages) in enumerate(groups.items()):
                 x = [names.index(stage) for stage in stages]
-                axes.plot(x, list(stages.values()), marker="os^Dv<>p"[number % 8], color=CYCLE[number % 8], label=group)
+                axes.plot(
+                    x,
+                    list(stages.values()),
+                    marker="os^Dv<>p"[number % 8],
+                    color=CYCLE[number % 8],
+                    label=data_label(group),
+                )
             axes.axhline(0, color="black", linewidth=0.8)
             _stages(axes, names)
             axes.set(title=label)
@@ -94,7 +100,11 @@ def plot_selection_recall(models: Mapping[str, Survey]) -> Figure:
             bars = axes.bar(x, shares, width * 0.92, color=CYCLE[number % 8], label=label)
             axes.bar_label(bars, [f"{share:.2f}" for share in shares], padding=2, fontsize=9)
         texts = {"T_i": "$T_i$: all tokens"}
-        axes.set_xticks(range(len(selections)), [texts.get(n, f"$T_{{{n.removeprefix('T_')}}}$") for n in selections])
+        axes.set_xticks(
+            range(len(selections)),
+            [texts.get(n, f"$T_{{{n.removeprefix('T_')}}}$") for n in selections],
+            parse_math=True,
+        )
         axes.set(ylabel="share of the objects", title="Objects with at least one token on them", ylim=(0, 1.12))
         axes.grid(axis="x", visible=False)
         figure.legend(loc="outside lower center", ncols=4, fontsize=9)

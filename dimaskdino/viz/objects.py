@@ -14,7 +14,7 @@ from dimaskdino.inspection.look import Look
 from dimaskdino.inspection.objects import ObjectTrack
 from dimaskdino.viz.curves import short_name
 from dimaskdino.viz.detections import draw_instances
-from dimaskdino.viz.style import BOX, CYCLE, MASK, NotebookFigure, style
+from dimaskdino.viz.style import BOX, CYCLE, MASK, NotebookFigure, data_label, style
 from dimaskdino.viz.tokens import draw_image
 
 
@@ -28,7 +28,7 @@ def draw_objects(look: Look, track: ObjectTrack, stage: str, threshold: float = 
         for number, (x0, y0, x1, y1) in enumerate(look.sample.boxes.tolist()):
             colour = CYCLE[number % len(CYCLE)]
             truth.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=colour, linewidth=1.8))
-            name = f"{number + 1} {look.classes[int(look.sample.labels[number])]}"
+            name = f"{number + 1} {data_label(look.classes[int(look.sample.labels[number])])}"
             patch = {"facecolor": colour, "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
             truth.text(x0, y0, name, color="white", fontsize=9, bbox=patch, va="bottom", clip_on=True)
         instances = look.instances(stage)
@@ -60,7 +60,7 @@ def draw_object_stages(look: Look, stages: Sequence[str], track: ObjectTrack) ->
     with style():
         figure = NotebookFigure(figsize=(3.1 * (len(stages) + 1), 3.5), layout="constrained")
         columns = figure.subplots(1, len(stages) + 1)
-        names = [look.classes[label] for label in sample.labels.tolist()]
+        names = [data_label(look.classes[label]) for label in sample.labels.tolist()]
         _draw_numbered(columns[0], image, sample.masks.bool(), sample.boxes, dict(enumerate(names)))
         columns[0].set_title("ground truth")
         for axes, stage, rows in zip(columns[1:], stages, track.detection, strict=True):
@@ -91,7 +91,7 @@ def _draw_numbered(axes: Axes, image: Tensor, masks: Tensor | None, boxes: Tenso
         x, y = _free_place((x0, y0, x1, y1), size, (width, height), taken)
         taken.append((x, y, x + size[0], y + size[1]))
         patch = {"facecolor": colour, "edgecolor": "none", "pad": 1.2, "alpha": 0.92}
-        axes.text(x, y + size[1], text.replace("$", r"\$"), color="white", fontsize=8, bbox=patch, va="bottom")
+        axes.text(x, y + size[1], text, color="white", fontsize=8, bbox=patch, va="bottom")
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     axes.grid(False)
     axes.spines[:].set_visible(False)

@@ -23,7 +23,9 @@ _SETTINGS = {
     "legend.frameon": False,
     "figure.dpi": 110,
     "savefig.bbox": "tight",
+    "text.parse_math": False,  # names from data may hold $, _ and ^; the figures' own formulas ask for it
 }
+LONGEST_NAME = 36  # characters
 
 
 class NotebookFigure(Figure):
@@ -39,6 +41,12 @@ class NotebookFigure(Figure):
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", bbox_inches="tight")
         return buffer.getvalue(), {"alt": self.alt}
+
+
+def data_label(name: str) -> str:
+    """A name from data, such as a class, on one line and not longer than a figure can take."""
+    line = " ".join(name.split())
+    return line if len(line) <= LONGEST_NAME else f"{line[: LONGEST_NAME - 1]}…"
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def draw_image(look: Look, axes: Axes, title: str, dim: float = 0.0) -> None:
     axes.imshow(canvas + (1 - canvas) * dim, extent=(0, width, height, 0))
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     axes.grid(False)
-    axes.set_title(title)
+    axes.set_title(title, parse_math=True)
 
 
 def _boxes(look: Look, boxes: Tensor) -> np.ndarray:
@@ -181,9 +181,9 @@ def draw_token_maps(look: Look, stride: int = 8) -> Figure:
         draw_image(look, axes[0], "image")
         for each, picture, name in zip(axes[1:3], _as_colours(a, b), ("T_i", r"T_{bal}"), strict=True):
             each.imshow(picture)
-            each.set_title(f"${name}$ at stride {stride}, as colours")
+            each.set_title(f"${name}$ at stride {stride}, as colours", parse_math=True)
         moved = axes[3].imshow((b - a).norm(dim=-1) / a.norm(dim=-1), cmap="cividis")
-        axes[3].set_title(r"$|T_{bal} - T_i| \,/\, |T_i|$")
+        axes[3].set_title(r"$|T_{bal} - T_i| \,/\, |T_i|$", parse_math=True)
         figure.colorbar(moved, ax=axes[3])
         for each in axes[1:]:
             each.set(xticks=[], yticks=[])
@@ -225,10 +225,10 @@ def draw_mask_features(look: Look, query: int) -> Figure:
         draw_image(look, axes[0], f"query {query} of the last layer")
         for each, picture, name in zip(axes[1:3], pictures, names, strict=True):
             each.imshow(picture, extent=(0, far[0], far[1], 0))
-            each.set_title(f"mask features {name}, as colours")
+            each.set_title(f"mask features {name}, as colours", parse_math=True)
         for each, logit, name in zip(axes[3:], logits, names, strict=True):
             shown = each.imshow(logit.sigmoid(), extent=(0, far[0], far[1], 0), cmap="cividis", vmin=0, vmax=1)
-            each.set_title(f"its mask in {name}")
+            each.set_title(f"its mask in {name}", parse_math=True)
         figure.colorbar(shown, ax=axes[4], label="probability")
         for each in axes:
             each.add_patch(Rectangle(box[:2], *box[2:], fill=False, color=ORANGE, linewidth=1.5))

@@ -12,6 +12,7 @@ from small import trained_file
 from torch import nn
 
 from dimaskdino import config, load
+from dimaskdino.data.coco import encode_masks
 from dimaskdino.errors import UserError
 from dimaskdino.evaluation.coco_ap import AveragePrecision
 from dimaskdino.evaluation.detections import Detections
@@ -142,8 +143,8 @@ def test_calibration(tmp_path):
     content = {
         "images": [{"id": 1, "file_name": "a.png", "height": 40, "width": 40}],
         "annotations": [
-            {"id": i + 1, "image_id": 1, "category_id": 1, "bbox": boxes[i], "area": 320, "iscrowd": 0}
-            for i in range(3)
+            {"id": i + 1, "image_id": 1, "category_id": 1, "segmentation": encode_masks(mask[None])[0], "bbox": box}
+            for i, (mask, box) in enumerate(zip(masks, boxes, strict=True))
         ],
         "categories": [{"id": 1, "name": "disk"}],
     }

@@ -1,0 +1,12 @@
+"""Text from data in Markdown."""
+
+import re
+
+
+def escape(text: str) -> str:
+    """Text that comes from data, such as a file's name, to be shown by Markdown as it is: no HTML, links or styles.
+
+    Line breaks become spaces, so that the text stays in its paragraph or table cell.
+    """
+    html = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", html)

@@ -1,0 +1,46 @@
+"""Every input of `bad_inputs.py` ends in one clear line: no traceback, no hang, no silently wrong number."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from bad_inputs import BAD_INPUTS, Place, prepare
+from small import FILE, overrides
+
+from dimaskdino import cli
+from dimaskdino.training.launch import main as train
+
+SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def finished_run(shapes_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("run") / "finished"
+    assert train(str(FILE), str(run), overrides(shapes_data)) == 0
+    return run
+
+
+@pytest.mark.parametrize("title", BAD_INPUTS)
+def test_one_clear_line(title, shapes_data, finished_run, tmp_path, capfd, monkeypatch):
+    case, place = BAD_INPUTS[title], Place(tmp_path, shapes_data, finished_run)
+    prepare(place)
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in [*finished_run.rglob("*"), *shapes_data.rglob("*")] if path.is_file()}
+    capfd.readouterr()
+    monkeypatch.setattr(sys, "argv", ["dimaskdino", *map(str, case.make(place))])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    output = capfd.readouterr()
+    said = [text for text in (output.out + output.err).splitlines() if re.search(case.says, text)]
+    assert said, output
+    assert ended.value.code == case.code, output
+    assert "Traceback" not in output.out + output.err, output
+    assert len(said[0]) < 1000
+    assert not (tmp_path / "pwned").exists()
+    changed = [path for path, content in before.items() if path.read_bytes() != content]
+    assert [path for path in changed if path.name not in ("lock", "status.json", "train.log")] == []
+
+
+def test_there_are_many():
+    assert len(BAD_INPUTS) >= 150
