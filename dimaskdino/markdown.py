@@ -9,4 +9,5 @@ def escape(text: str) -> str:
     Line breaks become spaces, so that the text stays in its paragraph or table cell.
     """
     html = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    html = html.replace("://", "&#58;//")  # no automatic links
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", html)

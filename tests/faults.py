@@ -217,7 +217,7 @@ def killed(scene: Scene) -> None:
 
 def signals_at_random(scene: Scene, workers: int, processes: int) -> None:
     """Signals of three kinds at random moments, from the start of the process on."""
-    changes = ("schedule.steps=200", "train.checkpoint_every=3", f"data.workers={workers}")
+    changes = ("schedule.steps=60", "train.checkpoint_every=3", f"data.workers={workers}")
     moments = random.Random(workers + 2 * processes)
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         before = len(scene.run.read_metrics())
@@ -276,7 +276,7 @@ def hung_up(scene: Scene) -> None:
 
 @fault("SIGTERM to all processes at once, loader processes first")
 def all_terminated(scene: Scene) -> None:
-    changes = ("schedule.steps=200", "train.checkpoint_every=1000", "data.workers=2")
+    changes = ("schedule.steps=60", "train.checkpoint_every=1000", "data.workers=2")
     trainer = scene.start(*changes)
     wait_for_step(scene.run, 2)
     for child in [*children(trainer), psutil.Process(trainer.pid)]:
@@ -288,7 +288,7 @@ def all_terminated(scene: Scene) -> None:
 
 @fault("SIGTERM to a notebook's run: it saves, and the notebook says that it was stopped")
 def notebook_terminated(scene: Scene) -> None:
-    settings = json.dumps(overrides(scene.data, "schedule.steps=200", "train.checkpoint_every=1000", "data.workers=1"))
+    settings = json.dumps(overrides(scene.data, "schedule.steps=60", "train.checkpoint_every=1000", "data.workers=1"))
     command = ("run", "train", scene.run.path, f"config={FILE}", f"overrides={settings}")
     running = kit(*command)
     wait_for_step(scene.run, 2)
@@ -301,7 +301,7 @@ def notebook_terminated(scene: Scene) -> None:
     shown = [o["data"].get("text/markdown", "") for cell in cells for o in cell.get("outputs", []) if "data" in o]
     assert shown[0].startswith("**stopped**"), shown
     finish(kit(*command))
-    changes = ("schedule.steps=200", "train.checkpoint_every=1000", "data.workers=1")
+    changes = ("schedule.steps=60", "train.checkpoint_every=1000", "data.workers=1")
     assert_equal_models(scene.run.model, scene.undisturbed(*changes))
 
 
@@ -320,7 +320,7 @@ def kernel_killed(scene: Scene) -> None:
 
 @fault("SIGKILL to torchrun: its processes save and end")
 def torchrun_killed(scene: Scene) -> None:
-    changes = ("schedule.steps=400", "train.checkpoint_every=1000")
+    changes = ("schedule.steps=120", "train.checkpoint_every=1000")
     trainer = scene.start(*changes, processes=2)
     wait_for_step(scene.run, 2)
     workers = children(trainer, "training.launch")

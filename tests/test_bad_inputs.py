@@ -8,10 +8,10 @@ import pytest
 from bad_inputs import BAD_INPUTS, Place, prepare
 from small import FILE, overrides
 
-from dimaskdino import cli
+from dimaskdino import UserError, cli
+from dimaskdino.data.coco import CocoDataset
+from dimaskdino.evaluation.coco_ap import read_truth
 from dimaskdino.training.launch import main as train
-
-SECONDS = 60
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,18 @@ def test_one_clear_line(title, shapes_data, finished_run, tmp_path, capfd, monke
     assert not (tmp_path / "pwned").exists()
     changed = [path for path, content in before.items() if path.read_bytes() != content]
     assert [path for path in changed if path.name not in ("lock", "status.json", "train.log")] == []
+
+
+@pytest.mark.parametrize("title", [title for title in BAD_INPUTS if title.startswith("json: ")])
+def test_check_training_and_evaluation_refuse_the_same(title, shapes_data, tmp_path):
+    place = Place(tmp_path, shapes_data, tmp_path)
+    BAD_INPUTS[title].make(place)
+    messages = []
+    for read in (lambda: CocoDataset(tmp_path, "train"), lambda: read_truth(tmp_path / "annotations" / "train.json")):
+        with pytest.raises(UserError, match=BAD_INPUTS[title].says) as error:
+            read()
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
 
 
 def test_there_are_many():

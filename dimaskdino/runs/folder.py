@@ -111,10 +111,12 @@ class RunFolder:
         write_text(self.path / "versions.json", json.dumps(versions(), indent=1))
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, keep_finished: bool = False) -> Iterator[None]:
         """Lock the folder for this process, and write a status that says how it ended, even after an exception.
 
-        A finished run stays finished until `goes_on` is called, so that a command that is refused does not spoil it.
+        Args:
+            keep_finished: a finished run stays finished until `goes_on` is called, so that a command that is refused
+                does not spoil it.
 
         Raises:
             UserError: another process is using the folder, or it cannot be written.
@@ -130,7 +132,7 @@ class RunFolder:
             raise UserError(f"cannot lock {self.path}: {explain_os_error(error)}") from None
         try:
             self._started = {"started": _now(), "pid": os.getpid(), "host": platform.node(), "boot": _boot()}
-            self._is_finished = read_record(self.path / "status.json").get("state") == "finished"
+            self._is_finished = keep_finished and self.status()["state"] == "finished"
             if not self._is_finished:
                 self._write_status("running", **self._started)
             try:
@@ -184,10 +186,18 @@ class RunFolder:
             except OSError as error:
                 raise UserError(f"cannot write {file}: {explain_os_error(error)}") from None
 
-    def note_failure(self, reason: str) -> None:
-        """Set the status to failed; the reason of a run that has failed or stopped is kept."""
-        if self.status()["state"] not in ("failed", "stopped") or not (self.path / "status.json").exists():
-            self._write_status("failed", reason=reason, ended=_now())
+    def note_failure(self, reason: str, since: float) -> None:
+        """Set the status to failed, unless it says itself why the run failed or stopped.
+
+        Args:
+            reason: what failed.
+            since: when the work began that failed, as `time.time` gives it. A run that finished before stays finished.
+        """
+        status = self.status()
+        finished_before = status["state"] == "finished" and status.get("ended", "") < _now(since)
+        if (status["state"] in ("failed", "stopped") and "ended" in status) or finished_before:
+            return
+        self._write_status("failed", reason=reason, ended=_now())
 
     def status(self) -> dict[str, Any]:
         """How the run is going: `state`, and `reason`, `started`, `ended`, `note` where there is one. Writes nothing.
@@ -283,8 +293,8 @@ def _boot() -> str | None:
     return None
 
 
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+def _now(seconds: float | None = None) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
 
 
 # settings that do not change what a training computes

@@ -101,6 +101,7 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
     output = folder / notebook.name
     values = check_parameters(notebook, parameters)
     folder.mkdir(parents=True, exist_ok=True)
+    started = time.time()
     os.environ[NOTEBOOK_FOLDER] = str(folder.resolve())
     try:
         with _TrainingProgress(folder, echo), stop_signals_interrupt():
@@ -128,7 +129,7 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
     if interrupted:
         _finish_summary(output, "interrupted", reason)
         raise KeyboardInterrupt
-    RunFolder(folder).note_failure(reason)
+    RunFolder(folder).note_failure(reason, started)
     _finish_summary(output, "failed", reason)
     raise UserError(f"{reason}\n{where}")
 

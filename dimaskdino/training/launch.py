@@ -27,7 +27,7 @@ def main(config_file: str, run: str, overrides: list[str]) -> int:
     folder = RunFolder(Path(run))
     first = int(os.environ.get("RANK", 0)) == 0
     try:
-        with folder.running() if first else nullcontext():
+        with folder.running(keep_finished=True) if first else nullcontext():
             settings = load_settings(config_file, overrides)
             config = _starting_from(settings)
             if first:

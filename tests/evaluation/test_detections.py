@@ -13,6 +13,7 @@ from small import trained_file
 
 from dimaskdino import load
 from dimaskdino.benchmarks import coco_ap as coco_benchmark
+from dimaskdino.checkpoints import save_model
 from dimaskdino.errors import UserError
 from dimaskdino.evaluation import detections, layerwise_ap
 from dimaskdino.evaluation.detections import Detections, DetectionStore
@@ -71,6 +72,28 @@ def test_detections_of_another_model_are_replaced(model, shapes_data, tmp_path):
     finally:
         with torch.no_grad():
             model.detector.heads.label.bias -= 1
+
+
+@pytest.mark.parametrize("change", ["model.selection.k=[20, 6]", "evaluation.detections=7", "data.resize.shortest=48"])
+def test_detections_with_other_settings_are_replaced(change, model, shapes_data, tmp_path):
+    """The weights are the same, so they alone do not tell the results apart."""
+    file = tmp_path / "model.safetensors"
+    save_model(file, model.detector, model.config, model.classes, 0)
+    detect_layers(load(file), folder=tmp_path / "d")
+    assert_same(
+        detect_layers(load(file, overrides=[change]), folder=tmp_path / "d"),
+        detect_layers(load(file, overrides=[change])),
+    )
+
+
+def test_damaged_parts_are_computed_again_and_other_files_are_left_alone(model, tmp_path):
+    expected = detect_layers(model, folder=tmp_path / "d")
+    (tmp_path / "d" / "notes.txt").write_text("mine")
+    part = tmp_path / "d" / "000000.safetensors"
+    part.write_bytes(part.read_bytes()[:100])
+    assert_same(detect_layers(model, folder=tmp_path / "d"), detect_layers(model))
+    expected.remove()
+    assert [file.name for file in (tmp_path / "d").iterdir()] == ["notes.txt"]
 
 
 def test_stages_are_read_one_by_one_and_damage_is_named(model, tmp_path):

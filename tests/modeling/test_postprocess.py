@@ -1,8 +1,13 @@
 """Instances against a slow reading of the specification, section 8."""
 
+import dataclasses
+import math
+
+import pytest
 import torch
 from torch.nn.functional import interpolate
 
+from dimaskdino.errors import UserError
 from dimaskdino.modeling import Stage, postprocess
 
 
@@ -55,3 +60,15 @@ def test_a_stage_without_masks_scores_by_class():
 
 def test_more_detections_than_pairs():
     assert len(postprocess(synthetic_stage(), [(64, 96)] * 2, (64, 96), [(64, 96)] * 2, detections=100)[0].scores) == 21
+
+
+@pytest.mark.parametrize("field", ["class_logits", "boxes"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_an_error(field, value):
+    if field == "class_logits" and value == math.inf:
+        pytest.skip("the sigmoid of infinity is a score")
+    stage = synthetic_stage()
+    broken = getattr(stage, field).clone()
+    broken[1, 2, 0] = value
+    with pytest.raises(UserError, match="scores or boxes are not finite"):
+        postprocess(dataclasses.replace(stage, **{field: broken}), [(60, 90)] * 2, (64, 96), [(60, 90)] * 2)

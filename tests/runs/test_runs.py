@@ -1,6 +1,8 @@
 """Run folders, training followed from outside, and the run notebooks executed by papermill."""
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from small import FILE, overrides, settings, trained_file
 
 from dimaskdino.errors import UserError
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
-from dimaskdino.runs import RunFolder, TrainingProcess
+from dimaskdino.runs import RunFolder, TrainingProcess, distinct_names
 from dimaskdino.runs.notebooks import check_parameters, parse_parameters, run_notebook
 from dimaskdino.training.resume_points import load_resume_point
 
@@ -108,6 +110,56 @@ def test_a_damaged_configuration_is_checked_against_the_checkpoints_copy(tmp_pat
     folder.check_config(settings(shapes_data))
     with pytest.raises(UserError, match=r"other settings \(model\.classes"):
         folder.check_config(settings(shapes_data, "model.classes=9"))
+
+
+def test_a_command_that_is_refused_does_not_spoil_a_finished_run(tmp_path):
+    folder = RunFolder(tmp_path)
+    with folder.running():
+        pass
+    with pytest.raises(UserError), folder.running(keep_finished=True):
+        raise UserError("other settings")
+    assert folder.status()["state"] == "finished"
+    folder.note_failure("the notebook failed", time.time() + 2)
+    assert folder.status()["state"] == "finished"
+    folder.note_failure("the notebook failed after the training", time.time() - 60)
+    assert folder.status()["state"] == "failed"
+    with folder.running():
+        pass
+    with pytest.raises(UserError), folder.running(keep_finished=True), folder.metrics(0):  # the training changes it
+        raise UserError("the disk is full")
+    assert folder.status()["state"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOLCK, "does not support this; choose a folder on a local disk"),
+        (errno.ESTALE, "lost the file; run the command again"),
+        (errno.EROFS, "is read-only; choose a folder on another disk"),
+    ],
+)
+def test_file_systems_that_cannot_lock(number, advice, tmp_path, monkeypatch):
+    def acquire(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    with pytest.raises(UserError, match=rf"cannot lock {tmp_path}: .*{advice}"), RunFolder(tmp_path).running():
+        pass
+    (tmp_path / "lock").touch()
+    (tmp_path / "status.json").write_text('{"state": "running", "host": "node7"}')
+    assert "as node7 left it" in RunFolder(tmp_path).status()["note"]
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path):
+    assert distinct_names(["runs/a", "runs/b"]) == ["a", "b"]
+    assert distinct_names(["x/runs/a", "y/runs/a", "b"]) == [
+        "x/runs/a",
+        "y/runs/a",
+        f"{Path.cwd().parts[-2]}/{Path.cwd().name}/b",
+    ]
+    assert distinct_names([]) == []
+    with pytest.raises(UserError, match="listed twice"):
+        distinct_names(["runs/a", Path("runs/a")])
 
 
 def wait_until(condition, seconds: float = 60) -> None:

@@ -1,6 +1,9 @@
 """Figures show the numbers they are given."""
 
+import io
+
 import numpy as np
+import pytest
 import torch
 
 from dimaskdino import config
@@ -103,6 +106,26 @@ def test_instances_above_the_threshold_are_drawn():
     picture, metadata = figure._repr_png_()
     assert picture.startswith(b"\x89PNG")
     assert metadata == {"alt": "Figure: decoder input; layer 1"}
+
+
+@pytest.mark.parametrize(
+    "name", ["$", "a_b^c", "$x$", "cup $5 and $6", "\\frac", "$\\undefined{", "word " * 500, "x" * 10_000, "a\nb\nc"]
+)
+def test_any_name_can_be_drawn(name):
+    """A class or run is shown as it is called, shortened if it is long: no formula, no failure, no hang."""
+    boxes = torch.tensor([[2.0, 2, 20, 20]])
+    instances = Instances(boxes, torch.tensor([0.9]), torch.tensor([0]), None, torch.tensor([0]))
+    figure = draw_instances(torch.zeros(3, 40, 40, dtype=torch.uint8), instances, [name])
+    record = {
+        "step": 1,
+        "loss": 2.0,
+        "losses": {f"decoder.1/{t}": 1.0 for t in ("label", "l1", "giou", "mask", "dice")},
+    }
+    for each in (figure, plot_losses({name: [record]}), plot_layerwise_ap({name: RESULT, "other": RESULT})):
+        each.savefig(io.BytesIO(), format="png", dpi=40)
+    shown = figure.axes[0].texts[0].get_text()
+    assert shown.startswith(" ".join(name.split())[:30])
+    assert len(shown) < 50
 
 
 def test_matching_frames_each_pair_in_its_cell():
