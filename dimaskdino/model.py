@@ -322,10 +322,12 @@ def find_device(device: str | torch.device = "auto") -> torch.device:
     """
     if device == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if str(device).startswith("mps") and not torch.backends.mps.is_available():
+        raise UserError(f"the device '{device}' cannot be used here: PyTorch finds no Apple GPU")
     try:
         return torch.zeros(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise UserError(f"the device '{device}' cannot be used here: {reason}") from None
 
 

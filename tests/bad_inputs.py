@@ -12,6 +12,7 @@ import shlex
 import shutil
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -725,3 +726,26 @@ def row_names(name: str) -> None:
 
 for _name in ("../../evil", "/etc/evil", "a/b", "", "..", ".hidden", "a b", "a\\b"):
     row_names(_name)
+
+
+KINDS = {
+    "json": "annotation files",
+    "image": "images",
+    "image of a dataset": "images",
+    "setting": "configurations",
+    "configuration": "configurations",
+    "model": "checkpoint files",
+    "convert": "checkpoint files",
+    "run": "parameters of notebooks",
+}
+
+
+def counts() -> dict[str, int]:
+    """Number of inputs of each kind."""
+    kinds = Counter(KINDS.get(title.partition(":")[0], "command lines and paths") for title in BAD_INPUTS)
+    return dict(kinds.most_common())
+
+
+if __name__ == "__main__":
+    file = Path(__file__).parent.parent / "docs" / "measurements" / "bad_inputs.json"
+    file.write_text(json.dumps(counts(), indent=1) + "\n")

@@ -1,11 +1,12 @@
 """Every input of `bad_inputs.py` ends in one clear line: no traceback, no hang, no silently wrong number."""
 
+import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
-from bad_inputs import BAD_INPUTS, Place, prepare
+from bad_inputs import BAD_INPUTS, Place, counts, prepare
 from small import FILE, overrides
 
 from dimaskdino import UserError, cli
@@ -54,5 +55,7 @@ def test_check_training_and_evaluation_refuse_the_same(title, shapes_data, tmp_p
     assert messages[0] == messages[1]
 
 
-def test_there_are_many():
+def test_there_are_many_and_the_record_counts_them():
+    record = Path(__file__).parent.parent / "docs" / "measurements" / "bad_inputs.json"
+    assert json.loads(record.read_text()) == counts(), "run `python tests/bad_inputs.py`"
     assert len(BAD_INPUTS) >= 150

@@ -1,8 +1,13 @@
 """Settings: files that extend others, overrides, and errors that name the key."""
 
+import contextlib
+import json
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dimaskdino.config import Config, dump_config, keys_of, load_config
 from dimaskdino.errors import UserError
@@ -131,3 +136,39 @@ def test_files_in_another_encoding_and_odd_bases_are_named(tmp_path):
     (tmp_path / "number.yaml").write_text("extends: 5")
     with pytest.raises(UserError, match=r"number.yaml: extends must be the path of a YAML file, got 5"):
         load_config(tmp_path / "number.yaml")
+
+
+plain = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8)
+values = st.recursive(
+    plain, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+)
+keys = st.sampled_from(keys_of()) | st.sampled_from(["model", "data", "train", "loss.cost"]) | st.text(max_size=12)
+
+
+@settings(max_examples=400, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(assignments=st.lists(st.tuples(keys, values), max_size=4))
+def test_any_setting_is_refused_in_words_or_survives_a_round_trip(assignments, tmp_path):
+    overrides = [f"{key}={json.dumps(value)}" for key, value in assignments]
+    try:
+        config = load_config(CONFIGS / "shapes" / "dimaskdino_r18.yaml", overrides)
+    except UserError:  # any other error fails
+        return
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+@settings(max_examples=400, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tree=st.dictionaries(st.sampled_from([*Config.model_fields, "extends", "MODEL", "x"]), values, max_size=4))
+def test_any_file_is_refused_in_words_or_is_a_configuration(tree, tmp_path):
+    try:
+        config = load_config(write(tmp_path, yaml.safe_dump(tree)))
+    except UserError:  # any other error fails
+        return
+    assert isinstance(config, Config)
+
+
+@settings(max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(max_size=60) | st.binary(max_size=60).map(lambda raw: raw.decode("latin1")))
+def test_any_text_is_refused_in_words_or_is_a_configuration(text, tmp_path):
+    (tmp_path / "any.yaml").write_text(text, encoding="utf-8", errors="surrogateescape")
+    with contextlib.suppress(UserError):  # any other error fails
+        assert isinstance(load_config(tmp_path / "any.yaml"), Config)

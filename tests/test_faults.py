@@ -1,5 +1,8 @@
 """Every fault of `faults.py`, and that none of them is forgotten here."""
 
+import json
+from pathlib import Path
+
 import pytest
 from faults import FAULTS, NotPossible, Scene
 
@@ -16,5 +19,8 @@ def test_nothing_is_lost(title, shapes_data, tmp_path):
         pytest.skip(str(reason))
 
 
-def test_there_are_many():
+def test_there_are_many_and_the_record_has_them_all():
+    record = json.loads((Path(__file__).parent.parent / "docs" / "measurements" / "faults.json").read_text())
+    assert list(record["faults"]) == list(FAULTS), "run `python tests/faults.py --output docs/measurements/faults.json`"
+    assert set(record["faults"].values()) == {"survived"}
     assert len(FAULTS) >= 30

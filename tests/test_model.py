@@ -251,6 +251,13 @@ def test_devices_and_precisions(shapes_data, tmp_path, pixels):
         dimaskdino.load(file, device="gpu")
 
 
+def test_an_apple_gpu_that_is_not_there():
+    if torch.backends.mps.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(UserError, match="'mps' cannot be used here: PyTorch finds no Apple GPU"):
+        dimaskdino.load("dimaskdino-shapes", device="mps")
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
