@@ -230,9 +230,14 @@ def _discard(partial: Path) -> None:
 
 
 def _system_error(path: Path, error: Exception) -> OSError | None:
-    """The operating system's reason for a failed write; torch's writer does not pass it on, so a write is tried."""
+    """The operating system's reason for a failed write.
+
+    safetensors names its number in the message. torch's writer does not pass it on, so a write is tried.
+    """
     if isinstance(error, OSError):
         return error
+    if number := re.search(r"os error (\d+)", str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])))
     try:
         with path.open("ab") as file:
             file.write(bytes(1 << 16))

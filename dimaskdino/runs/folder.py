@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ import filelock
 import torch
 
 from dimaskdino.checkpoints.model_files import recorded_config
-from dimaskdino.config import Config, dump_config, load_config
+from dimaskdino.config import Config, dump_config, load_config, read_tree
 from dimaskdino.errors import Stopped, UserError, explain_os_error, writing
 from dimaskdino.serialization import write_text
 
@@ -93,7 +94,8 @@ class RunFolder:
     def _config_before(self) -> Config | None:
         """The configuration of the run in this folder: config.yaml or, if that is damaged, the checkpoints' copy."""
         try:
-            return load_config(self.path / "config.yaml")
+            complete = Config.model_fields.keys() <= read_tree(self.path / "config.yaml").keys()
+            return load_config(self.path / "config.yaml") if complete else recorded_config(self.path)
         except UserError:
             return recorded_config(self.path)
 
@@ -140,7 +142,7 @@ class RunFolder:
             except BaseException as error:
                 if not self._is_finished:
                     state: State = "stopped" if isinstance(error, Stopped) else "failed"
-                    reason = str(error) or type(error).__name__
+                    reason = _reason(error, self.path)
                     with contextlib.suppress(UserError):  # a full disk must not hide what happened
                         self._write_status(state, reason=reason, started=self._started["started"], ended=_now())
                 raise
@@ -178,6 +180,8 @@ class RunFolder:
         try:
             write_text(file, text)
         except UserError:
+            if not file.exists():
+                raise
             # on a full disk the old file's own block is still there to be used
             try:
                 with file.open("r+") as stream:
@@ -237,7 +241,8 @@ class RunFolder:
         write_text(file, "".join(kept))
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by training alone
 
-        with file.open("a") as stream, SummaryWriter(str(self.path / "tensorboard"), purge_step=step) as board:
+        board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+        with file.open("a") as stream, _one_report_of_disk_errors(), board:
             yield Metrics(stream, board)
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -248,6 +253,17 @@ class RunFolder:
         lines = file.read_text(errors="replace").split("\n")[:-1]  # after the last line end: still being written
         records = (_parse_record(line) for line in lines)
         return [record for record in records if isinstance(record.get("step"), int)]
+
+
+@contextlib.contextmanager
+def _one_report_of_disk_errors() -> Iterator[None]:
+    """Keep tensorboard's thread from printing a traceback of a full disk, which the main thread reports in one line."""
+    before = threading.excepthook
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else before(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 class Metrics:
@@ -268,6 +284,12 @@ class Metrics:
 
 
 _VANISHED = "the process vanished; it was probably killed. Run the same command again to resume"
+
+
+def _reason(error: BaseException, folder: Path) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename or folder}: {explain_os_error(error)}"
+    return str(error) or type(error).__name__
 
 
 def read_record(file: Path) -> dict[str, Any]:

@@ -19,7 +19,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.nn.parallel import DistributedDataParallel
 
 from dimaskdino.checkpoints import load_checkpoint
-from dimaskdino.checkpoints.model_files import first_non_finite, initialize_from, load_weights, save_model
+from dimaskdino.checkpoints.model_files import (
+    first_non_finite,
+    initialize_from,
+    load_weights,
+    resume_point_path,
+    save_model,
+)
 from dimaskdino.config import Config
 from dimaskdino.config import Data as DataSettings
 from dimaskdino.data import shapes
@@ -131,6 +137,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(context.device.type, enabled=config.train.precision == "fp16")
         self.step = 0
         self._saved_step = -1  # of the newest resume point
+        self._resumed_at = -1
         self._changed: dict[str, Any] = {}  # settings that differ from those of the resumed run
         self._resume()
         arrange(self.detector, config)
@@ -157,7 +164,7 @@ class Trainer:
             group["base_lr"] = rate  # a resumed run may change the learning rate
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.step = self._saved_step = state["step"]
+        self.step = self._saved_step = self._resumed_at = state["step"]
         # validated first: settings that are newer than the run then have their defaults, and are no change
         before = Config.model_validate_json(state["config"]).model_dump(mode="json")
         self._changed = changed_settings(before, self.config.model_dump(mode="json"))
@@ -315,9 +322,14 @@ class Trainer:
         files = ", ".join(file for _, found in guilty for file in found)
         self._save()
         self.context.barrier()
+        advice = (
+            "look at these images, or lower optimizer.lr, or use train.precision=fp32, and run the same command again"
+        )
+        if self.step == self._resumed_at:  # what ruined the weights may have happened before they were saved
+            newest = resume_point_path(self.folder.checkpoints, self.step)
+            advice += f". If that does not help, delete {newest} to go back to the resume point before it"
         raise NonFiniteLossError(
-            f"step {self.step}: {what}. Images of this batch: {files}. The state before this step is saved; look at "
-            "these images, or lower optimizer.lr, or use train.precision=fp32, and run the same command again"
+            f"step {self.step}: {what}. Images of this batch: {files}. The state before this step is saved; {advice}"
         )
 
     def _record(self, terms: dict[str, Tensor], norm: Tensor, seconds: float) -> dict[str, Any]:
