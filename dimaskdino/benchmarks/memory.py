@@ -4,16 +4,17 @@ Memory that is not given back shows as growth: the resident memory of this proce
 growth is the slope of a line through the second half of the readings, after everything has been used once.
 """
 
+import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-import torch
 import tyro
+from torch import nn
 
 import dimaskdino
 from dimaskdino.benchmarks.coco_ap import write_synthetic
@@ -21,6 +22,7 @@ from dimaskdino.benchmarks.explorers import change_all, explorers
 from dimaskdino.config import load_config
 from dimaskdino.data.shapes import ensure
 from dimaskdino.evaluation.coco_ap import average_precision, read_truth
+from dimaskdino.modeling import Detector
 from dimaskdino.progress import progress_bar
 from dimaskdino.resources import find_config
 from dimaskdino.runs.folder import RunFolder, environment
@@ -48,6 +50,10 @@ def measure(title: str, times: int, work: Iterator[None]) -> dict[str, Any]:
         next(work)
         if (number + 1) % (times // READINGS) == 0:
             readings.append(resident())
+    return _result(times, readings)
+
+
+def _result(times: int, readings: list[float]) -> dict[str, Any]:
     return {"times": times, "mebibytes": [round(value, 1) for value in readings], "growth": round(growth(readings), 1)}
 
 
@@ -60,32 +66,20 @@ def _training_steps(steps: int, folder: Path) -> dict[str, Any]:
     ]
     config = load_config(find_config("shapes/dimaskdino_r18"), overrides)
     readings: list[float] = []
-    run = RunFolder(folder / "run")
-    every = steps // READINGS
+    run, calls = RunFolder(folder / "run"), itertools.count(1)
 
-    def read(module: Any, inputs: Any, outputs: Any) -> None:
-        read.calls += 1  # type: ignore[attr-defined]
-        if read.calls % every == 0:  # type: ignore[attr-defined]
+    def read(module: nn.Module, inputs: Any, outputs: Any) -> None:
+        if isinstance(module, Detector) and next(calls) % (steps // READINGS) == 0:
             readings.append(resident())
 
-    read.calls = 0  # type: ignore[attr-defined]
     ensure(config.data)
-    hook = torch.nn.modules.module.register_module_forward_hook(_of_detector(read))
+    hook = nn.modules.module.register_module_forward_hook(read)
     try:
-        train(config, run)
+        with run.running():
+            train(config, run)
     finally:
         hook.remove()
-    return {"times": steps, "mebibytes": [round(value, 1) for value in readings], "growth": round(growth(readings), 1)}
-
-
-def _of_detector(read: Callable[..., None]) -> Callable[..., None]:
-    from dimaskdino.modeling import Detector
-
-    def hook(module: Any, inputs: Any, outputs: Any) -> None:
-        if isinstance(module, Detector):
-            read(module, inputs, outputs)
-
-    return hook
+    return _result(steps, readings)
 
 
 def _predictions() -> Iterator[None]:
@@ -98,8 +92,9 @@ def _predictions() -> Iterator[None]:
 
 
 def _explorer_changes() -> Iterator[None]:
+    made = explorers().values()  # once: the widgets of a closed notebook cell stay registered with the kernel
     while True:
-        for explorer, changes in explorers().values():
+        for explorer, changes in made:
             yield from change_all(explorer, changes)
 
 
@@ -124,6 +119,8 @@ def main(
 ) -> None:
     """Measure the memory of training steps, predictions, changes of explorers and scored stages.
 
+    A number of 0 leaves a measurement as it is in the file.
+
     Args:
         steps: Number of training steps.
         predictions: Number of predicted images.
@@ -132,16 +129,18 @@ def main(
         stages: Number of scored stages of it.
         output: File for the result, json.
     """
+    record = json.loads(output.read_text())["memory"] if output and output.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        record = {
-            "training steps": _training_steps(steps, folder),
-            "predictions": measure("predictions", predictions, _predictions()),
-            "explorer changes": measure("explorer changes", changes, _explorer_changes()),
-            f"scored stages of {images:,} images": measure(
-                "scored stages", stages, _scored_stages(images, folder / "evaluation")
-            ),
-        }
+        if steps:
+            record["training steps"] = _training_steps(steps, folder)
+        if predictions:
+            record["predictions"] = measure("predictions", predictions, _predictions())
+        if changes:
+            record["explorer changes"] = measure("explorer changes", changes, _explorer_changes())
+        if stages:
+            work = _scored_stages(images, folder / "evaluation")
+            record[f"scored stages of {images:,} images"] = measure("scored stages", stages, work)
     for what, result in record.items():
         first, last = result["mebibytes"][len(result["mebibytes"]) // 2], result["mebibytes"][-1]
         print(f"{result['times']:>5} {what:<32} {first:8.0f} to {last:8.0f} MiB, growth {result['growth']:+.1f} MiB")
