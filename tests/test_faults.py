@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from faults import FAULTS, NotPossible, Scene
 
-QUICK = ("SIGKILL before", "SIGTERM to all", "two runs", "other settings", "a damaged image", "a disk that fills")
+QUICK = ("SIGKILL before", "other settings", "a damaged image", "a disk that fills")
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ records = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(annotations=st.lists(records | anything, max_size=4))
 def test_whatever_is_accepted_can_be_drawn_and_scored(annotations, tmp_path):
     """Any json is either refused in words, or its records are complete: masks, boxes and AP can be computed."""
@@ -164,7 +164,7 @@ def test_whatever_is_accepted_can_be_drawn_and_scored(annotations, tmp_path):
     assert ap is None or 0 <= ap <= 100.0001
 
 
-@settings(max_examples=300, deadline=2000)
+@settings(max_examples=300, deadline=None)
 @given(mask=st.lists(st.lists(st.booleans(), min_size=1, max_size=7), min_size=1, max_size=7))
 def test_run_lengths_of_any_mask(mask):
     width = min(map(len, mask))
@@ -176,7 +176,7 @@ def test_run_lengths_of_any_mask(mask):
     assert np.array_equal(values.reshape(array.shape, order="F"), array)
 
 
-@settings(max_examples=500, deadline=2000)
+@settings(max_examples=500, deadline=None)
 @given(counts=st.text(alphabet=[chr(c) for c in range(40, 125)], max_size=30) | st.lists(st.integers(), max_size=8))
 def test_run_lengths_that_pass_the_check_decode_to_zeros_and_ones(counts):
     encoded = {"size": [4, 5], "counts": counts}

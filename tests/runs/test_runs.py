@@ -313,4 +313,4 @@ def test_a_notebook_that_fails_says_why_and_keeps_what_it_did(shapes_data, tmp_p
     assert "train.batch_size" in RunFolder(tmp_path).status()["reason"]
     text = summary_of(tmp_path / "train.ipynb")
     assert text.startswith("**failed**")
-    assert "train.batch_size" in text
+    assert r"train.batch\_size" in text
