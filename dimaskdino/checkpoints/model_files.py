@@ -101,10 +101,10 @@ def load_model_file(path: Path, overrides: Iterable[str] = ()) -> TrainedModel:
         settings = parse_config(json.loads(config), overrides, str(path))
     except ValueError as error:
         raise UserError(f"the configuration in {path} is damaged ({error}); take another copy of the file") from None
-    if len(classes) != settings.model.classes:
-        raise UserError(f"{path} names {len(classes)} classes, its model has {settings.model.classes} (model.classes)")
     detector = Detector(settings.model.without_backbone_weights())
     load_weights(detector, weights, str(path))
+    if len(classes) != settings.model.classes:
+        raise UserError(f"{path} names {len(classes)} classes, its model has {settings.model.classes} (model.classes)")
     return TrainedModel(detector.eval(), settings, classes, step)
 
 
