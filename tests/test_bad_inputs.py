@@ -22,12 +22,7 @@ def finished_run(shapes_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return run
 
 
-SLOW = ("model", "convert", "image", "evaluate", "train", "run", "export")  # they load a model, or start much
-
-
-@pytest.mark.parametrize(
-    "title", [pytest.param(t, marks=pytest.mark.slow) if t.startswith(SLOW) else t for t in BAD_INPUTS]
-)
+@pytest.mark.parametrize("title", BAD_INPUTS)
 def test_one_clear_line(title, shapes_data, finished_run, tmp_path, capfd, monkeypatch):
     case, place = BAD_INPUTS[title], Place(tmp_path, shapes_data, finished_run)
     prepare(place)
