@@ -69,8 +69,6 @@ def predict_files(
     result = FilesReport([], output / "predictions.json")
     coco = _CocoWriter(model)
     progress = progress_bar(total=len(files), description="predicting", unit="file")
-    with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
     try:
         for start in range(0, len(files), batch_size):
             chunk = list(zip(files[start : start + batch_size], targets[start : start + batch_size], strict=True))

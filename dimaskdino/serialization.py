@@ -177,10 +177,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return {name: torch.as_tensor(value) for name, value in state.items()}
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file so that readers see the old content or the new one, never a part.
 
-    The content is written beside the target, flushed to disk, then renamed.
+    The content is written beside the target, flushed to disk, then renamed. The folder is made if it does not exist.
 
     Args:
         path: the target.
@@ -191,6 +191,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """
     partial = path.with_name(path.name + ".partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
         permissions = partial.stat().st_mode
         write(partial)
@@ -214,11 +215,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    write_atomically(path, lambda partial: _write_text(partial, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _discard(partial: Path) -> None:

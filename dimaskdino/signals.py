@@ -20,8 +20,11 @@ _PARENT = "DIMASKDINO_PARENT"  # id of a process whose end ends this one
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """SIGTERM and SIGINT, and SIGHUP where there is one."""
-    return tuple(signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+    """SIGTERM and SIGINT, and SIGHUP where there is one and nobody asked to ignore it, as nohup does."""
+    names = ["SIGTERM", "SIGINT"]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        names.append("SIGHUP")
+    return tuple(signal.Signals[name] for name in names)
 
 
 class StopRequest:

@@ -54,5 +54,5 @@ def trained_file(path: Path, data: Path, *changes: str) -> Path:
     """A small model with random weights, as a file that `load_model` reads."""
     torch.manual_seed(0)
     settings = load_config(FILE, [*MODEL, *RUN, f"data.root={data}", *changes])
-    save_model(path, Detector(settings.model), settings, list(CLASSES), 0)
+    save_model(path, Detector(settings.model), settings, list(CLASSES[: settings.model.classes]), 0)
     return path

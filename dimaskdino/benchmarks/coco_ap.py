@@ -147,7 +147,7 @@ def measure(images: int, stages: int, detections: int) -> dict[str, Any]:
         written = time.perf_counter() - started
         size = sum(file.stat().st_size for file in store.folder.iterdir())
         started = time.perf_counter()
-        result = score_layers(store, annotations, "synthetic")
+        result = score_layers(store, read_truth(annotations), "synthetic")
         scored = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         return {

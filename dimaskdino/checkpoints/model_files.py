@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dimaskdino.config import Config, parse_config
-from dimaskdino.errors import UserError, writing
+from dimaskdino.errors import UserError
 from dimaskdino.modeling import Detector, ImageBatch, Predictions
 from dimaskdino.modeling.precision import Precision, autocast
 from dimaskdino.serialization import read_pt, read_safetensors, write_atomically
@@ -76,8 +76,6 @@ def save_model(
     Raises:
         UserError: the file cannot be written.
     """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"config": config.model_dump_json(), "classes": json.dumps(classes), "step": str(step)}
     state = {key: value.detach().cpu().contiguous() for key, value in detector.state_dict().items()}
     if half:

@@ -13,7 +13,7 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from dimaskdino import config
 from dimaskdino.checkpoints.model_files import TrainedModel, load_weights
 from dimaskdino.config import parse_config
-from dimaskdino.errors import UserError, writing
+from dimaskdino.errors import UserError
 from dimaskdino.modeling import Detector
 from dimaskdino.modeling.backbone_weights import recognise_resnet
 from dimaskdino.serialization import read_state_dict, write_atomically
@@ -282,8 +282,6 @@ def convert_backbone(path: Path, output: Path) -> tuple[str, int]:
         UserError: it is no ResNet of torchvision.
     """
     name, state = recognise_resnet(path)
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(
         output, lambda partial: save_file({key: value.contiguous() for key, value in state.items()}, partial)
     )

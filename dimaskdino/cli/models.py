@@ -104,19 +104,18 @@ def _beside(source: str) -> Path:
 
 def _score(model: "Model", store: "DetectionStore", split: str | None, folder: Path, draws: int) -> None:
     """Score the detections, write the results to a folder and print them."""
-    from dimaskdino.data.annotations import read_annotations
     from dimaskdino.evaluation.bootstrap import bootstrap
-    from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, annotations_of, score_layers
+    from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, score_layers, truth_of
     from dimaskdino.viz import plot_layerwise_ap
 
-    annotations, source = annotations_of(model, split)
-    result = score_layers(store, annotations, source)
+    truth, source = truth_of(model, split)
+    result = score_layers(store, truth, source)
     print(result.table())
-    for line in (*read_annotations(annotations).remarks, *result.remarks):
+    for line in result.remarks:
         print(f"note: {line}", file=sys.stderr)
     if draws:
         chosen = dict.fromkeys(name for name in (FIRST_LAYER, next(reversed(result.stages))) if name in result.stages)
-        resampled = bootstrap({name: store[name] for name in chosen}, annotations, draws)
+        resampled = bootstrap({name: store[name] for name in chosen}, truth, draws)
         resampled.save(folder / "bootstrap.npz")
         for name, (low, high) in resampled.intervals().items():
             print(f"{name} AP: {low:.1f} to {high:.1f} (95 % interval, {draws} resamples of the images)")

@@ -1,7 +1,6 @@
 """Options that several commands share."""
 
 import os
-import subprocess
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,9 +65,7 @@ def relaunch_distributed(count: int) -> None:
         from dimaskdino.runs.processes import launch_command
 
         command, environment = launch_command("dimaskdino", sys.argv[1:], count)
-        if hasattr(os, "fork"):
-            os.execve(sys.executable, command, os.environ | environment)  # signals then reach torchrun directly
-        sys.exit(subprocess.run(command, env=os.environ | environment, check=False).returncode)
+        os.execve(sys.executable, command, os.environ | environment)  # signals then reach torchrun directly
 
 
 def print_remarks(settings: "PublishedSettings") -> None:

@@ -241,9 +241,9 @@ def _parse(file: Path) -> dict[str, Any]:
 def _validate(records: list[Any], part: str, mended: Counter[str]) -> tuple[list[dict[str, Any]], list[str]]:
     """The valid records, and what is wrong with the others."""
     what = {"images": "image", "categories": "category", "annotations": "annotation"}[part]
-    schema, counts = _SCHEMAS[part], Counter(mended)
+    counts: Counter[str] = Counter()  # not those of a pass that fails
     try:
-        valid: list[Any] = schema.validate_python(records, context=counts)
+        valid: list[Any] = _SCHEMAS[part].validate_python(records, context=counts)
     except ValidationError as error:
         wrong: dict[int, str] = {}
         for problem in error.errors(include_url=False):
@@ -252,7 +252,7 @@ def _validate(records: list[Any], part: str, mended: Counter[str]) -> tuple[list
         rest = [record for index, record in enumerate(records) if index not in wrong]
         valid, _ = _validate(rest, part, mended)
         return valid, list(wrong.values())
-    mended.update(counts - mended)
+    mended.update(counts)
     return valid, []
 
 

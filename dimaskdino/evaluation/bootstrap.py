@@ -15,8 +15,8 @@ import numpy as np
 from hotcoco import COCO, COCOeval
 from jaxtyping import Bool, Float, Int
 
-from dimaskdino.errors import UserError, writing
-from dimaskdino.evaluation.coco_ap import IOU_TYPE, Kind, read_truth
+from dimaskdino.errors import UserError
+from dimaskdino.evaluation.coco_ap import IOU_TYPE, Kind
 from dimaskdino.evaluation.detections import Detections
 from dimaskdino.progress import progress_bar
 from dimaskdino.serialization import write_atomically
@@ -49,8 +49,6 @@ class BootstrapAP:
         Raises:
             UserError: the file cannot be written.
         """
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {name: values.astype(np.float32) for name, values in self.samples.items()}
         write_atomically(path, lambda partial: _save_arrays(partial, images=np.array(self.images), **arrays))
 
@@ -76,15 +74,14 @@ def _save_arrays(path: Path, **arrays: np.ndarray) -> None:
         np.savez(file, **arrays)
 
 
-def bootstrap(by_stage: Mapping[str, Detections], annotations: Path, draws: int = DRAWS) -> BootstrapAP:
+def bootstrap(by_stage: Mapping[str, Detections], truth: COCO, draws: int = DRAWS) -> BootstrapAP:
     """AP on resampled images, for every stage and kind.
 
     Args:
         by_stage: detections by stage name. A stage takes a few seconds for 200 images, up to ten minutes for 5,000.
-        annotations: the ground truth, COCO json.
+        truth: the annotations, from `read_truth`.
         draws: number of bootstrap resamples.
     """
-    truth = read_truth(annotations)
     ids = sorted(image["id"] for image in truth.dataset["images"])
     weights = image_draws(len(ids), draws)
     samples = {}

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dimaskdino.checkpoints.model_files import TrainedModel
-from dimaskdino.errors import UserError, writing
+from dimaskdino.errors import UserError
 from dimaskdino.modeling import Instances
 from dimaskdino.serialization import write_atomically, write_text
 
@@ -162,8 +162,6 @@ class DetectionStore(Mapping[str, Detections]):
                 raise UserError(f"no process prepared {self.folder}; is it on a disk that all machines share?")
         if not self._is_about(text):
             self.remove()
-            with writing(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self._note, text)
 
     @property

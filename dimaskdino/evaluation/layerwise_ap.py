@@ -2,15 +2,18 @@
 
 import contextlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hotcoco import COCO
+
 from dimaskdino.checkpoints.model_files import TrainedModel
 from dimaskdino.data.coco import find_split
 from dimaskdino.data.dataloader import Batch, batches, evaluation_dataset, evaluation_loader, explaining_dead_workers
-from dimaskdino.errors import UserError, writing
+from dimaskdino.errors import UserError
 from dimaskdino.evaluation.coco_ap import AveragePrecision, average_precision, read_truth
 from dimaskdino.evaluation.detections import Detections, DetectionStore, file_digest, fingerprint
 from dimaskdino.modeling import ImageBatch, Predictions, Stage, postprocess
@@ -108,8 +111,6 @@ class LayerwiseAP:
             }
             for name, stage in self.stages.items()
         }
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"source": self.source, "images": self.images, "stages": stages}, indent=1))
 
     @classmethod
@@ -161,24 +162,23 @@ def evaluate_layers(
         UserError: a stage is unknown, the model has another number of classes than the data, or the data are unusable.
     """
     by_stage = detect_layers(model, split, stages, folder)
-    return score_layers(by_stage, *annotations_of(model, split))
+    return score_layers(by_stage, *truth_of(model, split))
 
 
-def annotations_of(model: TrainedModel, split: str | None = None) -> tuple[Path, str]:
+def truth_of(model: TrainedModel, split: str | None = None) -> tuple[COCO, str]:
     """The annotations that a model is evaluated on, and the `source` of the result."""
-    annotations, _ = find_split(model.config.data.root, split or model.config.data.val)
-    return annotations, f"step {model.step}, {annotations}"
+    file, _ = find_split(model.config.data.root, split or model.config.data.val)
+    return read_truth(file), f"step {model.step}, {file}"
 
 
-def score_layers(by_stage: Mapping[str, Detections], annotations: Path, source: str) -> LayerwiseAP:
+def score_layers(by_stage: Mapping[str, Detections], truth: COCO, source: str) -> LayerwiseAP:
     """Box and mask AP of the detections of each stage.
 
     Args:
         by_stage: detections by stage name; a `DetectionStore` keeps one stage in memory at a time.
-        annotations: the ground truth, COCO json.
+        truth: the annotations, from `read_truth`.
         source: which model was evaluated on which data, for people.
     """
-    truth = read_truth(annotations)
     scored = {}
     for name in progress_bar(by_stage, "scoring"):
         detections = by_stage[name]
@@ -210,6 +210,9 @@ def detect_layers(
     settings = model.config
     data = evaluation_dataset(settings, split)
     data.check_classes(settings.model.classes)
+    if shard[0] == 0:
+        for line in data.annotations.remarks:
+            print(f"note: {line}", file=sys.stderr)
     about = {
         "weights": fingerprint(model),
         "model": settings.model.model_dump(mode="json"),

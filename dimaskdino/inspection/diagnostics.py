@@ -9,12 +9,11 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from hotcoco import COCOeval
+from hotcoco import COCO, COCOeval
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
@@ -25,7 +24,7 @@ from dimaskdino.checkpoints.model_files import TrainedModel
 from dimaskdino.data.coco import CocoDataset
 from dimaskdino.data.dataloader import batches, evaluation_loader
 from dimaskdino.data.transforms import resize_with_objects
-from dimaskdino.evaluation.coco_ap import IOU_TYPE, Kind, read_truth
+from dimaskdino.evaluation.coco_ap import IOU_TYPE, Kind
 from dimaskdino.evaluation.detections import Detections
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.inspection.objects import mask_iou
@@ -234,19 +233,16 @@ class Calibration:
     error: float
 
 
-def calibration(
-    detections: Detections, annotations: Path, kind: Kind, threshold: float = 0.5, bins: int = 10
-) -> Calibration:
+def calibration(detections: Detections, truth: COCO, kind: Kind, threshold: float = 0.5, bins: int = 10) -> Calibration:
     """Compare the scores with the fraction of right detections, by hotcoco.
 
     Args:
         detections: the detections of one stage.
-        annotations: the ground truth, COCO json.
+        truth: the annotations, from `read_truth`.
         kind: boxes or masks.
         threshold: smallest IoU of a right detection, one of COCO's: 0.50, 0.55, … 0.95.
         bins: number of score bins.
     """
-    truth = read_truth(annotations)
     evaluation = COCOeval(
         truth, truth.load_res(detections.boxes if kind == "box" else detections.masks), IOU_TYPE[kind]
     )

@@ -105,8 +105,6 @@ class RunFolder:
         Raises:
             UserError: the folder belongs to a run with another model, or cannot be written.
         """
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
         if self.checkpoints.exists():
             self.check_config(config)
         write_text(self.path / "config.yaml", dump_config(config))
@@ -117,7 +115,7 @@ class RunFolder:
         """Lock the folder for this process, and write a status that says how it ended, even after an exception.
 
         Args:
-            keep_finished: a finished run stays finished until `goes_on` is called, so that a command that is refused
+            keep_finished: a finished run stays finished until `reopen` is called, so that a command that is refused
                 does not spoil it.
 
         Raises:
@@ -132,6 +130,10 @@ class RunFolder:
             raise UserError(f"another run is using {self.path}; wait for it to end or choose another folder") from None
         except OSError as error:
             raise UserError(f"cannot lock {self.path}: {explain_os_error(error)}") from None
+        except NotImplementedError:  # filelock's word for ENOSYS
+            raise UserError(
+                f"cannot lock {self.path}: the file system has no locks; choose a folder on a local disk"
+            ) from None
         try:
             self._started = {"started": _now(), "pid": os.getpid(), "host": platform.node(), "boot": _boot()}
             self._is_finished = keep_finished and self.status()["state"] == "finished"
@@ -151,8 +153,8 @@ class RunFolder:
         finally:
             lock.release()
 
-    def goes_on(self) -> None:
-        """A finished run is being changed: from now on its status is that of this process."""
+    def reopen(self) -> None:
+        """Change a finished run: from now on its status is that of this process. Other runs are open already."""
         if self._is_finished:
             self._is_finished = False
             self._write_status("running", **self._started)
@@ -191,17 +193,21 @@ class RunFolder:
                 raise UserError(f"cannot write {file}: {explain_os_error(error)}") from None
 
     def note_failure(self, reason: str, since: float) -> None:
-        """Set the status to failed, unless it says itself why the run failed or stopped.
+        """Set the status to failed, unless the folder's status is another run's, or says itself what happened.
 
         Args:
             reason: what failed.
             since: when the work began that failed, as `time.time` gives it. A run that finished before stays finished.
         """
-        status = self.status()
-        finished_before = status["state"] == "finished" and status.get("ended", "") < _now(since)
-        if (status["state"] in ("failed", "stopped") and "ended" in status) or finished_before:
-            return
-        self._write_status("failed", reason=reason, ended=_now())
+        state = self.status()["state"]
+        explained = state in ("failed", "stopped") and self.ended_since(since)
+        finished_before = state == "finished" and not self.ended_since(since)
+        if state != "running" and not explained and not finished_before:
+            self._write_status("failed", reason=reason, ended=_now())
+
+    def ended_since(self, since: float) -> bool:
+        """Whether the run has ended after a moment, which `time.time` gave."""
+        return self.status().get("ended", "") >= _now(since)
 
     def status(self) -> dict[str, Any]:
         """How the run is going: `state`, and `reason`, `started`, `ended`, `note` where there is one. Writes nothing.
@@ -235,7 +241,7 @@ class RunFolder:
         if not enabled:
             yield Metrics(None, None)
             return
-        self.goes_on()
+        self.reopen()
         kept = [json.dumps(r) + "\n" for r in self.read_metrics() if r["step"] <= step]
         file = self.path / "metrics.jsonl"
         write_text(file, "".join(kept))

@@ -115,22 +115,23 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
     except papermill.PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue}" if error.ename not in ("UserError", "Stopped") else error.evalue
         interrupted = error.ename in ("KeyboardInterrupt", "Stopped")
+        status = RunFolder(folder).status()
     except DeadKernelError:
         reason, interrupted = "the notebook's kernel died, perhaps because memory ran out", False
+        status = _final_status(RunFolder(folder))
     except KeyboardInterrupt:
         reason, interrupted = "interrupted", True
+        status = _final_status(RunFolder(folder))
     else:
         return output
-    status = _final_status(RunFolder(folder))
     where = f"the notebook as far as it got: {output}"
-    if status["state"] == "stopped":
+    if status["state"] == "stopped" and RunFolder(folder).ended_since(started):
         _finish_summary(output, "stopped", status["reason"])
         raise Stopped(f"{status['reason']}\n{where}")
+    _finish_summary(output, "interrupted" if interrupted else "failed", reason)
     if interrupted:
-        _finish_summary(output, "interrupted", reason)
         raise KeyboardInterrupt
     RunFolder(folder).note_failure(reason, started)
-    _finish_summary(output, "failed", reason)
     raise UserError(f"{reason}\n{where}")
 
 

@@ -130,13 +130,8 @@ class TrainingProcess:
         try:
             self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            for process in reversed([psutil.Process(self.process.pid), *_descendants(self.process.pid)]):
-                with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for process in psutil.Process(self.process.pid).children(recursive=True):
                     process.kill()
+            self.process.kill()
             self.process.wait()
-
-
-def _descendants(number: int) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(number).children(recursive=True)
-    return []

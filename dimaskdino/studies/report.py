@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dimaskdino.errors import writing
 from dimaskdino.markdown import escape
 from dimaskdino.serialization import write_text
 from dimaskdino.studies.comparison import Difference, EvaluatedRun, Quantity, difference
@@ -148,8 +147,6 @@ class StudyReport:
         Raises:
             UserError: they cannot be written.
         """
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "table.json", json.dumps(self.to_json(), indent=1) + "\n")
         write_text(folder / "table.md", self.markdown() + "\n")
 

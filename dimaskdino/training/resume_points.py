@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dimaskdino.checkpoints.model_files import first_non_finite, read_resume_point, resume_point_path, resume_points
-from dimaskdino.errors import UserError, writing
+from dimaskdino.errors import UserError
 from dimaskdino.serialization import write_atomically
 
 
@@ -17,8 +17,6 @@ def save_resume_point(folder: Path, state: dict[str, Any], keep: int = 2) -> Non
     Raises:
         UserError: it cannot be written, for example because the disk is full. Existing files are kept.
     """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     try:
         write_atomically(resume_point_path(folder, state["step"]), lambda path: torch.save(state, path))
     except UserError as error:

@@ -65,7 +65,7 @@ def test_nothing_detected_and_nothing_to_detect(tmp_path):
 
 def test_samples_come_back_from_a_file(tmp_path):
     file = crowded_truth(tmp_path)
-    samples = bootstrap({"decoder.1": detections(file)}, file, draws=5)
+    samples = bootstrap({"decoder.1": detections(file)}, read_truth(file), draws=5)
     samples.save(tmp_path / "bootstrap.npz")
     again = BootstrapAP.load(tmp_path / "bootstrap.npz")
     assert again.images == samples.images

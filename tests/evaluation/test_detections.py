@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from dimaskdino.checkpoints import save_model
 from dimaskdino.errors import UserError
 from dimaskdino.evaluation import detections, layerwise_ap
 from dimaskdino.evaluation.detections import Detections, DetectionStore
-from dimaskdino.evaluation.layerwise_ap import annotations_of, detect_layers, evaluate_layers, score_layers
+from dimaskdino.evaluation.layerwise_ap import detect_layers, evaluate_layers, score_layers, truth_of
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +148,4 @@ def test_the_measurement_at_the_size_of_coco_agrees_with_pycocotools(monkeypatch
 
 def test_scoring_needs_no_model(model, tmp_path):
     store = detect_layers(model, folder=tmp_path)
-    annotations, source = annotations_of(model)
-    assert score_layers(store, annotations, source) == evaluate_layers(model)
-    assert Path(annotations).name == "val.json"
+    assert score_layers(store, *truth_of(model)) == evaluate_layers(model)

@@ -14,7 +14,7 @@ from torch import nn
 from dimaskdino import config, load
 from dimaskdino.data.coco import encode_masks
 from dimaskdino.errors import UserError
-from dimaskdino.evaluation.coco_ap import AveragePrecision
+from dimaskdino.evaluation.coco_ap import AveragePrecision, read_truth
 from dimaskdino.evaluation.detections import Detections
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP, evaluate_layers
 from dimaskdino.inspection.diagnostics import (
@@ -144,7 +144,7 @@ def test_calibration(tmp_path):
         "images": [{"id": 1, "file_name": "a.png", "height": 40, "width": 40}],
         "annotations": [
             {"id": i + 1, "image_id": 1, "category_id": 1, "segmentation": encode_masks(mask[None])[0], "bbox": box}
-            for i, (mask, box) in enumerate(zip(masks, boxes, strict=True))
+            for i, (mask, box) in enumerate(zip(masks[:3], boxes[:3], strict=True))
         ],
         "categories": [{"id": 1, "name": "disk"}],
     }
@@ -152,7 +152,7 @@ def test_calibration(tmp_path):
     xyxy = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in boxes])
     scores = torch.tensor([0.95, 0.95, 0.15, 0.15])
     instances = Instances(xyxy, scores, torch.zeros(4, dtype=torch.int64), None, torch.zeros(4, dtype=torch.int64))
-    found = calibration(Detections.of(1, instances, [1]), tmp_path / "truth.json", "box")
+    found = calibration(Detections.of(1, instances, [1]), read_truth(tmp_path / "truth.json"), "box")
     np.testing.assert_allclose(found.score, [0.15, 0.95], atol=1e-6)
     np.testing.assert_allclose(found.precision, [0.5, 1])
     assert found.count.tolist() == [2, 2]

@@ -1,9 +1,11 @@
 """Run folders, training followed from outside, and the run notebooks executed by papermill."""
 
+import contextlib
 import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -14,10 +16,11 @@ import pytest
 from jupyter_client.manager import start_new_kernel
 from small import FILE, overrides, settings, trained_file
 
-from dimaskdino.errors import UserError
+from dimaskdino.errors import Stopped, UserError
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.runs import RunFolder, TrainingProcess, distinct_names
 from dimaskdino.runs.notebooks import check_parameters, parse_parameters, run_notebook
+from dimaskdino.signals import StopRequest
 from dimaskdino.training.resume_points import load_resume_point
 
 NOTEBOOKS = Path(__file__).parent.parent.parent / "notebooks" / "runs"
@@ -119,15 +122,51 @@ def test_a_command_that_is_refused_does_not_spoil_a_finished_run(tmp_path):
     with pytest.raises(UserError), folder.running(keep_finished=True):
         raise UserError("other settings")
     assert folder.status()["state"] == "finished"
-    folder.note_failure("the notebook failed", time.time() + 2)
-    assert folder.status()["state"] == "finished"
-    folder.note_failure("the notebook failed after the training", time.time() - 60)
-    assert folder.status()["state"] == "failed"
-    with folder.running():
-        pass
     with pytest.raises(UserError), folder.running(keep_finished=True), folder.metrics(0):  # the training changes it
         raise UserError("the disk is full")
     assert folder.status()["state"] == "failed"
+
+
+BEFORE, LATER = -60, 2  # seconds from the end of the run to the start of the notebook
+
+
+@pytest.mark.parametrize(
+    ("error", "began", "state", "reason"),
+    [
+        (None, LATER, "finished", None),  # the notebook was refused: the earlier run stays finished
+        (None, BEFORE, "failed", "a figure"),  # the training went well, a later cell did not
+        (Stopped("stopped by SIGTERM"), BEFORE, "stopped", "stopped by SIGTERM"),
+        (Stopped("stopped by SIGTERM"), LATER, "failed", "a figure"),  # an earlier stop explains nothing
+        (UserError("the disk is full"), BEFORE, "failed", "the disk is full"),
+        (UserError("the disk is full"), LATER, "failed", "a figure"),
+    ],
+)
+def test_a_notebook_that_fails_leaves_the_reason_of_the_run(error, began, state, reason, tmp_path):
+    folder = RunFolder(tmp_path)
+    with contextlib.suppress(UserError, Stopped), folder.running():
+        if error is not None:
+            raise error
+    folder.note_failure("a figure", time.time() + began)
+    assert (folder.status()["state"], folder.status().get("reason")) == (state, reason)
+
+
+def test_a_notebook_that_fails_leaves_another_run_alone(tmp_path):
+    process = running_elsewhere(tmp_path)
+    RunFolder(tmp_path).note_failure("another run is using the folder", time.time())
+    assert RunFolder(tmp_path).status()["state"] == "running"
+    process.kill()
+    process.communicate()
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as request:
+            signal.raise_signal(signal.SIGHUP)
+            assert request.received is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +187,12 @@ def test_file_systems_that_cannot_lock(number, advice, tmp_path, monkeypatch):
     (tmp_path / "lock").touch()
     (tmp_path / "status.json").write_text('{"state": "running", "host": "node7"}')
     assert "as node7 left it" in RunFolder(tmp_path).status()["note"]
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr("filelock.FileLock.acquire", lambda *_, **__: (_ for _ in ()).throw(NotImplementedError))
+    with pytest.raises(UserError, match="has no locks; choose a folder on a local disk"), RunFolder(tmp_path).running():
+        pass
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):
