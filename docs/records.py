@@ -97,8 +97,8 @@ def headlines() -> str:
             f"* **The shipped models** (synthetic shapes, one training each): DI-MaskDINO reaches "
             f"{last['DI-MaskDINO']['box']:.1f} box and {last['DI-MaskDINO']['mask']:.1f} mask AP, MaskDINO "
             f"{last['MaskDINO']['box']:.1f} and {last['MaskDINO']['mask']:.1f}.",
-            f"* **Nothing is lost**: {survived} faults injected into real runs, from SIGKILL to a full disk, and "
-            f"{sum(_json('bad_inputs.json').values())} bad inputs; each ends in one clear line, and the run resumes.",
+            f"* **Nothing is lost**: {survived} faults injected into real runs, from SIGKILL to a full disk, are "
+            f"survived; {sum(_json('bad_inputs.json').values())} bad inputs are answered in one clear line each.",
             f"* **Table 4 in miniature**, {len(row['by_seed'])} seeds: both modules gain {row['mean']:+.1f} box "
             f"AP (95 % interval over trainings {interval['low']:+.1f} to {interval['high']:+.1f}).",
         ]

@@ -1,4 +1,4 @@
-"""Every input of `bad_inputs.py` ends in one clear line: no traceback, no hang, no silently wrong number."""
+"""Every input of `bad_inputs/` ends in one clear line: no traceback, no hang, no silently wrong number."""
 
 import json
 import re
@@ -58,5 +58,5 @@ def test_check_training_and_evaluation_refuse_the_same(title, shapes_data, tmp_p
 
 def test_there_are_many_and_the_record_counts_them():
     record = Path(__file__).parent.parent / "docs" / "measurements" / "bad_inputs.json"
-    assert json.loads(record.read_text()) == counts(), "run `python tests/bad_inputs.py`"
+    assert json.loads(record.read_text()) == counts(), "run `PYTHONPATH=tests python -m bad_inputs`"
     assert len(BAD_INPUTS) >= 150

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from faults import FAULTS, NotPossible, Scene
+from faults import FAULTS
+from scene import NotPossible, Scene
 
 QUICK = ("SIGKILL before", "other settings", "a damaged image", "a disk that fills")
 

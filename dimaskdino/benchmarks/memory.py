@@ -4,6 +4,9 @@ Memory that is not given back shows as growth: the resident memory of this proce
 growth is the slope of a line through the second half of the readings, after everything has been used once.
 """
 
+import contextlib
+import ctypes
+import gc
 import itertools
 import json
 import tempfile
@@ -33,7 +36,10 @@ MEGABYTE = 2**20
 
 
 def resident() -> float:
-    """Resident memory of this process, MiB."""
+    """Resident memory of this process, MiB, without what is ready to be used again."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone can give back what its allocator keeps
+        ctypes.CDLL(None).malloc_trim(0)
     return psutil.Process().memory_info().rss / MEGABYTE
 
 
@@ -119,8 +125,6 @@ def main(
 ) -> None:
     """Measure the memory of training steps, predictions, changes of explorers and scored stages.
 
-    A number of 0 leaves a measurement as it is in the file.
-
     Args:
         steps: Number of training steps.
         predictions: Number of predicted images.
@@ -129,18 +133,15 @@ def main(
         stages: Number of scored stages of it.
         output: File for the result, json.
     """
-    record = json.loads(output.read_text())["memory"] if output and output.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if steps:
-            record["training steps"] = _training_steps(steps, folder)
-        if predictions:
-            record["predictions"] = measure("predictions", predictions, _predictions())
-        if changes:
-            record["explorer changes"] = measure("explorer changes", changes, _explorer_changes())
-        if stages:
-            work = _scored_stages(images, folder / "evaluation")
-            record[f"scored stages of {images:,} images"] = measure("scored stages", stages, work)
+        scored = _scored_stages(images, folder / "evaluation")
+        record = {
+            "training steps": _training_steps(steps, folder),
+            "predictions": measure("predictions", predictions, _predictions()),
+            "explorer changes": measure("explorer changes", changes, _explorer_changes()),
+            f"scored stages of {images:,} images": measure("scored stages", stages, scored),
+        }
     for what, result in record.items():
         first, last = result["mebibytes"][len(result["mebibytes"]) // 2], result["mebibytes"][-1]
         print(f"{result['times']:>5} {what:<32} {first:8.0f} to {last:8.0f} MiB, growth {result['growth']:+.1f} MiB")

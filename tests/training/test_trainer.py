@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import assert_equal_models, finish, process, wait_for_step
+from scene import assert_equal_models, finish, process, wait_for_step
 from small import FILE, overrides, settings
 
 from dimaskdino import load
