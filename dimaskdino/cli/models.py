@@ -105,11 +105,12 @@ def _beside(source: str) -> Path:
 def _score(model: "Model", store: "DetectionStore", split: str | None, folder: Path, draws: int) -> None:
     """Score the detections, write the results to a folder and print them."""
     from dimaskdino.evaluation.bootstrap import bootstrap
+    from dimaskdino.evaluation.ceilings import ceilings
     from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, score_layers, truth_of
     from dimaskdino.viz import plot_layerwise_ap
 
     truth, source = truth_of(model, split)
-    result = score_layers(store, truth, source)
+    result = score_layers(store, truth, source, ceilings(truth, model.config))
     print(result.table())
     for line in result.remarks:
         print(f"note: {line}", file=sys.stderr)

@@ -77,10 +77,14 @@ def resize_with_objects(settings: config.Resize) -> Callable[[Sample], Sample]:
 
 def resize_image(image: Tensor, settings: config.Resize) -> Tensor:
     """Resize (3, h, w) uint8 so that its shortest side is `shortest`, but its longest side at most `longest`."""
-    height, width = image.shape[-2:]
-    scale = min(settings.shortest / min(height, width), settings.longest / max(height, width))
-    size = [max(1, round(side * scale)) for side in (height, width)]
-    return v2.functional.resize(image, size, antialias=True)
+    height, width = resized_size((image.shape[-2], image.shape[-1]), settings)
+    return v2.functional.resize(image, [height, width], antialias=True)
+
+
+def resized_size(size: tuple[int, int], settings: config.Resize) -> tuple[int, int]:
+    """(h, w) of an image of this (h, w) after `resize_image`."""
+    scale = min(settings.shortest / min(size), settings.longest / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def _apply(pipeline: nn.Module, sample: Sample) -> Sample:

@@ -37,12 +37,28 @@ class AveragePrecision:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class AverageRecall:
+    """Recall in percent, averaged over the IoU thresholds 0.50 to 0.95 and the classes; None without objects.
+
+    Attributes:
+        mean: of all objects.
+        small, medium, large: by size, as `APs`, `APm` and `APl` of `AveragePrecision`.
+        per_class: of each class by its name.
+    """
+
+    mean: float | None
+    small: float | None
+    medium: float | None
+    large: float | None
+    per_class: dict[str, float | None]
+
+
 def average_precision(truth: COCO, detections: list[dict[str, Any]], kind: Kind) -> AveragePrecision:
     """AP of detections against annotations, by hotcoco: the numbers of pycocotools, much faster."""
-    precision, evaluation = _accumulated(truth, detections, kind)
+    evaluation = _accumulated(truth, detections, kind)
+    precision = evaluation.eval["precision"][..., -1]
     thresholds = np.asarray(evaluation.params.iou_thrs)
-    names = {category["id"]: str(category.get("name", category["id"])) for category in truth.dataset["categories"]}
-    classes = [names[i] for i in evaluation.params.cat_ids]
     return AveragePrecision(
         AP=_percent(precision[..., 0]),
         AP50=_percent(precision[np.isclose(thresholds, 0.50), ..., 0]),
@@ -50,7 +66,21 @@ def average_precision(truth: COCO, detections: list[dict[str, Any]], kind: Kind)
         APs=_percent(precision[..., 1]),
         APm=_percent(precision[..., 2]),
         APl=_percent(precision[..., 3]),
-        per_class={name: _percent(precision[:, :, k, 0]) for k, name in enumerate(classes)},
+        per_class={name: _percent(precision[:, :, k, 0]) for k, name in enumerate(_class_names(truth, evaluation))},
+    )
+
+
+def average_recall(truth: COCO, detections: list[dict[str, Any]], kind: Kind) -> AverageRecall:
+    """Average recall of detections against annotations, COCO's AR with 100 detections.
+
+    It bounds the AP of these detections however they are ranked: up to the recall reached at a threshold precision is
+    at most 1, beyond it 0. The bound holds to 1 point, since COCO reads precision at 101 recalls.
+    """
+    evaluation = _accumulated(truth, detections, kind)
+    recall = evaluation.eval["recall"][..., -1]
+    return AverageRecall(
+        *(_percent(recall[..., size]) for size in range(4)),
+        per_class={name: _percent(recall[:, k, 0]) for k, name in enumerate(_class_names(truth, evaluation))},
     )
 
 
@@ -62,24 +92,33 @@ def precision_curves(
     Raises:
         ValueError: the IoU threshold is not one of COCO's, 0.50, 0.55, … 0.95.
     """
-    precision, evaluation = _accumulated(truth, detections, kind)
+    evaluation = _accumulated(truth, detections, kind)
     row = np.isclose(np.asarray(evaluation.params.iou_thrs), threshold)
     if not row.any():
         raise ValueError(f"COCO's IoU thresholds are 0.50, 0.55, … 0.95, not {threshold}")
-    return precision[row, ..., 0][0].T
+    return evaluation.eval["precision"][row, ..., 0, -1][0].T
 
 
-def _accumulated(truth: COCO, detections: list[dict[str, Any]], kind: Kind) -> tuple[np.ndarray, COCOeval]:
-    """Precision (IoU thresholds, recalls, classes, areas: all s m l), −1 where there is no object."""
+def _accumulated(truth: COCO, detections: list[dict[str, Any]], kind: Kind) -> COCOeval:
+    """COCO's evaluation.
+
+    Its `eval` has `precision` (IoU thresholds, recalls, classes, areas: all s m l, at most 1, 10 and 100 detections)
+    and `recall`, the same without recalls. Both are −1 where there is no object.
+    """
     evaluation = COCOeval(truth, truth.load_res(detections), IOU_TYPE[kind])
     evaluation.evaluate()
     evaluation.accumulate()
     assert evaluation.eval is not None
-    return evaluation.eval["precision"][..., -1], evaluation  # the last of 1, 10 and 100 detections
+    return evaluation
 
 
-def _percent(precision: np.ndarray) -> float | None:
-    valid = precision[precision > -1]
+def _class_names(truth: COCO, evaluation: COCOeval) -> list[str]:
+    names = {category["id"]: str(category.get("name", category["id"])) for category in truth.dataset["categories"]}
+    return [names[i] for i in evaluation.params.cat_ids]
+
+
+def _percent(values: np.ndarray) -> float | None:
+    valid = values[values > -1]
     return float(100 * np.mean(valid)) if valid.size else None
 
 

@@ -14,6 +14,7 @@ from dimaskdino.checkpoints.model_files import TrainedModel
 from dimaskdino.data.coco import find_split
 from dimaskdino.data.dataloader import Batch, batches, evaluation_dataset, evaluation_loader, explaining_dead_workers
 from dimaskdino.errors import UserError
+from dimaskdino.evaluation.ceilings import Ceilings, ceilings
 from dimaskdino.evaluation.coco_ap import AveragePrecision, average_precision, read_truth
 from dimaskdino.evaluation.detections import Detections, DetectionStore, file_digest, fingerprint
 from dimaskdino.modeling import ImageBatch, Predictions, Stage, postprocess
@@ -46,11 +47,13 @@ class LayerwiseAP:
         stages: by stage name, in the order of the model.
         images: number of evaluated images.
         source: which model was evaluated on which data, for people.
+        ceilings: what true objects reach at the model's resolution; None in records of versions before 0.2.
     """
 
     stages: dict[str, StageAP]
     images: int
     source: str
+    ceilings: Ceilings | None = None
 
     @property
     def last(self) -> StageAP:
@@ -65,6 +68,23 @@ class LayerwiseAP:
         if box == 0:
             return ["no detection matches an object: is the model trained, and are its classes those of the data?"]
         return []
+
+    def relative_imbalance(self, stage: str) -> float | None:
+        """The imbalance of a stage with both APs as shares of their ceilings, in percentage points.
+
+            100 · (AP_mask / ceiling_mask − AP_box / ceiling_box)
+
+        Above 0, detection lags by more than the resolution and the bounds of masks explain. None without ceilings or
+        where an AP is not defined.
+        """
+        found = self.stages[stage]
+        if self.ceilings is None or found.imbalance is None:
+            return None
+        of_boxes = self.ceilings.of_boxes(stage)
+        limits = self.ceilings.mask.mean, 100.0 if of_boxes is None else of_boxes.mean
+        if not limits[0] or not limits[1]:
+            return None
+        return 100 * (found.mask.AP / limits[0] - found.box.AP / limits[1])
 
     def first_and_last(self) -> dict[str, dict[str, float | None]]:
         """Box and mask AP of the first and the last decoder layer, as in figure 1 of the paper.
@@ -111,7 +131,10 @@ class LayerwiseAP:
             }
             for name, stage in self.stages.items()
         }
-        write_text(path, json.dumps({"source": self.source, "images": self.images, "stages": stages}, indent=1))
+        content = {"source": self.source, "images": self.images, "stages": stages}
+        if self.ceilings is not None:
+            content["ceilings"] = self.ceilings.to_json()
+        write_text(path, json.dumps(content, indent=1))
 
     @classmethod
     def load(cls, path: Path) -> "LayerwiseAP":
@@ -128,7 +151,8 @@ class LayerwiseAP:
                 )
                 for name, stage in content["stages"].items()
             }
-            return cls(stages, content["images"], content["source"])
+            limits = Ceilings.from_json(content["ceilings"]) if "ceilings" in content else None
+            return cls(stages, content["images"], content["source"], limits)
         except OSError as error:
             raise UserError(f"no layer-wise AP at {path} ({error.strerror}); run the evaluation first") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -162,7 +186,8 @@ def evaluate_layers(
         UserError: a stage is unknown, the model has another number of classes than the data, or the data are unusable.
     """
     by_stage = detect_layers(model, split, stages, folder)
-    return score_layers(by_stage, *truth_of(model, split))
+    truth, source = truth_of(model, split)
+    return score_layers(by_stage, truth, source, ceilings(truth, model.config))
 
 
 def truth_of(model: TrainedModel, split: str | None = None) -> tuple[COCO, str]:
@@ -171,13 +196,16 @@ def truth_of(model: TrainedModel, split: str | None = None) -> tuple[COCO, str]:
     return read_truth(file), f"step {model.step}, {file}"
 
 
-def score_layers(by_stage: Mapping[str, Detections], truth: COCO, source: str) -> LayerwiseAP:
+def score_layers(
+    by_stage: Mapping[str, Detections], truth: COCO, source: str, limits: Ceilings | None = None
+) -> LayerwiseAP:
     """Box and mask AP of the detections of each stage.
 
     Args:
         by_stage: detections by stage name; a `DetectionStore` keeps one stage in memory at a time.
         truth: the annotations, from `read_truth`.
         source: which model was evaluated on which data, for people.
+        limits: the ceilings to keep with the result.
     """
     scored = {}
     for name in progress_bar(by_stage, "scoring"):
@@ -186,7 +214,7 @@ def score_layers(by_stage: Mapping[str, Detections], truth: COCO, source: str) -
             average_precision(truth, detections.boxes, "box"),
             average_precision(truth, detections.masks, "mask") if detections.has_masks else None,
         )
-    return LayerwiseAP(scored, len(truth.dataset["images"]), source)
+    return LayerwiseAP(scored, len(truth.dataset["images"]), source, limits)
 
 
 def detect_layers(

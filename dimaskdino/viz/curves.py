@@ -39,7 +39,8 @@ def plot_layerwise_ap(runs: Mapping[str, LayerwiseAP]) -> Figure:
 
     Args:
         runs: results by the name to show. One run: boxes and masks in their own colours, values written out.
-            Several: one colour per run, boxes solid and masks dashed.
+            Several: one colour per run, boxes solid and masks dashed. Dotted lines are the ceilings of a result
+            (`evaluation.ceilings`), diamonds the imbalance relative to them.
     """
     names = stage_order(runs.values())
     place = {name: i for i, name in enumerate(names)}
@@ -63,6 +64,7 @@ def plot_layerwise_ap(runs: Mapping[str, LayerwiseAP]) -> Figure:
                         top.annotate(
                             f"{value:.1f}", (i, value), offset, textcoords="offset points", ha="center", color=colour
                         )
+            _ceilings(top, result, place, BOX if alone else colours[0])
             _imbalance(bottom, result, place, number, len(runs), label)
         top.set(ylabel="AP (%)", title="Box and mask AP at every stage")
         top.margins(y=0.15)
@@ -80,12 +82,43 @@ def _other(result: LayerwiseAP, stage: str, kind: str) -> float:
     return (other.AP or 0.0) if other is not None else -1.0
 
 
+def _ceilings(axes: Any, result: LayerwiseAP, place: dict[str, int], colour: str) -> None:
+    """The ceiling of masks along all stages that have some, and of boxes where they are bounds of masks."""
+    limits = result.ceilings
+    if limits is None:
+        return
+    with_masks = [place[name] for name, stage in result.stages.items() if stage.mask is not None]
+    lines = (
+        [(min(with_masks) - 0.35, max(with_masks) + 0.35, limits.mask.mean, MASK, "ceiling of masks")]
+        if with_masks
+        else []
+    )
+    for stage, convention in limits.boxes_from_masks.items():
+        if stage in result.stages:
+            lines.append(
+                (place[stage] - 0.35, place[stage] + 0.35, limits.box[convention].mean, colour, "ceiling of boxes")
+            )
+    for start, end, value, shade, text in lines:
+        if value is not None:
+            axes.plot([start, end], [value] * 2, ":", color=shade, linewidth=1.6)
+            axes.annotate(
+                f"{text} {value:.0f}", (start, value), (0, 3), textcoords="offset points", color=shade, fontsize=8.5
+            )
+
+
 def _imbalance(axes: Any, result: LayerwiseAP, place: dict[str, int], number: int, total: int, label: str) -> None:
     defined = {n: s.imbalance for n, s in result.stages.items() if s.imbalance is not None}
     width = 0.6 / total
     x = np.array([place[n] for n in defined]) + (number - (total - 1) / 2) * width
     colour = GREY if total == 1 else CYCLE[number % len(CYCLE)]
     bars = axes.bar(x, list(defined.values()), width, color=colour, label=label)
+    relative = [result.relative_imbalance(name) for name in defined]
+    if any(value is not None for value in relative):
+        values = [np.nan if value is None else value for value in relative]
+        axes.plot(x, values, "D", color=colour, markersize=5, markerfacecolor="white")
+        if number == total - 1:
+            axes.plot([], [], "D", color=GREY, markersize=5, markerfacecolor="white", label="relative to the ceilings")
+            axes.legend(*(part[-1:] for part in axes.get_legend_handles_labels()), loc="best", fontsize=8.5)
     if total == 1:
         # + 0.0 turns a rounded −0.0 into 0.0
         axes.bar_label(bars, [f"{round(v, 1) + 0.0:+.1f}" for v in defined.values()], padding=2, fontsize=9)

@@ -15,6 +15,7 @@ from dimaskdino.benchmarks import coco_ap as coco_benchmark
 from dimaskdino.checkpoints import save_model
 from dimaskdino.errors import UserError
 from dimaskdino.evaluation import detections, layerwise_ap
+from dimaskdino.evaluation.ceilings import ceilings
 from dimaskdino.evaluation.detections import Detections, DetectionStore
 from dimaskdino.evaluation.layerwise_ap import detect_layers, evaluate_layers, score_layers, truth_of
 
@@ -148,4 +149,5 @@ def test_the_measurement_at_the_size_of_coco_agrees_with_pycocotools(monkeypatch
 
 def test_scoring_needs_no_model(model, tmp_path):
     store = detect_layers(model, folder=tmp_path)
-    assert score_layers(store, *truth_of(model)) == evaluate_layers(model)
+    truth, source = truth_of(model)
+    assert score_layers(store, truth, source, ceilings(truth, model.config)) == evaluate_layers(model)
