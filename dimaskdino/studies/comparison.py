@@ -1,4 +1,15 @@
-"""Comparison of two variants of a model: their difference, with intervals."""
+"""Comparison of variants of a model: differences between means of runs, with intervals, tests and power.
+
+A measured AP is one of many: another seed would have given another model, another draw of images another AP. The joint
+interval of a difference counts both. Its variance is the sum of
+
+* the variance over trainings, estimated in each row on its own, since rows scatter differently (Welch 1947), and
+* the variance over images of these models, from the paired bootstrap (`evaluation.bootstrap`),
+
+with the degrees of freedom of Satterthwaite (1946). What varies between trainings of one model, and why single runs
+decide nothing: Bouthillier et al., Accounting for Variance in Machine Learning Benchmarks, MLSys 2021. The p-values of
+all comparisons that a study registers are adjusted together (Holm 1979).
+"""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
+from scipy.special import nctdtrinc
 from scipy.stats import t as student
 
 from dimaskdino.errors import UserError
@@ -15,7 +27,10 @@ from dimaskdino.evaluation.bootstrap import CONFIDENCE, BootstrapAP
 from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, LayerwiseAP
 
 ENOUGH_SEEDS = 3
+POWER = 0.8
+SIMULATIONS = 20_000
 Agreement = Literal["yes", "no", "cannot tell"]
+Measured = Mapping[str, Mapping[int, "EvaluatedRun"]]  # runs by row and seed
 
 
 @dataclass(frozen=True)
@@ -110,82 +125,225 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def sign(self) -> int:
-        """1 or −1 if the interval lies on one side of 0, else 0."""
-        return 1 if self.low > 0 else -1 if self.high < 0 else 0
+    @classmethod
+    def around(cls, estimate: float, variance: float, df: float) -> "Interval":
+        """Student's t interval of an estimate with this variance and these degrees of freedom."""
+        half = float(student.ppf((1 + CONFIDENCE) / 2, df)) * variance**0.5
+        return cls(estimate - half, estimate + half)
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Difference of a quantity between two variants.
+class Contrast:
+    """A difference that a study registers: the mean of some rows minus the mean of others, of one quantity.
 
     Attributes:
-        by_seed: the difference for each common seed.
-        over_images: interval of the mean over images, for these models: paired bootstrap. None without samples.
-        over_seeds: interval of the mean over trainings, on these images: Student's t over the differences of the seeds.
-            None for a single seed.
+        label: for people.
+        plus, minus: names of the rows.
+        quantity: what is compared.
     """
 
-    by_seed: dict[int, float]
-    over_images: Interval | None
-    over_seeds: Interval | None
+    label: str
+    plus: tuple[str, ...]
+    minus: tuple[str, ...]
+    quantity: Quantity
 
     @property
-    def mean(self) -> float:
-        return statistics.mean(self.by_seed.values())
+    def weights(self) -> dict[str, float]:
+        """Weight of each row's mean."""
+        return {name: 1 / len(self.plus) for name in self.plus} | {name: -1 / len(self.minus) for name in self.minus}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A contrast as measured.
+
+    Attributes:
+        contrast: what was compared.
+        runs: number of runs of each row in it.
+        difference: between the means, in points.
+        over_images: 95 % interval over other images, for these models. None without bootstrap samples.
+        over_trainings: 95 % interval over other trainings, on these images. None if a row has a single run.
+        joint: 95 % interval over both; that over trainings alone without bootstrap samples.
+        p: of no difference, two-sided, by the joint variance.
+        adjusted_p: Holm's, among all contrasts of the study that can be tested.
+        detectable: the difference that 80 % of such studies would find at Holm's strictest level.
+        complete: whether every row has the number of seeds that the study registers.
+    """
+
+    contrast: Contrast
+    runs: dict[str, int]
+    difference: float
+    over_images: Interval | None
+    over_trainings: Interval | None
+    joint: Interval | None
+    p: float | None
+    adjusted_p: float | None
+    detectable: float | None
+    complete: bool
 
     def agrees(self, published: float) -> Agreement:
         """Whether the difference has the sign of the published one.
 
-        The answer is "cannot tell" with fewer than three seeds, or if an interval contains 0.
+        The rule: "yes" or "no" if every row has all registered seeds, three or more, and the adjusted p-value is below
+        0.05; "cannot tell" otherwise.
         """
-        signs = {i.sign for i in (self.over_images, self.over_seeds) if i is not None}
-        if len(self.by_seed) < ENOUGH_SEEDS or len(signs) != 1 or 0 in signs or published == 0:
+        decided = self.adjusted_p is not None and self.adjusted_p < 1 - CONFIDENCE
+        if not decided or not self.complete or min(self.runs.values()) < ENOUGH_SEEDS or published == 0:
             return "cannot tell"
-        return "yes" if signs == {1 if published > 0 else -1} else "no"
+        return "yes" if (self.difference > 0) == (published > 0) else "no"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"mean": self.mean}
+        about = {
+            "label": self.contrast.label,
+            "plus": self.contrast.plus,
+            "minus": self.contrast.minus,
+            "quantity": str(self.contrast.quantity),
+        }
+        return about | {key: value for key, value in asdict(self).items() if key != "contrast"}
 
 
-def difference(
-    of: Mapping[int, EvaluatedRun], against: Mapping[int, EvaluatedRun], quantity: Quantity
-) -> Difference | None:
-    """Difference between two variants over their common seeds; None without common seeds or values.
+def compare(contrasts: Sequence[Contrast], measured: Measured, seeds: int) -> list[Comparison]:
+    """The contrasts of a study as measured; those with a row without results are left out.
 
     Args:
-        of: results of the variant, by seed.
-        against: results of the variant that it is compared with.
-        quantity: the quantity to compare.
+        contrasts: all contrasts that the study registers; they are adjusted for each other.
+        measured: the runs by row and seed.
+        seeds: number of seeds that the study registers.
 
     Raises:
-        UserError: the samples of a pair are of different images.
+        UserError: the runs of a contrast were evaluated on different images.
     """
-    pairs = {seed: (of[seed], against[seed]) for seed in of if seed in against}
-    values = {seed: (quantity.of(a.result), quantity.of(b.result)) for seed, (a, b) in pairs.items()}
-    by_seed = {seed: a - b for seed, (a, b) in values.items() if a is not None and b is not None}
-    if not by_seed:
-        return None
-    return Difference(by_seed, _over_images([pairs[seed] for seed in by_seed], quantity), _over_seeds(by_seed.values()))
+    estimates = [found for contrast in contrasts if (found := _estimate(contrast, measured)) is not None]
+    tested = [estimate.p for estimate in estimates if estimate.p is not None]
+    adjusted = iter(holm(tested))
+    level = (1 - CONFIDENCE) / max(1, len(tested))
+    return [
+        Comparison(
+            contrast=e.contrast,
+            runs=e.runs,
+            difference=e.difference,
+            over_images=e.over_images,
+            over_trainings=None if e.trainings is None else Interval.around(e.difference, *e.trainings),
+            joint=None if e.joint is None else Interval.around(e.difference, *e.joint),
+            p=e.p,
+            adjusted_p=None if e.p is None else next(adjusted),
+            detectable=None if e.joint is None else detectable(*e.joint, level),
+            complete=all(n >= seeds for n in e.runs.values()),
+        )
+        for e in estimates
+    ]
 
 
-def _over_images(pairs: Sequence[tuple[EvaluatedRun, EvaluatedRun]], quantity: Quantity) -> Interval | None:
-    drawn = [(quantity.drawn(a), quantity.drawn(b)) for a, b in pairs]
-    if any(a is None or b is None for a, b in drawn):
+def holm(p: Sequence[float]) -> list[float]:
+    """P-values adjusted for each other: Holm, A Simple Sequentially Rejective Multiple Test Procedure, 1979."""
+    order = np.argsort(p)
+    scaled = np.arange(len(p), 0, -1) * np.asarray(p, dtype=float)[order]
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1)
+    return adjusted.tolist()
+
+
+def detectable(variance: float, df: float, level: float) -> float | None:
+    """The difference that a two-sided t-test finds, with its sign, with 80 % power; None without scatter.
+
+    Args:
+        variance: of the estimated difference.
+        df: its degrees of freedom.
+        level: of the test.
+    """
+    if variance <= 0:
         return None
-    if len({m.samples.images for pair in pairs for m in pair if m.samples is not None}) > 1:
+    critical = student.ppf(1 - level / 2, df)
+    return float(nctdtrinc(df, 1 - POWER, critical) * variance**0.5)  # the noncentrality is the effect in errors
+
+
+def planned_detectable(contrast: Contrast, seeds: int, deviation: float, contrasts: int) -> float | None:
+    """The difference that a planned study finds with 80 % power, its images aside.
+
+    Args:
+        contrast: the comparison.
+        seeds: number of runs of each row; None is returned for a single one.
+        deviation: expected standard deviation over the trainings of a row.
+        contrasts: number of contrasts that are adjusted together.
+    """
+    if seeds < 2:
+        return None
+    # simulated, since the estimated variances of few runs cost more power than a t-test with known degrees of freedom
+    random, weights = np.random.default_rng(0), np.array(list(contrast.weights.values()))[:, None]
+    shares = weights**2 * random.chisquare(seeds - 1, (len(weights), SIMULATIONS)) / (seeds - 1) / seeds
+    variance = shares.sum(0)
+    df = variance**2 / (shares**2 / (seeds - 1)).sum(0)
+    critical = student.ppf(1 - (1 - CONFIDENCE) / contrasts / 2, df) * variance**0.5
+    scatter = random.normal(0, (weights**2 / seeds).sum() ** 0.5, SIMULATIONS)
+    return float(deviation * np.quantile(critical - scatter, POWER))
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """A difference with its variances and their degrees of freedom, over trainings and in all."""
+
+    contrast: Contrast
+    runs: dict[str, int]
+    difference: float
+    over_images: Interval | None
+    trainings: tuple[float, float] | None
+    joint: tuple[float, float] | None
+
+    @property
+    def p(self) -> float | None:
+        if self.joint is None:
+            return None
+        variance, df = self.joint
+        return float(2 * student.sf(abs(self.difference) / variance**0.5, df)) if variance > 0 else None
+
+
+def _estimate(contrast: Contrast, measured: Measured) -> _Estimate | None:
+    runs = {name: list(measured.get(name, {}).values()) for name in contrast.weights}
+    values = {
+        name: [v for run in rows if (v := contrast.quantity.of(run.result)) is not None] for name, rows in runs.items()
+    }
+    if not all(values.values()):
+        return None
+    weights = contrast.weights
+    difference = sum(weights[name] * statistics.mean(found) for name, found in values.items())
+    trainings = None
+    if all(len(found) > 1 for found in values.values()):
+        shares = {name: weights[name] ** 2 * statistics.variance(found) / len(found) for name, found in values.items()}
+        trainings = _satterthwaite([(share, len(values[name]) - 1) for name, share in shares.items()])
+    joint, over_images, drawn = trainings, None, _drawn(contrast, runs)
+    if drawn is not None:
+        tail = 100 * (1 - CONFIDENCE) / 2
+        over_images = Interval(*(float(x) for x in np.nanpercentile(drawn, [tail, 100 - tail])))
+        if trainings is not None:
+            images = next(iter(runs.values()))[0].result.images
+            joint = _satterthwaite([trainings, (float(np.nanvar(drawn)), images - 1)])
+    return _Estimate(contrast, {n: len(v) for n, v in values.items()}, difference, over_images, trainings, joint)
+
+
+def _satterthwaite(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Sum of independent variances with these degrees of freedom, and its degrees of freedom."""
+    total = sum(variance for variance, _ in parts)
+    below = sum(variance**2 / df for variance, df in parts if df > 0)
+    return total, (total**2 / below if below > 0 else 1.0)
+
+
+def _drawn(contrast: Contrast, runs: Mapping[str, Sequence["EvaluatedRun"]]) -> Float[np.ndarray, " draws"] | None:
+    """The difference on the bootstrap resamples, which are the same for all runs; None without them."""
+    drawn = {name: [contrast.quantity.drawn(run) for run in rows] for name, rows in runs.items()}
+    if any(samples is None for found in drawn.values() for samples in found):
+        return None
+    if len({run.samples.images for rows in runs.values() for run in rows if run.samples is not None}) > 1:
         raise UserError("these runs were evaluated on different images; evaluate them on the same split")
-    mean = np.mean([a - b for a, b in drawn], axis=0)
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.nanpercentile(mean, [tail, 100 - tail])
-    return Interval(float(low), float(high))
+    return sum(contrast.weights[name] * np.mean(np.stack(found), axis=0) for name, found in drawn.items())  # type: ignore[arg-type]
 
 
-def _over_seeds(differences: Sequence[float] | Any) -> Interval | None:
-    values = list(differences)
-    if len(values) < 2:
+def correlation_of_pairs(of: Mapping[int, float], against: Mapping[int, float]) -> float | None:
+    """Correlation of two rows' values over their common seeds; None with fewer than three.
+
+    Runs that share a seed see the same images in the same order. Only if that correlates their results does a
+    comparison by pairs scatter less than one of means.
+    """
+    common = sorted(set(of) & set(against))
+    if len(common) < ENOUGH_SEEDS:
         return None
-    half = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    mean = statistics.mean(values)
-    return Interval(mean - half, mean + half)
+    return statistics.correlation([of[seed] for seed in common], [against[seed] for seed in common])

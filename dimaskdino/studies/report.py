@@ -4,14 +4,21 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dimaskdino.markdown import escape
 from dimaskdino.serialization import write_text
-from dimaskdino.studies.comparison import Difference, EvaluatedRun, Quantity, difference
+from dimaskdino.studies.comparison import Comparison, Contrast, EvaluatedRun, Interval, Quantity, compare
 from dimaskdino.studies.study import Row, Study
 
+_EXPLANATION = (
+    "Differences between the means of rows. The interval is over other trainings and other images together; "
+    "`over images` is for these very models. `p` is adjusted for all comparisons of this table (Holm); `finds` is the "
+    "difference that four of five such studies would find. `as published`: whether the sign is the paper's, which "
+    "requires all registered seeds, at least three, and p < 0.05."
+)
 PAPER = Path(__file__).parent / "paper_tables.json"
 
 
@@ -51,60 +58,56 @@ class StudyReport:
         outcome = {seed: quantity.of(m.result) for seed, m in self.measured.get(row, {}).items()}
         return {seed: value for seed, value in outcome.items() if value is not None}
 
-    def difference(self, row: Row, quantity: Quantity) -> Difference | None:
-        """Difference to the row that a row is compared with; None without such a row or without common seeds."""
-        if row.against is None:
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """The registered contrasts that were measured."""
+        return compare(self.study.registered, self.measured, len(self.study.seeds))
+
+    def published_difference(self, column: str, contrast: Contrast) -> float | None:
+        """The same difference in the paper; None if the paper does not have all its numbers."""
+        values = {n: self.published[column].get(n, {}).get(str(contrast.quantity)) for n in contrast.weights}
+        if any(value is None for value in values.values()):
             return None
-        return difference(self.measured.get(row.name, {}), self.measured.get(row.against, {}), quantity)
+        return round(sum(weight * values[name] for name, weight in contrast.weights.items()), 2)
 
-    def published_difference(self, column: str, row: Row, quantity: Quantity) -> float | None:
-        """The same difference in the paper; None if the paper does not have both numbers."""
-        outcome = [self.published[column].get(name or "", {}).get(str(quantity)) for name in (row.name, row.against)]
-        return None if outcome[0] is None or outcome[1] is None else round(outcome[0] - outcome[1], 1)
-
-    def comparisons(self) -> dict[str, dict[str, tuple[Difference, dict[str, float]]]]:
-        """By label of the quantity and name of the comparison: the difference, and the published ones by column."""
-        panels: dict[str, dict[str, tuple[Difference, dict[str, float]]]] = {}
-        for quantity in self.study.quantities:
-            for row in self.study.rows:
-                outcome = self.difference(row, quantity)
-                if outcome is not None and row.against is not None:
-                    there = {c: self.published_difference(c, row, quantity) for c in self.published}
-                    known = {column: value for column, value in there.items() if value is not None}
-                    name = f"{row.label}\n− {self.study.row(row.against).label}"
-                    panels.setdefault(quantity.label, {})[name] = (outcome, known)
-        return panels
+    def published_differences(self, contrast: Contrast) -> dict[str, float]:
+        """The published differences by column, where there are any."""
+        found = {column: self.published_difference(column, contrast) for column in self.published}
+        return {column: value for column, value in found.items() if value is not None}
 
     def to_json(self) -> dict[str, Any]:
         """The whole report as plain values."""
-        return {"study": self.study.title, "scale": self.scale, "rows": [self._row(row) for row in self.study.rows]}
+        return {
+            "study": self.study.title,
+            "scale": self.scale,
+            "seeds": len(self.study.seeds),
+            "rows": [self._row(row) for row in self.study.rows],
+            "contrasts": [self._contrast(comparison) for comparison in self.comparisons],
+        }
 
     def _row(self, row: Row) -> dict[str, Any]:
-        record: dict[str, Any] = {"name": row.name, "label": row.label, "against": row.against, "measured": {}}
+        record: dict[str, Any] = {"name": row.name, "label": row.label, "measured": {}}
         for quantity in self.study.quantities:
             values = self.values(row.name, quantity)
-            compared = self.difference(row, quantity)
             record["measured"][str(quantity)] = {
                 "by_seed": values,
                 "mean": statistics.mean(values.values()) if values else None,
                 "standard_deviation": statistics.stdev(values.values()) if len(values) > 1 else None,
-                "difference": compared.to_json() if compared else None,
             }
         record["published"] = {column: rows[row.name] for column, rows in self.published.items()}
         return record
+
+    def _contrast(self, comparison: Comparison) -> dict[str, Any]:
+        published = self.published_differences(comparison.contrast)
+        verdicts = {column: comparison.agrees(value) for column, value in published.items()}
+        return comparison.to_json() | {"published": published, "as_published": verdicts}
 
     def markdown(self) -> str:
         """The report as two tables: the rows, and their differences."""
         title = f"**{escape(self.study.title)}**, scale {escape(self.scale)}: means of the seeds ± standard deviation"
         parts = [title, _table(*self._rows_table())]
-        header, rows = self._differences_table()
-        if rows:
-            parts += [
-                "Differences, with 95 % intervals: over images, for these models (paired bootstrap), and over "
-                "trainings (Student's t over the differences of the seeds). `as published`: whether the sign is that "
-                "of the paper, which requires three seeds and intervals without 0.",
-                _table(header, rows),
-            ]
+        if self.comparisons:
+            parts += [_EXPLANATION, _table(*self._differences_table())]
         return "\n\n".join(parts)
 
     def _rows_table(self) -> tuple[list[str], list[list[str]]]:
@@ -122,23 +125,19 @@ class StudyReport:
         return any(str(quantity) in values for values in self.published[column].values())
 
     def _differences_table(self) -> tuple[list[str], list[list[str]]]:
-        header = ["", "", "difference", "over images", "over trainings", "seeds"]
+        header = ["", "", "difference", "95 % interval", "over images", "p", "finds", "runs"]
         header += [text for column in self.published for text in (column, "as published")]
         rows = []
-        for row in self.study.rows:
-            for quantity in self.study.quantities:
-                outcome = self.difference(row, quantity)
-                if outcome is None or row.against is None:
-                    continue
-                what = escape(f"{row.label} − {self.study.row(row.against).label}")
-                cells = [what, quantity.label, f"{outcome.mean:+.1f}"]
-                for interval in (outcome.over_images, outcome.over_seeds):
-                    cells.append(f"{interval.low:+.1f} to {interval.high:+.1f}" if interval else "–")
-                cells.append(str(len(outcome.by_seed)))
-                for column in self.published:
-                    there = self.published_difference(column, row, quantity)
-                    cells += ["–", "–"] if there is None else [f"{there:+.1f}", outcome.agrees(there)]
-                rows.append(cells)
+        for found in self.comparisons:
+            cells = [escape(found.contrast.label), found.contrast.quantity.label, f"{found.difference:+.1f}"]
+            cells += [_interval(found.joint), _interval(found.over_images)]
+            cells.append("–" if found.adjusted_p is None else show_p(found.adjusted_p))
+            cells.append("–" if found.detectable is None else f"±{found.detectable:.1f}")
+            cells.append(" / ".join(map(str, found.runs.values())))
+            for column in self.published:
+                there = self.published_difference(column, found.contrast)
+                cells += ["–", "–"] if there is None else [f"{there:+.1f}", found.agrees(there)]
+            rows.append(cells)
         return header, rows
 
     def save(self, folder: Path) -> None:
@@ -149,6 +148,15 @@ class StudyReport:
         """
         write_text(folder / "table.json", json.dumps(self.to_json(), indent=1) + "\n")
         write_text(folder / "table.md", self.markdown() + "\n")
+
+
+def _interval(interval: Interval | None) -> str:
+    return "–" if interval is None else f"{interval.low:+.1f} to {interval.high:+.1f}"
+
+
+def show_p(p: float) -> str:
+    """A p-value with two digits, or that it is below 0.001."""
+    return "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def _number(value: float | None, quantity: Quantity) -> str:

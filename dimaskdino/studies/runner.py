@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +21,7 @@ from dimaskdino.progress import progress_bar
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.runs.processes import TrainingProcess
 from dimaskdino.signals import child_environment
+from dimaskdino.studies.comparison import planned_detectable
 from dimaskdino.studies.study import Study, run_path
 
 
@@ -52,11 +53,13 @@ class Plan:
         runs: all runs, finished ones included.
         parallel: number of simultaneous runs.
         seconds_per_step: median of the runs in this folder; None before there are any.
+        power: what the registered comparisons can find, one line each.
     """
 
     runs: tuple[PlannedRun, ...]
     parallel: int
     seconds_per_step: float | None
+    power: tuple[str, ...]
 
     @property
     def missing(self) -> tuple[PlannedRun, ...]:
@@ -79,7 +82,7 @@ class Plan:
             cost += (
                 f"; about {timedelta(seconds=round(seconds))} at the measured {self.seconds_per_step:.2f} s per step"
             )
-        return "\n".join([*lines, f"{cost}, {self.parallel} at a time"])
+        return "\n".join([*lines, f"{cost}, {self.parallel} at a time", *self.power])
 
 
 def plan_study(
@@ -121,7 +124,37 @@ def plan_study(
         if "seconds_per_step" in record
     ]
     speed = statistics.median(timed) if timed else None
-    return Plan(tuple(runs), parallel or max(1, torch.cuda.device_count()), speed)
+    power = tuple(describe_power(study, len(seeds or study.seeds), folder))
+    return Plan(tuple(runs), parallel or max(1, torch.cuda.device_count()), speed, power)
+
+
+def describe_power(study: Study, seeds: int, folder: Path) -> Iterator[str]:
+    """What the comparisons of a study can find, one line for each comparison and quantity.
+
+    The deviation over trainings is that of the study's file, otherwise the pooled one of the runs in the folder.
+    """
+    contrasts, known = study.registered, dict(study.deviation)
+    if not contrasts:
+        return
+    measured = study.measured(folder)
+    for quantity in study.quantities:
+        values = [
+            [v for run in runs.values() if (v := quantity.of(run.result)) is not None] for runs in measured.values()
+        ]
+        variances = [statistics.variance(v) for v in values if len(v) > 1]
+        if variances:
+            known.setdefault(str(quantity), statistics.mean(variances) ** 0.5)
+    yield f"what {len(contrasts)} comparisons of {seeds} seeds find with 80 % power:"
+    for contrast in contrasts:
+        deviation = known.get(str(contrast.quantity))
+        what = f"  {contrast.label}, {contrast.quantity.label}"
+        if seeds < 2:
+            yield f"{what}: nothing, a single seed decides nothing"
+        elif deviation is None:
+            yield f"{what}: not known before there are runs of two seeds (or give the study's file a deviation)"
+        else:
+            found = planned_detectable(contrast, seeds, deviation, len(contrasts))
+            yield f"{what}: ±{found or 0:.1f} points at a deviation of {deviation:.1f} over trainings"
 
 
 def run_study(plan: Plan) -> dict[str, str]:

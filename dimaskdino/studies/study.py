@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from dimaskdino.config import Config, Section, explain, load_config, parse_yaml
 from dimaskdino.errors import UserError
 from dimaskdino.resources import configs_folder
-from dimaskdino.studies.comparison import EvaluatedRun, Quantity
+from dimaskdino.studies.comparison import Contrast, EvaluatedRun, Quantity
 
 
 class Row(Section):
@@ -21,9 +21,16 @@ class Row(Section):
         description="name of the row and of its runs; rows with the same name in several studies share them",
     )
     label: str
-    against: str | None = Field(None, description="the row that this one is compared with")
     published: str | None = Field(None, description="path in the paper's tables: keys and positions separated by dots")
     settings: dict[str, tuple[str, ...]] = Field({}, description="`key=value` by scale; those of `all` apply first")
+
+
+class Compared(Section):
+    """A comparison that a study registers: the mean of some rows minus the mean of others."""
+
+    plus: tuple[str, ...] = Field(min_length=1, description="names of rows")
+    minus: tuple[str, ...] = Field(min_length=1, description="names of the rows that they are compared with")
+    label: str | None = Field(None, description="for people; by default the labels of the rows")
 
 
 class Study(Section):
@@ -34,9 +41,11 @@ class Study(Section):
         columns: datasets that the paper has numbers for, and the key of each below `Row.published` ("" if none).
         report: quantities to compare: `STAGE.box`, `STAGE.mask` or `STAGE.imbalance`; the stage may be `first` or
             `last`, for the decoder layers.
-        seeds: seeds of the training.
+        seeds: seeds of the training. Their number is fixed before the first run; comparisons of fewer decide nothing.
+        deviation: expected standard deviation over trainings by quantity, from a pilot, for the power of the plan.
         scales: the configuration that the settings change, by scale; absolute paths after `load_study`.
         rows: the variants.
+        contrasts: the comparisons, of every quantity; their p-values are adjusted together.
     """
 
     title: str
@@ -44,7 +53,9 @@ class Study(Section):
     report: tuple[str, ...]
     seeds: tuple[int, ...]
     scales: dict[str, Path]
+    deviation: dict[str, float] = Field({})
     rows: tuple[Row, ...]
+    contrasts: tuple[Compared, ...] = Field(())
 
     @field_validator("rows")
     @classmethod
@@ -52,17 +63,25 @@ class Study(Section):
         names = [row.name for row in rows]
         if len(set(names)) != len(names):
             raise ValueError(f"row names must be unique, got {', '.join(names)}")
-        for row in rows:
-            if row.against is not None and row.against not in names:
-                raise ValueError(f"{row.name} is compared with {row.against}, but the rows are {', '.join(names)}")
         return rows
 
-    @field_validator("report")
+    @model_validator(mode="after")
+    def _compared(self) -> "Study":
+        names = [row.name for row in self.rows]
+        for compared in self.contrasts:
+            for name in (*compared.plus, *compared.minus):
+                if name not in names:
+                    raise ValueError(f"'{name}' is compared, but the rows are {', '.join(names)}")
+            if both := set(compared.plus) & set(compared.minus):
+                raise ValueError(f"{', '.join(sorted(both))} cannot be compared with itself")
+        return self
+
+    @field_validator("report", "deviation")
     @classmethod
-    def _quantities(cls, report: tuple[str, ...]) -> tuple[str, ...]:
-        for text in report:
+    def _quantities(cls, named: Any) -> Any:
+        for text in named:
             Quantity.parse(text)
-        return report
+        return named
 
     @model_validator(mode="after")
     def _published(self) -> "Study":
@@ -74,6 +93,19 @@ class Study(Section):
     @property
     def quantities(self) -> tuple[Quantity, ...]:
         return tuple(map(Quantity.parse, self.report))
+
+    @property
+    def registered(self) -> tuple[Contrast, ...]:
+        """All contrasts of the study: every comparison of every quantity."""
+        return tuple(
+            Contrast(self._label(compared), compared.plus, compared.minus, quantity)
+            for compared in self.contrasts
+            for quantity in self.quantities
+        )
+
+    def _label(self, compared: Compared) -> str:
+        sides = (", ".join(self.row(name).label for name in names) for names in (compared.plus, compared.minus))
+        return compared.label or " − ".join(sides)
 
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)

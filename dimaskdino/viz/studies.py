@@ -1,15 +1,17 @@
 """Figures of studies: variants of a model side by side, and what they differ by."""
 
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
-from dimaskdino.studies.comparison import Difference
+from dimaskdino.studies.comparison import Comparison
 from dimaskdino.viz.curves import short_name, stage_order
-from dimaskdino.viz.style import BOX, CYCLE, GREY, MASK, NotebookFigure, style
+from dimaskdino.viz.style import BOX, CYCLE, GREY, MASK, NotebookFigure, data_label, style
 
 
 def plot_ablation(
@@ -45,7 +47,10 @@ def plot_ablation(
 
 
 def plot_study_layers(rows: Mapping[str, Sequence[LayerwiseAP]], title: str) -> Figure:
-    """Plot box AP, mask AP and the imbalance at every stage for variants of a model: mean and standard deviation.
+    """Plot the imbalance at every stage for variants of a model, large, beside box and mask AP on one scale.
+
+    Lines are means over the runs, bands standard deviations. The dotted line is the ceiling of masks where a result has
+    one (`evaluation.ceilings`).
 
     Args:
         rows: the results of each variant's runs by the name to show; variants without any are left out.
@@ -53,26 +58,58 @@ def plot_study_layers(rows: Mapping[str, Sequence[LayerwiseAP]], title: str) -> 
     """
     names = stage_order(result for results in rows.values() for result in results)
     with style():
-        figure = NotebookFigure(figsize=(max(9.0, 1.2 * len(names)), 7.2), layout="constrained")
-        panels = figure.subplots(2, 2)
-        panels[1, 1].set_axis_off()
-        for axes, what in zip(panels.flat, ("box AP (%)", "mask AP (%)", "mask − box (points)"), strict=False):
+        figure = NotebookFigure(figsize=(max(12.0, 1.5 * len(names)), 6.4), layout="constrained")
+        grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.45))
+        box = figure.add_subplot(grid[0, 0])
+        mask = figure.add_subplot(grid[1, 0], sharex=box, sharey=box)
+        lag = figure.add_subplot(grid[:, 1])
+        for axes, what in ((box, "box AP (%)"), (mask, "mask AP (%)"), (lag, "mask − box (points)")):
+            ends: list[tuple[float, float, str, str]] = []
             for number, (label, results) in enumerate(rows.items()):
                 values = {name: _at(results, name, what) for name in names}
                 x = [i for i, name in enumerate(names) if values[name]]
+                if not x:
+                    continue
                 means = np.array([statistics.mean(values[names[i]]) for i in x])
                 spread = np.array([_deviation(values[names[i]]) for i in x])
                 colour = CYCLE[number % len(CYCLE)]
-                axes.plot(x, means, marker="os^Dv<>p"[number % 8], color=colour, label=f"{label} ({len(results)})")
+                runs = f"{len(results)} run{'s' if len(results) > 1 else ''}"
+                axes.plot(x, means, marker="os^Dv<>p"[number % 8], color=colour, label=f"{label} ({runs})")
                 axes.fill_between(x, means - spread, means + spread, color=colour, alpha=0.15, linewidth=0)
+                ends.append((x[-1], means[-1], f"{data_label(label)} ({runs})", colour))
             axes.set(ylabel=what)
             axes.set_xticks(range(len(names)), [short_name(name) for name in names], fontsize=8)
-        panels[1, 0].axhline(0, color="black", linewidth=0.8)
-        if rows:
-            handles, labels = panels[0, 0].get_legend_handles_labels()
-            panels[1, 1].legend(handles, labels, loc="center", title="mean (runs), band: standard deviation")
+            if axes is lag:
+                axes.axhline(0, color="black", linewidth=0.8)
+                _label_lines(axes, ends)
+        mask.autoscale_view()
+        limits = {r.ceilings.mask.mean for results in rows.values() for r in results if r.ceilings is not None}
+        for limit in limits - {None}:
+            _mark_ceiling(mask, limit)
         figure.suptitle(title)
     return figure
+
+
+def _mark_ceiling(axes: Any, limit: float) -> None:
+    """A dotted line at a ceiling, or a note where the curves end far below it."""
+    low, high = axes.get_ylim()
+    if limit < high + 0.5 * (high - low):
+        axes.axhline(limit, color=MASK, linestyle=":")
+        axes.text(0, limit, f"ceiling of masks {limit:.0f}", color=MASK, fontsize=8.5, va="bottom")
+    else:
+        axes.text(0.02, 0.95, f"ceiling of masks {limit:.0f}", color=MASK, fontsize=8.5, transform=axes.transAxes)
+
+
+def _label_lines(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write each line's label beside its last point (x, y, text, colour), moved apart where they would overlap."""
+    if not ends:
+        return
+    low, high = axes.get_ylim()
+    step, lowest = 0.05 * (high - low), -np.inf
+    for x, y, text, colour in sorted(ends, key=lambda end: end[1]):
+        lowest = max(y, lowest + step)
+        axes.annotate(text, (x, lowest), (9, 0), textcoords="offset points", va="center", color=colour, fontsize=9.5)
+    axes.set_xlim(right=max(x for x, *_ in ends) + 0.1)
 
 
 def _deviation(values: Sequence[float]) -> float:
@@ -91,57 +128,55 @@ def _at(results: Sequence[LayerwiseAP], stage: str, what: str) -> list[float]:
     return [value for value in outcome if value is not None]
 
 
-def plot_differences(panels: Mapping[str, Mapping[str, tuple[Difference, Mapping[str, float]]]], title: str) -> Figure:
-    """Plot differences between variants: each seed, the mean with its intervals, and the published difference.
+def plot_differences(comparisons: Sequence[tuple[Comparison, Mapping[str, float]]], title: str) -> Figure:
+    """Plot differences between variants with their intervals, one panel per quantity, beside the published differences.
+
+    All panels have one scale, so that a point of AP has the same length everywhere.
 
     Args:
-        panels: for each quantity's label, by the name of the comparison, the difference and the published ones by
-            column; at least one.
+        comparisons: each comparison with the published differences by column; at least one.
         title: above all panels.
     """
-    names = list(dict.fromkeys(name for outcome in panels.values() for name in outcome))
+    names = list(dict.fromkeys(found.contrast.label for found, _ in comparisons))
     place = {name: len(names) - 1 - i for i, name in enumerate(names)}
-    columns = list(dict.fromkeys(c for outcome in panels.values() for _, there in outcome.values() for c in there))
+    columns = list(dict.fromkeys(column for _, published in comparisons for column in published))
+    quantities = list(dict.fromkeys(found.contrast.quantity for found, _ in comparisons))
     with style():
-        across = min(3, len(panels))
-        down = -(-len(panels) // across)
-        size = (3.4 * across + 2.6, (0.75 * len(names) + 1.3) * down + 0.7)
+        across = min(3, len(quantities))
+        down = -(-len(quantities) // across)
+        size = (3.2 * across + 3.4, (0.62 * len(names) + 1.3) * down + 0.7)
         figure = NotebookFigure(figsize=size, layout="constrained")
-        grid = iter(figure.subplots(down, across, sharey=True, squeeze=False).ravel())
-        for (label, outcome), axes in zip(panels.items(), grid, strict=False):
-            for name, (difference, published) in outcome.items():
-                y = place[name]
-                for interval, shift, width, colour in (
-                    (difference.over_seeds, -0.1, 2.0, GREY),
-                    (difference.over_images, 0.1, 5.0, BOX),
-                ):
+        grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
+        for quantity, axes in zip(quantities, grid, strict=False):
+            for found, published in comparisons:
+                if found.contrast.quantity != quantity:
+                    continue
+                y = place[found.contrast.label]
+                for interval, width, colour in ((found.joint, 2.0, GREY), (found.over_images, 6.0, BOX)):
                     if interval:
-                        axes.plot(
-                            [interval.low, interval.high], [y + shift] * 2, color=colour, linewidth=width, alpha=0.6
-                        )
-                seeds = list(difference.by_seed.values())
-                axes.plot(seeds, [y] * len(seeds), "o", color="black", markersize=4, markerfacecolor="none")
-                axes.plot(difference.mean, y, "|", color="black", markersize=16, markeredgewidth=2)
+                        ends = [interval.low, interval.high]
+                        axes.plot(ends, [y] * 2, color=colour, linewidth=width, alpha=0.6, solid_capstyle="butt")
+                axes.plot(found.difference, y, "|", color="black", markersize=14, markeredgewidth=2)
                 for number, column in enumerate(columns):
                     if column in published:
                         axes.plot(published[column], y + 0.28, "D^v"[number % 3], color=MASK, markersize=6)
             axes.axvline(0, color="black", linewidth=0.8)
-            axes.set(title=label, xlabel="points", ylim=(-0.6, len(names) - 0.3))
-            axes.margins(x=0.1)
-        for axes in grid:  # places that are left over
+            axes.set(title=quantity.label, xlabel="points", ylim=(-0.6, len(names) - 0.4))
+            axes.xaxis.set_tick_params(labelbottom=True)
+            axes.margins(x=0.06)
+        for axes in grid[len(quantities) :]:  # places that are left over
             axes.remove()
-        figure.axes[0].set_yticks(list(place.values()), names)
         axes = figure.axes[0]
+        axes.set_yticks(list(place.values()), [textwrap.fill(name, 26, break_on_hyphens=False) for name in names])
         marks = [
-            axes.plot([], [], "|", color="black", markersize=12, markeredgewidth=2, label="mean")[0],
-            axes.plot([], [], "o", color="black", markersize=4, markerfacecolor="none", label="a seed")[0],
-            axes.plot([], [], color=BOX, linewidth=5, alpha=0.6, label="95 % over images")[0],
-            axes.plot([], [], color=GREY, linewidth=2, alpha=0.6, label="95 % over trainings")[0],
+            axes.plot([], [], "|", color="black", markersize=12, markeredgewidth=2, label="difference of the means")[0],
+            axes.plot([], [], color=GREY, linewidth=2, alpha=0.6, label="95 %, trainings and images")[0],
+            axes.plot([], [], color=BOX, linewidth=6, alpha=0.6, label="95 %, images alone")[0],
             *(
                 axes.plot([], [], "D^v"[i % 3], color=MASK, label=f"published, {column}")[0]
                 for i, column in enumerate(columns)
             ),
         ]
-        figure.legend(handles=marks, loc="outside lower center", ncols=min(6, len(marks)), fontsize=9)
+        figure.legend(handles=marks, loc="outside lower center", ncols=min(5, len(marks)), fontsize=9)
         figure.suptitle(title)
     return figure

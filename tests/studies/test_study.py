@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from scipy.stats import nct
+from scipy.stats import t as student
 from small import overrides
 
 from dimaskdino.errors import UserError
@@ -19,7 +21,7 @@ from dimaskdino.evaluation.bootstrap import BootstrapAP
 from dimaskdino.evaluation.coco_ap import AveragePrecision
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
 from dimaskdino.studies.report import StudyReport, paper_tables
-from dimaskdino.studies.runner import environments, plan_study, run_study
+from dimaskdino.studies.runner import describe_power, environments, plan_study, run_study
 from dimaskdino.studies.study import find_study, load_study
 
 ROOT = Path(__file__).parent.parent.parent
@@ -75,8 +77,9 @@ def write_study(folder, **changes):
         "scales": {"tiny": str(ROOT / "configs" / "shapes" / "dimaskdino_r18.yaml")},
         "rows": [
             {"name": "a", "label": "A"},
-            {"name": "b", "label": "B", "against": "a", "settings": {"tiny": ["model.bato.enabled=false"]}},
+            {"name": "b", "label": "B", "settings": {"tiny": ["model.bato.enabled=false"]}},
         ],
+        "contrasts": [{"plus": ["b"], "minus": ["a"]}],
     } | changes
     (folder / "study.yaml").write_text(yaml.safe_dump(content))
     return folder / "study.yaml"
@@ -86,7 +89,10 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
     row = {"name": "a", "label": "A"}
     for changes, message in (
         ({"rows": [row, row]}, "row names must be unique, got a, a"),
-        ({"rows": [row | {"against": "c"}]}, "a is compared with c, but the rows are a"),
+        ({"rows": [row]}, "'b' is compared, but the rows are a"),
+        ({"contrasts": [{"plus": ["a", "b"], "minus": ["b"]}]}, "b cannot be compared with itself"),
+        ({"contrasts": [{"plus": [], "minus": ["b"]}]}, r"contrasts.0.plus"),
+        ({"deviation": {"last": 1.0}}, "'last' is no quantity"),
         ({"report": ["last.boxes"]}, "'last.boxes' is no quantity; expected STAGE.box"),
         ({"columns": {"COCO": "coco"}}, "no place of a, b in them"),
     ):
@@ -122,7 +128,7 @@ def measured(folder, row, seed, first, last, samples=None):
 
 
 def test_a_report_of_means_and_differences(tmp_path):
-    study = load_study(write_study(tmp_path))
+    study = load_study(write_study(tmp_path, seeds=[0, 1, 2]))
     for seed, a, b in ((0, 30.0, 32.0), (1, 34.0, 37.0), (2, 32.0, 36.0)):
         measured(tmp_path, "a", seed, (10.0, 13.0), (a, 40.0), {"decoder.2/box": [a - 1, a, a + 1]})
         measured(tmp_path, "b", seed, (10.0, 11.0 + seed), (b, 40.0), {"decoder.2/box": [b + 1, b, b + 1]})
@@ -130,26 +136,34 @@ def test_a_report_of_means_and_differences(tmp_path):
     report = StudyReport.of(study, "tiny", tmp_path)
     box, lag = study.quantities
     assert report.values("a", box) == {0: 30, 1: 34, 2: 32}
-    assert report.difference(study.rows[0], box) is None
-    found = report.difference(study.rows[1], box)
-    assert found.by_seed == {0: 2, 1: 3, 2: 4}
-    # draws of the mean difference: 3 + (2, 0, 0), so its 2.5 and 97.5 % points by linear interpolation are 3 and 4.9
-    assert (found.over_images.low, found.over_images.high) == pytest.approx((3, 4.9))
-    # 3 ± t(0.975, 2)·1/√3 = 3 ± 4.3027 · 0.5774
-    assert (found.over_seeds.low, found.over_seeds.high) == pytest.approx((0.5159, 5.4841), abs=1e-4)
-    assert [found.agrees(x) for x in (0.4, -0.4, 0.0)] == ["yes", "no", "cannot tell"]
-    lagging = report.difference(study.rows[1], lag)
-    assert (lagging.mean, lagging.over_images, lagging.agrees(-2.0)) == (-1, None, "cannot tell")
+    of_box, of_lag = report.comparisons
+    assert (of_box.contrast.label, of_box.contrast.quantity, of_lag.contrast.quantity) == ("B − A", box, lag)
+    # draws of the difference: 3 + (2, 0, 0), so its 2.5 and 97.5 % points by linear interpolation are 3 and 4.9
+    assert (of_box.over_images.low, of_box.over_images.high) == pytest.approx((3, 4.9))
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.markdown().splitlines() if "|" in line]
     assert lines[2] == ["A", "32.0 ± 2.0", "+3.0 ± 0.0", "3"]
-    assert lines[6] == ["B − A", "box AP, last layer", "+3.0", "+3.0 to +4.9", "+0.5 to +5.5", "3"]
+    assert lines[6][:3] == ["B − A", "box AP, last layer", "+3.0"]
+    assert lines[6][4] == "+3.0 to +4.9"
+    assert lines[6][7] == "3 / 3"
     report.save(tmp_path / "report")
     content = json.loads((tmp_path / "report" / "table.json").read_text())
-    assert content["rows"][1]["measured"]["last.box"]["difference"]["over_images"]["high"] == pytest.approx(4.9)
+    assert content["contrasts"][0]["over_images"]["high"] == pytest.approx(4.9)
     assert content["rows"][0]["measured"]["last.box"]["standard_deviation"] == 2
 
 
-def test_pairs_of_other_images_are_refused(tmp_path):
+def test_published_differences_of_contrasts():
+    study = load_study(ROOT / "configs" / "ablations" / "table_4.yaml")
+    report = StudyReport(study, "shapes", {}, study.published(TABLES))
+    box = {(row["di"], row["bato"]): row["coco"]["box"] for row in TABLES["table_4_modules"]}
+    by_label = {
+        c.label: report.published_difference("COCO", c) for c in study.registered if str(c.quantity) == "last.box"
+    }
+    assert by_label["De-Imbalance − neither (MaskDINO)"] == pytest.approx(box[True, False] - box[False, False])
+    alone, beside = box[True, False] - box[False, False], box[True, True] - box[False, True]
+    assert by_label["De-Imbalance, with and without BATO"] == pytest.approx((alone + beside) / 2)
+
+
+def test_comparisons_on_other_images_are_refused(tmp_path):
     study = load_study(write_study(tmp_path))
     for row in "ab":
         measured(tmp_path, row, 0, (1.0, 1.0), (1.0, 1.0), {"decoder.2/box": [1, 2]})
@@ -157,6 +171,24 @@ def test_pairs_of_other_images_are_refused(tmp_path):
     BootstrapAP("others", BootstrapAP.load(file).samples).save(file)
     with pytest.raises(UserError, match="different images"):
         StudyReport.of(study, "tiny", tmp_path).markdown()
+
+
+def test_the_plan_says_what_it_can_find(tmp_path):
+    """Two rows of n runs and a deviation σ: standard error σ·√(2/n), at most 2(n − 1) degrees of freedom."""
+    study = load_study(write_study(tmp_path, deviation={"last.box": 1.5}))
+    box, lag = list(describe_power(study, 8, tmp_path))[1:]
+    error, critical = 1.5 * (2 / 8) ** 0.5, student.ppf(1 - 0.025 / 2, 14)
+    found = float(box.split("±")[1].split(" ")[0])
+    # one decimal is printed, and the plan knows that the degrees of freedom are estimated
+    assert 0.78 < nct.sf(critical, 14, found / error) < 0.86
+    assert lag.endswith("not known before there are runs of two seeds (or give the study's file a deviation)")
+    assert list(describe_power(study, 1, tmp_path))[1].endswith("nothing, a single seed decides nothing")
+    for seed, lag_of_a in enumerate((1.0, 3.0)):  # variance 2 in row a, 0 in row b: deviation 1 when pooled
+        measured(tmp_path, "a", seed, (10.0, 10.0 + lag_of_a), (30.0, 30.0))
+        measured(tmp_path, "b", seed, (10.0, 11.0), (30.0, 30.0))
+    box, lag = list(describe_power(study, 8, tmp_path))[1:]
+    assert box.endswith("at a deviation of 1.5 over trainings")  # the file's
+    assert lag.endswith("at a deviation of 1.0 over trainings")
 
 
 @pytest.mark.parametrize(
@@ -201,7 +233,7 @@ def test_a_study_runs_and_goes_on_whatever_fails(shapes_data, tmp_path):
     assert (tmp_path / "runs" / "a_0" / "checkpoints" / "model.safetensors").stat().st_mtime_ns == before
     report = StudyReport.of(study, "tiny", tmp_path)
     assert {name: list(runs) for name, runs in report.measured.items()} == {"a": [0, 1], "b": [0, 1]}
-    assert report.difference(study.rows[1], study.quantities[0]).over_images is not None
+    assert report.comparisons[0].over_images is not None
     with pytest.raises(UserError, match="holds a run with other settings"):
         plan_study(study, "tiny", [0], tmp_path, [*changes, "model.decoder.layers=3"])
     # a run may be resumed with another learning rate, but its result is not that of this study
@@ -211,7 +243,7 @@ def test_a_study_runs_and_goes_on_whatever_fails(shapes_data, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_writes_a_report_and_interrupting_it_loses_nothing(shapes_data, tmp_path):
-    study = write_study(tmp_path, rows=[{"name": "a", "label": "A"}])
+    study = write_study(tmp_path, rows=[{"name": "a", "label": "A"}], contrasts=[])
     changes = overrides(shapes_data, "schedule.steps=150", "train.checkpoint_every=1")
     command = [sys.executable, "-m", "dimaskdino", "study", str(study), str(tmp_path / "out"), *changes]
     run = tmp_path / "out" / "runs" / "a_0"

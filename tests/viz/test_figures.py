@@ -1,19 +1,21 @@
 """Figures show the numbers they are given."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from dimaskdino import config
-from dimaskdino.evaluation.coco_ap import AveragePrecision
+from dimaskdino.evaluation.ceilings import Ceilings
+from dimaskdino.evaluation.coco_ap import AveragePrecision, AverageRecall
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
 from dimaskdino.inspection.diagnostics import Calibration, GradientConflict, MatchedObjects, Survey
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.denoising import Denoising
 from dimaskdino.modeling.structures import Targets
-from dimaskdino.studies.comparison import Difference, Interval
+from dimaskdino.studies.comparison import Comparison, Contrast, Interval, Quantity
 from dimaskdino.viz import (
     draw_denoising,
     draw_instances,
@@ -204,28 +206,48 @@ def test_ablation_marks_runs_and_their_mean():
 def test_study_layers_show_means_and_deviations():
     other = LayerwiseAP(RESULT.stages | {"decoder.1": StageAP(ap(34.0), ap(30.0))}, 4, "")
     figure = plot_study_layers({"A": [RESULT, other], "B": [RESULT]}, "title")
-    box, mask, lag, _ = figure.axes
+    box, mask, lag = figure.axes
     assert list(box.lines[0].get_ydata()) == [10, 15, 16, 32]
     assert list(mask.lines[0].get_ydata()) == [20, 21, 29]
+    assert list(lag.lines[0].get_ydata()) == [10, 5, -3]
     assert list(lag.lines[1].get_ydata()) == [10, 5, -2]
     heights = box.collections[0].get_paths()[0].vertices[:, 1]
     assert np.isclose([heights.min(), heights.max()], [10, 32 + 8**0.5]).all()  # (30, 34): deviation √8
-    assert [text.get_text() for text in figure.axes[3].get_legend().get_texts()] == ["A (2)", "B (1)"]
+    assert {text.get_text() for text in lag.texts} == {"A (2 runs)", "B (1 run)"}
+    assert box.get_ylim() == mask.get_ylim()
 
 
-def test_differences_show_seeds_intervals_and_published():
-    found = Difference({0: 2.0, 1: 4.0}, Interval(1.0, 5.0), Interval(-9.0, 15.0))
-    single = Difference({0: -1.0}, None, None)
-    panels = {"box AP": {"b − a": (found, {"COCO": 0.8}), "c − a": (single, {})}, "lag": {"c − a": (single, {})}}
-    box, lag = plot_differences(panels, "title").axes
+def test_a_ceiling_far_above_the_curves_is_written_not_drawn():
+    def drawn(limit):
+        recall = AverageRecall(limit, None, None, None, {})
+        result = replace(RESULT, ceilings=Ceilings(recall, {"mask2box": recall, "bitmask": recall}, {}))
+        mask = plot_study_layers({"A": [result]}, "title").axes[1]
+        return [text.get_text() for text in mask.texts], [list(line.get_ydata()) for line in mask.lines[1:]]
+
+    assert drawn(40.0) == (["ceiling of masks 40"], [[40.0, 40.0]])
+    assert drawn(95.0) == (["ceiling of masks 95"], [])
+
+
+def test_differences_show_intervals_and_published():
+    def comparison(label, quantity, difference, images=None, joint=None):
+        contrast = Contrast(label, ("b",), ("a",), Quantity.parse(quantity))
+        return Comparison(contrast, {"a": 2, "b": 2}, difference, images, joint, joint, 0.1, 0.2, 3.0, True)
+
+    found = comparison("b − a", "last.box", 3.0, Interval(1.0, 5.0), Interval(-9.0, 15.0))
+    single = comparison("c − a", "last.box", -1.0)
+    box, lag = plot_differences(
+        [(found, {"COCO": 0.8}), (single, {}), (comparison("c − a", "first.imbalance", -1.0), {})], "title"
+    ).axes
     drawn = [list(line.get_xdata()) for line in box.lines if len(line.get_xdata())]
-    assert drawn == [[-9, 15], [1, 5], [2, 4], [3], [0.8], [-1], [-1], [0, 0]]
-    assert [list(line.get_xdata()) for line in lag.lines] == [[-1], [-1], [0, 0]]
+    assert drawn == [[-9, 15], [1, 5], [3], [0.8], [-1], [0, 0]]
+    assert {line.get_solid_capstyle() for line in box.lines[:2]} == {"butt"}  # other caps would lengthen intervals
+    assert [list(line.get_xdata()) for line in lag.lines] == [[-1], [0, 0]]
     assert [label.get_text() for label in box.get_yticklabels()] == ["b − a", "c − a"]
-    four = {title: {"c − a": (single, {})} for title in ("first", "second", "third", "fourth")}
-    drawn = plot_differences(four, "title").axes  # three beside each other, the fourth below
-    assert [axes.get_title() for axes in drawn] == list(four)
-    assert [label.get_text() for label in drawn[3].get_yticklabels()] == ["c − a"]
+    assert box.get_xlim() == lag.get_xlim()
+    four = [f"decoder.{i}.box" for i in range(4)]
+    drawn = plot_differences([(comparison("c − a", text, 1.0), {}) for text in four], "title").axes
+    assert [axes.get_title() for axes in drawn] == [Quantity.parse(text).label for text in four]
+    assert [label.get_text() for label in drawn[3].get_yticklabels()] == ["c − a"]  # the fourth lies below
 
 
 def survey(stages, query, box, mask, recall, rank, conflict):

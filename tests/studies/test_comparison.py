@@ -1,0 +1,156 @@
+"""Differences between variants: against hand-worked cases, SciPy's tests and simulation."""
+
+import numpy as np
+import pytest
+from scipy.stats import nct, ttest_ind
+from scipy.stats import t as student
+
+from dimaskdino.evaluation.bootstrap import BootstrapAP
+from dimaskdino.evaluation.coco_ap import AveragePrecision
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
+from dimaskdino.studies.comparison import (
+    Contrast,
+    EvaluatedRun,
+    Quantity,
+    compare,
+    correlation_of_pairs,
+    detectable,
+    planned_detectable,
+)
+
+BOX = Quantity.parse("last.box")
+B_MINUS_A = Contrast("B − A", ("b",), ("a",), BOX)
+
+
+def run(ap, draws=None, images=200):
+    """A run with this box AP at its only stage, and its bootstrap samples."""
+    values = dict.fromkeys(AveragePrecision.__dataclass_fields__) | {"AP": ap}
+    result = LayerwiseAP({"decoder.1": StageAP(AveragePrecision(**values), None)}, images, "synthetic")
+    return EvaluatedRun(result, None if draws is None else BootstrapAP("same", {"decoder.1/box": np.array(draws)}))
+
+
+def rows(**values):
+    return {name: {seed: run(ap) for seed, ap in enumerate(found)} for name, found in values.items()}
+
+
+def test_two_rows_are_a_welch_test():
+    a, b = [30.0, 34.0, 32.0, 33.0], [32.0, 41.0, 36.0]
+    [found] = compare([B_MINUS_A], rows(a=a, b=b), seeds=3)
+    expected = ttest_ind(b, a, equal_var=False)
+    interval = expected.confidence_interval()
+    assert found.difference == pytest.approx(np.mean(b) - np.mean(a))
+    assert found.p == found.adjusted_p == pytest.approx(expected.pvalue)
+    assert (found.joint.low, found.joint.high) == pytest.approx((interval.low, interval.high))
+    assert found.joint == found.over_trainings
+    assert found.over_images is None
+    assert found.runs == {"b": 3, "a": 4}
+
+
+def test_a_factor_of_a_two_by_two_by_hand():
+    """Rows with variances 1, 4, 9 and 16 and three runs each; weights ±1/2."""
+    measured = rows(neither=[9, 10, 11], one=[18, 20, 22], other=[27, 30, 33], both=[41, 45, 49])
+    factor = Contrast("one", ("one", "both"), ("neither", "other"), BOX)
+    [found] = compare([factor], measured, seeds=3)
+    assert found.difference == pytest.approx((20 - 10 + 45 - 30) / 2)
+    variance = (1 + 4 + 9 + 16) / 3 / 4
+    df = variance**2 / sum((v / 3 / 4) ** 2 / 2 for v in (1, 4, 9, 16))
+    half = student.ppf(0.975, df) * variance**0.5
+    assert (found.joint.low, found.joint.high) == pytest.approx((12.5 - half, 12.5 + half))
+
+
+def test_images_widen_the_joint_interval_by_their_variance():
+    """Draws of the difference: −3, 0 and +3 around 4, variance 6; with 7 images that has 6 degrees of freedom."""
+    measured = {
+        "a": {0: run(9, [9, 9, 9], images=7), 1: run(11, [11, 11, 11], images=7)},
+        "b": {0: run(13, [10, 13, 16], images=7), 1: run(15, [12, 15, 18], images=7)},
+    }
+    [found] = compare([B_MINUS_A], measured, seeds=2)
+    trainings = 2 / 2 + 2 / 2
+    variance, df = trainings + 6, (trainings + 6) ** 2 / (1**2 / 1 + 1**2 / 1 + 6**2 / 6)
+    # (the two rows' variances of 1 have one degree of freedom each)
+    half = student.ppf(0.975, df) * variance**0.5
+    assert (found.joint.low, found.joint.high) == pytest.approx((4 - half, 4 + half))
+    assert found.over_trainings.high - 4 == pytest.approx(student.ppf(0.975, 2) * trainings**0.5)
+    assert (found.over_images.low, found.over_images.high) == pytest.approx((1.15, 6.85))
+
+
+def test_p_values_are_adjusted_by_holm():
+    measured = rows(a=[10, 11, 12], b=[20, 21, 22], c=[12, 13, 14], d=[11, 12, 13])
+    contrasts = [Contrast(name, (name,), ("a",), BOX) for name in "bcd"]
+    found = {c.contrast.label: c for c in compare(contrasts, measured, seeds=3)}
+    p = [found[name].p for name in "bcd"]
+    assert p == sorted(p)
+    first, second = min(1, 3 * p[0]), min(1, 2 * p[1])
+    assert [found[name].adjusted_p for name in "bcd"] == pytest.approx(
+        [first, max(first, second), max(first, second, p[2])]
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "seeds", "published", "expected"),
+    [
+        ({"a": [10, 11, 12], "b": [20, 21, 22]}, 3, 0.4, "yes"),
+        ({"a": [10, 11, 12], "b": [20, 21, 22]}, 3, -0.4, "no"),
+        ({"a": [10, 11, 12], "b": [20, 21, 22]}, 3, 0.0, "cannot tell"),
+        ({"a": [10, 11, 12], "b": [20, 21, 22]}, 4, 0.4, "cannot tell"),  # a seed is missing
+        ({"a": [10, 11], "b": [20, 20.1]}, 2, 0.4, "cannot tell"),  # two seeds are never enough
+        ({"a": [10, 11, 12], "b": [11, 12, 13]}, 3, 0.4, "cannot tell"),
+        ({"a": [10, 11, 12], "b": [20]}, 1, 0.4, "cannot tell"),
+    ],
+)
+def test_the_rule_of_verdicts(values, seeds, published, expected):
+    [found] = compare([B_MINUS_A], rows(**values), seeds)
+    assert found.agrees(published) == expected
+
+
+def test_single_runs_have_a_difference_and_nothing_more():
+    [found] = compare([B_MINUS_A], rows(a=[10, 11, 12], b=[20]), seeds=3)
+    assert found.difference == 9
+    assert (found.over_trainings, found.joint, found.p, found.adjusted_p, found.detectable) == (None,) * 5
+    assert compare([B_MINUS_A], rows(a=[10]), seeds=1) == []
+
+
+def test_detectable_difference_is_found_four_times_of_five():
+    variance, df, level = 0.8, 9.0, 0.01
+    effect = detectable(variance, df, level)
+    critical, shift = student.ppf(1 - level / 2, df), effect / variance**0.5
+    assert nct.sf(critical, df, shift) + nct.cdf(-critical, df, shift) == pytest.approx(0.8, abs=1e-6)
+    assert detectable(0.0, 9.0, 0.05) is None
+
+
+def test_planned_power_holds_in_simulated_studies():
+    effect = planned_detectable(B_MINUS_A, seeds=5, deviation=1.5, contrasts=4)
+    assert planned_detectable(B_MINUS_A, seeds=1, deviation=1.5, contrasts=4) is None
+    draw = np.random.default_rng(7).normal(0, 1.5, size=(2, 5, 20_000))
+    p = ttest_ind(draw[0] + effect, draw[1], equal_var=False).pvalue
+    assert np.mean(p < 0.05 / 4) == pytest.approx(0.8, abs=0.02)
+
+
+def test_the_joint_interval_covers_trainings_and_images():
+    """Simulated studies: the true difference is 2; runs scatter by 1, this draw of 100 images shifts row b by σ = 1.
+
+    An interval over trainings alone misses what the images do; the joint one covers as often as it says.
+    """
+    random = np.random.default_rng(1)
+    covered = {"joint": 0, "over_trainings": 0}
+    for _ in range(400):
+        shift, resampled = random.normal(), random.normal(size=200)
+        measured = {
+            name: {
+                seed: run(ap, ap + of_images * resampled, images=100)
+                for seed, ap in enumerate(mean + of_images * shift + random.normal(size=5))
+            }
+            for name, mean, of_images in (("a", 10.0, 0.0), ("b", 12.0, 1.0))
+        }
+        [found] = compare([B_MINUS_A], measured, seeds=5)
+        for name in covered:
+            interval = getattr(found, name)
+            covered[name] += interval.low < 2 < interval.high
+    assert 0.93 < covered["joint"] / 400 < 0.985
+    assert covered["over_trainings"] / 400 < 0.85
+
+
+def test_correlation_of_pairs():
+    assert correlation_of_pairs({0: 1.0, 1: 2.0, 2: 3.0}, {0: 2.0, 1: 4.0, 2: 6.0, 3: 9.0}) == pytest.approx(1)
+    assert correlation_of_pairs({0: 1.0, 1: 2.0, 2: 3.0}, {0: 3.0, 1: 2.0, 2: 1.0}) == pytest.approx(-1)
+    assert correlation_of_pairs({0: 1.0, 1: 2.0}, {0: 3.0, 1: 2.0}) is None
