@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import records
+import study_blocks
 import torch
 
 import dimaskdino
@@ -63,5 +64,11 @@ if __name__ == "__main__":
         path = FOLDER / f"{figure.__name__}.png"
         figure().savefig(path, dpi=130)
         print(f"written: {path}")
+    for name in study_blocks.NAMES:
+        report, folder = study_blocks.report(name), study_blocks.STUDIES / name
+        report.save(folder)
+        for kind, drawn in viz.study_figures(report).items():
+            drawn.savefig(folder / f"{kind}.png")
+        print(f"written: {folder}")
     for path in records.write_all():
         print(f"written: {path}")

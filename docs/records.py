@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import study_blocks
+
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
-from dimaskdino.studies.report import paper_tables
+from dimaskdino.studies.report import paper_tables, show_p
 
 ROOT = Path(__file__).parent.parent
 MEASUREMENTS = ROOT / "docs" / "measurements"
-STUDIES = ROOT / "notebooks" / "studies"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MODELS = {"MaskDINO": "maskdino", "DI-MaskDINO": "dimaskdino"}
 
@@ -87,8 +88,8 @@ def headlines() -> str:
     logits, boxes = (max(case[key] for case in golden.values()) for key in ("class_logits", "boxes"))
     kit = first_and_last_layers()["This kit, shapes"]
     last = {name: layers["last"] for name, layers in kit.items()}
-    row = _row("table_4", "di_bato")["measured"]["last.box"]["difference"]
-    interval = row["over_seeds"]
+    both = study_blocks.main_comparison("di_bato")
+    formula = study_blocks.share_of_the_formula()
     survived = sum(outcome == "survived" for outcome in _json("faults.json")["faults"].values())
     return "\n".join(
         [
@@ -99,8 +100,11 @@ def headlines() -> str:
             f"{last['MaskDINO']['box']:.1f} and {last['MaskDINO']['mask']:.1f}.",
             f"* **Nothing is lost**: {survived} faults injected into real runs, from SIGKILL to a full disk, are "
             f"survived; {sum(_json('bad_inputs.json').values())} bad inputs are answered in one clear line each.",
-            f"* **Table 4 in miniature**, {len(row['by_seed'])} seeds: both modules gain {row['mean']:+.1f} box "
-            f"AP (95 % interval over trainings {interval['low']:+.1f} to {interval['high']:+.1f}).",
+            f"* **Part of the lag is arithmetic**: {formula:.0f} % of the baseline's lag at its decoder's input come "
+            "from the published formula that makes boxes of masks ([study](docs/study.md)).",
+            f"* **Table 4 in miniature**, {both.runs['di_bato']} seeds: both modules {both.difference:+.1f} box AP "
+            f"(95 % interval {both.joint.low:+.1f} to {both.joint.high:+.1f}, adjusted p {show_p(both.adjusted_p)}): "
+            f"{study_blocks.verdict('table_4', both)}.",
         ]
     )
 
@@ -137,20 +141,20 @@ def demo() -> str:
 
 def table_4() -> str:
     """The rows of the study of table 4."""
-    rows = _study("table_4")["rows"]
+    rows = study_blocks.report("table_4").to_json()["rows"]
     lines = [
-        "| | box AP | mask AP | first layer: mask − box | box AP − baseline, 95 % interval over trainings |",
+        "| | box AP | mask AP | first layer: mask − box | box AP − baseline, 95 % interval |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
         values = row["measured"]
         cells = [_spread(values["last.box"]), _spread(values["last.mask"]), _spread(values["first.imbalance"], True)]
-        difference = values["last.box"]["difference"] if row["against"] == rows[0]["name"] else None
-        if difference:
-            low, high = (_number(difference["over_seeds"][end], sign=True) for end in ("low", "high"))
-            cells.append(f"{_number(difference['mean'], sign=True)} ({low} to {high})")
-        else:
+        if row is rows[0]:
             cells.append("–")
+        else:
+            found = study_blocks.main_comparison(row["name"])
+            low, high = (_number(end, sign=True) for end in (found.joint.low, found.joint.high))
+            cells.append(f"{_number(found.difference, sign=True)} ({low} to {high})")
         lines.append(f"| {row['label']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -276,6 +280,7 @@ BLOCKS = {
         bad_inputs,
         memory,
         diagnostics,
+        *study_blocks.BLOCKS,
     )
 }
 _BLOCK = re.compile(r"(<!-- records: (\w+) -->\n)((?:(?!<!--).*\n)*)(<!-- end -->)")
@@ -298,14 +303,6 @@ def write_all() -> Iterator[Path]:
 
 def _json(name: str) -> dict[str, Any]:
     return json.loads((MEASUREMENTS / name).read_text())
-
-
-def _study(name: str) -> dict[str, Any]:
-    return json.loads((STUDIES / name / "table.json").read_text())
-
-
-def _row(study: str, name: str) -> dict[str, Any]:
-    return next(row for row in _study(study)["rows"] if row["name"] == name)
 
 
 def _number(value: float | None, sign: bool = False) -> str:

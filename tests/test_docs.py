@@ -11,6 +11,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 import records  # noqa: E402
+import study_blocks  # noqa: E402
 
 TEXTS = [*records.PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "ops" / "README.md"]
 TEXTS += sorted((ROOT / "notebooks").glob("studies/README.md"))
@@ -35,7 +36,14 @@ def test_a_changed_number_is_noticed():
     assert records.rewritten(changed) == text
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+@pytest.mark.parametrize("name", study_blocks.NAMES)
+def test_tables_of_studies_are_what_the_runs_say(name, tmp_path):
+    study_blocks.report(name).save(tmp_path)
+    for file in ("table.json", "table.md"):
+        assert (tmp_path / file).read_text() == (study_blocks.STUDIES / name / file).read_text(), "run `make figures`"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md", "docs/study.md"])
 def test_results_stand_in_blocks_alone(name):
     prose = outside_blocks((ROOT / name).read_text())
     allowed = {"3.11", "2.11", "0.1", "0.2", "2.0", "2410.16707"}  # versions, and the paper's number

@@ -334,15 +334,15 @@ def _differing(answer: Section, expected: Section, prefix: str = "") -> list[str
     return problems
 
 
-def check_paired(function: Callable[[Sequence[float], Sequence[float]], tuple[float, float]]) -> CheckResult:
-    """Chapter 7: mean difference b − a of runs that share their seeds, and the standard error of that mean."""
-    cases = [([30.0, 34.0, 29.0], [33.0, 36.5, 33.5]), ([10.0, 12.0], [12.0, 10.0])]
+def check_unpaired(function: Callable[[Sequence[float], Sequence[float]], tuple[float, float]]) -> CheckResult:
+    """Chapter 7: difference of the means of two rows' runs, b − a, and its standard error."""
+    cases = [([30.0, 34.0, 29.0], [33.0, 36.5, 33.5]), ([10.0, 12.0], [12.0, 10.0, 17.0])]
 
     def expected(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-        differences = [y - x for x, y in zip(a, b, strict=True)]
-        return statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+        errors = (statistics.variance(row) / len(row) for row in (a, b))
+        return statistics.mean(b) - statistics.mean(a), math.sqrt(sum(errors))
 
-    hint = "first the difference of each seed; then their mean, and their standard deviation (n − 1) divided by √n"
+    hint = "first the mean and the variance (n − 1) of each row; then the root of the sum of variance / n"
     return _run(function, cases, expected, hint)
 
 

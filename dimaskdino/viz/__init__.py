@@ -11,7 +11,7 @@ from dimaskdino.viz.diagnostics import (
     plot_selection_recall,
 )
 from dimaskdino.viz.objects import draw_object_stages, draw_objects, plot_mean_ious
-from dimaskdino.viz.studies import plot_ablation, plot_differences, plot_study_layers
+from dimaskdino.viz.studies import plot_ablation, plot_differences, plot_study_layers, study_figures
 from dimaskdino.viz.tokens import (
     draw_guidance,
     draw_interaction,
@@ -51,4 +51,5 @@ __all__ = [
     "plot_precision_recall",
     "plot_selection_recall",
     "plot_study_layers",
+    "study_figures",
 ]

@@ -117,8 +117,8 @@ def _imbalance(axes: Any, result: LayerwiseAP, place: dict[str, int], number: in
         values = [np.nan if value is None else value for value in relative]
         axes.plot(x, values, "D", color=colour, markersize=5, markerfacecolor="white")
         if number == total - 1:
-            axes.plot([], [], "D", color=GREY, markersize=5, markerfacecolor="white", label="relative to the ceilings")
-            axes.legend(*(part[-1:] for part in axes.get_legend_handles_labels()), loc="best", fontsize=8.5)
+            mark = axes.plot([], [], "D", color=GREY, markersize=5, markerfacecolor="white")
+            axes.legend(mark, ["relative to the ceilings"], loc="best", fontsize=8.5)
     if total == 1:
         # + 0.0 turns a rounded −0.0 into 0.0
         axes.bar_label(bars, [f"{round(v, 1) + 0.0:+.1f}" for v in defined.values()], padding=2, fontsize=9)

@@ -10,8 +10,28 @@ from matplotlib.figure import Figure
 
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.studies.comparison import Comparison
+from dimaskdino.studies.report import StudyReport
 from dimaskdino.viz.curves import short_name, stage_order
 from dimaskdino.viz.style import BOX, CYCLE, GREY, MASK, NotebookFigure, data_label, style
+
+
+def study_figures(report: StudyReport) -> dict[str, Figure]:
+    """The figures of a study by name: `rows`, `differences` if rows are compared, and `layers`."""
+    study, labels = report.study, {row.name: row.label for row in report.study.rows}
+    columns = {
+        f"{name}, published": {row: [(v["last.box"], v["last.mask"])] for row, v in rows.items()}
+        for name, rows in report.published.items()
+    }
+    columns[f"{report.scale}, measured"] = {
+        row: [(m.result.last.box.AP, m.result.last.mask.AP) for m in runs.values()]
+        for row, runs in report.measured.items()
+    }
+    figures = {"rows": plot_ablation(labels, columns, f"{study.title}: last layer")}
+    if report.comparisons:
+        pairs = [(found, report.published_differences(found.contrast)) for found in report.comparisons]
+        figures["differences"] = plot_differences(pairs, f"{study.title}: differences")
+    by_label = {labels[row]: [m.result for m in runs.values()] for row, runs in report.measured.items()}
+    return figures | {"layers": plot_study_layers(by_label, f"{study.title}: every stage")}
 
 
 def plot_ablation(

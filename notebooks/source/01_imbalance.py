@@ -82,6 +82,23 @@ explore_curves(models)
 # **Read it.** Where is the imbalance largest? Is that before or after De-Imbalance (the token-interaction stages)?
 # Which of the two gains more from the first stage to the last?
 #
+# ### How a measurement misleads
+#
+# The baseline's boxes collapse where they enter the decoder, far behind the masks. That looks like the imbalance at its
+# worst. Look at the dotted lines first. They are **ceilings**: what the *true* objects reach when they go through the
+# same steps as the predictions. Masks live at a quarter of the resolution, so true masks lose thin parts. And the boxes
+# that enter MaskDINO's decoder are not predicted: they are bounds of predicted masks, by a formula that takes the last
+# occupied cell and forgets its width. True masks give wrong boxes too.
+
+# %%
+plot_layerwise_ap({"MaskDINO": models["MaskDINO"]})
+
+# %% [markdown]
+# The diamonds divide both APs by their ceilings before they are compared. At the decoder's input little of the lag is
+# left: most of it is arithmetic, not learning. De-Imbalance predicts boxes of its own in between, which can undo the
+# formula. So a smaller lag *there* does not show that it balances anything; the lag from the first layer on is the one
+# to explain. [docs/study.md](../docs/study.md) measures both.
+#
 # ### Exercise 1.1
 #
 # Write the imbalance as a function of the two APs.

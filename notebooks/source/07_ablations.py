@@ -18,8 +18,10 @@ from pathlib import Path
 from IPython.display import Markdown
 
 from dimaskdino.course import checks
+from dimaskdino.inspection import diagnostics
 from dimaskdino.modeling import Detector
 from dimaskdino.runs import project_root
+from dimaskdino.studies.comparison import correlation_of_pairs
 from dimaskdino.studies.report import StudyReport, paper_tables
 from dimaskdino.studies.study import load_study
 from dimaskdino.viz import plot_ablation, plot_differences, plot_study_layers
@@ -100,8 +102,9 @@ for row, runs in report.measured.items():
 #
 # ### Explore
 #
-# The other tables. Where a row has a single mark, one seed has been run; `dimaskdino study table_5` runs the study's
-# three, ten minutes each, and `results` above then names its folder, `runs/studies/shapes`.
+# The other tables. Where a row has a single mark, one seed has been run, and nothing can be said about it.
+# `dimaskdino study table_5` runs the study's three, ten minutes each; `results` above then names its folder,
+# `runs/studies/shapes`.
 
 # %%
 explore_studies(labels, {study.title: columns_of(study) for study in studies})
@@ -109,51 +112,82 @@ explore_studies(labels, {study.title: columns_of(study) for study in studies})
 # %% [markdown]
 # ## Is it more than luck?
 #
-# Two runs that differ in nothing but the seed end differently. Runs of two variants that *share* a seed see the same
-# images in the same order, so their difference scatters less than each of them: look at the differences of pairs.
+# Two runs that differ in nothing but the seed end differently. How uncertain is a difference between two rows?
 #
 # ### Exercise 7.2
 #
-# From the APs `a` and `b` of two variants, seed by seed: the mean of the differences $b - a$ and its standard error,
-# $s / \sqrt{n}$, where $s$ is the standard deviation (with $n - 1$) of the differences.
+# From the APs `a` and `b` of the runs of two rows: the difference of the means, $\bar b - \bar a$, and its standard
+# error, $\sqrt{s_a^2 / n_a + s_b^2 / n_b}$, where $s$ is the standard deviation (with $n - 1$) of a row and $n$ its
+# number of runs.
 
 
 # %%
-def paired(a, b):
-    """Mean difference b − a and its standard error."""
+def unpaired(a, b):
+    """Difference of the means b − a and its standard error."""
+
     # solution
-    differences = [y - x for x, y in zip(a, b, strict=True)]
-    n = len(differences)
-    mean = sum(differences) / n
-    variance = sum((d - mean) ** 2 for d in differences) / (n - 1)
-    return mean, (variance / n) ** 0.5
+    def mean_and_variance(values):
+        mean = sum(values) / len(values)
+        return mean, sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+
+    (mean_a, variance_a), (mean_b, variance_b) = mean_and_variance(a), mean_and_variance(b)
+    return mean_b - mean_a, (variance_a / len(a) + variance_b / len(b)) ** 0.5
     # end
 
 
-if checks.check_paired(paired):
+if checks.check_unpaired(unpaired):
     box = modules.quantities[0]
     base = list(report.values("neither", box).values())
     for name in ("di", "bato", "di_bato"):
         other = list(report.values(name, box).values())
-        if len(base) == len(other) > 1:
-            mean, error = paired(base, other)
-            print(f"{labels[modules.title][name]} − neither: {mean:+.1f} ± {error:.1f} points of box AP")
+        if min(len(base), len(other)) > 1:
+            difference, error = unpaired(base, other)
+            print(f"{labels[modules.title][name]} − neither: {difference:+.1f} ± {error:.1f} points of box AP")
 
 # %% [markdown]
-# A mean of a few seeds is uncertain twice over. Other **trainings** would have given other models: the thin grey
-# intervals are 95 % intervals from the seeds' differences, by Student's t, which with few seeds is wide. And other
-# **images** would have given other APs for these very models: the thick blue ones draw the 200 images again, with
-# replacement, a thousand times, the same images for both models (a *paired bootstrap*).
+# Runs that share a seed see the same images in the same order. Should one not compare them in pairs, seed by seed? Only
+# if a seed that is good for one row is good for the other: if the correlation over the seeds is high. Look at it before
+# you believe it.
 
 # %%
-plot_differences(report.comparisons(), "Differences to the model with neither module")
+for name in ("di", "bato", "di_bato"):
+    found = correlation_of_pairs(report.values("neither", box), report.values(name, box))
+    if found is not None:
+        print(f"neither and {labels[modules.title][name]}: correlation over seeds {found:+.2f}")
+
+# %% [markdown]
+# A difference is uncertain twice over. Other **trainings** would have given other models, and other **images** would
+# have given other APs for these very models: the thick blue intervals draw the 200 images again, with replacement, a
+# thousand times, the same images for all models (a *paired bootstrap*). The thin grey ones count both.
+
+# %%
+pairs = [(found, report.published_differences(found.contrast)) for found in report.comparisons]
+plot_differences(pairs, "Table 4 in miniature: differences")
 
 # %%
 Markdown(report.markdown())
 
 # %% [markdown]
-# Which of the paper's signs could you defend with these runs? Which module narrows the lag of the first layer, and
-# which one would you have expected from its place in the model?
+# Fifteen comparisons, each with a chance of 5 % to look like something when there is nothing: so the p-values are
+# *adjusted* for their number (Holm's method). And before a study is run one asks for its **power**: which difference
+# would such a study find in four of five cases? Compare the column `finds` with the published differences.
+#
+# Which of the paper's signs could you defend with these runs?
+#
+# ### Where a measurement misleads
+#
+# The table says that the modules, above all BATO, narrow the lag of the first layer. Look at it class by class before
+# you explain it.
+
+# %%
+for row, runs in report.measured.items():
+    by_class = [diagnostics.imbalance_by_group(run.result, by="class") for run in runs.values()]
+    lags = {kind: sum(one[kind]["decoder.1"] for one in by_class) / len(by_class) for kind in by_class[0]}
+    print(f"{labels[modules.title][row]:20}", "  ".join(f"{kind} {lag:+.1f}" for kind, lag in lags.items()))
+
+# %% [markdown]
+# Which classes make the difference, and what is special about their masks? Find a second explanation for the smaller
+# lag, one in which neither module does anything to it. [docs/study.md](../docs/study.md) has one.
 #
 # ## Where along the layers does it act?
 #

@@ -163,7 +163,7 @@ WRONG = {
     checks.check_dice_loss: lambda p, t: 1 - 2 * (p * t).sum() / (p.sum() + t.sum()),
     checks.check_right_ones: lambda iou, threshold: (iou.amax(1) >= threshold).tolist(),
     checks.check_precision_recall: lambda right, objects: (np.cumsum(right) / len(right), np.cumsum(right) / objects),
-    checks.check_paired: lambda a, b: (sum(b) / len(b) - sum(a) / len(a), 0.0),
+    checks.check_unpaired: lambda a, b: (sum(b) / len(b) - sum(a) / len(a), 0.0),
     checks.check_annotation: lambda mask: ([0, 0, 1, 1], int(mask.sum())),
     checks.check_gate: lambda before, after, gate: gate * after,
     checks.check_best_queries: lambda logits, n: logits.amax(1).topk(min(n, len(logits))).indices,

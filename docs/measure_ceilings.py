@@ -1,0 +1,64 @@
+"""Measure what the box formula does: `python docs/measure_ceilings.py [--photographs FOLDER SPLIT]`.
+
+Writes measurements/ceilings.json: the ceilings of the shapes at two resolutions, and of photographs in COCO format at
+the paper's (they are not in the repository); and AP of the course's MaskDINO at every stage with each formula for the
+boxes that enter its decoder, changed at test time only.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import records
+
+from dimaskdino import load
+from dimaskdino.config import Config, load_config
+from dimaskdino.data.coco import find_split
+from dimaskdino.data.shapes import ensure
+from dimaskdino.evaluation.ceilings import ceilings
+from dimaskdino.evaluation.coco_ap import read_truth
+from dimaskdino.evaluation.layerwise_ap import evaluate_layers
+
+PAPER = "coco/instance-segmentation/dimaskdino_r50_4scale_bs16_12ep"
+FORMULAS = ("mask2box", "bitmask", "no")
+
+
+def measured(settings: Config) -> dict[str, object]:
+    """The ceilings of a configuration on its validation split."""
+    truth = read_truth(find_split(settings.data.root, settings.data.val)[0])
+    found = ceilings(truth, settings)
+    return {"images": len(truth.dataset["images"]), "mask": found.mask.__dict__} | {
+        convention: recall.__dict__ for convention, recall in found.box.items()
+    }
+
+
+def shapes(folder: Path, size: int) -> dict[str, object]:
+    """The ceilings of the built-in data, drawn at this size in pixels."""
+    sizes = [f"data.shapes.size={size}", f"data.resize.shortest={size}", f"data.resize.longest={size}"]
+    settings = load_config("shapes/dimaskdino_r18", [f"data.root={folder / str(size)}", "data.shapes.train=1", *sizes])
+    ensure(settings.data)
+    return measured(settings)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--photographs", nargs=2, metavar=("FOLDER", "SPLIT"))
+    chosen = parser.parse_args().photographs
+    path = records.MEASUREMENTS / "ceilings.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        record["shapes"] = {str(size): shapes(Path(folder), size) for size in (128, 256)}
+    if chosen:
+        settings = load_config(PAPER, [f"data.root={chosen[0]}", f"data.val={chosen[1]}"])
+        record["photographs"] = measured(settings)
+    record["maskdino_shapes"] = {}
+    for formula in FORMULAS:
+        model = load("maskdino-shapes", device="cpu", overrides=[f"model.selection.mask_to_box={formula}"])
+        ensure(model.config.data)
+        found = evaluate_layers(model)
+        record["maskdino_shapes"][formula] = {
+            name: {"box": stage.box.AP, "mask": stage.mask and stage.mask.AP} for name, stage in found.stages.items()
+        }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written: {path}")

@@ -1,0 +1,223 @@
+"""The numbers of study.md and of the table of claims, from the runs of the studies and measurements/ceilings.json."""
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
+from dimaskdino.studies.comparison import Comparison, Quantity, correlation_of_pairs, planned_detectable
+from dimaskdino.studies.report import StudyReport, show_p
+from dimaskdino.studies.study import find_study, load_study
+
+ROOT = Path(__file__).parent.parent
+STUDIES = ROOT / "notebooks" / "studies"
+NAMES = [f"table_{number}" for number in range(3, 10)] + ["figure_1", "bato_layers", "undetached_selection"]
+SOLID, OPEN = ("disk", "rectangle", "triangle"), ("star", "ring")
+BOX = Quantity.parse("last.box")
+
+
+@cache
+def report(name: str) -> StudyReport:
+    """A study's report from the committed runs."""
+    return StudyReport.of(load_study(find_study(name)), "shapes", STUDIES)
+
+
+def main_comparison(row: str) -> Comparison:
+    """Box AP of a row of table 4 at the last layer, against the row with neither module."""
+    wanted = ((row,), ("neither",), BOX)
+    comparisons = report("table_4").comparisons
+    return next(c for c in comparisons if (c.contrast.plus, c.contrast.minus, c.contrast.quantity) == wanted)
+
+
+def verdict(study: str, found: Comparison) -> str:
+    """The verdict of the rule in study.md on the sign that the paper has on COCO."""
+    published = report(study).published_difference("COCO", found.contrast)
+    return {"yes": "**shown**", "no": "**opposite**", "cannot tell": "cannot be told"}[found.agrees(published)]
+
+
+def share_of_the_formula() -> float:
+    """Percentage of the baseline's lag at the decoder's input that predicted boxes would not have."""
+    lag, left = (_decoder_input()[f]["mask"] - _decoder_input()[f]["box"] for f in ("mask2box", "no"))
+    return 100 * (lag - left) / lag
+
+
+def _decoder_input() -> dict[str, dict[str, float]]:
+    return {formula: stages["decoder.0"] for formula, stages in _ceilings()["maskdino_shapes"].items()}
+
+
+def study_ceilings() -> str:
+    """What true masks and the bounds of true masks reach."""
+    record = _ceilings()
+    photographs = record["photographs"]
+    rows = {f"shapes at {size} pixels": found for size, found in record["shapes"].items()}
+    rows |= {f"{photographs['images']} photographs of COCO at the paper's resolution": photographs}
+    lines = ["| | boxes, `mask2box` | boxes, `bitmask` | masks |", "|---|---|---|---|"]
+    for what, found in rows.items():
+        lines.append(f"| {what} | {_cells(found[key]['mean'] for key in ('mask2box', 'bitmask', 'mask'))} |")
+    lines.append(
+        f"| small objects of these photographs | "
+        f"{_cells(photographs[key]['small'] for key in ('mask2box', 'bitmask', 'mask'))} |"
+    )
+    return "\n".join(lines)
+
+
+def study_formula() -> str:
+    """The baseline's decoder input under the three formulas."""
+    record = _decoder_input()
+    what = {
+        "mask2box": "bounds without the last cell, as trained and published",
+        "bitmask": "bounds with the last cell",
+        "no": "predicted",
+    }
+    lines = ["| boxes that enter the decoder | box AP | mask AP | lag of boxes |", "|---|---|---|---|"]
+    for formula, ap in record.items():
+        cells = f"{ap['box']:.1f} | {ap['mask']:.1f} | {ap['mask'] - ap['box']:+.1f}"
+        lines.append(f"| `{formula}`: {what[formula]} | {cells} |")
+    lag = record["mask2box"]["mask"] - record["mask2box"]["box"]
+    lines += ["", f"The formula makes {share_of_the_formula():.0f} % of the lag of {lag:.1f} points."]
+    return "\n".join(lines)
+
+
+def study_classes() -> str:
+    """Lag at the first layer by class, mean of the seeds."""
+    rows = report("table_4").measured
+    labels = {row.name: row.label for row in report("table_4").study.rows}
+    kinds = " | ".join((*SOLID, *OPEN))
+    lines = [f"| | {kinds} | solid | with holes or spikes |", "|---|---|---|---|---|---|---|---|"]
+    for name, runs in rows.items():
+        lags = {
+            kind: statistics.mean(_class_lag(run.result.stages["decoder.1"], kind) for run in runs.values())
+            for kind in (*SOLID, *OPEN)
+        }
+        groups = [statistics.mean(lags[kind] for kind in kinds) for kinds in (SOLID, OPEN)]
+        lines.append(f"| {labels[name]} | {_cells([*lags.values(), *groups], sign=True)} |")
+    return "\n".join(lines)
+
+
+def study_crossing() -> str:
+    """Lag of the course's MaskDINO at its first and last layer by class."""
+    stages = LayerwiseAP.load(ROOT / "notebooks" / "models" / "maskdino" / "evaluation" / "layers.json").stages
+    first, last = stages["decoder.1"], stages[next(reversed(stages))]
+    lines = [f"| lag of boxes | {' | '.join((*SOLID, *OPEN))} |", "|---|---|---|---|---|---|"]
+    for what, stage in (("first layer", first), ("last layer", last)):
+        lines.append(f"| {what} | {_cells((_class_lag(stage, kind) for kind in (*SOLID, *OPEN)), sign=True)} |")
+    return "\n".join(lines)
+
+
+def study_table_4() -> str:
+    """The contrasts of table 4."""
+    return _contrasts((None, found) for found in report("table_4").comparisons)
+
+
+def study_others() -> str:
+    """The contrasts of the other studies that have several runs, and which have a single one."""
+    repeated, single = [], []
+    for name in NAMES:
+        if name in ("table_4", "figure_1"):
+            continue
+        for found in report(name).comparisons:
+            if found.contrast.quantity == BOX:
+                (single if min(found.runs.values()) == 1 else repeated).append((report(name).study.title, found))
+    names = ", ".join(dict.fromkeys(f"{title}: {found.contrast.label}" for title, found in single))
+    lines = [_contrasts(repeated), "", f"One run each, so nothing can be said: {names}."]
+    return "\n".join(lines)
+
+
+def study_pairs() -> str:
+    """Whether runs with one seed resemble each other."""
+    values = {name: report("table_4").values(name, BOX) for name in report("table_4").measured}
+    names = list(values)
+    found = [correlation_of_pairs(values[a], values[b]) for i, a in enumerate(names) for b in names[:i]]
+    low, high = _number(min(found)), _number(max(found))
+    return f"The correlations of the rows of table 4 over their seeds reach from {low} to {high}."
+
+
+def study_power() -> str:
+    """How many seeds these models would take."""
+    runs = report("table_4").measured
+    variances = [statistics.variance(report("table_4").values(name, BOX).values()) for name in runs]
+    deviation = statistics.mean(variances) ** 0.5
+    [contrast, *_] = (c.contrast for c in report("table_4").comparisons if c.contrast.quantity == BOX)
+    seeds = next(n for n in range(2, 1000) if planned_detectable(contrast, n, deviation, 1) <= 2)
+    return (
+        f"With the deviation over trainings of these models ({deviation:.1f} points, pooled), a single comparison of "
+        f"two rows needs {seeds} seeds of each to find a difference of 2 points with 80 % power."
+    )
+
+
+def claims() -> str:
+    """What the paper says, published and here, with the verdict of the registered rule."""
+    lines = [
+        "| the paper says | published (COCO) | here, shapes | here, photographs | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    chosen = [
+        ("table_4", "di", "neither", "De-Imbalance raises box AP"),
+        ("table_4", "bato", "neither", "BATO raises box AP"),
+        ("table_4", "di_bato", "neither", "both raise box AP"),
+        ("table_5", "bato", "di_bato", "guidance by `T_i` is worse than by `Q_bal`"),
+        ("table_5", "guidance_T_s2", "di_bato", "guidance by `T_s2` is worse than by `Q_bal`"),
+        ("table_6", "no_generation", "di_bato", "BATO without generation is worse"),
+        ("table_7", "triple", "di_bato", "a third selection is worse"),
+    ]
+    for study, plus, minus, text in chosen:
+        source = report(study)
+        found = next(
+            c
+            for c in source.comparisons
+            if (c.contrast.plus, c.contrast.minus, c.contrast.quantity) == ((plus,), (minus,), BOX)
+        )
+        there = source.published_difference("COCO", found.contrast)
+        here = f"{_number(found.difference)} ({_interval(found)})"
+        lines.append(f"| {text} | {_number(there)} | {here} | not run | {verdict(study, found)} |")
+    return "\n".join(lines)
+
+
+def _contrasts(comparisons: Any) -> str:
+    lines = [
+        "| | | difference | 95 % interval | adjusted p | finds | runs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for title, c in comparisons:
+        runs = " / ".join(map(str, c.runs.values()))
+        label = f"{title}: {c.contrast.label}" if title else c.contrast.label
+        cells = [label, c.contrast.quantity.label, _number(c.difference), _interval(c)]
+        cells += [show_p(c.adjusted_p), f"±{c.detectable:.1f}", runs]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _interval(found: Comparison) -> str:
+    return f"{_number(found.joint.low)} to {_number(found.joint.high)}"
+
+
+def _class_lag(stage: Any, kind: str) -> float:
+    return stage.mask.per_class[kind] - stage.box.per_class[kind]
+
+
+def _number(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def _cells(values: Iterator[float] | Any, sign: bool = False) -> str:
+    return " | ".join(f"{value:{'+' if sign else ''}.1f}".replace("-", "−") for value in values)
+
+
+def _ceilings() -> Mapping[str, Any]:
+    return json.loads((ROOT / "docs" / "measurements" / "ceilings.json").read_text())
+
+
+BLOCKS = (
+    study_ceilings,
+    study_formula,
+    study_classes,
+    study_crossing,
+    study_table_4,
+    study_others,
+    study_pairs,
+    study_power,
+    claims,
+)
