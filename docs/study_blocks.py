@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
-from dimaskdino.studies.comparison import Comparison, Quantity, correlation_of_pairs, planned_detectable
+from dimaskdino.studies.comparison import (
+    Comparison,
+    Quantity,
+    correlation_of_pairs,
+    planned_detectable,
+    slope_within_rows,
+)
 from dimaskdino.studies.report import StudyReport, show_p
 from dimaskdino.studies.study import find_study, load_study
 
@@ -95,6 +101,23 @@ def study_classes() -> str:
         groups = [statistics.mean(lags[kind] for kind in kinds) for kinds in (SOLID, OPEN)]
         lines.append(f"| {labels[name]} | {_cells([*lags.values(), *groups], sign=True)} |")
     return "\n".join(lines)
+
+
+def study_equal_ap() -> str:
+    """Whether a higher AP alone would narrow the lag as much."""
+    measured = report("table_4").measured
+    box, lag = Quantity.parse("first.box"), Quantity.parse("first.imbalance")
+    slope = slope_within_rows(measured, lag, box)
+
+    def difference(quantity: Quantity) -> float:
+        rows = [report("table_4").values(name, quantity).values() for name in ("di_bato", "neither")]
+        return statistics.mean(rows[0]) - statistics.mean(rows[1])
+
+    return (
+        f"Among runs of one row, a point of box AP at the first layer goes with {_number(slope, 2)} points of lag. The "
+        f"model with both modules is {_number(difference(box))} points ahead there, which would explain "
+        f"{_number(slope * difference(box))} of the {_number(difference(lag))} points by which its lag differs."
+    )
 
 
 def study_crossing() -> str:
@@ -198,8 +221,8 @@ def _class_lag(stage: Any, kind: str) -> float:
     return stage.mask.per_class[kind] - stage.box.per_class[kind]
 
 
-def _number(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "−")
+def _number(value: float, digits: int = 1) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def _cells(values: Iterator[float] | Any, sign: bool = False) -> str:
@@ -214,6 +237,7 @@ BLOCKS = (
     study_ceilings,
     study_formula,
     study_classes,
+    study_equal_ap,
     study_crossing,
     study_table_4,
     study_others,

@@ -347,3 +347,26 @@ def correlation_of_pairs(of: Mapping[int, float], against: Mapping[int, float]) 
     if len(common) < ENOUGH_SEEDS:
         return None
     return statistics.correlation([of[seed] for seed in common], [against[seed] for seed in common])
+
+
+def slope_within_rows(measured: Measured, of: Quantity, over: Quantity) -> float | None:
+    """How much one quantity changes with another among runs of the same row, pooled over the rows.
+
+    With it a difference between rows can be compared with the part that a higher AP alone would bring (analysis of
+    covariance with a common slope; Fisher, Statistical Methods for Research Workers, 1932, section 49.1).
+
+    Args:
+        measured: the runs by row and seed.
+        of: the quantity that may depend on the other.
+        over: the quantity that it may depend on.
+
+    Returns:
+        Points of `of` per point of `over`; None if `over` does not vary within any row.
+    """
+    products = squares = 0.0
+    for runs in measured.values():
+        pairs = [(over.of(run.result), of.of(run.result)) for run in runs.values()]
+        x, y = (np.array(values, dtype=float) for values in zip(*pairs, strict=True))
+        products += float(((x - x.mean()) * (y - y.mean())).sum())
+        squares += float(((x - x.mean()) ** 2).sum())
+    return products / squares if squares > 0 else None

@@ -135,8 +135,8 @@ def unpaired(a, b):
     # end
 
 
+box = modules.quantities[0]
 if checks.check_unpaired(unpaired):
-    box = modules.quantities[0]
     base = list(report.values("neither", box).values())
     for name in ("di", "bato", "di_bato"):
         other = list(report.values(name, box).values())

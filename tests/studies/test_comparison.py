@@ -16,6 +16,7 @@ from dimaskdino.studies.comparison import (
     correlation_of_pairs,
     detectable,
     planned_detectable,
+    slope_within_rows,
 )
 
 BOX = Quantity.parse("last.box")
@@ -154,3 +155,19 @@ def test_correlation_of_pairs():
     assert correlation_of_pairs({0: 1.0, 1: 2.0, 2: 3.0}, {0: 2.0, 1: 4.0, 2: 6.0, 3: 9.0}) == pytest.approx(1)
     assert correlation_of_pairs({0: 1.0, 1: 2.0, 2: 3.0}, {0: 3.0, 1: 2.0, 2: 1.0}) == pytest.approx(-1)
     assert correlation_of_pairs({0: 1.0, 1: 2.0}, {0: 3.0, 1: 2.0}) is None
+
+
+def test_slope_within_rows_ignores_how_far_the_rows_are_apart():
+    """Within a: 2 points per point over x = −1, 0, 1; within b: 0 over x = −1, 1. Pooled: (2 + 2 + 0) / (2 + 2) = 1."""
+
+    def two(box, mask):
+        stage = run(box).result.stages["decoder.1"]
+        return EvaluatedRun(LayerwiseAP({"decoder.1": StageAP(stage.box, run(mask).result.last.box)}, 1, ""))
+
+    measured = {
+        "a": {seed: two(9 + seed, 29 + 2 * seed) for seed in range(3)},
+        "b": {seed: two(59 + 2 * seed, 10) for seed in range(2)},
+    }
+    mask = Quantity.parse("last.mask")
+    assert slope_within_rows(measured, mask, BOX) == pytest.approx((2 * 2 + 0) / (2 + 2))
+    assert slope_within_rows({"b": {0: two(1, 2), 1: two(1, 3)}}, mask, BOX) is None
