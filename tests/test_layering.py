@@ -11,7 +11,7 @@ OPS = PACKAGE.parent / "ops" / "ms_deform_attn"
 # from the bottom to the top; packages on one line do not know each other
 LAYERS = (
     ("errors",),
-    ("resources", "markdown", "progress", "distributed", "serialization", "signals"),
+    ("resources", "markdown", "progress", "distributed", "serialization", "signals", "threads"),
     ("config",),
     ("modeling",),
     ("checkpoints", "data"),

@@ -17,6 +17,7 @@ from dimaskdino.errors import UserError
 from dimaskdino.modeling import Detector, ImageBatch, Predictions
 from dimaskdino.modeling.precision import Precision, autocast
 from dimaskdino.serialization import read_pt, read_safetensors, write_atomically
+from dimaskdino.threads import share_cores
 
 MODEL = "model.safetensors"
 _POINT = re.compile(r"step_(\d+)\.pt")
@@ -49,13 +50,13 @@ class TrainedModel:
         return next(self.detector.parameters()).device
 
     def forward(self, images: ImageBatch, trace: bool = False) -> Predictions:
-        """Predictions of every stage, without gradients.
+        """Predictions of every stage, without gradients, computed by the free cores (`dimaskdino.threads`).
 
         Args:
             images: the batch, on the detector's device.
             trace: also return the paper's intermediates.
         """
-        with torch.inference_mode(), autocast(self.device, self.precision):
+        with share_cores(), torch.inference_mode(), autocast(self.device, self.precision):
             return self.detector(images, trace=trace)
 
 

@@ -29,13 +29,13 @@ def project_root() -> Path:
 def launch_command(module: str, arguments: Sequence[str], processes: int) -> tuple[list[str], dict[str, str]]:
     """Command line and additional environment to run a module in a number of processes on this machine.
 
-    A single process runs the module itself. Several run under torchrun, which meets through a file that only this user
-    can read; the processes connect over the loopback interface alone.
+    A single process runs the module itself. Several share the cores and run under torchrun, which meets through a file
+    that only this user can read; the processes connect over the loopback interface alone.
     """
     command = [sys.executable, "-m"]
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))}
     if processes == 1:
-        return [*command, module, *arguments], threads
+        return [*command, module, *arguments], {}
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))}
     meeting = Path(tempfile.mkdtemp(prefix="dimaskdino-"))
     torchrun = [
         *("torch.distributed.run", "--nnodes=1", f"--nproc-per-node={processes}", "--local-addr=127.0.0.1"),

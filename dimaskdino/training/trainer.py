@@ -40,6 +40,7 @@ from dimaskdino.modeling.precision import autocast
 from dimaskdino.progress import progress_bar
 from dimaskdino.runs.folder import RunFolder, changed_settings
 from dimaskdino.signals import StopRequest
+from dimaskdino.threads import share_cores
 from dimaskdino.training.criterion import Losses, criterion
 from dimaskdino.training.optimizer import build_optimizer, set_rate
 from dimaskdino.training.resume_points import load_resume_point, save_resume_point
@@ -221,7 +222,8 @@ class Trainer:
             logged, started = self.step, time.perf_counter()
             while self.step < steps:
                 parts = self._load(parts_of_steps)
-                terms, norm = self._train_step(parts)
+                with share_cores():
+                    terms, norm = self._train_step(parts)
                 self.step += 1
                 progress.update()
                 if self.step % self.config.train.log_every == 0 or self.step == steps:
