@@ -57,7 +57,12 @@ def objects() -> viz.style.Figure:
     return viz.draw_object_stages(look, stages, track)
 
 
-FIGURES = (first_and_last, layers, objects)
+def table_4() -> viz.style.Figure:
+    """The rows of table 4 in miniature at every stage (the studies' runs)."""
+    return viz.study_figures(study_blocks.report("table_4"))["layers"]
+
+
+FIGURES = (first_and_last, layers, objects, table_4)
 
 if __name__ == "__main__":
     for figure in FIGURES:

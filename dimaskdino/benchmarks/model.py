@@ -95,12 +95,7 @@ def measure(config: Config, task: Task, height: int, width: int, objects: int, r
     `train.precision`, `train.compile`, `train.checkpoint_activations` and, in training, `train.accumulate` apply as in
     a real run, except for the loss scale of fp16.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    detector = Detector(config.model.without_backbone_weights()).to(device)
-    arrange(detector, config)
-    samples = [synthetic_sample(height, width, objects, config.model.classes, seed) for seed in range(images)]
-    run = (_training if task == "training" else _inference)(config, detector, device, samples)
+    detector, device, run = prepare(config, task, height, width, objects, images)
     run()
     times = []
     for _ in range(repeat):
@@ -137,6 +132,18 @@ def measure(config: Config, task: Task, height: int, width: int, objects: int, r
         operator=ms_deform_attn.status(),
         parts=parts,
     )
+
+
+def prepare(
+    config: Config, task: Task, height: int, width: int, objects: int, images: int = 1
+) -> tuple[Detector, torch.device, "Run"]:
+    """A detector with random weights, its device, and a function that does a task once on synthetic images."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    detector = Detector(config.model.without_backbone_weights()).to(device)
+    arrange(detector, config)
+    samples = [synthetic_sample(height, width, objects, config.model.classes, seed) for seed in range(images)]
+    return detector, device, (_training if task == "training" else _inference)(config, detector, device, samples)
 
 
 def _count_synchronisations(run: Callable[[], Any]) -> int:

@@ -1,0 +1,135 @@
+"""Speed beside other programs: `python -m dimaskdino.benchmarks.company --output docs/measurements/company.json`.
+
+A training step of the demo's model and inference of the R50 model are timed on the idle machine and beside 1, 2 and 4
+busy programs of the same and of a lower priority. Each number is from a process of its own; the ways to choose the
+threads take turns under the same load. The fair share of a load is the idle time × (cores that all would use) / cores.
+"""
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from dimaskdino.benchmarks.model import Task, prepare
+from dimaskdino.config import load_config
+from dimaskdino.progress import progress_bar
+from dimaskdino.resources import find_config
+from dimaskdino.runs.folder import environment
+from dimaskdino.serialization import write_text
+from dimaskdino.threads import share_cores
+
+TASKS: dict[str, tuple[str, Task, tuple[int, int], int, int]] = {  # configuration, task, size, images, objects
+    "training step of the demo": ("shapes/dimaskdino_r18", "training", (128, 128), 4, 4),
+    "inference R50, 480×640": (
+        "coco/instance-segmentation/dimaskdino_r50_4scale_bs16_12ep",
+        "inference",
+        (480, 640),
+        1,
+        7,
+    ),
+}
+LOADS = ((0, 0), (1, 0), (2, 0), (4, 0), (2, 10))  # (busy programs, their niceness)
+WAYS: dict[str, dict[str, str]] = {
+    "as the kit does": {},
+    "PyTorch's default": {},
+    "one thread": {"OMP_NUM_THREADS": "1"},
+    "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
+    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
+}
+SECONDS = 10.0
+
+
+def measure(task: str, adaptive: bool) -> float:
+    """Median seconds of a task in this process, over ten seconds after three repetitions."""
+    name, kind, size, images, objects = TASKS[task]
+    *_, run = prepare(load_config(find_config(name)), kind, *size, objects, images)
+    for _ in range(3):
+        run()
+    times: list[float] = []
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until or len(times) < 3:
+        with share_cores() if adaptive else contextlib.nullcontext():
+            started = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+@contextlib.contextmanager
+def busy_programs(count: int, niceness: int) -> Iterator[None]:
+    """Programs that each keep a core busy."""
+    command = ["nice", "-n", str(niceness), sys.executable, "-c", "while True: pass"]
+    programs = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+
+
+def in_a_process(task: str, way: str) -> subprocess.Popen[str]:
+    """Start a measurement in a process of its own."""
+    command = [sys.executable, "-m", "dimaskdino.benchmarks.company", "--task", task, "--way", way]
+    clean = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    return subprocess.Popen(command, env=clean | WAYS[way], stdout=subprocess.PIPE, text=True)
+
+
+def result_of(process: subprocess.Popen[str]) -> float:
+    """The seconds that a process printed.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    printed, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the measurement failed with exit status {process.returncode}")
+    return float(printed)
+
+
+def measure_all() -> dict[str, Any]:
+    """Every task under every load in every way, and two trainings at once."""
+    cores, record = os.cpu_count() or 1, {}
+    rounds = [(task, load) for task in TASKS for load in LOADS]
+    for task, (count, niceness) in progress_bar(rounds, "loads"):
+        with busy_programs(count, niceness):
+            found = {way: result_of(in_a_process(task, way)) for way in WAYS}
+        share = max(1.0, (cores + count) / cores)
+        record.setdefault(task, []).append({"busy": count, "niceness": niceness, "share": share, "seconds": found})
+    task = next(iter(TASKS))
+    together = [in_a_process(task, "as the kit does") for _ in range(2)]
+    return {"cores": cores, "tasks": record, "two_at_once": [result_of(process) for process in together]}
+
+
+def main(output: Path | None = None, task: str | None = None, way: str = "as the kit does") -> None:
+    """Time a training step and inference beside other programs.
+
+    Args:
+        output: File for the record, json.
+        task: Measure this task alone, in this process, and print the seconds.
+        way: How the threads are chosen.
+    """
+    if task is not None:
+        print(measure(task, adaptive=way == "as the kit does"))
+        return
+    record = measure_all() | {"versions": environment()}
+    for name, loads in record["tasks"].items():
+        print(name)
+        for load in loads:
+            cells = ", ".join(f"{way}: {seconds:.2f} s" for way, seconds in load["seconds"].items())
+            print(f"  {load['busy']} busy programs (nice {load['niceness']}): {cells}")
+    print("two trainings at once:", ", ".join(f"{seconds:.2f} s" for seconds in record["two_at_once"]))
+    if output:
+        write_text(output, json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
