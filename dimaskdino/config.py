@@ -141,6 +141,9 @@ class Model(Section):
     """The architecture, sections 1 to 6."""
 
     classes: PositiveInt = 80
+    class_prior: float | None = Field(
+        None, gt=0, lt=1, description="probability of each class at the start (RetinaNet); None: one half, as published"
+    )
     hidden_dim: PositiveInt = Field(256, description="C; a multiple of 32 and of the heads")
     heads: PositiveInt = 8
     points: PositiveInt = Field(4, description="number of sampling points per head and level")
@@ -214,6 +217,9 @@ class Resize(Section):
     longest: PositiveInt = 1333
 
 
+ShapeKind = Literal["disk", "rectangle", "triangle", "star", "ring", "frame", "cross", "gear", "crescent"]
+
+
 class Shapes(Section):
     """The built-in data, generated when `data.root` does not exist yet."""
 
@@ -221,6 +227,18 @@ class Shapes(Section):
     val: PositiveInt = 200
     size: PositiveInt = Field(128, description="height and width of the images, pixels")
     seed: int = Field(0, ge=0)
+    kinds: tuple[ShapeKind, ...] = Field(
+        ("disk", "rectangle", "triangle", "star", "ring"), min_length=1, description="the classes, in this order"
+    )
+    smallest: float = Field(0.09, gt=0, le=0.5, description="smallest radius, relative to the image's side")
+    largest: float = Field(0.36, gt=0, le=0.5, description="largest radius")
+    bars: int = Field(0, ge=0, description="number of thin bars over each scene, which are no objects")
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "Shapes":
+        if self.smallest > self.largest:
+            raise ValueError(f"smallest must not exceed largest, got {self.smallest} and {self.largest}")
+        return self
 
 
 class Data(Section):
@@ -270,6 +288,9 @@ class Train(Section):
     )
     weights: Path | None = Field(
         None, description="fine-tuning: a trained model to start from, run folder or file; its classes may differ"
+    )
+    weights_of: tuple[str, ...] = Field(
+        (), description="the modules that start from these weights, such as [backbone, pixel_decoder]; all if empty"
     )
     seed: int = Field(0, ge=0)
     checkpoint_every: PositiveInt = Field(5000, description="steps")

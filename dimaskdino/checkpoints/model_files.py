@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,21 +194,32 @@ def recorded_config(run: Path) -> Config | None:
     return None
 
 
-def initialize_from(detector: Detector, weights: dict[str, Tensor], source: str) -> list[str]:
+def initialize_from(
+    detector: Detector, weights: dict[str, Tensor], source: str, modules: Collection[str] = ()
+) -> list[str]:
     """Initialise a new model with the weights of a trained one, for fine-tuning.
 
     Args:
         detector: the new model. Where the number of classes differs, it keeps its own random weights.
         weights: state dict of the trained model.
         source: where the weights come from, for error messages.
+        modules: names of the detector's modules to initialise, such as `backbone`; all if empty.
 
     Returns:
-        Names of the parameters that stay re-initialised.
+        Names of the parameters that stay re-initialised for another number of classes.
 
     Raises:
-        UserError: the trained model has another architecture.
+        UserError: the trained model has another architecture, or there is no such module.
     """
     own = detector.state_dict()
+    if modules:
+        known = [name for name, _ in detector.named_children()]
+        if unknown := sorted(set(modules) - set(known)):
+            raise UserError(f"train.weights_of: the model has no module '{unknown[0]}', only {', '.join(known)}")
+        chosen = {key: value for key, value in weights.items() if key.partition(".")[0] in modules}
+        rest = {key: value for key, value in own.items() if key.partition(".")[0] not in modules}
+        load_weights(detector, chosen | rest, source)
+        return []
     fresh = [key for key in CLASS_PARAMETERS if key in weights and weights[key].shape != own[key].shape]
     load_weights(detector, weights | {key: own[key] for key in fresh}, source)
     return fresh

@@ -18,12 +18,12 @@ from dimaskdino.errors import UserError, writing
 from dimaskdino.progress import progress_bar
 from dimaskdino.serialization import write_text
 
-CLASSES = ("disk", "rectangle", "triangle", "star", "ring")
+CLASSES = config.Shapes().kinds  # of the default data
 SPLITS = ("train", "val")
 MOST_SHAPES = 6
-SMALLEST, LARGEST = 0.09, 0.36  # radius, of the image's side
 LEAST_CONTRAST = 60  # difference of mean colour between a shape and what it covers, in at least one channel
 LEAST_VISIBLE = 0.3  # fraction of a shape that later shapes must leave visible
+BAR_WIDTH = 0.02, 0.04  # of the image's side
 SUPERSAMPLING = 4
 
 Array = np.ndarray
@@ -67,7 +67,7 @@ def _write_split(root: Path, split: str, settings: config.Shapes, processes: int
     for index, (name, objects) in enumerate(progress_bar(scenes, f"shapes {split}", count)):
         images.append({"id": index, "file_name": name, "height": settings.size, "width": settings.size})
         annotations += [{"id": len(annotations) + i + 1, "image_id": index, **o} for i, o in enumerate(objects)]
-    categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(settings.kinds)]
     (root / "annotations").mkdir(exist_ok=True)
     content = {"images": images, "annotations": annotations, "categories": categories}
     write_text(root / "annotations" / f"{split}.json", json.dumps(content))
@@ -121,8 +121,8 @@ def scene(settings: config.Shapes, split: str, index: int) -> tuple[Array, list[
     masks: list[Array] = []
     areas: list[int] = []
     for _ in range(int(rng.integers(1, MOST_SHAPES + 1))):
-        label = int(rng.integers(len(CLASSES)))
-        coverage = _coverage(rng, label, size)
+        label = int(rng.integers(len(settings.kinds)))
+        coverage = _coverage(rng, label, settings)
         mask = (coverage > 0.5).astype(np.uint8)
         left = [m & (1 - mask) for m in masks]
         fits = mask.sum() >= 16 and all(m.sum() >= max(16, LEAST_VISIBLE * a) for m, a in zip(left, areas, strict=True))
@@ -135,25 +135,42 @@ def scene(settings: config.Shapes, split: str, index: int) -> tuple[Array, list[
         masks = [*left, mask]
         labels.append(label)
         areas.append(int(mask.sum()))
+    for _ in range(settings.bars):
+        coverage = _bar(rng, size)
+        left = [m & (coverage <= 0.5) for m in masks]
+        if all(m.sum() >= max(16, LEAST_VISIBLE * a) for m, a in zip(left, areas, strict=True)):
+            image, masks = image + (_texture(rng, size) - image) * coverage[..., None], left
     noise = rng.normal(0, 4, (size, size, 3))
     return np.clip(image + noise, 0, 255).astype(np.uint8), labels, masks
 
 
-def _coverage(rng: np.random.Generator, label: int, size: int) -> Array:
+def _coverage(rng: np.random.Generator, label: int, settings: config.Shapes) -> Array:
     """Coverage of each pixel by a random shape, (size, size) in [0, 1]."""
+    size = settings.size
     big = size * SUPERSAMPLING
-    radius = big * math.exp(rng.uniform(math.log(SMALLEST), math.log(LARGEST)))
+    radius = big * math.exp(rng.uniform(math.log(settings.smallest), math.log(settings.largest)))
     centre = rng.uniform(0.08 * big, 0.92 * big, 2)
     turn, stretch = rng.uniform(0, 2 * math.pi), rng.uniform(0.55, 1.0)
     canvas = Image.new("L", (big, big))
     draw = ImageDraw.Draw(canvas)
-    for outline, fill in _OUTLINES[CLASSES[label]]():
+    for outline, fill in _OUTLINES[settings.kinds[label]]():
         x, y = outline[:, 0], outline[:, 1] * stretch
         cos, sin = math.cos(turn), math.sin(turn)
         points = np.stack([cos * x - sin * y, sin * x + cos * y], axis=1) * radius + centre
         draw.polygon([tuple(p) for p in points], fill=255 * fill)
     small = np.asarray(canvas.resize((size, size), Image.Resampling.BOX), dtype=np.float64)
     return small / 255
+
+
+def _bar(rng: np.random.Generator, size: int) -> Array:
+    """Coverage of each pixel by a thin bar across the image, (size, size) in [0, 1]."""
+    big = size * SUPERSAMPLING
+    canvas = Image.new("L", (big, big))
+    angle, middle = rng.uniform(0, math.pi), rng.uniform(0.2 * big, 0.8 * big, 2)
+    along = np.array([math.cos(angle), math.sin(angle)]) * 2 * big
+    ends = [tuple(middle - along), tuple(middle + along)]
+    ImageDraw.Draw(canvas).line(ends, fill=255, width=int(big * rng.uniform(*BAR_WIDTH)))
+    return np.asarray(canvas.resize((size, size), Image.Resampling.BOX), dtype=np.float64) / 255
 
 
 def _circle(radius: float = 1.0) -> Array:
@@ -172,6 +189,13 @@ def _corners(count: int) -> Array:
     return np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
+def _cross(half: float) -> Array:
+    """A plus sign whose arms are `2 · half` wide."""
+    arm = np.array([[1, half], [half, half], [half, 1], [-half, 1]])
+    turns = [np.array([[c, -s], [s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
+    return np.concatenate([arm[:3] @ turn.T for turn in turns]) / math.hypot(1, half)
+
+
 # outlines in the unit circle; a second one with fill 0 cuts a hole
 _OUTLINES: dict[str, Callable[[], list[tuple[Array, int]]]] = {
     "disk": lambda: [(_circle(), 1)],
@@ -179,6 +203,10 @@ _OUTLINES: dict[str, Callable[[], list[tuple[Array, int]]]] = {
     "triangle": lambda: [(_corners(3), 1)],
     "star": lambda: [(_spikes(5, 0.42), 1)],
     "ring": lambda: [(_circle(), 1), (_circle(0.55), 0)],
+    "frame": lambda: [(_corners(4), 1), (0.6 * _corners(4), 0)],
+    "cross": lambda: [(_cross(0.3), 1)],
+    "gear": lambda: [(_spikes(9, 0.68), 1), (_circle(0.35), 0)],
+    "crescent": lambda: [(_circle(), 1), (_circle(0.75) + np.array([0.45, 0.0]), 0)],
 }
 
 

@@ -1,5 +1,7 @@
 """Prediction heads, shared by every stage, the first selection and BATO (section 5)."""
 
+import math
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -24,6 +26,8 @@ class PredictionHeads(nn.Module):
         C = model.hidden_dim
         self.norm = nn.LayerNorm(C)
         self.label = nn.Linear(C, model.classes)
+        if model.class_prior is not None:  # σ⁻¹ of the prior, arXiv 1708.02002, section 4.1
+            nn.init.constant_(self.label.bias, math.log(model.class_prior / (1 - model.class_prior)))
         self.box = box_head(C)
         self.mask = MLP(C, C, C, C)
 

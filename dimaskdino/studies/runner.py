@@ -22,22 +22,27 @@ from dimaskdino.runs.folder import RunFolder
 from dimaskdino.runs.processes import TrainingProcess
 from dimaskdino.signals import child_environment
 from dimaskdino.studies.comparison import planned_detectable
-from dimaskdino.studies.study import Study, run_path
+from dimaskdino.studies.study import Study, run_path, start_path
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One training with its evaluation."""
+    """One training with its evaluation, or a training that others start from."""
 
     title: str
     path: Path
     config_file: Path
     overrides: tuple[str, ...]
     config: Config
+    is_start: bool = False
 
     @property
     def done(self) -> bool:
-        return (self.path / "evaluation" / "layers.json").exists()
+        return (
+            RunFolder(self.path).model.exists()
+            if self.is_start
+            else (self.path / "evaluation" / "layers.json").exists()
+        )
 
     @property
     def step(self) -> int:
@@ -110,13 +115,16 @@ def plan_study(
     if parallel is not None and parallel < 1:
         raise UserError(f"parallel must be at least 1, got {parallel}")
     runs = []
-    for seed in seeds or study.seeds:
+    chosen, start = list(seeds or study.seeds), study.starts.get(scale)
+    for seed in chosen if start else ():
+        settings = (f"train.seed={seed}", *changes)
+        runs.append(_planned(f"start, seed {seed}", start_path(folder, seed), start, settings, is_start=True))
+    for seed in chosen:
+        weights = [f"train.weights={start_path(folder, seed)}"] if start else []
         for row in study.rows:
-            overrides = (*study.overrides(row, scale, seed), *changes)
-            config, path = load_config(study.scales[scale], overrides), run_path(folder, row, seed)
-            if (path / "config.yaml").exists():
-                RunFolder(path).check_config(config, same_result=True)
-            runs.append(PlannedRun(f"{row.label}, seed {seed}", path, study.scales[scale], overrides, config))
+            settings = (*study.overrides(row, scale, seed), *weights, *changes)
+            title = f"{row.label}, seed {seed}"
+            runs.append(_planned(title, run_path(folder, row, seed), study.scales[scale], settings))
     timed = [
         record["seconds_per_step"]
         for file in (folder / "runs").glob("*/metrics.jsonl")
@@ -126,6 +134,13 @@ def plan_study(
     speed = statistics.median(timed) if timed else None
     power = tuple(describe_power(study, len(seeds or study.seeds), folder))
     return Plan(tuple(runs), parallel or max(1, torch.cuda.device_count()), speed, power)
+
+
+def _planned(title: str, path: Path, file: Path, settings: tuple[str, ...], is_start: bool = False) -> PlannedRun:
+    config = load_config(file, settings)
+    if (path / "config.yaml").exists():
+        RunFolder(path).check_config(config, same_result=True)
+    return PlannedRun(title, path, file, settings, config, is_start)
 
 
 def describe_power(study: Study, seeds: int, folder: Path) -> Iterator[str]:
@@ -168,12 +183,13 @@ def run_study(plan: Plan) -> dict[str, str]:
     slots: queue.Queue[Mapping[str, str]] = queue.Queue()
     for slot in environments(plan.parallel):
         slots.put(slot)
-    jobs = _Jobs(slots)
+    jobs = _Jobs(slots, [run.path for run in plan.missing if run.is_start])
     failed: dict[str, str] = {}
     with (
         progress_bar(total=len(plan.runs), initial=len(plan.runs) - len(plan.missing), description="runs") as progress,
         ThreadPoolExecutor(plan.parallel) as workers,
     ):
+        # in this order, so that a run comes after the one that it starts from
         pending: dict[Future[None], PlannedRun] = {workers.submit(jobs.work, run): run for run in plan.missing}
         try:
             while pending:
@@ -203,20 +219,39 @@ def environments(parallel: int) -> list[dict[str, str]]:
 class _Jobs:
     """The runs in the worker threads."""
 
-    def __init__(self, slots: "queue.Queue[Mapping[str, str]]") -> None:
+    def __init__(self, slots: "queue.Queue[Mapping[str, str]]", starts: Sequence[Path]) -> None:
         self.slots = slots
+        self.started = {path: threading.Event() for path in starts}  # set when that training has ended
         self.stopping = threading.Event()
         self.trainings: set[TrainingProcess] = set()
         self.evaluations: set[subprocess.Popen] = set()
 
     def work(self, run: PlannedRun) -> None:
         """Bring one run to its end."""
-        environment = self.slots.get()
         try:
-            self._train(run, environment)
-            self._evaluate(run, environment)
+            self._wait_for_start(run)
+            environment = self.slots.get()
+            try:
+                self._train(run, environment)
+                if not run.is_start:
+                    self._evaluate(run, environment)
+            finally:
+                self.slots.put(environment)
         finally:
-            self.slots.put(environment)
+            if run.path in self.started:
+                self.started[run.path].set()
+
+    def _wait_for_start(self, run: PlannedRun) -> None:
+        """Wait for the training that a run starts from.
+
+        Raises:
+            UserError: it failed.
+        """
+        weights = run.config.train.weights
+        if weights in self.started:
+            self.started[weights].wait()
+            if not RunFolder(weights).model.exists():
+                raise UserError(f"not started, since {weights.name} failed, from which it starts")
 
     def _train(self, run: PlannedRun, environment: Mapping[str, str]) -> None:
         if self.stopping.is_set():

@@ -44,6 +44,8 @@ class Study(Section):
         seeds: seeds of the training. Their number is fixed before the first run; comparisons of fewer decide nothing.
         deviation: expected standard deviation over trainings by quantity, from a pilot, for the power of the plan.
         scales: the configuration that the settings change, by scale; absolute paths after `load_study`.
+        starts: by scale, the configuration of a training that all rows of a seed start from. Comparisons are then made
+            by pairs with one seed, which share their start.
         rows: the variants.
         contrasts: the comparisons, of every quantity; their p-values are adjusted together.
     """
@@ -53,6 +55,7 @@ class Study(Section):
     report: tuple[str, ...]
     seeds: tuple[int, ...]
     scales: dict[str, Path]
+    starts: dict[str, Path] = Field({})
     deviation: dict[str, float] = Field({})
     rows: tuple[Row, ...]
     contrasts: tuple[Compared, ...] = Field(())
@@ -61,6 +64,8 @@ class Study(Section):
     @classmethod
     def _names(cls, rows: tuple[Row, ...]) -> tuple[Row, ...]:
         names = [row.name for row in rows]
+        if "start" in names:
+            raise ValueError("a row cannot be called start, as the trainings are that rows start from")
         if len(set(names)) != len(names):
             raise ValueError(f"row names must be unique, got {', '.join(names)}")
         return rows
@@ -158,6 +163,11 @@ def run_path(folder: Path, row: Row, seed: int) -> Path:
     return folder / "runs" / f"{row.name}_{seed}"
 
 
+def start_path(folder: Path, seed: int) -> Path:
+    """The run folder of the training that the rows of a seed start from."""
+    return folder / "runs" / f"start_{seed}"
+
+
 def find_study(name: str) -> Path:
     """The file of a study: a path, or the name of one in `configs/ablations`.
 
@@ -190,5 +200,8 @@ def load_study(path: Path) -> Study:
         raise UserError(f"{path} is not in UTF-8; save it in that encoding") from None
     except ValidationError as error:
         raise UserError(explain(error, f"{path} is not a study", Study)) from None
-    scales = {name: (path.parent / file).resolve() for name, file in study.scales.items()}
-    return study.model_copy(update={"scales": scales})
+    files = {
+        key: {name: (path.parent / file).resolve() for name, file in getattr(study, key).items()}
+        for key in ("scales", "starts")
+    }
+    return study.model_copy(update=files)

@@ -173,10 +173,12 @@ class Trainer:
     def _start_from(self, weights: Path | None) -> None:
         if weights is None:
             return
-        left = initialize_from(self.detector, load_checkpoint(weights).detector.state_dict(), str(weights))
+        modules = self.config.train.weights_of
+        left = initialize_from(self.detector, load_checkpoint(weights).detector.state_dict(), str(weights), modules)
         if self.context.rank == 0:
             new = f"; the classes differ, so these are re-initialised: {', '.join(left)}" if left else ""
-            print(f"starting from {weights}{new}")
+            which = f" for {', '.join(modules)}" if modules else ""
+            print(f"starting from {weights}{which}{new}")
 
     def _save(self) -> None:
         """Write a resume point, unless the newest one is of this step.
