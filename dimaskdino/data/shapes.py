@@ -1,11 +1,13 @@
 """The built-in data: synthetic scenes of textured, overlapping shapes in COCO format, deterministic."""
 
+import contextlib
 import json
 import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import filelock
 import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
@@ -51,11 +53,24 @@ def generate(root: Path, settings: config.Shapes, processes: int = 2) -> None:
 
 
 def ensure(data: config.Data) -> None:
-    """Generate the shapes data if the settings ask for it and the folder does not exist."""
-    if data.shapes is not None and not data.root.exists():
-        with writing(data.root):
-            data.root.parent.mkdir(parents=True, exist_ok=True)
-        generate(data.root, data.shapes)
+    """Generate the shapes data if the settings ask for it and the folder does not exist.
+
+    Of several processes one generates them; the others wait.
+    """
+    if data.shapes is None or data.root.exists():
+        return
+    file = data.root.with_name(f"{data.root.name}.lock")
+    lock = filelock.FileLock(file)
+    with writing(data.root), contextlib.suppress(NotImplementedError):  # a file system without locks
+        data.root.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        if not data.root.exists():
+            generate(data.root, data.shapes)
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):
+            file.unlink()  # those who still wait for it will find the data
 
 
 def _write_split(root: Path, split: str, settings: config.Shapes, processes: int) -> None:

@@ -3,7 +3,8 @@
 A measured AP is one of many: another seed would have given another model, another draw of images another AP. The joint
 interval of a difference counts both. Its variance is the sum of
 
-* the variance over trainings, estimated in each row on its own, since rows scatter differently (Welch 1947), and
+* the variance over trainings, estimated in each row on its own, since rows scatter differently (Welch 1947), or, where
+  the rows of a seed share a start, that of the differences of the seeds: starts and seeds are then random blocks, and
 * the variance over images of these models, from the paired bootstrap (`evaluation.bootstrap`),
 
 with the degrees of freedom of Satterthwaite (1946). What varies between trainings of one model, and why single runs
@@ -202,18 +203,20 @@ class Comparison:
         return about | {key: value for key, value in asdict(self).items() if key != "contrast"}
 
 
-def compare(contrasts: Sequence[Contrast], measured: Measured, seeds: int) -> list[Comparison]:
+def compare(contrasts: Sequence[Contrast], measured: Measured, seeds: int, paired: bool = False) -> list[Comparison]:
     """The contrasts of a study as measured; those with a row without results are left out.
 
     Args:
         contrasts: all contrasts that the study registers; they are adjusted for each other.
         measured: the runs by row and seed.
         seeds: number of seeds that the study registers.
+        paired: compare runs with the same seed, which share a start; seeds that some row of a contrast lacks are left
+            out.
 
     Raises:
         UserError: the runs of a contrast were evaluated on different images.
     """
-    estimates = [found for contrast in contrasts if (found := _estimate(contrast, measured)) is not None]
+    estimates = [found for contrast in contrasts if (found := _estimate(contrast, measured, paired)) is not None]
     tested = [estimate.p for estimate in estimates if estimate.p is not None]
     adjusted = iter(holm(tested))
     level = (1 - CONFIDENCE) / max(1, len(tested))
@@ -257,25 +260,50 @@ def detectable(variance: float, df: float, level: float) -> float | None:
     return float(nctdtrinc(df, 1 - POWER, critical) * variance**0.5)  # the noncentrality is the effect in errors
 
 
-def planned_detectable(contrast: Contrast, seeds: int, deviation: float, contrasts: int) -> float | None:
+def planned_detectable(
+    contrast: Contrast, seeds: int, deviation: float, contrasts: int, paired: bool = False
+) -> float | None:
     """The difference that a planned study finds with 80 % power, its images aside.
 
     Args:
         contrast: the comparison.
         seeds: number of runs of each row; None is returned for a single one.
-        deviation: expected standard deviation over the trainings of a row.
+        deviation: expected standard deviation over the trainings of a row; paired, without what a seed has in common.
         contrasts: number of contrasts that are adjusted together.
+        paired: whether runs with the same seed are compared.
     """
     if seeds < 2:
         return None
+    level = (1 - CONFIDENCE) / contrasts
+    if paired:
+        variance = deviation**2 * sum(weight**2 for weight in contrast.weights.values()) / seeds
+        return detectable(variance, seeds - 1, level)
     # simulated, since the estimated variances of few runs cost more power than a t-test with known degrees of freedom
     random, weights = np.random.default_rng(0), np.array(list(contrast.weights.values()))[:, None]
     shares = weights**2 * random.chisquare(seeds - 1, (len(weights), SIMULATIONS)) / (seeds - 1) / seeds
     variance = shares.sum(0)
     df = variance**2 / (shares**2 / (seeds - 1)).sum(0)
-    critical = student.ppf(1 - (1 - CONFIDENCE) / contrasts / 2, df) * variance**0.5
+    critical = student.ppf(1 - level / 2, df) * variance**0.5
     scatter = random.normal(0, (weights**2 / seeds).sum() ** 0.5, SIMULATIONS)
     return float(deviation * np.quantile(critical - scatter, POWER))
+
+
+def pooled_deviation(values: Mapping[str, Mapping[int, float]], paired: bool) -> float | None:
+    """Standard deviation over the trainings of a row, pooled over the rows; None if no row has two runs.
+
+    Args:
+        values: by row and seed.
+        paired: without what the runs of a seed have in common (rows that lack a seed are left out).
+    """
+    rows = [dict(found) for found in values.values() if len(found) > 1]
+    if paired:
+        most = max((len(found) for found in rows), default=0)
+        table = np.array([[f[seed] for seed in sorted(f)] for f in rows if len(f) == most])
+        if len(table) < 2:
+            return None
+        rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+        return float(((rest**2).sum() / ((len(table) - 1) * (most - 1))) ** 0.5)
+    return statistics.mean(statistics.variance(f.values()) for f in rows) ** 0.5 if rows else None
 
 
 @dataclass(frozen=True)
@@ -297,10 +325,15 @@ class _Estimate:
         return float(2 * student.sf(abs(self.difference) / variance**0.5, df)) if variance > 0 else None
 
 
-def _estimate(contrast: Contrast, measured: Measured) -> _Estimate | None:
-    runs = {name: list(measured.get(name, {}).values()) for name in contrast.weights}
+def _estimate(contrast: Contrast, measured: Measured, paired: bool) -> _Estimate | None:
+    by_seed = {name: measured.get(name, {}) for name in contrast.weights}
+    if paired:
+        common = set.intersection(*(set(found) for found in by_seed.values()))
+        by_seed = {name: {seed: found[seed] for seed in sorted(common)} for name, found in by_seed.items()}
+    runs = {name: list(found.values()) for name, found in by_seed.items()}
     values = {
-        name: [v for run in rows if (v := contrast.quantity.of(run.result)) is not None] for name, rows in runs.items()
+        name: [v for run in found if (v := contrast.quantity.of(run.result)) is not None]
+        for name, found in runs.items()
     }
     if not all(values.values()):
         return None
@@ -308,8 +341,12 @@ def _estimate(contrast: Contrast, measured: Measured) -> _Estimate | None:
     difference = sum(weights[name] * statistics.mean(found) for name, found in values.items())
     trainings = None
     if all(len(found) > 1 for found in values.values()):
-        shares = {name: weights[name] ** 2 * statistics.variance(found) / len(found) for name, found in values.items()}
-        trainings = _satterthwaite([(share, len(values[name]) - 1) for name, share in shares.items()])
+        if paired:
+            of_seeds = sum(weights[name] * np.array(found) for name, found in values.items())
+            trainings = float(np.var(of_seeds, ddof=1)) / len(of_seeds), len(of_seeds) - 1.0
+        else:
+            shares = {n: weights[n] ** 2 * statistics.variance(found) / len(found) for n, found in values.items()}
+            trainings = _satterthwaite([(share, len(values[name]) - 1) for name, share in shares.items()])
     joint, over_images, drawn = trainings, None, _drawn(contrast, runs)
     if drawn is not None:
         tail = 100 * (1 - CONFIDENCE) / 2

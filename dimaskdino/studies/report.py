@@ -61,7 +61,8 @@ class StudyReport:
     @cached_property
     def comparisons(self) -> list[Comparison]:
         """The registered contrasts that were measured."""
-        return compare(self.study.registered, self.measured, len(self.study.seeds))
+        paired = self.scale in self.study.starts
+        return compare(self.study.registered, self.measured, len(self.study.seeds), paired)
 
     def published_difference(self, column: str, contrast: Contrast) -> float | None:
         """The same difference in the paper; None if the paper does not have all its numbers."""

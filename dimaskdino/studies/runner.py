@@ -21,7 +21,7 @@ from dimaskdino.progress import progress_bar
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.runs.processes import TrainingProcess
 from dimaskdino.signals import child_environment
-from dimaskdino.studies.comparison import planned_detectable
+from dimaskdino.studies.comparison import planned_detectable, pooled_deviation
 from dimaskdino.studies.study import Study, run_path, start_path
 
 
@@ -132,7 +132,7 @@ def plan_study(
         if "seconds_per_step" in record
     ]
     speed = statistics.median(timed) if timed else None
-    power = tuple(describe_power(study, len(seeds or study.seeds), folder))
+    power = tuple(describe_power(study, scale, len(seeds or study.seeds), folder))
     return Plan(tuple(runs), parallel or max(1, torch.cuda.device_count()), speed, power)
 
 
@@ -143,22 +143,23 @@ def _planned(title: str, path: Path, file: Path, settings: tuple[str, ...], is_s
     return PlannedRun(title, path, file, settings, config, is_start)
 
 
-def describe_power(study: Study, seeds: int, folder: Path) -> Iterator[str]:
+def describe_power(study: Study, scale: str, seeds: int, folder: Path) -> Iterator[str]:
     """What the comparisons of a study can find, one line for each comparison and quantity.
 
     The deviation over trainings is that of the study's file, otherwise the pooled one of the runs in the folder.
     """
-    contrasts, known = study.registered, dict(study.deviation)
+    contrasts, paired, known = study.registered, scale in study.starts, dict(study.deviation)
     if not contrasts:
         return
     measured = study.measured(folder)
     for quantity in study.quantities:
-        values = [
-            [v for run in runs.values() if (v := quantity.of(run.result)) is not None] for runs in measured.values()
-        ]
-        variances = [statistics.variance(v) for v in values if len(v) > 1]
-        if variances:
-            known.setdefault(str(quantity), statistics.mean(variances) ** 0.5)
+        values = {
+            name: {seed: v for seed, run in runs.items() if (v := quantity.of(run.result)) is not None}
+            for name, runs in measured.items()
+        }
+        found = pooled_deviation(values, paired)
+        if found is not None:
+            known.setdefault(str(quantity), found)
     yield f"what {len(contrasts)} comparisons of {seeds} seeds find with 80 % power:"
     for contrast in contrasts:
         deviation = known.get(str(contrast.quantity))
@@ -168,7 +169,7 @@ def describe_power(study: Study, seeds: int, folder: Path) -> Iterator[str]:
         elif deviation is None:
             yield f"{what}: not known before there are runs of two seeds (or give the study's file a deviation)"
         else:
-            found = planned_detectable(contrast, seeds, deviation, len(contrasts))
+            found = planned_detectable(contrast, seeds, deviation, len(contrasts), paired)
             yield f"{what}: ±{found or 0:.1f} points at a deviation of {deviation:.1f} over trainings"
 
 

@@ -205,3 +205,11 @@ def test_backbone_weights_from_a_file(tmp_path):
     (tmp_path / "cut.pth").write_bytes((tmp_path / "r18.pth").read_bytes()[:1000])
     with pytest.raises(Exception, match="cannot be read"):
         Detector(small_model(f"model.backbone.weights={tmp_path / 'cut.pth'}"))
+
+
+def test_classes_start_at_their_prior():
+    """Every class at 0.01; without a prior near one half, as published (PyTorch's initialisation, |bias| ≤ 1/√32)."""
+    for changes, low, high in ((["model.class_prior=0.01"], 0.01 - 1e-6, 0.01 + 1e-6), ([], 0.45, 0.55)):
+        heads = detector(*changes).heads
+        start = heads.label(torch.zeros(1, 1, 32)).sigmoid()
+        assert ((start > low) & (start < high)).all()

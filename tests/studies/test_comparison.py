@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import nct, ttest_ind
+from scipy.stats import nct, ttest_ind, ttest_rel
 from scipy.stats import t as student
 
 from dimaskdino.evaluation.bootstrap import BootstrapAP
@@ -16,6 +16,7 @@ from dimaskdino.studies.comparison import (
     correlation_of_pairs,
     detectable,
     planned_detectable,
+    pooled_deviation,
     slope_within_rows,
 )
 
@@ -57,6 +58,32 @@ def test_a_factor_of_a_two_by_two_by_hand():
     df = variance**2 / sum((v / 3 / 4) ** 2 / 2 for v in (1, 4, 9, 16))
     half = student.ppf(0.975, df) * variance**0.5
     assert (found.joint.low, found.joint.high) == pytest.approx((12.5 - half, 12.5 + half))
+
+
+def test_rows_with_a_common_start_are_compared_by_pairs():
+    """Differences of the seeds that both rows have: 1, 2 and 3."""
+    measured = {
+        "a": {seed: run(ap) for seed, ap in {0: 10, 1: 20, 2: 40, 3: 50}.items()},
+        "b": {seed: run(ap) for seed, ap in {2: 43, 1: 22, 0: 11}.items()},
+    }
+    [found] = compare([B_MINUS_A], measured, seeds=3, paired=True)
+    expected = ttest_rel([11, 22, 43], [10, 20, 40])
+    interval = expected.confidence_interval()
+    assert (found.difference, found.runs) == (pytest.approx(2), {"b": 3, "a": 3})
+    assert found.p == pytest.approx(expected.pvalue)
+    assert (found.joint.low, found.joint.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_pooled_deviation():
+    """Rows with variances 1 and 9. By pairs, (0, 1, 2) and (0, 3, 6) without row and seed leave ±(1, 0, −1)."""
+    values = {"a": {0: 0.0, 1: 1.0, 2: 2.0}, "b": {0: 0.0, 1: 3.0, 2: 6.0}, "c": {0: 5.0}}
+    assert pooled_deviation(values, paired=False) == pytest.approx(((1 + 9) / 2) ** 0.5)
+    assert pooled_deviation(values, paired=True) == pytest.approx((4 / 2) ** 0.5)
+    assert pooled_deviation({"c": {0: 5.0}}, paired=False) is None
+    assert pooled_deviation({"a": values["a"]}, paired=True) is None
+    effect = planned_detectable(B_MINUS_A, seeds=6, deviation=1.5, contrasts=1, paired=True)
+    draw = np.random.default_rng(5).normal(0, 1.5, size=(2, 6, 20_000))
+    assert np.mean(ttest_rel(draw[0] + effect, draw[1]).pvalue < 0.05) == pytest.approx(0.8, abs=0.02)
 
 
 def test_images_widen_the_joint_interval_by_their_variance():

@@ -113,6 +113,26 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
         find_study("table4")
 
 
+def test_rows_start_from_the_training_of_their_seed(tmp_path):
+    shapes = ROOT / "configs" / "shapes"
+    scales = {"tiny": str(shapes / "miniature.yaml"), "whole": str(shapes / "dimaskdino_r18.yaml")}
+    changes = {"scales": scales, "starts": {"tiny": str(shapes / "miniature_start.yaml")}, "seeds": [0, 1]}
+    rows = [{"name": "a", "label": "A"}, {"name": "b", "label": "B", "settings": {"tiny": ["model.bato.after=[2]"]}}]
+    study = load_study(write_study(tmp_path, rows=rows, **changes))
+    plan = plan_study(study, "tiny", [], tmp_path)
+    assert [run.title for run in plan.runs] == [
+        *("start, seed 0", "start, seed 1"),  # first, so that nothing has to wait for one
+        *("A, seed 0", "B, seed 0", "A, seed 1", "B, seed 1"),
+    ]
+    assert [run.config.train.weights for run in plan.runs[2:]] == [
+        tmp_path / "runs" / f"start_{seed}" for seed in (0, 0, 1, 1)
+    ]
+    assert [run.config.train.seed for run in plan.runs] == [0, 1, 0, 0, 1, 1]
+    assert len(plan_study(study, "whole", [], tmp_path).runs) == 4
+    with pytest.raises(UserError, match="cannot be called start"):
+        load_study(write_study(tmp_path, rows=[{"name": "start", "label": "A"}], contrasts=[]))
+
+
 def measured(folder, row, seed, first, last, samples=None):
     """Write synthetic results: (box, mask) AP of the first and last layer, and draws by stage and kind."""
 
@@ -176,17 +196,17 @@ def test_comparisons_on_other_images_are_refused(tmp_path):
 def test_the_plan_says_what_it_can_find(tmp_path):
     """Two rows of n runs and a deviation σ: standard error σ·√(2/n), at most 2(n − 1) degrees of freedom."""
     study = load_study(write_study(tmp_path, deviation={"last.box": 1.5}))
-    box, lag = list(describe_power(study, 8, tmp_path))[1:]
+    box, lag = list(describe_power(study, "tiny", 8, tmp_path))[1:]
     error, critical = 1.5 * (2 / 8) ** 0.5, student.ppf(1 - 0.025 / 2, 14)
     found = float(box.split("±")[1].split(" ")[0])
     # one decimal is printed, and the plan knows that the degrees of freedom are estimated
     assert 0.78 < nct.sf(critical, 14, found / error) < 0.86
     assert lag.endswith("not known before there are runs of two seeds (or give the study's file a deviation)")
-    assert list(describe_power(study, 1, tmp_path))[1].endswith("nothing, a single seed decides nothing")
+    assert list(describe_power(study, "tiny", 1, tmp_path))[1].endswith("nothing, a single seed decides nothing")
     for seed, lag_of_a in enumerate((1.0, 3.0)):  # variance 2 in row a, 0 in row b: deviation 1 when pooled
         measured(tmp_path, "a", seed, (10.0, 10.0 + lag_of_a), (30.0, 30.0))
         measured(tmp_path, "b", seed, (10.0, 11.0), (30.0, 30.0))
-    box, lag = list(describe_power(study, 8, tmp_path))[1:]
+    box, lag = list(describe_power(study, "tiny", 8, tmp_path))[1:]
     assert box.endswith("at a deviation of 1.5 over trainings")  # the file's
     assert lag.endswith("at a deviation of 1.0 over trainings")
 

@@ -18,6 +18,7 @@ from dimaskdino.config import Config
 from dimaskdino.data.dataloader import training_dataset, training_loader
 from dimaskdino.distributed import DistributedContext
 from dimaskdino.errors import UserError
+from dimaskdino.modeling import Detector
 from dimaskdino.runs.export import export
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.training import launch as training_main
@@ -295,10 +296,25 @@ def test_fine_tuning_starts_from_a_trained_model(finished, shapes_data, tmp_path
     for weights, change, words in (
         (finished.path, "model.hidden_dim=64", "has another architecture"),
         (tmp_path / "none.pt", "train.seed=0", "does not exist"),
+        (finished.path, "train.weights_of=[neck]", "the model has no module 'neck', only backbone, pixel_decoder"),
     ):
         wrong = settings(shapes_data, f"train.weights={weights}", change)
         with pytest.raises(UserError, match=words):
             Trainer(wrong, RunFolder(tmp_path / "wrong"), DistributedContext(0, 1, torch.device("cpu")))
+
+
+def test_a_model_can_start_from_some_modules_of_another(finished, shapes_data, tmp_path, capsys):
+    """Here from a model with another number of classes, and with De-Imbalance and BATO, which the new one lacks."""
+    chosen = ("train.weights_of=[backbone, pixel_decoder]", "model.bato.enabled=false", "model.selection.k=[12]")
+    changed = settings(shapes_data, f"train.weights={finished.path}", *chosen)
+    trained = load(finished.path).detector.state_dict()
+    torch.manual_seed(changed.train.seed)
+    fresh = Detector(changed.model).state_dict()
+    trainer = Trainer(changed, RunFolder(tmp_path / "run"), DistributedContext(0, 1, torch.device("cpu")))
+    for key, value in trainer.detector.state_dict().items():
+        taken = key.partition(".")[0] in ("backbone", "pixel_decoder")
+        assert torch.equal(value, trained[key] if taken else fresh[key]), key
+    assert f"starting from {finished.path} for backbone, pixel_decoder" in capsys.readouterr().out
 
 
 def two_classes(shapes_data: Path, folder: Path) -> Path:
