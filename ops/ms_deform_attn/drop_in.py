@@ -16,6 +16,8 @@ _host_shapes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _shapes(value_spatial_shapes: Tensor) -> list[tuple[int, int]]:
+    if value_spatial_shapes.is_inference():  # it has no version counter, so it is copied at every call
+        return [(h, w) for h, w in value_spatial_shapes.tolist()]
     known = _host_shapes.get(value_spatial_shapes)
     if known is None or known[0] != value_spatial_shapes._version:
         known = (value_spatial_shapes._version, [(h, w) for h, w in value_spatial_shapes.tolist()])

@@ -183,6 +183,9 @@ def _check(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weig
         raise ValueError(f"value must be (B, N, heads, D), got {tuple(value.shape)}")
     B, N, heads, _ = value.shape
     levels = len(shapes)
+    for number, (h, w) in enumerate(shapes, start=1):
+        if h < 1 or w < 1:
+            raise ValueError(f"level {number} of spatial_shapes is {(h, w)}; each side must be at least 1")
     if sum(h * w for h, w in shapes) != N:
         raise ValueError(f"spatial_shapes {shapes} have {sum(h * w for h, w in shapes)} cells, value has N = {N}")
     if locations.ndim != 6 or locations.shape[0] != B or locations.shape[2:4] != (heads, levels):

@@ -297,6 +297,16 @@ def test_export_with_a_batch_size_left_open():
     [
         (lambda v, s, x, w: (v[0], s, x, w), r"value must be \(B, N, heads, D\)"),
         (lambda v, s, x, w: (v, s[:2], x, w), "47 cells, value has N = 48"),
+        # 48 cells all the same: kernels would read outside a level without cells
+        (
+            lambda v, s, x, w: (v, [(48, 1), (0, 3), (0, 4)], x, w),
+            r"level 2 of spatial_shapes is \(0, 3\); each side must",
+        ),
+        (lambda v, s, x, w: (v, [(-8, -5), (4, 1), (2, 2)], x, w), r"level 1 of spatial_shapes is \(-8, -5\)"),
+        (
+            lambda v, s, x, w: (v, torch.tensor([(48, 1), (3, 0), (4, 0)]), x, w),
+            r"level 2 of spatial_shapes is \(3, 0\)",
+        ),
         (lambda v, s, x, w: (v, s, x[:, :, :1], w), r"sampling_locations must be \(B=2, Q, heads=2, levels=3"),
         (lambda v, s, x, w: (v, s, x[..., :1], w), "must end in 2"),
         (lambda v, s, x, w: (v, s, x, w[:, :1]), r"attention_weights must be \(2, 6, 2, 3, 3\)"),
@@ -307,6 +317,16 @@ def test_export_with_a_batch_size_left_open():
 def test_mistakes_name_the_argument(change, message):
     with pytest.raises((ValueError, TypeError), match=message):
         ms_deform_attn.ms_deform_attn(*change(*inputs()))
+
+
+@needs_cpu_kernels
+def test_kernels_that_are_called_directly_refuse_levels_without_cells():
+    value, _, locations, weights = inputs(dtype=torch.float32)
+    for shapes in ([48, 1, 0, 3, 0, 4], [-8, -5, 4, 1, 2, 2]):
+        with pytest.raises(RuntimeError, match="every level needs a height and a width of at least 1"):
+            torch.ops.ms_deform_attn.forward(value, shapes, locations, weights)
+        with pytest.raises(RuntimeError, match="every level needs a height and a width of at least 1"):
+            torch.ops.ms_deform_attn.backward(value.flatten(2)[:, :6], value, shapes, locations, weights, True, True)
 
 
 def test_status_says_what_runs():
@@ -354,6 +374,24 @@ def test_drop_in_for_the_compiled_extension(name):
     assert not torch.equal(turned.cpu(), truth[0])
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_drop_in_for_shapes_made_under_inference_mode(name):
+    """Tensors made there have no version counter."""
+    install_drop_in()
+    import MultiScaleDeformableAttention as Extension
+
+    value, shapes, locations, weights = inputs()
+    truth = results("reference", value, shapes, locations, weights)[0]
+    with torch.inference_mode(), backend(name):
+        moved = (x.to(DEVICES[name]) for x in (value, torch.tensor(shapes), torch.zeros(3), locations, weights))
+        value, on_device, starts, locations, weights = moved
+        output = Extension.ms_deform_attn_forward(value, on_device, starts, locations, weights, 64)
+        torch.testing.assert_close(output.cpu(), truth)
+        on_device[:2] = on_device[:2].flip(1)
+        turned = Extension.ms_deform_attn_forward(value, on_device, starts, locations, weights, 64)
+    assert not torch.equal(turned.cpu(), truth)
+
+
 @needs_cpu_kernels
 def test_benchmark_measures_every_implementation():
     implementations = dict(_implementations("cpu", None))
@@ -381,9 +419,12 @@ def test_the_cuda_kernels_compile_and_load(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(compiler("cpu") is None or sys.platform != "linux", reason="needs a compiler with AddressSanitizer")
 def test_the_cpu_kernels_under_address_sanitizer(tmp_path):
-    sanitizer = subprocess.run(
-        [compiler("cpu"), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    # PyTorch's C++ exceptions need the C++ library to be there before the sanitizer
+    preloaded = [
+        subprocess.run([compiler("cpu"), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    sanitizer = ":".join(found.stdout.strip() for found in preloaded)
     if not os.path.isabs(sanitizer):
         pytest.skip("the compiler has no AddressSanitizer")
     script = (

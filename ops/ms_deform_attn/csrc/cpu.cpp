@@ -159,6 +159,9 @@ std::vector<Level> levels_of(at::IntArrayRef shapes) {
   std::vector<Level> levels;
   int64_t start = 0;
   for (size_t i = 0; i + 1 < shapes.size(); i += 2) {
+    TORCH_CHECK(shapes[i] >= 1 && shapes[i + 1] >= 1,
+                "ms_deform_attn: every level needs a height and a width of at least 1, got ", shapes[i], " x ",
+                shapes[i + 1]);
     levels.push_back({shapes[i], shapes[i + 1], start});
     start += shapes[i] * shapes[i + 1];
   }

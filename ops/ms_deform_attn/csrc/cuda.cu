@@ -345,6 +345,9 @@ Levels levels_of(at::IntArrayRef shapes) {
   levels.count = static_cast<int>(shapes.size() / 2);
   int64_t start = 0;
   for (int i = 0; i < levels.count; ++i) {
+    TORCH_CHECK(shapes[2 * i] >= 1 && shapes[2 * i + 1] >= 1,
+                "ms_deform_attn: every level needs a height and a width of at least 1, got ", shapes[2 * i], " x ",
+                shapes[2 * i + 1]);
     levels.height[i] = static_cast<int>(shapes[2 * i]);
     levels.width[i] = static_cast<int>(shapes[2 * i + 1]);
     levels.start[i] = static_cast<int>(start);
