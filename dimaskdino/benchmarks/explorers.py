@@ -9,13 +9,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dimaskdino.course.lesson import begin
+from dimaskdino.viz.architecture import FLOWS
 from dimaskdino.viz.explorers import (
     Explorer,
+    explore_architecture,
     explore_curves,
     explore_guidance,
     explore_layers,
     explore_sampling,
     explore_selection,
+    explore_true_boxes,
 )
 
 
@@ -50,6 +53,8 @@ def explorers() -> dict[str, tuple[Explorer, list[tuple[str, Any]]]]:
             explore_sampling(looks),
             [*images, *(("query", q) for q in range(1, 9)), ("head", 0), ("layer", 1)],
         ),
+        "architecture": (explore_architecture(looks), [*images, *(("place", name) for name in FLOWS)]),
+        "true boxes": (explore_true_boxes(lesson.samples(6)), [*images, ("formula", "bitmask"), ("formula", "no")]),
         "guidance": (explore_guidance(looks), [*images, *(("token", t) for t in range(2, 10))]),
         "curves": (
             explore_curves(runs),

@@ -1,5 +1,6 @@
 """Figures of records and arrays; nothing here trains or runs a model."""
 
+from dimaskdino.viz.architecture import draw_architecture, draw_flow
 from dimaskdino.viz.curves import plot_first_and_last_layer, plot_layerwise_ap, plot_losses, plot_precision_recall
 from dimaskdino.viz.detections import draw_instances, draw_stages, paint_instances
 from dimaskdino.viz.diagnostics import (
@@ -23,7 +24,9 @@ from dimaskdino.viz.tokens import (
 from dimaskdino.viz.training import draw_denoising, draw_matching, plot_loss_terms
 
 __all__ = [
+    "draw_architecture",
     "draw_denoising",
+    "draw_flow",
     "draw_guidance",
     "draw_instances",
     "draw_interaction",

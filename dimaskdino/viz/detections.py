@@ -1,6 +1,7 @@
 """Detections drawn over their image."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -10,10 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torchvision.ops import box_convert, box_iou
 
+from dimaskdino.data.coco import Sample
+from dimaskdino.evaluation.ceilings import true_stage
 from dimaskdino.modeling import Instances
+from dimaskdino.modeling.structures import padded_size
 from dimaskdino.viz.curves import short_name
-from dimaskdino.viz.style import CYCLE, NotebookFigure, data_label, style
+from dimaskdino.viz.style import BOX, CYCLE, MASK, NotebookFigure, data_label, style
 
 
 def draw_instances(
@@ -112,3 +117,38 @@ def draw_stages(
     for each, (name, instances) in zip(axes, stages.items(), strict=False):
         draw_instances(image, instances, classes, threshold, each, short_name(name).replace("\n", " "))
     return figure
+
+
+def draw_true_boxes(sample: Sample, formula: Literal["mask2box", "bitmask", "no"]) -> tuple[Figure, list[float]]:
+    """Draw what a formula makes of true masks at a quarter of the resolution, beside the true boxes.
+
+    Args:
+        sample: an image with its objects.
+        formula: the convention of `model.selection.mask_to_box`; `no` leaves the true boxes.
+
+    Returns:
+        The figure, and the IoU of each object's box with the true one.
+    """
+    size = (sample.image.shape[-2], sample.image.shape[-1])
+    stage = true_stage(sample.labels, sample.masks, size, int(sample.labels.max()) + 1, exact=formula == "bitmask")
+    (height, width), true = padded_size([size]), sample.boxes
+    made = box_convert(stage.boxes[0], "cxcywh", "xyxy") * true.new_tensor([width, height, width, height])
+    made = true if formula == "no" else made
+    ious = box_iou(made, true).diagonal().tolist()
+    cells = (stage.mask_logits()[0] > 0).any(0).numpy()
+    with style():
+        figure = NotebookFigure(figsize=(5.6, 5.9), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(sample.image.permute(1, 2, 0).numpy())
+        shade = np.zeros((*cells.shape, 4))
+        shade[cells] = (*to_rgb(MASK), 0.45)
+        axes.imshow(shade, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
+        for boxes, colour, line in ((true, "black", 2.4), (made, BOX, 1.8)):
+            for x0, y0, x1, y1 in boxes.tolist():
+                axes.add_patch(
+                    Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color=colour, linewidth=line)
+                )
+        axes.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5), xticks=[], yticks=[])
+        axes.grid(False)
+        axes.set_title(f"{formula}: IoU of the boxes {', '.join(f'{iou:.2f}' for iou in ious)}", fontsize=10)
+    return figure, ious

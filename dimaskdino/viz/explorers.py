@@ -8,22 +8,37 @@ import gc
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import anywidget
 import ipywidgets as widgets
+import numpy as np
 import torch
 import traitlets
+from hotcoco import COCO
+from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy.optimize import linear_sum_assignment
 
+from dimaskdino import config
+from dimaskdino.data.coco import Sample
+from dimaskdino.evaluation.coco_ap import Kind, precision_curves
+from dimaskdino.evaluation.detections import Detections
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.inspection.look import Look
 from dimaskdino.inspection.objects import track_objects
-from dimaskdino.viz.curves import plot_layerwise_ap, short_name
+from dimaskdino.modeling.structures import Predictions, Targets
+from dimaskdino.training.matcher import matching_costs
+from dimaskdino.viz.architecture import FLOWS, describe_flow, draw_flow, place_of
+from dimaskdino.viz.curves import plot_layerwise_ap, plot_precision_recall, short_name
+from dimaskdino.viz.detections import draw_true_boxes
 from dimaskdino.viz.objects import draw_objects
 from dimaskdino.viz.studies import plot_ablation
 from dimaskdino.viz.tokens import draw_guidance, draw_sampling, draw_selection
+from dimaskdino.viz.training import draw_matching
+
+Formula = Literal["mask2box", "bitmask", "no"]
 
 
 class Picture(anywidget.AnyWidget):
@@ -216,11 +231,11 @@ def explore_sampling(looks: Sequence[Look]) -> Explorer:
     return explorer
 
 
-def _in_panel(figure: Figure | None, x: float, y: float) -> tuple[float, float] | None:
-    """Data coordinates of a place in a figure, given from its left and top; None outside the panels."""
+def _in_panel(figure: Figure | None, x: float, y: float, panels: int | None = None) -> tuple[float, float] | None:
+    """Data coordinates of a place in a figure, given from its left and top; None outside its (first) panels."""
     assert figure is not None
     width, height = figure.bbox.size
-    for axes in figure.axes:
+    for axes in figure.axes[:panels]:
         if axes.bbox.contains(x * width, (1 - y) * height):
             across, down = axes.transData.inverted().transform((x * width, (1 - y) * height))
             return float(across), float(down)
@@ -241,6 +256,96 @@ def explore_guidance(looks: Sequence[Look]) -> Explorer:
 
     controls = {"image": _images(looks), "token": _slider("guiding token", 1, attention.shape[-1], 1)}
     return Explorer(draw, describe, controls)
+
+
+def explore_architecture(looks: Sequence[Look]) -> Explorer:
+    """Choose a place of the architecture, or click on it: what flows there for an image, and its shape."""
+    trace = looks[0].trace
+    missing = {"T_bal"} if trace.bato is None else set()
+    missing |= {"T_s2"} if len(trace.T_s) < 2 else set()
+    places = [(name, name) for name in FLOWS if name not in missing]
+
+    def draw(image: int, place: str) -> Figure:
+        return draw_flow(looks[image], place)
+
+    def describe(image: int, place: str) -> str:
+        return f"Image {image + 1}, {place}: {describe_flow(looks[image], place)}."
+
+    controls = {"image": _images(looks), "place": _dropdown("place", places, "T_i")}
+    explorer = Explorer(draw, describe, controls)
+
+    def click(change: Any) -> None:
+        at = _in_panel(explorer.figure, *change["new"], panels=1)
+        name = None if at is None else place_of(*at)
+        if name in dict(places):
+            controls["place"].value = name
+
+    explorer.picture.observe(click, names="clicked")
+    return explorer
+
+
+def explore_precision(found: Mapping[str, Detections], truth: COCO, classes: Sequence[str]) -> Explorer:
+    """Precision-recall curves of boxes and masks: choose a class, a stage and an IoU threshold."""
+    known: dict[tuple[str, Kind, float], Float[np.ndarray, "K 101"]] = {}
+
+    def curves(label: int, stage: str, threshold: float) -> dict[str, Float[np.ndarray, "101"]]:
+        kinds: tuple[Kind, ...] = ("box", "mask") if found[stage].has_masks else ("box",)
+        for kind in kinds:
+            if (stage, kind, threshold) not in known:
+                detections = found[stage].boxes if kind == "box" else found[stage].masks
+                known[stage, kind, threshold] = precision_curves(truth, detections, kind, threshold)
+        return {kind: known[stage, kind, threshold][label] for kind in kinds}
+
+    def draw(label: int, stage: str, threshold: float) -> Figure:
+        return plot_precision_recall(curves(label, stage, threshold), f"{classes[label]}, {stage}, IoU ≥ {threshold:g}")
+
+    def describe(label: int, stage: str, threshold: float) -> str:
+        areas = (f"{kind} AP {100 * curve.mean():.1f}" for kind, curve in curves(label, stage, threshold).items())
+        return f"{classes[label]} at {stage}, IoU at least {threshold:g}: {', '.join(areas)}."
+
+    controls = {
+        "label": _dropdown("class", [(name, i) for i, name in enumerate(classes)], 0),
+        "stage": _dropdown("stage", [(short_name(s).replace("\n", " "), s) for s in found], list(found)[-1]),
+        "threshold": _dropdown("IoU ≥", [(f"{t:.2f}", t) for t in (0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95)], 0.75),
+    }
+    return Explorer(draw, describe, controls)
+
+
+def explore_matching(predictions: Predictions, targets: Targets, sample: Sample, settings: config.Loss) -> Explorer:
+    """The costs and the matching of one image at a stage."""
+    costs = dict(
+        zip(predictions.stages, matching_costs(list(predictions.stages.values()), targets, settings), strict=True)
+    )
+
+    def pairs(stage: str) -> list[tuple[int, int]]:
+        return list(zip(*(part.tolist() for part in linear_sum_assignment(costs[stage][0].numpy())), strict=True))
+
+    def draw(stage: str) -> Figure:
+        boxes = predictions.stages[stage].boxes[0]
+        return draw_matching(sample.image, targets.boxes[0], boxes, costs[stage][0], pairs(stage))
+
+    def describe(stage: str) -> str:
+        matched = ", ".join(f"object {number + 1} to query {query}" for query, number in pairs(stage))
+        return f"Matching at {stage}: {matched}."
+
+    stages = list(predictions.stages)
+    names = [(short_name(name).replace("\n", " "), name) for name in stages]
+    return Explorer(draw, describe, {"stage": _dropdown("stage", names, stages[0])})
+
+
+def explore_true_boxes(samples: Sequence[Sample]) -> Explorer:
+    """True objects as a model sees them, and the boxes that each formula makes of their masks."""
+
+    def draw(image: int, formula: Formula) -> Figure:
+        return draw_true_boxes(samples[image], formula)[0]
+
+    def describe(image: int, formula: Formula) -> str:
+        ious = draw_true_boxes(samples[image], formula)[1]
+        return f"Image {image + 1}, {formula}: IoU of the boxes {', '.join(f'{iou:.2f}' for iou in ious)}."
+
+    formulas = [("mask2box, as published", "mask2box"), ("bitmask, with the last cell", "bitmask"), ("none", "no")]
+    images = _dropdown("image", [(f"{i + 1}: {s.file.split('/')[-1]}", i) for i, s in enumerate(samples)])
+    return Explorer(draw, describe, {"image": images, "formula": _dropdown("formula", formulas)})
 
 
 def explore_curves(runs: Mapping[str, LayerwiseAP]) -> Explorer:

@@ -103,13 +103,13 @@ EXPLORERS = {
     "layers": ("01_imbalance", "explore_layers", "Image 1 at stage", [choose(1), choose(0), slide]),
     "curves": ("01_imbalance", "explore_curves", "Last stage:", [choose(0)]),
     "sampling": (
-        "02_deformable_attention",
+        "03_deformable_attention",
         "explore_sampling",
         "Sampling points",
         [click_the_finest_level, slide_right],
     ),
-    "selection": ("03_de_imbalance", "explore_selection", "Image 1 with the places", [slide, choose(0)]),
-    "guidance": ("04_bato", "explore_guidance", "How much each feature token", [slide_right, choose(0)]),
+    "selection": ("04_de_imbalance", "explore_selection", "Image 1 with the places", [slide, choose(0)]),
+    "guidance": ("05_bato", "explore_guidance", "How much each feature token", [slide_right, choose(0)]),
     "studies": ("07_ablations", "explore_studies", "Tolerance of imbalance", [choose(0)]),
 }
 

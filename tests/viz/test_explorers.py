@@ -5,23 +5,33 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.patches import Rectangle
 from PIL import Image
 from small import trained_file
 
 from dimaskdino import load
-from dimaskdino.data.coco import CocoDataset
-from dimaskdino.evaluation.coco_ap import AveragePrecision
-from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
+from dimaskdino.data.coco import CocoDataset, Sample
+from dimaskdino.data.dataloader import collate, training_dataset
+from dimaskdino.evaluation.coco_ap import AveragePrecision, precision_curves, read_truth
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP, detect_layers
 from dimaskdino.inspection.look import look_at
 from dimaskdino.inspection.objects import track_objects
+from dimaskdino.modeling import ImageBatch
+from dimaskdino.training.matcher import match
 from dimaskdino.viz import draw_interaction, draw_mask_features, draw_token_maps, plot_mean_ious
+from dimaskdino.viz.architecture import FLOWS, describe_flow, draw_architecture, draw_flow, place_of
 from dimaskdino.viz.explorers import (
+    explore_architecture,
     explore_curves,
     explore_guidance,
     explore_layers,
+    explore_matching,
+    explore_precision,
     explore_sampling,
     explore_selection,
     explore_studies,
+    explore_true_boxes,
 )
 
 
@@ -45,6 +55,7 @@ def pixels(explorer):
         (explore_sampling, "layer", 1, "decoder layer 2"),
         (explore_sampling, "head", 3, "head 4"),
         (explore_guidance, "token", 2, "guiding token 2"),
+        (explore_architecture, "place", "Q_bal", "balanced queries, with their boxes, shape (1, 12, 32)"),
     ],
 )
 def test_a_control_changes_picture_and_words(looks, explore, control, value, words):
@@ -55,6 +66,93 @@ def test_a_control_changes_picture_and_words(looks, explore, control, value, wor
     assert explorer.values[control] == value
     after = pixels(explorer)
     assert before.shape != after.shape or (before != after).any()
+
+
+def test_a_click_on_the_architecture_chooses_the_place(looks):
+    explorer = explore_architecture(looks)
+    for x, y, expected in ((0.6, 2.0, "image"), (9.75, 0.9, "T_bal"), (2.0, 2.0, "T_bal"), (3.0, 3.9, "T_bal")):
+        axes = explorer.figure.axes[0]
+        across, up = axes.transData.transform((x, y)) / explorer.figure.bbox.size
+        explorer.picture.clicked = [float(across), float(1 - up)]
+        assert explorer.values["place"] == expected  # a module, or nothing, changes nothing
+    assert (place_of(2.0, 2.0), place_of(3.0, 3.9)) == ("backbone", None)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_what_flows_is_said_with_its_shape(looks, name):
+    trace, batch = looks[0].trace, looks[0].batch
+    shapes = {"image": batch.pixels.shape, "T_s1": trace.T_s1.content.shape, "F": trace.mask_features.shape}
+    text = describe_flow(looks[0], name)
+    if name in shapes:
+        assert text.endswith(f"shape {tuple(shapes[name])}")
+    figure = draw_flow(looks[0], name)
+    assert figure.axes[1].get_title() == text
+    if name in ("T_s1", "T_s2", "Q_bal"):
+        count = {"T_s1": 20, "T_s2": 12, "Q_bal": 12}[name]
+        assert sum(isinstance(artist, Rectangle) for artist in figure.axes[1].patches) == count
+
+
+def test_places_that_a_model_lacks_are_left_out(shapes_data, tmp_path):
+    baseline = ("model.selection.k=[12]", "model.bato.enabled=false")
+    model = load(trained_file(tmp_path / "model.safetensors", shapes_data, *baseline))
+    look = look_at(model, CocoDataset(shapes_data, "val")[0])
+    assert not {"T_s2", "T_bal"} & {value for _, value in explore_architecture([look]).controls["place"].options}
+    with pytest.raises(ValueError, match="has no T_bal"):
+        draw_flow(look, "T_bal")
+    with pytest.raises(ValueError, match="nothing is called neck"):
+        draw_flow(look, "neck")
+
+
+def test_lit_parts_stand_out():
+    def strong(*parts):
+        return {patch.get_linewidth() for patch in draw_architecture(*parts).axes[0].patches}
+
+    assert 2.2 not in strong()
+    assert 2.2 in strong("bato")
+    assert draw_architecture("bato").axes[0].get_title() == "Where this chapter is: BATO (Eq. 5–8)"
+
+
+def test_precision_explorer_shows_the_librarys_curves(looks, shapes_data, tmp_path):
+    model = load(trained_file(tmp_path / "model.safetensors", shapes_data))
+    found, truth = detect_layers(model), read_truth(shapes_data / "annotations" / "val.json")
+    explorer = explore_precision(found, truth, model.classes)
+    explorer.controls["threshold"].value, explorer.controls["stage"].value = 0.5, "decoder.1"
+    box, mask = (line.get_ydata() for line in explorer.figure.axes[0].lines)
+    assert np.array_equal(box, precision_curves(truth, found["decoder.1"].boxes, "box", 0.5)[0])
+    assert np.array_equal(mask, precision_curves(truth, found["decoder.1"].masks, "mask", 0.5)[0])
+    explorer.controls["stage"].value = "token_interaction.0"
+    assert len(explorer.figure.axes[0].lines) == 1  # no masks there
+
+
+def test_boxes_of_true_masks():
+    """A square of 16 pixels becomes 12 without the last cell: IoU 144/256; with it, and predicted, it stays."""
+    masks = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    masks[0, 8:24, 20:36] = 1
+    sample = Sample(torch.zeros(3, 64, 64, dtype=torch.uint8), torch.tensor([2]), masks, 0, "a.png", (64, 64))
+    explorer = explore_true_boxes([sample])
+    for formula, iou in (("mask2box", "0.56"), ("bitmask", "1.00"), ("no", "1.00")):
+        explorer.controls["formula"].value = formula
+        assert explorer.picture.alt == f"Image 1, {formula}: IoU of the boxes {iou}."
+        true, made = (patch.get_bbox() for patch in explorer.figure.axes[0].patches)
+        assert (true.x0, true.y1) == (19.5, 23.5)
+        assert made.width == (12 if formula == "mask2box" else 16)
+
+
+def test_matching_explorer_shows_the_matching(shapes_data, tmp_path):
+    model = load(trained_file(tmp_path / "model.safetensors", shapes_data))
+    sample = training_dataset(model.config)[0]
+    targets, settings = collate([sample]).targets, model.config.loss
+    with torch.no_grad():
+        predictions = model.detector(ImageBatch.from_images([sample.image]), targets)
+    torch.manual_seed(3)  # of the points at which masks are compared
+    explorer = explore_matching(predictions, targets, sample, settings)
+    torch.manual_seed(3)
+    expected = match(list(predictions.stages.values()), targets, settings)
+    for (stage, _), matches in zip(predictions.stages.items(), expected, strict=True):
+        explorer.controls["stage"].value = stage
+        pairs = zip(matches.target.tolist(), matches.query.tolist(), strict=True)
+        for number, query in pairs:
+            assert f"object {number + 1} to query {query}" in explorer.picture.alt
 
 
 def test_where_widgets_cannot_run_there_is_a_picture(looks):
