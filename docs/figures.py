@@ -62,7 +62,12 @@ def table_4() -> viz.style.Figure:
     return viz.study_figures(study_blocks.report("table_4"))["layers"]
 
 
-FIGURES = (first_and_last, layers, objects, table_4)
+def architecture() -> viz.style.Figure:
+    """The model as figure 2 of the paper has it."""
+    return viz.draw_architecture()
+
+
+FIGURES = (first_and_last, layers, objects, table_4, architecture)
 
 if __name__ == "__main__":
     for figure in FIGURES:

@@ -1,4 +1,4 @@
-"""Build the course's notebooks from their sources: `python -m dimaskdino.course.build`.
+"""Build and execute the course's notebooks from their sources: `python -m dimaskdino.course.build`.
 
 A source (`notebooks/source/NN_name.py`, Jupytext's percent format) is a chapter with the solutions of its exercises:
 
@@ -7,25 +7,36 @@ A source (`notebooks/source/NN_name.py`, Jupytext's percent format) is a chapter
         return mask - box
         # end
 
-It becomes `notebooks/NN_name.ipynb` without the solutions, and `notebooks/solutions/NN_name.ipynb` with them.
+It becomes `notebooks/NN_name.ipynb` without the solutions, and `notebooks/solutions/NN_name.ipynb` with them. Both are
+stored with their outputs, so that the course can be read where nothing is installed: explorers as pictures, pictures
+with a palette, no progress bars, no paths of the machine that made them.
 
 Once pyproject.toml has the repository's address (`[project.urls] Repository = "https://github.com/NAME/PROJECT"`), each
 student's notebook also gets badges that open it in Colab and Binder, and a cell that sets Colab up.
 """
 
+import base64
+import io
 import re
 import sys
+import tempfile
 import tomllib
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
 import jupytext
 import nbformat
 from nbformat import NotebookNode
+from papermill import execute_notebook
+from PIL import Image
 
 from dimaskdino.errors import UserError
+from dimaskdino.runs.notebooks import kernel_config
+from dimaskdino.runs.processes import project_root
 
 _BEGIN, _END = "# solution", "# end"
+_WIDGET = "application/vnd.jupyter.widget-view+json"
 _KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -117,19 +128,70 @@ def notebooks_of(source: Path, address: str | None = None) -> tuple[NotebookNode
     return versions[0], versions[1]
 
 
-def build(folder: Path) -> list[Path]:
-    """Write the notebooks of all sources in `folder/source`; returns what was written."""
-    written = []
+def build(folder: Path, only: Collection[str] = ()) -> Iterator[Path]:
+    """Write and execute the notebooks of the sources in `folder/source`; yields what was written.
+
+    Args:
+        folder: the folder of the notebooks.
+        only: beginnings of the names of the chapters to build, such as `03`; all by default.
+    """
     address = repository(folder.parent / "pyproject.toml")
     for source in sorted((folder / "source").glob("*.py")):
+        if only and not source.stem.startswith(tuple(only)):
+            continue
         targets = folder / f"{source.stem}.ipynb", folder / "solutions" / f"{source.stem}.ipynb"
         for target, notebook in zip(targets, notebooks_of(source, address), strict=True):
             target.parent.mkdir(exist_ok=True)
-            nbformat.write(notebook, target)
-            written.append(target)
-    return written
+            with tempfile.TemporaryDirectory() as made:
+                plain = Path(made) / target.name
+                nbformat.write(notebook, plain)
+                # papermill names the notebook's cells that fail, and passes on its parameters as they are
+                done = execute_notebook(str(plain), None, cwd=folder, progress_bar=False, config=kernel_config())
+            nbformat.write(for_reading(done, folder.parent), target)
+            yield target
+
+
+def for_reading(executed: NotebookNode, root: Path) -> NotebookNode:
+    """An executed notebook as it is stored.
+
+    Args:
+        executed: the notebook with its outputs.
+        root: the project's folder, which is left out of paths in texts.
+    """
+    made = nbformat.from_dict(executed)
+    for name in ("widgets", "papermill"):
+        made.metadata.pop(name, None)
+    made.cells = [cell for cell in made.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    number = 0
+    for cell in made.cells:
+        tags = cell.metadata.get("tags", [])
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        if cell.cell_type != "code":
+            continue
+        number += 1
+        cell.execution_count = number
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = number
+            if "text" in output:
+                output.text = output.text.replace(f"{root}/", "")
+            data = output.get("data", {})
+            data.pop(_WIDGET, None)
+            if "image/png" in data:
+                data["image/png"] = _with_palette(data["image/png"])
+                data["text/plain"] = output.metadata.get("image/png", {}).get("alt", data.get("text/plain", ""))
+    return made
+
+
+def _with_palette(png: str) -> str:
+    """A PNG in base64 with a palette of 256 colours, about a third of the size."""
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    buffer = io.BytesIO()
+    picture.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 if __name__ == "__main__":
-    for path in build(Path(sys.argv[1] if len(sys.argv) > 1 else "notebooks").resolve()):
-        print(path)
+    for path in build(project_root() / "notebooks", sys.argv[1:]):
+        print(path, flush=True)

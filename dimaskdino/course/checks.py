@@ -14,14 +14,18 @@ import numpy as np
 import torch
 from ms_deform_attn import ms_deform_attn_reference
 from pycocotools import mask as coco_mask
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import box_iou, generalized_box_iou
 
 from dimaskdino.config import Section, load_config
 from dimaskdino.errors import UserError
+from dimaskdino.inspection.look import Look
 from dimaskdino.inspection.objects import mask_iou
+from dimaskdino.modeling import Detector
 from dimaskdino.modeling.de_imbalance import mask_guided_boxes
+from dimaskdino.modeling.layers import sine_positions
 from dimaskdino.modeling.structures import Stage
 from dimaskdino.studies.study import Study
 
@@ -108,6 +112,26 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def check_corners(function: Callable[[float, float, float, float], Sequence[float]]) -> CheckResult:
+    """Chapter 0: corners (x0, y0, x1, y1) of a box given by centre, width and height."""
+    cases = [(0.5, 0.5, 1.0, 1.0), (0.3, 0.6, 0.2, 0.4)]
+    hint = "half of the width lies on each side of the centre: x0 = cx − w / 2"
+    return _run(function, cases, lambda cx, cy, w, h: (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), hint)
+
+
+def check_cheapest_assignment(function: Callable[[np.ndarray], Sequence[int]]) -> CheckResult:
+    """Chapter 0: the query of each object in the cheapest assignment, from costs (queries, objects)."""
+    # in the second one the cheapest query of both objects is the same
+    cases = [(np.array([[1.0, 9.0], [5.0, 5.0], [9.0, 2.0]]),), (np.array([[1.0, 2.0], [4.0, 9.0], [8.0, 3.0]]),)]
+
+    def expected(cost: np.ndarray) -> tuple[int, ...]:
+        query, number = linear_sum_assignment(cost)
+        return tuple(int(query[number == i][0]) for i in range(cost.shape[1]))
+
+    hint = "the sum over all objects must be least; two objects cannot have the same query"
+    return _run(function, cases, expected, hint)
+
+
 def check_imbalance(function: Callable[[float, float], float]) -> CheckResult:
     """Chapter 1: how far detection lags behind segmentation, in points of AP."""
     cases = [(31.0, 35.5), (40.0, 38.0), (0.0, 0.0)]
@@ -135,7 +159,7 @@ def check_mask_iou(function: Callable[[Tensor, Tensor], Tensor]) -> CheckResult:
 
 
 def check_bilinear(function: Callable[[Tensor, float, float], Tensor]) -> CheckResult:
-    """Chapter 2: the value of a map (h, w) at (x, y), relative to its width and height, zero outside."""
+    """Chapter 3: the value of a map (h, w) at (x, y), relative to its width and height, zero outside."""
     grid = _random(4, 5)
     cases = [(grid, x, y) for x, y in ((0.5, 0.5), (0.3, 0.62), (0.1, 0.875), (0.02, 0.5), (0.99, 0.99))]
 
@@ -154,21 +178,21 @@ def check_bilinear(function: Callable[[Tensor, float, float], Tensor]) -> CheckR
 
 
 def check_samples(function: Callable[[int, int, int, int], int]) -> CheckResult:
-    """Chapter 2: cells that one layer reads for Q queries."""
+    """Chapter 3: cells that one layer reads for Q queries."""
     cases = [(300, 8, 4, 4), (22223, 8, 4, 4), (40, 4, 3, 2)]
     hint = "each sample reads its four neighbours, whatever the size of the image"
     return _run(function, cases, lambda q, heads, levels, points: q * heads * levels * points * 4, hint)
 
 
 def check_select(function: Callable[[Tensor, int], Tensor]) -> CheckResult:
-    """Chapter 3: indices (k,) of the tokens whose best class scores highest, from class logits (N, K)."""
+    """Chapter 4: indices (k,) of the tokens whose best class scores highest, from class logits (N, K)."""
     cases = [(_random(9, 3, seed=i), k) for i, k in enumerate((1, 4, 9))]
     hint = "first the highest logit of each token, then the k highest of those, best first"
     return _run(function, cases, lambda logits, k: logits.amax(-1).topk(k).indices, hint)
 
 
 def check_mask_to_box(function: Callable[[Tensor], Tensor]) -> CheckResult:
-    """Chapter 3: the box (cx, cy, w, h) around a mask (h, w) bool, relative to the map's size."""
+    """Chapter 4: the box (cx, cy, w, h) around a mask (h, w) bool, relative to the map's size."""
     masks = []
     for top, left, height, width in ((1, 2, 3, 4), (0, 0, 8, 8), (5, 1, 1, 1)):
         mask = torch.zeros(8, 8, dtype=torch.bool)
@@ -185,14 +209,89 @@ def check_mask_to_box(function: Callable[[Tensor], Tensor]) -> CheckResult:
 
 
 def check_recall(function: Callable[[Tensor, int], float]) -> CheckResult:
-    """Chapter 3: fraction of the objects that own a token, from the owners (k,) and the number of objects."""
+    """Chapter 4: fraction of the objects that own a token, from the owners (k,) and the number of objects."""
     cases = [(torch.tensor([0, 0, -1, 2]), 3), (torch.tensor([-1, -1]), 2), (torch.tensor([1, 0, 1]), 2)]
     hint = "every object counts once, however many tokens it owns, and −1 is no object"
     return _run(function, cases, lambda owners, objects: float(len(owners[owners >= 0].unique())) / objects, hint)
 
 
+def check_second_selection(function: Callable[..., Tensor], look: Look, detector: Detector) -> CheckResult:
+    """Chapter 4, to build: the rows of T_s1 that the second selection keeps, best first, on a real image.
+
+    Args:
+        function: the student's, from (T_s1, block, heads, k) to rows (k,).
+        look: an image and what the model made of it.
+        detector: the model; its De-Imbalance block and heads are the given pieces.
+    """
+    T_s1, T_s2 = look.trace.T_s1, look.trace.T_s2
+    assert T_s2 is not None
+    block, heads, k = detector.de_imbalance[0], detector.heads, T_s2.scores.shape[1]
+    hint = (
+        "position from the boxes, layer by layer; after each layer the box head moves the boxes; then the best scores"
+    )
+    with torch.no_grad():
+        answer = _called(function, (T_s1, block, heads, k), hint)
+    if answer is None:
+        return CheckResult(False)
+    expected = (T_s1.indices[0] == T_s2.indices[0][:, None]).int().argmax(1)
+    rows = torch.as_tensor(answer).flatten()
+    if rows.shape != expected.shape:
+        return _wrong(function, f"expected {k} rows, got the shape {tuple(torch.as_tensor(answer).shape)}", hint)
+    if torch.equal(rows, expected):
+        return _right(function, f"keeps the same {k} tokens as the model, in the same order")
+    same = len(set(rows.tolist()) & set(expected.tolist()))
+    before = set(T_s1.scores[0].topk(k).indices.tolist())
+    if set(rows.tolist()) == before:
+        return _wrong(function, "these are the best tokens before the interaction: score what comes out of it", hint)
+    if same == k:
+        return _wrong(function, "the right tokens in another order: the best score comes first", hint)
+    return _wrong(function, f"{same} of {k} tokens are those that the model keeps", hint)
+
+
+def check_guided_tokens(function: Callable[..., Tensor], look: Look, detector: Detector) -> CheckResult:
+    """Chapter 5, to build: the feature tokens after BATO, on a real image.
+
+    Args:
+        function: the student's, from (T_i, position, T_g_mask, T_g_box, bato) to T_bal (1, N, C).
+        look: an image and what the model made of it.
+        detector: the model; its BATO holds the given pieces `attention` and `ffn`.
+    """
+    found, bato = look.trace.bato, detector.token_optimization
+    assert found is not None
+    assert bato is not None
+    T_i = look.trace.T_i
+    pieces = (T_i.tokens, sine_positions(T_i), found.T_g_mask, found.T_g_box, bato)
+    hint = "bato.attention(x, query, key, value) returns LN(x + attention) and the weights; then bato.ffn"
+    with torch.no_grad():
+        answer = _called(function, pieces, hint)
+        if answer is None:
+            return CheckResult(False)
+        attended, _ = bato.attention(pieces[0], pieces[0] + pieces[1], found.T_g_mask + found.T_g_box, found.T_g_mask)
+    expected = found.T_bal.tokens
+    problem = _difference(answer, expected)
+    if problem is None:
+        return _right(function, f"gives the model's {expected.shape[1]} tokens")
+    if _difference(answer, attended) is None:
+        return _wrong(function, "the attention is right; the feed-forward block is missing", hint)
+    if isinstance(answer, Tensor) and answer.shape == expected.shape:
+        far = (answer - expected).norm(dim=-1)[0]
+        worst = [round(float(x), 2) for x in T_i.centres()[far.argmax()]]
+        problem += f"; the token at {worst} of the image is farthest from the model's"
+    return _wrong(function, problem, hint)
+
+
+def _right(function: Callable[..., Any], text: str) -> CheckResult:
+    print(f"✓ {getattr(function, '__name__', 'your function')} agrees with the package: it {text}.")
+    return CheckResult(True)
+
+
+def _wrong(function: Callable[..., Any], text: str, hint: str) -> CheckResult:
+    print(f"✗ {getattr(function, '__name__', 'your function')}: {text}\n  Hint: {hint}")
+    return CheckResult(False)
+
+
 def check_cross_attention(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> CheckResult:
-    """Chapter 4: attention of N queries (N, C) to G keys and values (G, C), with one head."""
+    """Chapter 5: attention of N queries (N, C) to G keys and values (G, C), with one head."""
     cases = [
         tuple(_random(n, 4, seed=seed) * 6 - 3 for seed, n in enumerate(sizes)) for sizes in ((3, 5, 5), (6, 1, 1))
     ]
@@ -201,7 +300,7 @@ def check_cross_attention(function: Callable[[Tensor, Tensor, Tensor], Tensor]) 
 
 
 def check_mask_probability(function: Callable[[Tensor, Tensor], Tensor]) -> CheckResult:
-    """Chapter 4: a mask (h, w) from a query's embedding (C,) and mask features (C, h, w)."""
+    """Chapter 5: a mask (h, w) from a query's embedding (C,) and mask features (C, h, w)."""
     cases = [(_random(4, seed=i) * 4 - 2, _random(4, 3, 5, seed=i + 9)) for i in range(2)]
 
     def expected(embedding: Tensor, features: Tensor) -> Tensor:
@@ -212,7 +311,7 @@ def check_mask_probability(function: Callable[[Tensor, Tensor], Tensor]) -> Chec
 
 
 def check_own_share(function: Callable[[Tensor, Tensor, Tensor], float]) -> CheckResult:
-    """Chapter 4: fraction of the attention of objects' tokens that goes to guiding tokens of their own object."""
+    """Chapter 5: fraction of the attention of objects' tokens that goes to guiding tokens of their own object."""
     owners = [
         (torch.tensor([0, 1, -1]), torch.tensor([0, 0, 1, -1])),
         (torch.tensor([-1, 2, 2]), torch.tensor([2, 2, 2, 2])),
@@ -228,7 +327,7 @@ def check_own_share(function: Callable[[Tensor, Tensor, Tensor], float]) -> Chec
 
 
 def check_cheapest(function: Callable[[Tensor], tuple[Tensor, bool]]) -> CheckResult:
-    """Chapter 5: the cheapest query of each object (M,) from costs (Q, M), and whether two objects share one."""
+    """Chapter 6: the cheapest query of each object (M,) from costs (Q, M), and whether two objects share one."""
     shared = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     cases = [(_random(6, 3, seed=1),), (shared,), (_random(4, 1, seed=2),)]
 
@@ -242,7 +341,7 @@ def check_cheapest(function: Callable[[Tensor], tuple[Tensor, bool]]) -> CheckRe
 
 
 def check_giou(function: Callable[[Tensor, Tensor], float]) -> CheckResult:
-    """Chapter 5: generalised IoU of two boxes, xyxy, as a number."""
+    """Chapter 6: generalised IoU of two boxes, xyxy, as a number."""
     boxes = [[0, 0, 2, 2], [1, 1, 3, 3], [5, 5, 6, 6], [0, 0, 2, 1]]
     pairs = [(torch.tensor(boxes[0]).float(), torch.tensor(other).float()) for other in boxes]
     hint = "the hull runs from the smaller of the two left ends to the larger of the two right ends"
@@ -250,14 +349,14 @@ def check_giou(function: Callable[[Tensor, Tensor], float]) -> CheckResult:
 
 
 def check_dice_loss(function: Callable[[Tensor, Tensor], Tensor]) -> CheckResult:
-    """Chapter 5: dice loss of one mask from probabilities and true values (P,)."""
+    """Chapter 6: dice loss of one mask from probabilities and true values (P,)."""
     cases = [(_random(7, seed=i), (_random(7, seed=i + 5) > 0.4).float()) for i in range(3)]
     hint = "the sums run over the points; the ones above and below keep empty masks from dividing by zero"
     return _run(function, cases, lambda p, t: float(1 - (2 * p @ t + 1) / (p.sum() + t.sum() + 1)), hint)
 
 
 def check_right_ones(function: Callable[[Tensor, float], Sequence[bool]]) -> CheckResult:
-    """Chapter 6: which detections are true positives, from IoUs (D, M) in the order of their scores."""
+    """Chapter 2: which detections are true positives, from IoUs (D, M) in the order of their scores."""
     iou = torch.tensor([[0.9, 0.2], [0.8, 0.6], [0.7, 0.55], [0.1, 0.0]])
     cases = [(iou, 0.5), (iou, 0.75), (iou[:, :1], 0.5), (_random(5, 3, seed=4), 0.5)]
 
@@ -275,7 +374,7 @@ def check_right_ones(function: Callable[[Tensor, float], Sequence[bool]]) -> Che
 
 
 def check_precision_recall(function: Callable[[Sequence[bool], int], tuple]) -> CheckResult:
-    """Chapter 6: precision and recall (D,) after each detection."""
+    """Chapter 2: precision and recall (D,) after each detection."""
     cases = [([True, False, True, True], 5), ([False, True], 1), ([True], 3)]
 
     def expected(right: Sequence[bool], objects: int) -> tuple[Tensor, Tensor]:
@@ -287,7 +386,7 @@ def check_precision_recall(function: Callable[[Sequence[bool], int], tuple]) -> 
 
 
 def check_interpolated(function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> CheckResult:
-    """Chapter 6: precision at 101 recalls from precision and recall after each detection."""
+    """Chapter 2: precision at 101 recalls from precision and recall after each detection."""
     hits = np.cumsum([1, 0, 1, 1, 0, 0, 1])
     cases = [(hits / np.arange(1, 8), hits / objects) for objects in (4, 5, 9)]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dimaskdino.data import shapes
-from dimaskdino.data.coco import CocoDataset
+from dimaskdino.data.coco import CocoDataset, Sample
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, evaluate_layers
 from dimaskdino.inspection.look import Look
 from dimaskdino.model import Model, load
@@ -27,11 +27,14 @@ class Lesson:
     data: CocoDataset
     run: RunFolder
 
+    def samples(self, count: int) -> list[Sample]:
+        """Some images: of the first 3·count those with at least three objects, then others."""
+        found = [self.data[i] for i in range(min(3 * count, len(self.data)))]
+        return sorted(found, key=lambda sample: -min(len(sample.labels), 3))[:count]
+
     def looks(self, count: int) -> list[Look]:
-        """Look at some images: of the first 3·count those with at least three objects, then others."""
-        samples = [self.data[i] for i in range(min(3 * count, len(self.data)))]
-        samples.sort(key=lambda sample: -min(len(sample.labels), 3))
-        return [self.trained.inspect(sample) for sample in samples[:count]]
+        """The model's look at these images."""
+        return [self.trained.inspect(sample) for sample in self.samples(count)]
 
     def layerwise_ap(self) -> LayerwiseAP:
         """AP of every stage: from the run folder, or computed now."""

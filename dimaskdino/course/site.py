@@ -1,4 +1,4 @@
-"""The documentation site: `python -m dimaskdino.course.site` executes the chapters and builds pages and slides.
+"""The documentation site: `python -m dimaskdino.course.site` builds pages and slides; the chapters have their outputs.
 
 Guides are the Markdown files of the repository; the reference comes from the docstrings. Needs the extra `site`
 (`pip install -e '.[site]'`).
@@ -14,30 +14,20 @@ from pathlib import Path
 import nbformat
 from nbconvert import SlidesExporter
 from nbformat import NotebookNode
-from papermill import execute_notebook
 
 from dimaskdino.errors import UserError
 from dimaskdino.progress import progress_bar
-from dimaskdino.runs.notebooks import kernel_config
 from dimaskdino.runs.processes import project_root
 
-_WIDGET = "application/vnd.jupyter.widget-view+json"
 
-
-def still(notebook: NotebookNode) -> NotebookNode:
-    """An executed notebook for reading: explorers as their pictures, no progress bars, nothing about the execution."""
+def with_alternative_texts(notebook: NotebookNode) -> NotebookNode:
+    """The notebook with the alternative texts of its pictures where MyST looks for them."""
     made = nbformat.from_dict(notebook)
-    made.metadata.pop("widgets", None)
-    made.metadata.pop("papermill", None)
     for cell in made.cells:
-        cell.metadata = nbformat.from_dict({"tags": [t for t in cell.metadata.get("tags", []) if t == "parameters"]})
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-            for output in cell.outputs:
-                output.get("data", {}).pop(_WIDGET, None)
-                alt = output.get("metadata", {}).get("image/png", {}).get("alt")
-                if alt:
-                    cell.metadata["mystnb"] = {"image": {"alt": alt}}
+        for output in cell.get("outputs", []):
+            alt = output.get("metadata", {}).get("image/png", {}).get("alt")
+            if alt:
+                cell.metadata["mystnb"] = {"image": {"alt": alt}}
     return made
 
 
@@ -65,12 +55,12 @@ PAGES = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
 
 
 def build(root: Path, output: Path, notebooks: list[Path]) -> Path:
-    """Execute notebooks and build the site.
+    """Build the site.
 
     Args:
         root: the project's folder.
         output: folder for the sources (`source/`) and the site (`html/`); what was there is replaced.
-        notebooks: the chapters, in their order.
+        notebooks: the executed chapters, in their order.
 
     Returns:
         The site's first page.
@@ -91,7 +81,7 @@ def build(root: Path, output: Path, notebooks: list[Path]) -> Path:
         (source / f"{name}.md").write_text(_with_site_links(path.read_text(), path.parent, known))
     slides = SlidesExporter(reveal_scroll=True)
     for path in progress_bar(notebooks, "chapters"):
-        executed = still(execute_notebook(str(path), None, cwd=path.parent, progress_bar=False, config=kernel_config()))
+        executed = with_alternative_texts(nbformat.read(path, as_version=4))
         for cell in executed.cells:
             if cell.cell_type == "markdown":
                 cell.source = _with_site_links(cell.source, path.parent, known)

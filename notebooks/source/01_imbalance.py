@@ -1,6 +1,9 @@
 # %% [markdown]
 # # 1 · The imbalance
 #
+# **Question.** A model finds an object. It outlines it almost perfectly, and its box is too small. Both come from the
+# same vector. How can that be?
+#
 # A joint model predicts each object twice: as a **box** (detection) and as a **mask** (segmentation). Its decoder
 # refines both, layer by layer. DI-MaskDINO starts from an observation about its predecessor MaskDINO: after the
 # *first* decoder layer the boxes are worse than the masks, although both come from the same queries. At the *last*
@@ -8,7 +11,14 @@
 #
 # In this chapter you see this lag in published numbers, measure it on a small model, and look at single objects.
 #
-# *Prerequisites*: what a box, a mask and a neural network are. *Time*: 45 minutes.
+# **You will be able to**
+#
+# * say what the imbalance between detection and segmentation is, and at which layers it shows;
+# * measure it for any model and follow it object by object;
+# * tell a lag of the model from one that a formula makes.
+#
+# *Prerequisites*: what a box, a mask and a neural network are; [chapter 0](00_detr.ipynb) if queries and attention are
+# new to you. *Time*: 50 minutes.
 
 # %% tags=["parameters"]
 model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
@@ -19,22 +29,34 @@ overrides: list = []  # settings that differ from those of the training, such as
 # %%
 
 from dimaskdino.course import begin, checks
+from dimaskdino.course.questions import Curve, Number
 from dimaskdino.inspection.objects import track_objects
 from dimaskdino.studies.report import paper_tables
-from dimaskdino.viz import draw_objects, plot_first_and_last_layer, plot_layerwise_ap, plot_mean_ious
-from dimaskdino.viz.explorers import explore_curves, explore_layers
+from dimaskdino.viz import draw_architecture, draw_objects, plot_first_and_last_layer, plot_layerwise_ap, plot_mean_ious
+from dimaskdino.viz.explorers import explore_architecture, explore_curves, explore_layers, explore_true_boxes
 
 lesson = begin(model, overrides)
+draw_architecture("heads")
 
 # %% [markdown]
 # ## Published: figure 1 of the paper
 #
-# Average precision (AP, chapter 6) on BDD100K, a dataset of street scenes. In MaskDINO the boxes of the first layer
-# are 4.5 points behind its masks; with De-Imbalance and BATO the lag shrinks to half a point.
+# Average precision (AP, chapter 2) on BDD100K, a dataset of street scenes. Before you look: what do you expect?
+
+# %%
+lag = Number("How many points of AP are MaskDINO's boxes behind its masks after the first decoder layer?", 0, 15)
+lag
 
 # %%
 published = paper_tables()["figure_1_layer_ap_bdd100k"]
 names = {"maskdino": "MaskDINO", "dimaskdino": "DI-MaskDINO"}
+first = published["maskdino"]["first"]
+lag.reveal(first["mask"] - first["box"], {0: "one vector, but boxes and masks need different knowledge of it"})
+
+# %% [markdown]
+# With De-Imbalance and BATO the lag shrinks to half a point, and at the last layer boxes are ahead in both models.
+
+# %%
 plot_first_and_last_layer({"Published, BDD100K": {names[k]: published[k] for k in names}})
 
 # %% [markdown]
@@ -62,7 +84,15 @@ plot_first_and_last_layer({"Measured, shapes": {name: result.first_and_last() fo
 #
 # $$\text{imbalance} = AP_{mask} - AP_{box},$$
 #
-# positive where detection lags.
+# positive where detection lags. Draw what you expect of DI-MaskDINO, stage by stage, before you look.
+
+# %%
+with_masks = [name for name, measured in result.stages.items() if measured.mask is not None]
+course = Curve("Mask AP − box AP at each stage of DI-MaskDINO", with_masks, -10, 20)
+course
+
+# %%
+course.reveal([result.stages[name].imbalance for name in with_masks], "mask − box (points)")
 
 # %%
 print(result.table())
@@ -92,6 +122,15 @@ explore_curves(models)
 
 # %%
 plot_layerwise_ap({"MaskDINO": models["MaskDINO"]})
+
+# %% [markdown]
+# ### Explore
+#
+# True objects, as a model sees them at a quarter of the resolution: the cells that an object covers by more than half,
+# the box that each formula makes of them (blue), and the true one (black). Which objects lose most?
+
+# %%
+explore_true_boxes(lesson.samples(images))
 
 # %% [markdown]
 # The diamonds divide both APs by their ceilings before they are compared. At the decoder's input little of the lag is
@@ -147,10 +186,16 @@ plot_mean_ious(tracks)
 explore_layers(looks)
 
 # %% [markdown]
+# And where do they come from? Click on a place of the model, or choose it, to see what flows there for an image.
+
+# %%
+explore_architecture(looks)
+
+# %% [markdown]
 # Why are boxes harder at first? A token of the feature map describes its own location. "Does this pixel belong to the
 # object?" can be answered locally, and that is all a mask needs. "How far is it to the left edge of the object?"
 # requires the whole object, most of which lies elsewhere. The decoder's attention collects this information layer by
-# layer; De-Imbalance (chapter 3) does part of it before the first layer.
+# layer; De-Imbalance (chapter 4) does part of it before the first layer.
 #
 # ### Exercise 1.2
 #
@@ -193,6 +238,24 @@ checks.check_mask_iou(mask_iou)
 # A box that is one pixel too wide on each side: how much IoU does that cost an object of 8 × 8 pixels, how much one
 # of 64 × 64? What does that say about comparing box AP with mask AP for small objects?
 #
+# <details><summary>A model answer</summary>
+#
+# The box of 8 × 8 becomes 10 × 10: IoU 64/100. The one of 64 × 64 becomes 66 × 66: IoU 4096/4356, 0.94. The same error
+# of one pixel costs a small object almost all thresholds above 0.6 and a large one none below 0.95. A mask of the same
+# small object that is one pixel too wide loses just as much. So AP of small objects measures pixels, and box and mask
+# AP can only be compared where both are limited by the same resolution.
+#
+# </details>
+#
 # ---
 #
-# **Next**: how a query looks at an image, [multi-scale deformable attention](02_deformable_attention.ipynb).
+# **In three sentences.** In the first layers of MaskDINO boxes lag behind masks, since a token knows its place better
+# than the extent of its object. AP of every stage shows where, single objects show how. Part of what it shows is
+# arithmetic: a measurement has ceilings of its own.
+#
+# **Read on.**
+#
+# * DI-MaskDINO, arXiv 2410.16707, section 1: the observation and its explanation.
+# * MaskDINO, arXiv 2206.02777, section 3: where queries and their boxes come from.
+#
+# **Next**: what AP measures, [evaluation](02_evaluation.ipynb).

@@ -1,12 +1,20 @@
 # %% [markdown]
 # # 7 · Ablations: which part brings what
 #
+# **Question.** The full model is six points better than its baseline. Would you bet on it, and on which part of it?
+#
 # A model with ten new ideas is better than one without. Which of the ten made the difference? An **ablation** changes
 # one thing at a time and trains again. The paper's tables 3 to 9 are ablations on COCO and BDD100K; each row takes
 # days on eight GPUs. Here every row is one configuration with a few **settings** changed, so that the same table can
 # be run in miniature: on the shapes, ten minutes per run.
 #
-# *Prerequisites*: chapters 1, 3, 4 and 6; mean and standard deviation. *Time*: 60 minutes.
+# **You will be able to**
+#
+# * read an ablation and say which of its rows decide something;
+# * compute the uncertainty of a difference, and the power of a study before it is run;
+# * find a second explanation for a result.
+#
+# *Prerequisites*: chapters 1, 2, 4 and 5; mean and standard deviation. *Time*: 75 minutes.
 
 # %% tags=["parameters"]
 results: str = "notebooks/studies"  # a study folder: runs/ROW_SEED/evaluation/layers.json
@@ -18,19 +26,23 @@ from pathlib import Path
 from IPython.display import Markdown
 
 from dimaskdino.course import checks
+from dimaskdino.course.questions import Choice
 from dimaskdino.inspection import diagnostics
 from dimaskdino.modeling import Detector
 from dimaskdino.runs import project_root
 from dimaskdino.studies.comparison import correlation_of_pairs
 from dimaskdino.studies.report import StudyReport, paper_tables
 from dimaskdino.studies.study import load_study
-from dimaskdino.viz import plot_ablation, plot_differences, plot_study_layers
+from dimaskdino.viz import draw_architecture, plot_ablation, plot_differences, plot_study_layers
 from dimaskdino.viz.explorers import explore_studies
 
 os.chdir(project_root())
 studies = [load_study(path) for path in sorted(Path("configs/ablations").glob("table_*.yaml"))]
 tables = paper_tables()
 modules = next(study for study in studies if "table 4" in study.title)
+
+# %%
+draw_architecture("token_interaction", "bato")
 
 # %% [markdown]
 # ## A row is a few settings
@@ -158,10 +170,22 @@ for name in ("di", "bato", "di_bato"):
 # %% [markdown]
 # A difference is uncertain twice over. Other **trainings** would have given other models, and other **images** would
 # have given other APs for these very models: the thick blue intervals draw the 200 images again, with replacement, a
-# thousand times, the same images for all models (a *paired bootstrap*). The thin grey ones count both.
+# thousand times, the same images for all models (a *paired bootstrap*). The thin grey ones count both. Place your bet
+# before you look: of the three rows, each against the one with neither module, how many are decided by five seeds?
+
+# %%
+bet = Choice("How many of the three gains in box AP are decided (adjusted p < 0.05)?", ["none", "one", "two", "all"])
+bet
 
 # %%
 pairs = [(found, report.published_differences(found.contrast)) for found in report.comparisons]
+rows = [found for found, _ in pairs if found.contrast.quantity == box and found.contrast.minus == ("neither",)]
+decided = sum(found.adjusted_p is not None and found.adjusted_p < 0.05 for found in rows)
+bet.reveal(
+    bet.options[decided], {"all": "the gains are large, and so is the scatter of the seeds, most of all with both"}
+)
+
+# %%
 plot_differences(pairs, "Table 4 in miniature: differences")
 
 # %%
@@ -203,11 +227,38 @@ plot_study_layers(by_label, "Table 4 in miniature, every stage")
 # Three seeds, a difference of 2 points, a standard error of 1.5. What would you write in a paper? What would you do
 # with one more hour of computing: another seed of the same rows, or a longer training with one seed?
 #
+# <details><summary>A model answer</summary>
+#
+# Write the difference with its interval, and that it includes 0: 2 points with a standard error of 1.5 and three seeds
+# say nothing about the sign. More seeds of the same rows narrow the interval; a longer training answers another
+# question. Before either, ask which difference matters, and how many seeds find it in four of five cases. If that is
+# more than you can pay, do not run the study.
+#
+# </details>
+#
 # ### Exercise 7.4, to discuss
 #
 # Table 3 weakens the box losses to a tenth. MaskDINO loses 2.8 points of box AP, De-Imbalance 0.8. Is that evidence
 # that De-Imbalance *mends* the imbalance, or that it makes training more robust? How could one tell?
 #
+# <details><summary>A model answer</summary>
+#
+# Weak box losses disturb training in many ways, and a model that is more robust to any of them would look the same. To
+# tell them apart, disturb something that has nothing to do with boxes, such as the class loss, by as much: if
+# De-Imbalance loses less there, too, it is robustness. And measure the lag itself, relative to its ceilings and at
+# equal AP.
+#
+# </details>
+#
 # ---
 #
-# **Next**: [your own data and your own idea](08_your_own.ipynb).
+# **In three sentences.** An ablation changes one thing, and a difference needs runs, an interval and a rule that was
+# written down before. The more one compares, the more one finds by chance. A result is worth what its second-best
+# explanation leaves of it.
+#
+# **Read on.**
+#
+# * Bouthillier et al., Accounting for Variance in Machine Learning Benchmarks, arXiv 2103.03098.
+# * Card et al., With Little Power Comes Great Responsibility, arXiv 2010.06595.
+#
+# **Next**: [your own data and your own idea](08_your_photographs.ipynb).

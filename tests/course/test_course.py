@@ -1,5 +1,9 @@
 """The course: notebooks made from their sources, executed, and checks that tell right from wrong."""
 
+import base64
+import io
+import re
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -9,15 +13,18 @@ import torch
 from golden import read, state_dict
 from IPython.core.interactiveshell import InteractiveShell
 from papermill import execute_notebook
+from PIL import Image
 from small import FILE, RUN, trained_file
 from small import MODEL as SMALL_MODEL
 from torchvision.ops import box_iou
 
 from dimaskdino import load
 from dimaskdino.course import begin, checks
-from dimaskdino.course.build import notebooks_of, repository, with_solutions, without_solutions
+from dimaskdino.course.build import for_reading, notebooks_of, repository, with_solutions, without_solutions
+from dimaskdino.data.coco import CocoDataset
 from dimaskdino.errors import UserError
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
+from dimaskdino.modeling.layers import inverse_sigmoid, sine_boxes
 from dimaskdino.runs import RunFolder
 from dimaskdino.studies.study import load_study
 
@@ -25,7 +32,48 @@ NOTEBOOKS = Path(__file__).parent.parent.parent / "notebooks"
 SOURCES = sorted((NOTEBOOKS / "source").glob("*.py"))
 SMALL = [*SMALL_MODEL, *RUN]
 BASELINE = ("model.selection.k=[12]", "model.bato.enabled=false")
+_BUFFER = io.BytesIO()
+Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(_BUFFER, "PNG")
+PICTURE = base64.b64encode(_BUFFER.getvalue()).decode()
+# a picture with colours that no palette of 256 holds, and what papermill and a machine leave in a notebook
+EXECUTED = nbformat.v4.new_notebook(
+    metadata={"widgets": {}, "papermill": {"duration": 1.0}},
+    cells=[
+        nbformat.v4.new_code_cell("x = 1", metadata={"tags": ["injected-parameters"]}),
+        nbformat.v4.new_code_cell(
+            "explore()",
+            execution_count=7,
+            metadata={"papermill": {"status": "completed"}, "tags": ["varies"]},
+            outputs=[
+                nbformat.v4.new_output("stream", name="stderr", text="50 %"),
+                nbformat.v4.new_output("stream", name="stdout", text="written: /some/where/kit/runs/mine"),
+                nbformat.v4.new_output(
+                    "execute_result",
+                    {"image/png": PICTURE, "application/vnd.jupyter.widget-view+json": {}, "text/plain": "<Figure>"},
+                    execution_count=7,
+                    metadata={"image/png": {"alt": "What it shows"}},
+                ),
+            ],
+        ),
+    ],
+)
 EXERCISE = "def f(x):\n    '''Doc.'''\n    # solution\n    y = x\n    return y\n    # end\n\n\nprint(f(1))"
+
+
+def test_notebooks_are_stored_for_reading():
+    made = for_reading(EXECUTED, Path("/some/where/kit"))
+    assert dict(made.metadata) == {}
+    [cell] = made.cells  # without the parameters that papermill injected
+    assert (cell.execution_count, dict(cell.metadata)) == (1, {"tags": ["varies"]})
+    text, result = cell.outputs  # without the progress bar
+    assert text.text == "written: runs/mine"
+    assert result.execution_count == 1
+    assert set(result.data) == {"image/png", "text/plain"}
+    assert result.data["text/plain"] == "What it shows"
+    before, after = (Image.open(io.BytesIO(base64.b64decode(png))) for png in (PICTURE, result.data["image/png"]))
+    assert (after.mode, after.size) == ("P", before.size)
+    assert np.abs(np.asarray(before, float) - np.asarray(after.convert("RGB"), float)).mean() < 20
+    assert nbformat.writes(for_reading(EXECUTED, Path("/some/where/kit"))) == nbformat.writes(made)  # small diffs
 
 
 def test_the_student_gets_the_exercise_without_its_solution():
@@ -81,27 +129,91 @@ def test_the_set_up_cell_does_nothing_where_the_kit_is(tmp_path):
     assert not Path("kit").exists()
 
 
+def stored(source):
+    """The notebooks of a source that the repository has: the student's and the solved one."""
+    paths = NOTEBOOKS / f"{source.stem}.ipynb", NOTEBOOKS / "solutions" / f"{source.stem}.ipynb"
+    return [nbformat.read(path, as_version=4) for path in paths]
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
 def test_notebooks_are_what_their_source_makes(source):
-    stored = NOTEBOOKS / f"{source.stem}.ipynb", NOTEBOOKS / "solutions" / f"{source.stem}.ipynb"
-    for path, made in zip(stored, notebooks_of(source, repository(NOTEBOOKS.parent / "pyproject.toml")), strict=True):
-        found = nbformat.read(path, as_version=4)
-        assert found == made, f"{path.name}: run python -m dimaskdino.course.build"
-        assert len(found.cells) < 40
-    text = "".join(cell.source for cell in nbformat.read(stored[0], as_version=4).cells)
+    made = notebooks_of(source, repository(NOTEBOOKS.parent / "pyproject.toml"))
+    for found, expected in zip(stored(source), made, strict=True):
+        cells = [[(cell.id, cell.cell_type, cell.source) for cell in notebook.cells] for notebook in (found, expected)]
+        assert cells[0] == cells[1], f"{source.stem}: run `make notebooks`"
+        assert len(found.cells) < 45
+    text = "".join(cell.source for cell in stored(source)[0].cells)
     assert "# solution" not in text
     assert 2 <= text.count("### Exercise") <= 4
+    for part in (
+        "**Question.**",
+        "**You will be able to**",
+        "*Prerequisites*",
+        "**In three sentences.**",
+        "**Read on.**",
+    ):
+        assert text.count(part) == 1, part
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_chapters_are_stored_with_their_outputs(source):
+    """Every cell that shows something has its output; nothing of the machine that made it is in them."""
+    for notebook in stored(source):
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+        shown = [output for cell in code for output in cell.outputs]
+        assert sum("image/png" in output.get("data", {}) for output in shown) >= 2
+        for output in shown:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr"
+            assert not {"application/vnd.jupyter.widget-view+json"} & set(output.get("data", {}))
+        text = nbformat.writes(notebook)
+        assert not re.search(r"/(home|root|work|tmp|Users)/", text)
+        assert "Warning" not in text
+        for cell in code:
+            last = cell.source.rstrip().splitlines()[-1]
+            if re.match(r"(draw|plot|explore|Explorer|print|Markdown|checks\.check_)", last):
+                assert cell.outputs, cell.source
+
+
+def test_all_notebooks_together_are_small():
+    files = [*NOTEBOOKS.glob("*.ipynb"), *(NOTEBOOKS / "solutions").glob("*.ipynb")]
+    assert sum(file.stat().st_size for file in files) < 12e6
+
+
+def numbers_in(notebook):
+    """The numbers that each cell prints or shows as text, without those of cells tagged as varying."""
+    found = {}
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and "varies" not in cell.metadata.get("tags", []):
+            texts = [o.get("text", "") or str(o.get("data", {}).get("text/plain", "")) for o in cell.outputs]
+            found[cell.id] = [float(n) for n in re.findall(r"[-+]?\d+\.\d+(?:e[-+]?\d+)?", " ".join(texts))]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_stored_numbers_are_those_of_a_new_execution(source, tmp_path):
+    path = tmp_path / "plain.ipynb"
+    solved = notebooks_of(source, None)[1]
+    nbformat.write(solved, path)
+    again = for_reading(execute_notebook(str(path), None, cwd=NOTEBOOKS, progress_bar=False), NOTEBOOKS.parent)
+    before, after = numbers_in(stored(source)[1]), numbers_in(again)
+    assert before.keys() == after.keys()
+    for cell, values in before.items():
+        assert after[cell] == pytest.approx(values, rel=0.02, abs=0.02), cell
 
 
 def parameters_of(source, model, baseline, folder):
     """Small settings for a chapter."""
     both = {"model": str(model), "images": 2}
     return {
+        "00_detr": {"steps": 5},
         "01_imbalance": both | {"baseline": str(baseline)},
-        "05_training": {"model": str(model)},
-        "06_evaluation": {"model": str(model)},
+        "06_training": {"model": str(model)},
+        "02_evaluation": {"model": str(model)},
         "07_ablations": {},
-        "08_your_own": {
+        "08_your_photographs": {
             **{"model": str(model), "config": str(FILE), "folder": str(folder / "own"), "overrides": list(SMALL)},
             **{"train_images": 6, "val_images": 4, "steps": 3},
         },
@@ -123,8 +235,8 @@ def test_chapters_run(source, solved, shapes_data, tmp_path):
     model = trained_file(tmp_path / "model.safetensors", shapes_data)
     baseline = trained_file(tmp_path / "baseline.safetensors", shapes_data, *BASELINE)
     done, printed = execute(notebook, tmp_path, parameters_of(source, model, baseline, tmp_path))
-    verdicts = "✓" if solved else "○"
-    assert printed.count(verdicts) == sum("checks.check_" in cell.source for cell in done.cells)
+    verdict = "agrees with the package" if solved else "returns nothing yet"
+    assert printed.count(verdict) == sum("checks.check_" in cell.source for cell in done.cells)
     assert "✗" not in printed
     assert "Warning" not in printed
 
@@ -142,11 +254,13 @@ def test_the_last_chapter_shows_a_published_checkpoint(shapes_data, tmp_path):
             *("model.bato.guiding_tokens=12", "data.resize.shortest=64", "data.resize.longest=64"),
         ],
     }
-    _, printed = execute(NOTEBOOKS / "09_coco_checkpoint.ipynb", tmp_path, parameters)
+    _, printed = execute(NOTEBOOKS / "09_coco_weights.ipynb", tmp_path, parameters)
     assert "7 classes: class 1, class 2" in printed
 
 
 WRONG = {
+    checks.check_corners: lambda cx, cy, w, h: (cx - w, cy - h, cx + w, cy + h),
+    checks.check_cheapest_assignment: lambda cost: tuple(cost.argmin(0).tolist()),
     checks.check_imbalance: lambda box, mask: box - mask,
     checks.check_box_iou: lambda a, b: torch.tensor(1.0),
     checks.check_mask_iou: lambda a, b: (a & b).sum() / a.sum(),
@@ -169,6 +283,44 @@ WRONG = {
     checks.check_best_queries: lambda logits, n: logits.amax(1).topk(min(n, len(logits))).indices,
     checks.check_interpolated: lambda precision, recall: np.interp(np.linspace(0, 1, 101), recall, precision),
 }
+
+
+BUILT = (checks.check_second_selection, checks.check_guided_tokens)
+
+
+def test_what_students_build_is_compared_with_the_model(shapes_data, tmp_path, capsys):
+    model = load(trained_file(tmp_path / "model.safetensors", shapes_data))
+    look = model.inspect(CocoDataset(shapes_data, "val")[0])
+
+    def second_selection(T_s1, block, heads, k, interact=True, best_first=True):
+        x, boxes = T_s1.content, T_s1.boxes
+        for layer in block.layers:
+            x = layer(x, block.position(sine_boxes(boxes, x.shape[-1])), False)[0] if interact else x
+            boxes = (block.box(x) + inverse_sigmoid(boxes)).sigmoid()
+        rows = heads.label(block.norm(x)).amax(-1).topk(k, dim=1).indices[0]
+        return rows if best_first else rows.flip(0)
+
+    def guided_tokens(T_i, position, mask, box, bato, ffn=True, residual=0.0):
+        x = bato.attention(T_i, T_i + position, mask + box, mask)[0]
+        return (bato.ffn(x) if ffn else x) + residual
+
+    cases = (
+        (checks.check_second_selection, second_selection, {}, "keeps the same 12 tokens as the model"),
+        (checks.check_second_selection, second_selection, {"best_first": False}, "the right tokens in another order"),
+        (checks.check_second_selection, lambda T_s1, *_: T_s1.scores[0].topk(12).indices, {}, "before the interaction"),
+        (checks.check_second_selection, lambda *_: torch.arange(3), {}, "expected 12 rows, got the shape (3,)"),
+        (checks.check_guided_tokens, guided_tokens, {}, "gives the model's 85 tokens"),
+        (checks.check_guided_tokens, guided_tokens, {"ffn": False}, "the feed-forward block is missing"),
+        (checks.check_guided_tokens, guided_tokens, {"residual": 1.0}, "is farthest from the model's"),
+        (checks.check_guided_tokens, lambda *_: None, {}, "returns nothing yet"),
+    )
+    for check, function, changes, words in cases:
+        changed = partial(function, **changes)
+        changed.__name__ = "mine"
+        result = check(changed, look, model.detector)
+        printed = capsys.readouterr().out
+        assert words in printed
+        assert bool(result) == printed.startswith("✓")
 
 
 @pytest.mark.parametrize("check", WRONG, ids=lambda c: c.__name__)

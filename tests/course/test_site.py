@@ -8,27 +8,22 @@ import pytest
 
 pytest.importorskip("myst_nb", reason="pip install -e '.[site]' for the site")
 
-from dimaskdino.course.site import build, still, with_slides
+from dimaskdino.course.site import build, with_alternative_texts, with_slides
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 def executed():
-    output = nbformat.v4.new_output
-    picture = output(
-        "display_data", {"image/png": "…", "application/vnd.jupyter.widget-view+json": {}, "text/plain": "x"}
-    )
-    progress = output("stream", name="stderr", text="50 %")
-    code = nbformat.v4.new_code_cell("f()", outputs=[picture, progress])
+    metadata = {"image/png": {"alt": "What it shows"}}
+    picture = nbformat.v4.new_output("display_data", {"image/png": "…", "text/plain": "x"}, metadata=metadata)
+    code = nbformat.v4.new_code_cell("f()", outputs=[picture])
     text = [nbformat.v4.new_markdown_cell(t) for t in ("# Title", "words", "## Part", "so\n\n### Exercise 1")]
-    return nbformat.v4.new_notebook(cells=[*text, code, nbformat.v4.new_code_cell("g()")], metadata={"widgets": {}})
+    return nbformat.v4.new_notebook(cells=[*text, code, nbformat.v4.new_code_cell("g()")])
 
 
-def test_explorers_become_pictures_and_progress_goes():
-    made = still(executed())
-    assert "widgets" not in made.metadata
-    (output,) = made.cells[4].outputs
-    assert set(output.data) == {"image/png", "text/plain"}
+def test_pictures_keep_their_alternative_texts():
+    made = with_alternative_texts(executed())
+    assert made.cells[4].metadata["mystnb"]["image"]["alt"] == "What it shows"
 
 
 def test_headings_and_figures_begin_slides():

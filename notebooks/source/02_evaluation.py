@@ -1,9 +1,17 @@
 # %% [markdown]
-# # 6 · Evaluation: what AP measures
+# # 2 · Evaluation: what AP measures
+#
+# **Question.** Two detectors find the same objects with the same boxes. One has AP 60, the other 45. What is different?
 #
 # All chapters use AP. This one takes it apart: detections are right or wrong; sorted by score they give a
 # precision-recall curve; the area below it is AP at one IoU threshold; and the mean over ten thresholds and all classes
 # is COCO's **AP**. You compute one curve by hand, compare it with the library's, and then look at all stages.
+#
+# **You will be able to**
+#
+# * decide which detections are right, and draw a precision-recall curve by hand;
+# * compute AP at one threshold and explain what the mean over thresholds adds;
+# * read a table of AP per stage without being misled by it.
 #
 # *Prerequisites*: chapter 1 (IoU). *Time*: 60 minutes.
 
@@ -20,15 +28,20 @@ import torch
 from torchvision.ops import box_iou
 
 from dimaskdino.course import begin, checks
+from dimaskdino.course.questions import Choice
 from dimaskdino.evaluation.coco_ap import precision_curves, read_truth
 from dimaskdino.evaluation.layerwise_ap import detect_layers
-from dimaskdino.viz import plot_layerwise_ap, plot_precision_recall
+from dimaskdino.viz import draw_architecture, plot_layerwise_ap, plot_precision_recall
+from dimaskdino.viz.explorers import explore_precision
 
 lesson = begin(model, overrides)
 found = detect_layers(lesson.trained)
 truth = read_truth(lesson.data.annotations_file)
 number = lesson.data.classes.index(label)
 print(f"{len(found[stage].boxes)} detections of {stage} on {len(lesson.data)} images")
+
+# %%
+draw_architecture("heads")
 
 # %% [markdown]
 # ## Right or wrong
@@ -37,7 +50,7 @@ print(f"{len(found[stage].boxes)} detections of {stage} on {len(lesson.data)} im
 # most among those *not yet claimed*; if that IoU reaches the threshold it is right (a **true positive**), if not it is
 # wrong (a **false positive**). A second detection of the same object is wrong, however well it fits.
 #
-# ### Exercise 6.1
+# ### Exercise 2.1
 #
 # Given IoUs `(D, M)` of detections, already in the order of their scores, with objects: which detections are right?
 
@@ -67,7 +80,7 @@ checks.check_right_ones(right_ones)
 #
 # $$\text{precision} = t / n \qquad \text{recall} = t / M$$
 #
-# ### Exercise 6.2
+# ### Exercise 2.2
 #
 # Precision and recall after each detection.
 
@@ -89,7 +102,7 @@ checks.check_precision_recall(precision_recall)
 # COCO samples the curve at 101 recalls, 0, 0.01, … 1. At each it takes the best precision at that recall *or a larger
 # one* (so the curve never rises to the right), and 0 if the recall is never reached. AP is the mean of the 101 values.
 #
-# ### Exercise 6.3
+# ### Exercise 2.3
 #
 # The 101 values.
 
@@ -130,6 +143,15 @@ if solved:
 library = precision_curves(truth, found[stage].boxes, "box", threshold)[number]
 print(f"by the library {100 * library.mean():.2f}")
 
+# %% [markdown]
+# ## Loose and strict
+#
+# The same class at three thresholds. First your guess: from IoU ≥ 0.5 to IoU ≥ 0.9, which lose more AP?
+
+# %%
+strict = Choice("Which lose more AP at the strict threshold?", ["boxes", "masks", "both alike, within one point"])
+strict
+
 # %%
 detections = {"box": found[stage].boxes, "mask": found[stage].masks}
 curves = {
@@ -137,12 +159,27 @@ curves = {
     for least in (0.5, 0.75, 0.9)
     for kind in ("box", "mask")
 }
+lost = {kind: 100 * (curves[f"{kind}, IoU ≥ 0.5"] - curves[f"{kind}, IoU ≥ 0.9"]).mean() for kind in detections}
+alike = abs(lost["box"] - lost["mask"]) <= 1
+strict.reveal(strict.options[2] if alike else strict.options[int(lost["mask"] > lost["box"])])
+print(f"Lost: boxes {lost['box']:.1f}, masks {lost['mask']:.1f} points.")
+
+# %%
 plot_precision_recall(curves, f"{label}, {stage}")
 
 # %% [markdown]
 # **Read it.** A curve that ends early misses objects; one that sags has wrong detections with high scores. What does
 # a stricter threshold do to boxes, what to masks? That difference *is* the imbalance, seen close up.
 #
+# ### Explore
+#
+# Choose a class, a stage and a threshold. At which threshold do the boxes of the first layer fall behind its masks, and
+# for which classes never?
+
+# %%
+explore_precision(found, truth, lesson.data.classes)
+
+# %% [markdown]
 # ## Every stage
 #
 # One pass over the data gives the detections of all stages, and so all their APs.
@@ -155,11 +192,29 @@ print(result.table())
 plot_layerwise_ap({"DI-MaskDINO": result})
 
 # %% [markdown]
-# ### Exercise 6.4, to discuss
+# ### Exercise 2.4, to discuss
 #
 # A detector gives every detection the score 1. What happens to its AP? And is a detector with AP 40 for boxes and 40
 # for masks "balanced", if the masks' AP50 is 70 and the boxes' 60?
 #
+# <details><summary>A model answer</summary>
+#
+# With equal scores the order of detections is arbitrary: right and wrong ones are mixed from the start, precision is
+# that of all detections everywhere, and AP falls far although no box changed. The second detector is balanced in the
+# mean only. Its masks are better at the loose threshold and worse at the strict ones: many objects roughly, few
+# exactly. The mean over thresholds hides it.
+#
+# </details>
+#
 # ---
 #
-# **Next**: which part of the model brings what, [ablations](07_ablations.ipynb).
+# **In three sentences.** AP is about the order of detections: it asks whether right ones come before wrong ones. The
+# IoU threshold decides what is right, and COCO averages over ten of them. Equal averages can hide different detectors.
+#
+# **Read on.**
+#
+# * The PASCAL Visual Object Classes Challenge, IJCV 2010, section 4.2: AP before COCO.
+# * Microsoft COCO, arXiv 1405.0312, and [cocodataset.org](https://cocodataset.org/#detection-eval): the metrics and
+#   their names.
+#
+# **Next**: how a query looks at an image, [multi-scale deformable attention](03_deformable_attention.ipynb).

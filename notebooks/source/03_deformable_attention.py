@@ -1,5 +1,7 @@
 # %% [markdown]
-# # 2 · Multi-scale deformable attention
+# # 3 · Multi-scale deformable attention
+#
+# **Question.** Where does a query look when it has an image of a million pixels and may read sixteen places?
 #
 # In a transformer every query attends to every token. An image of 800 × 1333 pixels has 22,223 feature tokens in
 # four levels: attention among all of them would need half a billion weights per head and layer. *Deformable attention*
@@ -11,7 +13,13 @@
 # $V_l(p)$ is the feature map of level $l$ at the location $p$, interpolated between four cells. With $L = 4$ levels and
 # $K = 4$ points a query reads 16 locations per head, however large the image is.
 #
-# *Prerequisites*: attention. *Time*: 45 minutes.
+# **You will be able to**
+#
+# * compute a bilinear sample and explain why the location can be learned;
+# * count what full and deformable attention cost;
+# * read a figure of sampling points.
+#
+# *Prerequisites*: attention, as in chapter 0. *Time*: 45 minutes.
 
 # %% tags=["parameters"]
 model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
@@ -26,12 +34,25 @@ import ms_deform_attn
 import torch
 
 from dimaskdino.course import begin, checks
-from dimaskdino.viz import draw_sampling
+from dimaskdino.course.questions import Number
+from dimaskdino.viz import draw_architecture, draw_sampling
 from dimaskdino.viz.explorers import explore_sampling
 
 lesson = begin(model, overrides)
 looks = lesson.looks(images)
 settings = lesson.trained.config.model
+
+# %%
+draw_architecture("pixel_decoder", "decoder_1", "decoder")
+
+# %%
+reads = Number("How many places of the feature maps does one query read in one layer, with all its heads?", 0, 400, 8)
+reads
+
+# %%
+per_head = settings.pixel_decoder.levels * settings.points
+tokens = looks[0].trace.T_i.tokens.shape[1]
+reads.reveal(settings.heads * per_head, {per_head: "that is one head", tokens: "all tokens: ordinary attention"})
 
 # %% [markdown]
 # ## Where a query looks
@@ -66,7 +87,7 @@ explore_sampling(looks)
 # Between cell centres the map is interpolated *bilinearly*: the four cells around a location, weighted by proximity.
 # Cell $i$ of a row of $w$ cells has its centre at $(i + \tfrac12) / w$; outside the map everything is 0.
 #
-# ### Exercise 2.1
+# ### Exercise 3.1
 #
 # The value of a map `(h, w)` at `(x, y)`, relative to its width and height.
 
@@ -91,7 +112,7 @@ checks.check_bilinear(bilinear)
 # %% [markdown]
 # ## What a point costs
 #
-# ### Exercise 2.2
+# ### Exercise 3.2
 #
 # How many cells does one layer read for `Q` queries? (A cell that is read twice counts twice.)
 
@@ -146,12 +167,29 @@ found = ms_deform_attn.ms_deform_attn(value, shapes, locations, weights)
 print(f"largest difference: {(found - expected).abs().max():.1e}")
 
 # %% [markdown]
-# ### Exercise 2.3, to discuss
+# ### Exercise 3.3, to discuss
 #
 # The derivative of the sum with respect to a *location* is made of differences between neighbouring cells. What
 # happens to it when a location crosses the line between two cell centres? What does that mean for a query that
 # starts far from its object?
 #
+# <details><summary>A model answer</summary>
+#
+# Between two cell centres the value is linear along each axis, so the derivative is constant there; at a centre the
+# pair of cells changes and the derivative jumps. A location only learns from the four cells around it: a query far from
+# its object gets no signal that tells it where the object is. That is why good initial boxes, several points per level
+# and coarse levels matter.
+#
+# </details>
+#
 # ---
 #
-# **Next**: which tokens become queries, [De-Imbalance](03_de_imbalance.ipynb).
+# **In three sentences.** A query of deformable attention reads a few places that it chooses itself, in all levels at
+# once. Bilinear interpolation makes the places differentiable. What it costs does not depend on the size of the image.
+#
+# **Read on.**
+#
+# * Deformable DETR, arXiv 2010.04159, section 4.1: attention and its cost.
+# * Spatial Transformer Networks, arXiv 1506.02025, section 3.3: differentiable sampling.
+#
+# **Next**: which tokens become queries, [De-Imbalance](04_de_imbalance.ipynb).

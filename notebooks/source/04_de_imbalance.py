@@ -1,5 +1,7 @@
 # %% [markdown]
-# # 3 · De-Imbalance: residual double-selection
+# # 4 · De-Imbalance: residual double-selection
+#
+# **Question.** Forty tokens may enter the decoder. The image has eleven hundred. Which ones, and who decides?
 #
 # Where do the decoder's queries come from? MaskDINO takes the feature tokens that look most like an object, all at
 # once. This is bad for boxes in two ways: a token describes its own location rather than the extent of its object
@@ -16,7 +18,13 @@
 # 3. a **residual connection**: the result attends to the original tokens $T_i$ again, since token interaction has
 #    blurred details. This is the first decoder layer.
 #
-# *Prerequisites*: chapters 1 and 2. *Time*: 60 minutes.
+# **You will be able to**
+#
+# * follow a token from the feature map through both selections;
+# * explain what token interaction adds that a single selection lacks;
+# * measure whether every object keeps a token.
+#
+# *Prerequisites*: chapters 1 and 3. *Time*: 60 minutes.
 
 # %% tags=["parameters"]
 model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
@@ -29,7 +37,8 @@ import torch
 
 from dimaskdino.course import begin, checks
 from dimaskdino.inspection.objects import token_owners, track_objects
-from dimaskdino.viz import draw_interaction, draw_selection, plot_mean_ious
+from dimaskdino.modeling.layers import inverse_sigmoid, sine_boxes
+from dimaskdino.viz import draw_architecture, draw_interaction, draw_selection, plot_mean_ious
 from dimaskdino.viz.explorers import explore_selection
 
 lesson = begin(model, overrides)
@@ -37,6 +46,9 @@ looks = lesson.looks(images)
 trace = looks[0].trace
 k1, k2 = lesson.trained.config.model.selection.k[:2]
 print(f"{trace.T_i.tokens.shape[1]} feature tokens T_i, k1 = {k1}, k2 = {k2}")
+
+# %%
+draw_architecture("first_selection", "token_interaction", "decoder_1")
 
 # %% [markdown]
 # ## The first selection
@@ -48,7 +60,7 @@ print(f"{trace.T_i.tokens.shape[1]} feature tokens T_i, k1 = {k1}, k2 = {k2}")
 # scores, indices = heads.label(m).amax(-1).topk(min(self.k, m.shape[1]), dim=1)
 # ```
 #
-# ### Exercise 3.1
+# ### Exercise 4.1
 #
 # The same for one image: indices of the `k` tokens whose best class scores highest, best first.
 
@@ -67,7 +79,7 @@ checks.check_select(select)
 # Each token brings a box: not the one it predicts, but the one **around its mask**, since the masks are ahead of the
 # boxes (`mask_guided_boxes`). In the paper this is inherited from MaskDINO; chapter 7 switches it off.
 #
-# ### Exercise 3.2
+# ### Exercise 4.2
 #
 # The box `(cx, cy, w, h)` around a mask `(h, w)`, relative to the map's width and height.
 
@@ -113,7 +125,33 @@ draw_selection(looks[0])
 explore_selection(looks)
 
 # %% [markdown]
-# ### Exercise 3.3
+# ### Build it: the second selection
+#
+# *About 20 minutes, harder than the exercises.* Write the whole step from its pieces, and let the check compare it with
+# the model on a real image. Given are $T_{s1}$ (`content` (1, k1, C), `boxes` (1, k1, 4)) and
+#
+# * `block.position(sine_boxes(boxes, C))`, the position of each token from its box;
+# * `layer(x, position, False)` for each `layer` of `block.layers`: attention and feed-forward; the new `x` comes first;
+# * `block.box(x)`, how each box moves, added before the sigmoid: `(block.box(x) + inverse_sigmoid(boxes)).sigmoid()`;
+# * `block.norm`, and `heads.label`, whose best class is the score.
+
+
+# %%
+def second_selection(T_s1, block, heads, k: int):
+    """Rows (k,) of the tokens that are kept, best first."""
+    # solution
+    x, boxes = T_s1.content, T_s1.boxes
+    for layer in block.layers:
+        x = layer(x, block.position(sine_boxes(boxes, x.shape[-1])), False)[0]
+        boxes = (block.box(x) + inverse_sigmoid(boxes)).sigmoid()
+    return heads.label(block.norm(x)).amax(-1).topk(k, dim=1).indices[0]
+    # end
+
+
+checks.check_second_selection(second_selection, looks[0], lesson.trained.detector)
+
+# %% [markdown]
+# ### Exercise 4.3
 #
 # The second selection throws half of the tokens away. Does it lose objects? `owners` says for each token the number of
 # the object that it lies on, −1 for none. What part of the objects owns at least one token?
@@ -144,11 +182,28 @@ tracks = [track_objects(look) for look in looks]
 plot_mean_ious(tracks)
 
 # %% [markdown]
-# ### Exercise 3.4, to discuss
+# ### Exercise 4.4, to discuss
 #
 # Token interaction sees only the selected tokens. What could go wrong if an object has *no* token in $T_{s1}$? And
 # what would you expect of $k_1 = k_2$? Table 8 of the paper (chapter 7) has the answer for COCO.
 #
+# <details><summary>A model answer</summary>
+#
+# An object without a token in T_s1 is not lost: a neighbouring token can be selected, and the decoder can still move
+# its box. But nothing in token interaction speaks for the object. With k1 = k2 the second selection selects nothing:
+# all tokens stay, and only the interaction is left. On COCO that costs some tenths of a point.
+#
+# </details>
+#
 # ---
 #
-# **Next**: how the balanced queries improve the tokens, [BATO](04_bato.ipynb).
+# **In three sentences.** A first selection keeps more tokens than needed, token interaction lets them exchange what
+# they know, a second selection keeps the best. The first decoder layer reads the original tokens again. The boxes that
+# come out are predicted, where MaskDINO takes bounds of masks.
+#
+# **Read on.**
+#
+# * DI-MaskDINO, section 3: De-Imbalance, Eq. 1 to 4.
+# * Deformable DETR, arXiv 2010.04159, section 4.2: two-stage selection, where it began.
+#
+# **Next**: how the balanced queries improve the tokens, [BATO](05_bato.ipynb).

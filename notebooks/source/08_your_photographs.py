@@ -1,10 +1,19 @@
 # %% [markdown]
-# # 8 · Your own data and your own idea
+# # 8 · Your photographs and your own idea
+#
+# **Question.** You have sixty pictures of your own and an idea. How far is it to a model that knows your objects, and
+# to an answer about the idea?
 #
 # Two things that you will want next: your own objects, and your own change of the model. Both are short. The data need
 # a folder in **COCO format**; a change is a **module** that replaces another one with the same `forward`.
 #
-# *Prerequisites*: chapters 1, 4 and 5; PyTorch modules. *Time*: 75 minutes.
+# **You will be able to**
+#
+# * write annotations in COCO format and train on them;
+# * replace a module of the model by your own;
+# * say beforehand what would refute your idea.
+#
+# *Prerequisites*: chapters 1, 5 and 6; PyTorch modules. *Time*: 75 minutes.
 
 # %% tags=["parameters"]
 model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
@@ -39,10 +48,14 @@ from dimaskdino.modeling import ImageBatch
 from dimaskdino.runs import TrainingProcess, show_training
 from dimaskdino.training.criterion import criterion
 from dimaskdino.training.optimizer import build_optimizer
-from dimaskdino.viz import plot_layerwise_ap, plot_losses
+from dimaskdino.viz import draw_architecture, plot_layerwise_ap, plot_losses
+from dimaskdino.viz.explorers import explore_layers
 
 lesson = begin(model, overrides)
 folder = Path(folder).resolve()
+
+# %%
+draw_architecture("bato")
 
 # %% [markdown]
 # ## A folder in COCO format
@@ -152,14 +165,30 @@ sample = CocoDataset(folder / "data", "val")[0]
 tuned.predict(sample.image)
 
 # %% [markdown]
+# ### Explore
+#
+# The fine-tuned model on images that it has not seen: where does it fail, and from which stage on is it right?
+
+# %%
+explore_layers([tuned.inspect(CocoDataset(folder / "data", "val")[i]) for i in range(min(val_images, 4))])
+
+# %% [markdown]
 # ### Exercise 8.2, to discuss
 #
 # The fine-tuned model has seen the *images* of this generator before, only with other names. What would you expect of
 # photographs instead? Which parts of the model would you then start from weights trained on photographs?
 #
+# <details><summary>A model answer</summary>
+#
+# Little: what it knows about edges and textures comes from drawings, and the head start shrinks to the general layout
+# of boxes and masks. Start the backbone from weights trained on photographs, the pixel decoder and the decoder too if
+# they come from the same model; only what depends on the classes has to be new.
+#
+# </details>
+#
 # ## Your own idea
 #
-# Say you wonder whether BATO (chapter 4) should replace the tokens altogether. A *gate* $g$ could let in as much as
+# Say you wonder whether BATO (chapter 5) should replace the tokens altogether. A *gate* $g$ could let in as much as
 # the model likes:
 #
 # $$T' = T_i + g\,(T_{bal} - T_i)$$
@@ -242,6 +271,23 @@ if solved:
 # Which experiment would tell whether the gate is a good idea? How many seeds, compared with what, and which outcome
 # would convince you that it is *not*?
 #
+# <details><summary>A model answer</summary>
+#
+# At least five seeds of the model with the gate and of the one without, from the same starts, compared at the last
+# layer; a parameter-matched control, since the gate adds parameters; and a rule such as: if the 95 % interval of the
+# difference does not lie above 0, the gate is not worth its parameters. An outcome that refutes it has to be possible.
+#
+# </details>
+#
 # ---
 #
-# **Further**: [published COCO weights](09_coco_checkpoint.ipynb), and the notebooks in [runs/](runs/).
+# **In three sentences.** Data in COCO format are images, categories, and a mask per object; everything else follows. A
+# new module is a class with the same forward. An idea becomes a result through runs, a control, and a rule written down
+# before.
+#
+# **Read on.**
+#
+# * Microsoft COCO, arXiv 1405.0312, section 4: how annotations are made, and checked.
+# * Bouthillier et al., arXiv 2103.03098: how many runs.
+#
+# **Next**: [published COCO weights](09_coco_weights.ipynb), and the notebooks in [runs/](runs/).

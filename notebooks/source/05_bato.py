@@ -1,7 +1,10 @@
 # %% [markdown]
-# # 4 · BATO: balance-aware tokens optimisation
+# # 5 · BATO: balance-aware tokens optimisation
 #
-# De-Imbalance (chapter 3) gave the decoder balanced queries, $Q_{bal}$. The feature tokens $T_i$ that all later
+# **Question.** After one decoder layer forty queries know a lot about the objects. Eleven hundred feature tokens know
+# nothing of it. How does one tell them?
+#
+# De-Imbalance (chapter 4) gave the decoder balanced queries, $Q_{bal}$. The feature tokens $T_i$ that all later
 # layers read are still those of the beginning. **BATO** (Eq. 5 to 8) lets the balanced queries improve them, once,
 # after the first decoder layer:
 #
@@ -12,7 +15,13 @@
 # $b$, $T_g^{box}$. Note the direction: every **feature token** is a query here, thousands of them, and the few guiding
 # tokens are the keys and values.
 #
-# *Prerequisites*: chapters 1 to 3. *Time*: 45 minutes.
+# **You will be able to**
+#
+# * say which tokens ask and which answer in BATO, and why in this direction;
+# * compute its attention and a mask by hand;
+# * see which object a feature token is told about.
+#
+# *Prerequisites*: chapters 1 to 4. *Time*: 45 minutes.
 
 # %% tags=["parameters"]
 model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
@@ -23,14 +32,29 @@ overrides: list = []  # settings that differ from those of the training, such as
 import torch
 
 from dimaskdino.course import begin, checks
+from dimaskdino.course.questions import Choice
 from dimaskdino.inspection.objects import box_owners, token_owners
-from dimaskdino.viz import draw_guidance, draw_mask_features, draw_token_maps
+from dimaskdino.viz import draw_architecture, draw_guidance, draw_mask_features, draw_token_maps
 from dimaskdino.viz.explorers import explore_guidance
 
 lesson = begin(model, overrides)
 looks = lesson.looks(images)
 trace = looks[0].trace
 print(f"{trace.T_g_mask.shape[1]} guiding tokens for {trace.T_i.tokens.shape[1]} feature tokens")
+
+# %%
+draw_architecture("bato")
+
+# %% [markdown]
+# In attention some tokens ask (queries) and others answer (keys and values). Decide before you read on.
+
+# %%
+asks = Choice("Who asks in BATO's attention?", ["the guiding tokens", "the feature tokens", "both, in turns"])
+asks
+
+# %%
+mistake = "in the decoder, queries ask the feature tokens; here it is the other way round"
+asks.reveal("the feature tokens", {"the guiding tokens": mistake})
 
 # %% [markdown]
 # ## Guiding tokens
@@ -59,7 +83,7 @@ draw_guidance(looks[0], 0)
 explore_guidance(looks)
 
 # %% [markdown]
-# ### Exercise 4.1
+# ### Exercise 5.1
 #
 # Cross-attention with one head: `N` feature tokens `(N, C)` ask, `G` guiding tokens `(G, C)` give keys and values.
 #
@@ -78,13 +102,31 @@ def cross_attention(q, k, v):
 checks.check_cross_attention(cross_attention)
 
 # %% [markdown]
+# ### Build it: the tokens after BATO
+#
+# *About 15 minutes.* Eq. 7 and 8 from their pieces, compared with the model on a real image: `bato.attention(x, query,
+# key, value)` attends, adds `x` and normalises, and returns the weights as well; `bato.ffn` is the feed-forward block.
+
+
+# %%
+def guided_tokens(T_i, position, T_g_mask, T_g_box, bato):
+    """T_bal (1, N, C) from the feature tokens (1, N, C), their positions (N, C) and the guiding tokens (1, G, C)."""
+    # solution
+    attended, _ = bato.attention(T_i, T_i + position, T_g_mask + T_g_box, T_g_mask)
+    return bato.ffn(attended)
+    # end
+
+
+checks.check_guided_tokens(guided_tokens, looks[0], lesson.trained.detector)
+
+# %% [markdown]
 # ## Do tokens look at their own object?
 #
 # A feature token belongs to an object if its centre lies on the object's mask; a guiding token, if its box overlaps
 # the object's with an IoU of at least one half. If guidance works by objects, a token gives more of its attention to
 # guiding tokens of its own object than their number alone would explain.
 #
-# ### Exercise 4.2
+# ### Exercise 5.2
 #
 # From the attention `(N, G)` and the owners of feature tokens `(N,)` and guiding tokens `(G,)`, −1 for none: the part
 # of its attention that a token of an object gives to guiding tokens of its own, averaged over those tokens.
@@ -135,7 +177,7 @@ best = int(looks[0].predictions.last.class_logits[0].amax(-1).argmax())
 draw_mask_features(looks[0], best)
 
 # %% [markdown]
-# ### Exercise 4.3
+# ### Exercise 5.3
 #
 # A mask from an embedding `(C,)` and mask features `(C, h, w)`, as probabilities.
 
@@ -151,11 +193,27 @@ def mask_probability(embedding, features):
 checks.check_mask_probability(mask_probability)
 
 # %% [markdown]
-# ### Exercise 4.4, to discuss
+# ### Exercise 5.4, to discuss
 #
 # BATO could take its guidance from $T_{s1}$ or $T_{s2}$ instead of $Q_{bal}$ (table 5, chapter 7). What do the
 # guiding tokens gain from one decoder layer? And why would BATO not be run after *every* layer?
 #
+# <details><summary>A model answer</summary>
+#
+# One decoder layer gives the guiding tokens context: they have attended to each other, so that fewer of them speak for
+# the same object, and to the image. After every layer the same few queries would rewrite the tokens again and again; in
+# the one experiment of this kit with shared weights every seed was worse, too few to conclude anything.
+#
+# </details>
+#
 # ---
 #
-# **Next**: how all of this learns, [training](05_training.ipynb).
+# **In three sentences.** In BATO the feature tokens ask and a few good queries answer. The answer carries what the
+# queries know about whole objects to every place of the image. It happens once, after the first decoder layer.
+#
+# **Read on.**
+#
+# * DI-MaskDINO, section 3: BATO, Eq. 5 to 8.
+# * Attention Is All You Need, arXiv 1706.03762, section 3.2: queries, keys and values.
+#
+# **Next**: how all of this learns, [training](06_training.ipynb).
