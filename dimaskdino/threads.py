@@ -1,10 +1,10 @@
 """Computing threads: as many as there are free cores.
 
 PyTorch's threads wait for each other after every operation. If one of them has to share its core with another program,
-all of them wait: beside a single busy program a training step of a small model with two threads on two cores took ten
-times as long as alone, with one thread hardly longer (docs/performance.md). So while the model computes, the number of
-threads follows the load of the machine. `OMP_NUM_THREADS`, or `torch.set_num_threads`, fixes the number instead; then
-results repeat bit for bit, since the order of sums depends on the number of threads.
+all of them wait, and a step takes many times as long as its share of the cores would allow (docs/performance.md). So
+while the model computes, the number of threads follows the load of the machine. `OMP_NUM_THREADS`, or
+`torch.set_num_threads`, fixes the number instead; then results repeat bit for bit, since the order of sums depends on
+the number of threads.
 """
 
 import os

@@ -124,7 +124,7 @@ write_split("val", val_images)
 # Check a new folder before anything else: every image is opened, every mask decoded, every problem named.
 
 # %%
-status = data_check(folder / "data", "train")  # `dimaskdino data check FOLDER train` on the command line
+status = data_check(folder / "data", ("train",))  # `dimaskdino data check FOLDER train` on the command line
 
 # %% [markdown]
 # ## Fine-tuning

@@ -238,6 +238,7 @@ def test_chapters_run(source, solved, shapes_data, tmp_path):
     verdict = "agrees with the package" if solved else "returns nothing yet"
     assert printed.count(verdict) == sum("checks.check_" in cell.source for cell in done.cells)
     assert "✗" not in printed
+    assert not re.search(r"\b[1-9]\d* problems", printed)  # of the data that chapter 8 makes
     assert "Warning" not in printed
 
 

@@ -1,0 +1,33 @@
+"""The benchmark beside other programs: its load, and one measurement."""
+
+import subprocess
+import sys
+import time
+
+import psutil
+
+from dimaskdino.benchmarks import company
+
+
+def test_busy_programs_are_busy_and_end():
+    with company.busy_programs(2, 5):
+        time.sleep(1.0)
+        mine = psutil.Process().children(recursive=True)
+        busy = [child for child in mine if "while True" in " ".join(child.cmdline())]
+        assert len(busy) == 2
+        assert {child.nice() - psutil.Process().nice() for child in busy} == {5}
+        assert all(child.cpu_times().user > 0.2 for child in busy)
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in busy)
+
+
+def test_a_measurement_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.setattr(company, "SECONDS", 0.1)
+    assert 0.05 < company.measure("training step of the demo", adaptive=True) < 60
+
+
+def test_threads_are_set_before_torch_starts():
+    program = "import torch; print(torch.get_num_threads())"
+    found = subprocess.run(
+        [sys.executable, "-c", program], env=company.WAYS["one thread"], capture_output=True, text=True
+    )
+    assert found.stdout.strip() == "1"
