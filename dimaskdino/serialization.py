@@ -140,6 +140,7 @@ def read_pkl(path: Path) -> Any:
         TypeError,
         LookupError,
         AttributeError,
+        OverflowError,
         RecursionError,
         pickle.UnpicklingError,
     ) as error:

@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays, boolean_dtypes, floating_dtypes, integer_dtypes
 
@@ -87,6 +87,7 @@ def test_everything_else_is_refused_in_one_line(name, tmp_path, capsys):
 
 
 @given(st.integers(0, 400), st.integers(0, 255))
+@example(place=10, value=128)  # a frame longer than the address space
 def test_damaged_pickles_are_refused_or_read(tmp_path_factory, place, value):
     file = tmp_path_factory.mktemp("pkl") / "x.pkl"
     raw = bytearray(pickle.dumps({"model": {"a": np.arange(50, dtype=np.float32)}}, 4))
