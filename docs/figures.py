@@ -49,7 +49,10 @@ def objects() -> viz.style.Figure:
     look = model.inspect(sample)
     track = track_objects(look, stages, threshold=0.3)
     found = {
-        stage: {"box_iou": track.box_iou[i].tolist(), "mask_iou": track.mask_iou[i].tolist()}
+        stage: {
+            kind: [round(value, 4) for value in ious[i].tolist()]  # the last digits depend on the number of threads
+            for kind, ious in (("box_iou", track.box_iou), ("mask_iou", track.mask_iou))
+        }
         for i, stage in enumerate(stages)
     }
     record = {"classes": [look.classes[label] for label in labels], "stages": found}

@@ -1,5 +1,6 @@
 """README and docs: numbers come from records, links lead somewhere, commands exist, the README fits."""
 
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
+import measure_ceilings  # noqa: E402
 import records  # noqa: E402
 import study_blocks  # noqa: E402
 
@@ -41,6 +43,15 @@ def test_tables_of_studies_are_what_the_runs_say(name, tmp_path):
     study_blocks.report(name).save(tmp_path)
     for file in ("table.json", "table.md"):
         assert (tmp_path / file).read_text() == (study_blocks.STUDIES / name / file).read_text(), "run `make figures`"
+
+
+def test_the_record_of_ceilings_is_what_the_shapes_have(tmp_path):
+    recorded = json.loads((records.MEASUREMENTS / "ceilings.json").read_text())["shapes"]["128"]
+    found = measure_ceilings.shapes(tmp_path, 128)
+    assert found.keys() == recorded.keys()
+    for kind in ("mask", "mask2box", "bitmask"):
+        assert found[kind]["mean"] == pytest.approx(recorded[kind]["mean"])
+        assert found[kind]["per_class"] == pytest.approx(recorded[kind]["per_class"])
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/results.md", "docs/study.md"])

@@ -7,7 +7,7 @@ lose most. Only the part of a lag between boxes and masks that these ceilings le
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +26,7 @@ from dimaskdino.evaluation.detections import Detections
 from dimaskdino.modeling import Stage, postprocess
 from dimaskdino.modeling.de_imbalance import mask_guided_boxes
 from dimaskdino.modeling.structures import padded_size
+from dimaskdino.progress import progress_bar
 
 IMAGES = 500  # enough for a ceiling; more would take minutes
 MASK_STRIDE = 4
@@ -75,15 +76,19 @@ def ceilings(truth: COCO, settings: config.Config) -> Ceilings:
     category_ids = sorted(category["id"] for category in truth.dataset["categories"])
     boxes: dict[MaskToBox, list[dict[str, Any]]] = {convention: [] for convention in CONVENTIONS}
     masks: list[dict[str, Any]] = []
-    for image, labels, objects in _objects(truth, category_ids):
+    objects = _objects(truth, category_ids)
+    for image, labels, true_masks in progress_bar(objects, "ceilings", len(truth.dataset["images"]), unit="images"):
         original = (image["height"], image["width"])
         size = resized_size(original, settings.data.resize)
+        stage = true_stage(labels, true_masks, size, len(category_ids))
         for convention in CONVENTIONS:
-            stage = true_stage(labels, objects, size, len(category_ids), exact=convention == "bitmask")
-            [instances] = postprocess(stage, [size], padded_size([size]), [original], settings.evaluation.detections)
+            bounded = with_bounds(stage, convention)
+            with_masks = convention == CONVENTIONS[0]  # they are the same for all conventions
+            sizes = [size], padded_size([size]), [original]
+            [instances] = postprocess(bounded, *sizes, settings.evaluation.detections, with_masks)
             detections = Detections.of(image["id"], instances, category_ids)
             boxes[convention] += detections.boxes
-        masks += detections.masks
+            masks += detections.masks if with_masks else []
     return Ceilings(
         average_recall(truth, masks, "mask"),
         {convention: average_recall(truth, found, "box") for convention, found in boxes.items()},
@@ -91,24 +96,27 @@ def ceilings(truth: COCO, settings: config.Config) -> Ceilings:
     )
 
 
-def true_stage(
-    labels: Int[Tensor, " M"], masks: UInt8[Tensor, "M h w"], size: tuple[int, int], classes: int, exact: bool
-) -> Stage:
+def true_stage(labels: Int[Tensor, " M"], masks: UInt8[Tensor, "M h w"], size: tuple[int, int], classes: int) -> Stage:
     """The stage of a model that knows the objects of an image: one query each, its mask as far as stride 4 shows it.
+
+    It has no boxes yet; `with_bounds` makes them.
 
     Args:
         labels: class indices.
         masks: at the original size, 0 or 1.
         size: (h, w) of the model's input, before padding.
         classes: number of classes.
-        exact: the convention of `mask_guided_boxes`.
     """
     M = len(masks)
     logits = torch.full((1, M, classes), -_LOGIT)
     logits[0, torch.arange(M), labels] = _LOGIT
     mask_logits = (coverage(masks, size) - 0.5)[None]
-    unbounded = Stage("true", logits, torch.zeros(1, M, 4), torch.eye(M)[None], mask_logits)
-    return Stage("true", logits, mask_guided_boxes(unbounded, exact), unbounded.mask_embedding, mask_logits)
+    return Stage("true", logits, torch.zeros(1, M, 4), torch.eye(M)[None], mask_logits)
+
+
+def with_bounds(stage: Stage, convention: MaskToBox) -> Stage:
+    """The stage with the bounds of its masks as boxes, as `model.selection.mask_to_box` makes them."""
+    return replace(stage, boxes=mask_guided_boxes(stage, exact=convention == "bitmask"))
 
 
 def coverage(masks: UInt8[Tensor, "M h w"], size: tuple[int, int]) -> Float[Tensor, "M h4 w4"]:

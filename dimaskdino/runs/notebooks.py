@@ -1,6 +1,7 @@
 """Running parameterised notebooks with papermill."""
 
 import difflib
+import logging
 import os
 import sys
 import threading
@@ -71,11 +72,18 @@ def check_parameters(notebook: Path, values: Mapping[str, Any]) -> dict[str, Any
 
 
 def kernel_config() -> Any:
-    """Settings of notebook kernels: encrypted messages, without which a kernel warns at every start."""
+    """Settings of notebook kernels.
+
+    Messages are encrypted, without which a kernel warns at every start. A kernel logs nothing: an interrupt is part of
+    how it is shut down, and it would call that an error. What a cell raises is in the notebook all the same.
+    """
     import zmq
     from traitlets.config import Config
 
-    return Config({"KernelManager": {"transport_encryption": "auto"}} if zmq.has("curve") else {})
+    settings: dict[str, Any] = {"NotebookClient": {"extra_arguments": [f"--IPKernelApp.log_level={logging.CRITICAL}"]}}
+    if zmq.has("curve"):
+        settings["KernelManager"] = {"transport_encryption": "auto"}
+    return Config(settings)
 
 
 def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], echo: bool = False) -> Path:

@@ -88,6 +88,11 @@ class Quantity:
         found = getattr(stage, self.what)
         return None if found is None else found.AP
 
+    def by_seed(self, runs: Mapping[int, "EvaluatedRun"]) -> dict[int, float]:
+        """Its value in each run that has one."""
+        values = {seed: self.of(run.result) for seed, run in runs.items()}
+        return {seed: value for seed, value in values.items() if value is not None}
+
     def drawn(self, run: "EvaluatedRun") -> Float[np.ndarray, " draws"] | None:
         """Its value on the bootstrap resamples; None without them."""
         if run.samples is None:
@@ -326,27 +331,27 @@ class _Estimate:
 
 
 def _estimate(contrast: Contrast, measured: Measured, paired: bool) -> _Estimate | None:
-    by_seed = {name: measured.get(name, {}) for name in contrast.weights}
+    values = {name: contrast.quantity.by_seed(measured.get(name, {})) for name in contrast.weights}
     if paired:
-        common = set.intersection(*(set(found) for found in by_seed.values()))
-        by_seed = {name: {seed: found[seed] for seed in sorted(common)} for name, found in by_seed.items()}
-    runs = {name: list(found.values()) for name, found in by_seed.items()}
-    values = {
-        name: [v for run in found if (v := contrast.quantity.of(run.result)) is not None]
-        for name, found in runs.items()
-    }
+        common = sorted(set.intersection(*map(set, values.values())))
+        values = {name: {seed: found[seed] for seed in common} for name, found in values.items()}
     if not all(values.values()):
         return None
+    runs = {name: [measured[name][seed] for seed in found] for name, found in values.items()}
     weights = contrast.weights
-    difference = sum(weights[name] * statistics.mean(found) for name, found in values.items())
+    difference = sum(weights[name] * statistics.mean(found.values()) for name, found in values.items())
     trainings = None
     if all(len(found) > 1 for found in values.values()):
         if paired:
-            of_seeds = sum(weights[name] * np.array(found) for name, found in values.items())
+            of_seeds = sum(weights[name] * np.array(list(found.values())) for name, found in values.items())
             trainings = float(np.var(of_seeds, ddof=1)) / len(of_seeds), len(of_seeds) - 1.0
         else:
-            shares = {n: weights[n] ** 2 * statistics.variance(found) / len(found) for n, found in values.items()}
-            trainings = _satterthwaite([(share, len(values[name]) - 1) for name, share in shares.items()])
+            trainings = _satterthwaite(
+                [
+                    (weights[name] ** 2 * statistics.variance(found.values()) / len(found), len(found) - 1)
+                    for name, found in values.items()
+                ]
+            )
     joint, over_images, drawn = trainings, None, _drawn(contrast, runs)
     if drawn is not None:
         tail = 100 * (1 - CONFIDENCE) / 2

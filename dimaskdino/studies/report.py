@@ -55,8 +55,7 @@ class StudyReport:
 
     def values(self, row: str, quantity: Quantity) -> dict[int, float]:
         """A quantity by seed, where it is defined."""
-        outcome = {seed: quantity.of(m.result) for seed, m in self.measured.get(row, {}).items()}
-        return {seed: value for seed, value in outcome.items() if value is not None}
+        return quantity.by_seed(self.measured.get(row, {}))
 
     @cached_property
     def comparisons(self) -> list[Comparison]:

@@ -144,7 +144,7 @@ def _planned(title: str, path: Path, file: Path, settings: tuple[str, ...], is_s
 
 
 def describe_power(study: Study, scale: str, seeds: int, folder: Path) -> Iterator[str]:
-    """What the comparisons of a study can find, one line for each comparison and quantity.
+    """What the comparisons of a study can find, as lines of text by quantity.
 
     The deviation over trainings is that of the study's file, otherwise the pooled one of the runs in the folder.
     """
@@ -153,24 +153,24 @@ def describe_power(study: Study, scale: str, seeds: int, folder: Path) -> Iterat
         return
     measured = study.measured(folder)
     for quantity in study.quantities:
-        values = {
-            name: {seed: v for seed, run in runs.items() if (v := quantity.of(run.result)) is not None}
-            for name, runs in measured.items()
-        }
+        values = {name: quantity.by_seed(runs) for name, runs in measured.items()}
         found = pooled_deviation(values, paired)
         if found is not None:
             known.setdefault(str(quantity), found)
+    if seeds < 2:
+        yield "a single seed decides nothing: the comparisons need more"
+        return
     yield f"what {len(contrasts)} comparisons of {seeds} seeds find with 80 % power:"
-    for contrast in contrasts:
-        deviation = known.get(str(contrast.quantity))
-        what = f"  {contrast.label}, {contrast.quantity.label}"
-        if seeds < 2:
-            yield f"{what}: nothing, a single seed decides nothing"
-        elif deviation is None:
-            yield f"{what}: not known before there are runs of two seeds (or give the study's file a deviation)"
-        else:
-            found = planned_detectable(contrast, seeds, deviation, len(contrasts), paired)
-            yield f"{what}: ±{found or 0:.1f} points at a deviation of {deviation:.1f} over trainings"
+    for quantity in study.quantities:
+        deviation = known.get(str(quantity))
+        if deviation is None:
+            yield f"  {quantity.label}: known after runs of two seeds, or with a `deviation` in the study's file"
+            continue
+        yield f"  {quantity.label}, at a deviation of {deviation:.1f} points over trainings:"
+        for contrast in contrasts:
+            if contrast.quantity == quantity:
+                found = planned_detectable(contrast, seeds, deviation, len(contrasts), paired)
+                yield f"    {contrast.label}: {'any difference' if found is None else f'±{found:.1f} points'}"
 
 
 def run_study(plan: Plan) -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
 from dimaskdino.data.coco import Sample
-from dimaskdino.evaluation.ceilings import true_stage
+from dimaskdino.evaluation.ceilings import coverage, true_stage, with_bounds
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.structures import padded_size
 from dimaskdino.viz.curves import short_name
@@ -119,23 +119,32 @@ def draw_stages(
     return figure
 
 
-def draw_true_boxes(sample: Sample, formula: Literal["mask2box", "bitmask", "no"]) -> tuple[Figure, list[float]]:
+Formula = Literal["mask2box", "bitmask", "no"]
+
+
+def boxes_of_true_masks(sample: Sample, formula: Formula) -> tuple[Tensor, list[float]]:
+    """The boxes (M, 4) xyxy that a formula makes of true masks, and the IoU of each with the true box."""
+    true = sample.boxes
+    if formula == "no":
+        return true, [1.0] * len(true)
+    size = (sample.image.shape[-2], sample.image.shape[-1])
+    stage = with_bounds(true_stage(sample.labels, sample.masks, size, int(sample.labels.max()) + 1), formula)
+    height, width = padded_size([size])
+    made = box_convert(stage.boxes[0], "cxcywh", "xyxy") * true.new_tensor([width, height, width, height])
+    return made, box_iou(made, true).diagonal().tolist()
+
+
+def draw_true_boxes(sample: Sample, formula: Formula) -> Figure:
     """Draw what a formula makes of true masks at a quarter of the resolution, beside the true boxes.
 
     Args:
         sample: an image with its objects.
         formula: the convention of `model.selection.mask_to_box`; `no` leaves the true boxes.
-
-    Returns:
-        The figure, and the IoU of each object's box with the true one.
     """
     size = (sample.image.shape[-2], sample.image.shape[-1])
-    stage = true_stage(sample.labels, sample.masks, size, int(sample.labels.max()) + 1, exact=formula == "bitmask")
     (height, width), true = padded_size([size]), sample.boxes
-    made = box_convert(stage.boxes[0], "cxcywh", "xyxy") * true.new_tensor([width, height, width, height])
-    made = true if formula == "no" else made
-    ious = box_iou(made, true).diagonal().tolist()
-    cells = (stage.mask_logits()[0] > 0).any(0).numpy()
+    made, ious = boxes_of_true_masks(sample, formula)
+    cells = (coverage(sample.masks, size) > 0.5).any(0).numpy()
     with style():
         figure = NotebookFigure(figsize=(5.6, 5.9), layout="constrained")
         axes = figure.subplots()
@@ -151,4 +160,4 @@ def draw_true_boxes(sample: Sample, formula: Literal["mask2box", "bitmask", "no"
         axes.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5), xticks=[], yticks=[])
         axes.grid(False)
         axes.set_title(f"{formula}: IoU of the boxes {', '.join(f'{iou:.2f}' for iou in ious)}", fontsize=10)
-    return figure, ious
+    return figure

@@ -8,7 +8,7 @@ import gc
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import anywidget
 import ipywidgets as widgets
@@ -32,13 +32,11 @@ from dimaskdino.modeling.structures import Predictions, Targets
 from dimaskdino.training.matcher import matching_costs
 from dimaskdino.viz.architecture import FLOWS, describe_flow, draw_flow, place_of
 from dimaskdino.viz.curves import plot_layerwise_ap, plot_precision_recall, short_name
-from dimaskdino.viz.detections import draw_true_boxes
+from dimaskdino.viz.detections import Formula, boxes_of_true_masks, draw_true_boxes
 from dimaskdino.viz.objects import draw_objects
 from dimaskdino.viz.studies import plot_ablation
 from dimaskdino.viz.tokens import draw_guidance, draw_sampling, draw_selection
 from dimaskdino.viz.training import draw_matching
-
-Formula = Literal["mask2box", "bitmask", "no"]
 
 
 class Picture(anywidget.AnyWidget):
@@ -337,10 +335,10 @@ def explore_true_boxes(samples: Sequence[Sample]) -> Explorer:
     """True objects as a model sees them, and the boxes that each formula makes of their masks."""
 
     def draw(image: int, formula: Formula) -> Figure:
-        return draw_true_boxes(samples[image], formula)[0]
+        return draw_true_boxes(samples[image], formula)
 
     def describe(image: int, formula: Formula) -> str:
-        ious = draw_true_boxes(samples[image], formula)[1]
+        _, ious = boxes_of_true_masks(samples[image], formula)
         return f"Image {image + 1}, {formula}: IoU of the boxes {', '.join(f'{iou:.2f}' for iou in ious)}."
 
     formulas = [("mask2box, as published", "mask2box"), ("bitmask, with the last cell", "bitmask"), ("none", "no")]

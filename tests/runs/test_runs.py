@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 from jupyter_client.manager import start_new_kernel
 from small import FILE, overrides, settings, trained_file
@@ -19,7 +20,7 @@ from small import FILE, overrides, settings, trained_file
 from dimaskdino.errors import Stopped, UserError
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.runs import RunFolder, TrainingProcess, distinct_names
-from dimaskdino.runs.notebooks import check_parameters, parse_parameters, run_notebook
+from dimaskdino.runs.notebooks import check_parameters, kernel_config, parse_parameters, run_notebook
 from dimaskdino.signals import StopRequest
 from dimaskdino.training.resume_points import load_resume_point
 
@@ -359,3 +360,14 @@ def test_a_notebook_that_fails_says_why_and_keeps_what_it_did(shapes_data, tmp_p
     text = summary_of(tmp_path / "train.ipynb")
     assert text.startswith("**failed**")
     assert r"train.batch\_size" in text
+
+
+def test_a_notebook_that_ends_well_logs_no_errors(tmp_path, capfd):
+    """A kernel is interrupted before it is shut down, and some call that an error in the terminal."""
+    cell = nbformat.v4.new_code_cell("import torch, dimaskdino\nprint('done')")
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel}), tmp_path / "x.ipynb")
+    for _ in range(2):
+        done = papermill.execute_notebook(str(tmp_path / "x.ipynb"), None, progress_bar=False, config=kernel_config())
+    assert done.cells[0].outputs[0].text == "done\n"
+    assert "ERROR" not in capfd.readouterr().err

@@ -74,6 +74,14 @@ def test_rows_with_a_common_start_are_compared_by_pairs():
     assert (found.joint.low, found.joint.high) == pytest.approx((interval.low, interval.high))
 
 
+def test_pairs_stay_pairs_where_a_run_has_no_value():
+    """Seed 1 of row b has no AP: the pairs are seeds 0 and 2, differences 1 and 3."""
+    measured = rows(a=[10, 20, 40], b=[11, None, 43])
+    [found] = compare([B_MINUS_A], measured, seeds=2, paired=True)
+    assert (found.difference, found.runs) == (2, {"b": 2, "a": 2})
+    assert found.p == pytest.approx(ttest_rel([11, 43], [10, 40]).pvalue)
+
+
 def test_pooled_deviation():
     """Rows with variances 1 and 9. By pairs, (0, 1, 2) and (0, 3, 6) without row and seed leave ±(1, 0, −1)."""
     values = {"a": {0: 0.0, 1: 1.0, 2: 2.0}, "b": {0: 0.0, 1: 3.0, 2: 6.0}, "c": {0: 5.0}}

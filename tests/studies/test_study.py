@@ -196,19 +196,23 @@ def test_comparisons_on_other_images_are_refused(tmp_path):
 def test_the_plan_says_what_it_can_find(tmp_path):
     """Two rows of n runs and a deviation σ: standard error σ·√(2/n), at most 2(n − 1) degrees of freedom."""
     study = load_study(write_study(tmp_path, deviation={"last.box": 1.5}))
-    box, lag = list(describe_power(study, "tiny", 8, tmp_path))[1:]
+    title, box, found, lag = describe_power(study, "tiny", 8, tmp_path)
+    assert title == "what 2 comparisons of 8 seeds find with 80 % power:"
+    assert box == "  box AP, last layer, at a deviation of 1.5 points over trainings:"
     error, critical = 1.5 * (2 / 8) ** 0.5, student.ppf(1 - 0.025 / 2, 14)
-    found = float(box.split("±")[1].split(" ")[0])
+    effect = float(found.removeprefix("    B − A: ±").removesuffix(" points"))
     # one decimal is printed, and the plan knows that the degrees of freedom are estimated
-    assert 0.78 < nct.sf(critical, 14, found / error) < 0.86
-    assert lag.endswith("not known before there are runs of two seeds (or give the study's file a deviation)")
-    assert list(describe_power(study, "tiny", 1, tmp_path))[1].endswith("nothing, a single seed decides nothing")
+    assert 0.78 < nct.sf(critical, 14, effect / error) < 0.86
+    assert lag.endswith("known after runs of two seeds, or with a `deviation` in the study's file")
+    assert list(describe_power(study, "tiny", 1, tmp_path)) == [
+        "a single seed decides nothing: the comparisons need more"
+    ]
     for seed, lag_of_a in enumerate((1.0, 3.0)):  # variance 2 in row a, 0 in row b: deviation 1 when pooled
         measured(tmp_path, "a", seed, (10.0, 10.0 + lag_of_a), (30.0, 30.0))
         measured(tmp_path, "b", seed, (10.0, 11.0), (30.0, 30.0))
-    box, lag = list(describe_power(study, "tiny", 8, tmp_path))[1:]
-    assert box.endswith("at a deviation of 1.5 over trainings")  # the file's
-    assert lag.endswith("at a deviation of 1.0 over trainings")
+    lines = list(describe_power(study, "tiny", 8, tmp_path))
+    assert lines[1] == box  # the file's, although the runs have one, too
+    assert lines[3].endswith("at a deviation of 1.0 points over trainings:")
 
 
 @pytest.mark.parametrize(
