@@ -215,14 +215,11 @@ class RunFolder:
         A run that says `running` and holds no lock on its folder has vanished, so it is failed. Where the lock says
         nothing, as seen from another machine, the state stays `running` and `note` says so.
         """
-        file = self.path / "status.json"
-        if not file.exists():
-            return {"state": "failed", "reason": f"{self.path} holds no run"}
-        status = read_record(file)
-        if not isinstance(status.get("state"), str):
-            reason = f"{file} is damaged; run the same command again to resume from the last checkpoint"
-            return {"state": "failed", "reason": reason}
+        status = self._recorded_status()
         if status["state"] != "running" or (locked := self._is_locked()):
+            return status
+        status = self._recorded_status()  # a run that ended in the meantime wrote how before it gave up its lock
+        if status["state"] != "running":
             return status
         # the same start of the same machine sees its locks, from every container; another machine may not
         elsewhere = status.get("boot") != _boot() and status.get("host") != platform.node()
@@ -230,6 +227,16 @@ class RunFolder:
             where = status.get("host", "another machine")
             return status | {"note": f"as {where} left it; whether it still runs cannot be told from here"}
         return {"state": "failed", "reason": _VANISHED} | {k: status[k] for k in ("started",) if k in status}
+
+    def _recorded_status(self) -> dict[str, Any]:
+        file = self.path / "status.json"
+        if not file.exists():
+            return {"state": "failed", "reason": f"{self.path} holds no run"}
+        status = read_record(file)
+        if not isinstance(status.get("state"), str):
+            reason = f"{file} is damaged; run the same command again to resume from the last checkpoint"
+            return {"state": "failed", "reason": reason}
+        return status
 
     @contextlib.contextmanager
     def metrics(self, step: int, enabled: bool = True) -> Iterator["Metrics"]:

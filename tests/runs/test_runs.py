@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -258,8 +259,28 @@ def test_a_killed_kernel_leaves_no_training_behind(shapes_data, tmp_path):
     wait_until(lambda: bool(folder.read_metrics()))
     kernel.kill()
     kernel.communicate()
-    wait_until(lambda: folder.status()["state"] == "failed")
+    wait_until(lambda: folder.status()["state"] != "running")
+    assert folder.status()["state"] == "stopped"
     wait_until(lambda: not Path(f"/proc/{launcher}").exists())
+
+
+def test_a_run_that_ends_while_its_status_is_read_has_not_vanished(tmp_path):
+    inside = threading.Event()
+
+    def run() -> None:
+        with contextlib.suppress(Stopped), RunFolder(tmp_path).running():
+            inside.set()
+            time.sleep(0.1)  # the reader below waits for the lock by then
+            raise Stopped("stopped by a test")
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert inside.wait(10)
+    states = [RunFolder(tmp_path).status()["state"]]
+    while states[-1] == "running":
+        states.append(RunFolder(tmp_path).status()["state"])
+    thread.join()
+    assert set(states) <= {"running", "stopped"}
 
 
 @pytest.mark.slow
@@ -276,10 +297,11 @@ def test_interrupting_the_cell_stops_the_training_with_a_checkpoint(shapes_data,
         folder = RunFolder(tmp_path)
         wait_until(lambda: bool(folder.read_metrics()))
         manager.interrupt_kernel()
-        wait_until(lambda: folder.status()["state"] == "failed")
+        wait_until(lambda: folder.status()["state"] != "running")
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
+    assert folder.status()["state"] == "stopped"
     assert "SIGTERM" in folder.status()["reason"]
     assert load_resume_point(folder.checkpoints)[0]["step"] >= 1
 
