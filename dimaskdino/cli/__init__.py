@@ -18,8 +18,8 @@ for _function in (
 ):
     app.command(_function)
 _data = SubcommandApp()
-for _function in (data.shapes, data.check, data.bdd100k, data.detectron2):
-    _data.command(_function)
+for _function in (data.import_, data.check, data.shapes, data.bdd100k, data.detectron2):
+    _data.command(_function, name=_function.__name__.strip("_"))
 app.command(_data, name="data", help="Generate the built-in data, check a dataset, or convert one.")
 _config = SubcommandApp()
 for _function in (config.show, config.keys, config.names):

@@ -83,6 +83,29 @@ def check(
     return 1 if problems else 0
 
 
+def import_(source: Positional[Path], folder: Positional[Path], val: float = 0.2, seed: int = 0) -> int:
+    """Make a COCO-format folder of what an annotation tool exported: outlines or masks in any of the usual layouts.
+
+    For example: dimaskdino data import downloads/animals data/animals
+
+    Layouts: COCO in any arrangement (Roboflow's included), YOLO segmentation, CVAT for images, Pascal VOC, LabelMe, and
+    a folder per image with one mask per object. Splits are kept; without a validation split, images are drawn for it,
+    with near-duplicates on one side. The source is not changed, and its images are linked, not copied.
+
+    Args:
+        source: Folder of the export, or its annotations file.
+        folder: Folder to make.
+        val: Fraction of the images that becomes the validation split if the source has none.
+        seed: The same seed draws the same images.
+    """
+    from dimaskdino.data.importing import import_dataset
+
+    done = import_dataset(source, folder, val, seed)
+    print(done.summary())
+    print(f"written: {folder}; next: dimaskdino data check {folder}")
+    return 0
+
+
 def bdd100k(root: Positional[Path], splits: Positional[tuple[str, ...]] = ("train", "val")) -> int:
     """Make COCO annotations of BDD100K's instance segmentation labels (bitmasks or run lengths).
 

@@ -182,7 +182,15 @@ def read_annotations(file: Path) -> Annotations:
     Raises:
         UserError: the file cannot be read, is not in COCO format, or has a record that cannot be used.
     """
-    found = inspect_annotations(file)
+    return without_problems(inspect_annotations(file))
+
+
+def without_problems(found: Annotations) -> Annotations:
+    """The annotations themselves.
+
+    Raises:
+        UserError: a record cannot be used.
+    """
     if found.problems:
         more = f", and {len(found.problems) - 1:,} more records" if len(found.problems) > 1 else ""
         raise UserError(f"{found.problems[0]}{more} ('dimaskdino data check' lists all)")
@@ -195,7 +203,19 @@ def inspect_annotations(file: Path) -> Annotations:
     Raises:
         UserError: the file cannot be read or is not in COCO format.
     """
-    content = _parse(file)
+    return inspect_records(parse_json(file), file)
+
+
+def inspect_records(content: dict[str, Any], file: Path) -> Annotations:
+    """Check the content of a COCO annotations file; what is wrong with single records is collected, not raised.
+
+    Args:
+        content: what `parse_json` read.
+        file: where it comes from.
+
+    Raises:
+        UserError: it is not in COCO format.
+    """
     mended: Counter[str] = Counter()
     records, problems = {}, []
     for part in ("images", "categories", "annotations"):
@@ -224,7 +244,12 @@ def inspect_annotations(file: Path) -> Annotations:
     return Annotations(file, records["images"], records["categories"], annotations, dict(mended), named)
 
 
-def _parse(file: Path) -> dict[str, Any]:
+def parse_json(file: Path) -> dict[str, Any]:
+    """The object that a json file holds.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:

@@ -1,0 +1,106 @@
+"""Pascal VOC: an XML file per image, with outlines as Roboflow writes them or with images of object numbers."""
+
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import Element
+
+import numpy as np
+
+from dimaskdino.data.coco import encode_masks
+from dimaskdino.data.exports.records import (
+    ExportedSplit,
+    ImageFiles,
+    Outline,
+    missing_image,
+    read_mask,
+    read_xml,
+    split_of_folder,
+    upright_size,
+)
+from dimaskdino.errors import UserError
+
+_VOID = 255  # pixels between objects
+_LISTS = ("ImageSets/Segmentation", "ImageSets/Main")
+
+
+def read(source: Path) -> list[ExportedSplit] | None:
+    """The splits of a Pascal VOC folder. None if it holds no such annotations.
+
+    Raises:
+        UserError: an annotation is damaged, or its image or the image of its object numbers does not fit.
+    """
+    if source.is_file():
+        return None
+    roots = {file: read_xml(file) for file in sorted(source.rglob("*.xml"))}
+    roots = {file: root for file, root in roots.items() if root.tag == "annotation"}
+    if not roots:
+        return None
+    classes = sorted({_text(o, "name", file) for file, root in roots.items() for o in root.findall("object")})
+    listed, images = _listed(source), ImageFiles(next(source.rglob("JPEGImages"), source))
+    splits: dict[str | None, ExportedSplit] = {}
+    for file, root in roots.items():
+        name = listed.get(file.stem) if listed else split_of_folder(file.parent, source)
+        split = splits.setdefault(name, ExportedSplit(name, classes))
+        _add(split, file, root, images)
+    if listed and None in splits:  # VOC lists the images with masks; the others have boxes alone
+        left = splits.pop(None)
+        next(iter(splits.values())).remarks["images that no list of ImageSets names, left out"] += len(left.images)
+    return list(splits.values())
+
+
+def _listed(source: Path) -> dict[str, str]:
+    """The split of each image by the lists in ImageSets, none without lists."""
+    for folder in _LISTS:
+        for place in [source / folder, *source.glob(f"*/{folder}")]:
+            files = [file for file in (place / "train.txt", place / "val.txt", place / "test.txt") if file.is_file()]
+            if files:
+                return {name: file.stem for file in files for name in file.read_text(encoding="utf-8-sig").split()}
+    return {}
+
+
+def _add(split: ExportedSplit, file: Path, root: Element, images: ImageFiles) -> None:
+    name = _text(root, "filename", file)
+    path = images.find(name, file, split.name) or images.find(file.stem, file, split.name)
+    if path is None:
+        raise missing_image(name, file, images)
+    size = upright_size(path)
+    image = split.add_image(path, size)
+    objects = root.findall("object")
+    numbers = _object_numbers(file, size)
+    for index, found in enumerate(objects, start=1):
+        segmentation: list[Outline] | dict[str, Any] | None = _outlines(found, file)
+        if not segmentation and numbers is not None and (numbers == index).any():
+            (segmentation,) = encode_masks((numbers == index)[None])
+        split.add_object(image, split.classes.index(_text(found, "name", file)), segmentation)
+
+
+def _object_numbers(file: Path, size: tuple[int, int]) -> np.ndarray | None:
+    """(h, w): the number of the object in each pixel, counted from 1 in the order of the XML file; None without one."""
+    mask = file.parent.parent / "SegmentationObject" / f"{file.stem}.png"
+    if not mask.is_file():
+        return None
+    numbers = np.asarray(read_mask(mask))
+    if numbers.shape != size:
+        raise UserError(f"{mask} is {numbers.shape[0]}x{numbers.shape[1]}, its image {size[0]}x{size[1]} (h x w)")
+    return np.where(numbers == _VOID, 0, numbers)
+
+
+def _outlines(found: Element, file: Path) -> list[Outline]:
+    outlines = []
+    for polygon in found.findall("polygon"):
+        values = {child.tag: child.text for child in polygon}
+        count = sum(tag.startswith("x") for tag in values)
+        try:
+            outline = [float(values[f"{axis}{i}"] or "") for i in range(1, count + 1) for axis in "xy"]
+        except (KeyError, ValueError):
+            raise UserError(f"{file}: a polygon must hold x1, y1, x2, y2, … as numbers") from None
+        if len(outline) >= 6:
+            outlines.append(outline)
+    return outlines
+
+
+def _text(element: Element, tag: str, file: Path) -> str:
+    text = element.findtext(tag)
+    if not text or not text.strip():
+        raise UserError(f"{file}: <{element.tag}> has no <{tag}>")
+    return text.strip()

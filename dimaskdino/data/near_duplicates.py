@@ -1,0 +1,97 @@
+"""Images that show almost the same: they must not be on both sides of a split."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from dimaskdino.errors import UserError
+from dimaskdino.progress import progress_bar
+
+SIDE = 8
+MOST_DIFFERENT = 6  # of 2·SIDE² bits
+_ROWS = 1024  # compared at a time, which bounds the memory
+_COPIES = re.compile(r"(_(jpe?g|png|bmp|webp|tiff?))?\.rf\.[0-9A-Za-z]+$")
+
+
+def base_name(path: Path) -> str:
+    """The name of the photograph that an image was made from: without suffix and without Roboflow's `.rf.HASH`."""
+    return _COPIES.sub("", path.stem).lower()
+
+
+def difference_hash(path: Path) -> UInt8[np.ndarray, "16"]:
+    """A fingerprint of 128 bits: where brightness grows to the right and downwards, in 8x8 cells (dHash).
+
+    Raises:
+        UserError: the image cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            image.draft("L", (8 * SIDE, 8 * SIDE))  # a JPEG is decoded at a fraction of its size
+            small = image.convert("L").resize((SIDE + 1, SIDE + 1), Image.Resampling.BOX)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"the image {path} cannot be read, it may be truncated or no image: {error}") from None
+    grey = np.asarray(small, dtype=np.int16)
+    bits = [grey[:SIDE, 1:] > grey[:SIDE, :-1], grey[1:, :SIDE] > grey[:-1, :SIDE]]
+    return np.packbits(np.concatenate([b.ravel() for b in bits]))
+
+
+def groups_of_duplicates(paths: Sequence[Path], hashes: Sequence[np.ndarray]) -> list[int]:
+    """A number per image, equal for images with the same base name or with nearly the same fingerprint.
+
+    Args:
+        paths: the images.
+        hashes: `difference_hash` of each.
+    """
+    pairs = _same_name(paths) + _near(np.stack(hashes)) if paths else []
+    rows, columns = np.array(pairs, dtype=int).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(pairs)), (rows, columns)), shape=(len(paths), len(paths)))
+    return connected_components(graph, directed=False)[1].tolist()
+
+
+def shared_between(splits: Mapping[str, Sequence[Path]]) -> list[tuple[Path, Path]]:
+    """Pairs of images of two splits that have the same base name or look almost the same.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    paths = [path for images in splits.values() for path in images]
+    split = [name for name, images in splits.items() for _ in images]
+    hashes = [difference_hash(path) for path in progress_bar(paths, "comparing images")]
+    members: dict[int, list[int]] = defaultdict(list)
+    for number, group in enumerate(groups_of_duplicates(paths, hashes)):
+        members[group].append(number)
+    pairs = []
+    for group in members.values():
+        first = group[0]
+        pairs += [(paths[first], paths[other]) for other in group[1:] if split[other] != split[first]]
+    return pairs
+
+
+def _same_name(paths: Sequence[Path]) -> list[tuple[int, int]]:
+    seen: dict[str, list[int]] = defaultdict(list)
+    for number, path in enumerate(paths):
+        seen[base_name(path)].append(number)
+    return [(same[0], other) for same in seen.values() for other in same[1:]]
+
+
+def _near(hashes: UInt8[np.ndarray, "n 16"]) -> list[tuple[int, int]]:
+    # one fingerprint for all that share it, since a thousand frames of a still camera would give a million pairs
+    distinct, inverse = np.unique(hashes, axis=0, return_inverse=True)
+    inverse = inverse.ravel()
+    first = np.full(len(distinct), -1)
+    first[inverse[::-1]] = np.arange(len(hashes))[::-1]
+    pairs = [(int(first[group]), number) for number, group in enumerate(inverse) if first[group] != number]
+    words = np.ascontiguousarray(distinct).view(np.uint64)
+    for start in range(0, len(words), _ROWS):
+        part = words[start : start + _ROWS]
+        different = np.bitwise_count(part[:, None] ^ words[None, start:]).sum(-1)
+        rows, columns = np.nonzero(different <= MOST_DIFFERENT)
+        pairs += [(int(first[start + a]), int(first[start + b])) for a, b in zip(rows, columns, strict=True) if a < b]
+    return pairs

@@ -1,0 +1,482 @@
+"""Each layout that annotation tools export gives the same data; a broken one gives a message and no folder."""
+
+import base64
+import io
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from dimaskdino.data import importing
+from dimaskdino.data.annotations import read_annotations, to_run_lengths
+from dimaskdino.data.coco import CocoDataset, encode_masks
+from dimaskdino.data.importing import import_dataset
+from dimaskdino.data.near_duplicates import base_name, difference_hash, groups_of_duplicates
+from dimaskdino.errors import UserError
+
+SIZE = (48, 64)  # h, w
+CLASSES = ("cat", "dog")
+ARROW = np.array([4, 4, 30, 10, 12, 14, 8, 40], float)  # concave, so that its box is not its mask
+HOUSE = np.array([36, 20, 46, 8, 56, 20, 56, 40, 36, 40], float)
+
+
+def objects_of(number: int) -> list[tuple[int, np.ndarray]]:
+    """Class and outline of the objects of an image: one moves, and every third image lacks the other."""
+    moved = (0, ARROW + np.tile([number % 4, number % 3], 4))
+    return [moved] if number % 3 == 2 else [moved, (1, HOUSE)]
+
+
+def mask_of(outline: np.ndarray) -> np.ndarray:
+    return coco_mask.decode(to_run_lengths([outline.tolist()], SIZE)).astype(bool)
+
+
+def picture(folder: Path, number: int, suffix: str = ".png") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    coarse = np.random.default_rng(number).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    path = folder / f"photo{number}{suffix}"
+    Image.fromarray(coarse).resize(SIZE[::-1], Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def coco_content(numbers, prefix: str = "") -> dict:
+    annotations = [
+        {"id": len(CLASSES) * n + k, "image_id": n, "category_id": label + 5, "segmentation": [outline.tolist()]}
+        for n in numbers
+        for k, (label, outline) in enumerate(objects_of(n), start=1)
+    ]
+    for annotation in annotations:  # as some tools do
+        annotation |= {"bbox": [0, 0, 5, 5], "area": 25, "iscrowd": 0}
+    images = [{"id": n, "file_name": f"{prefix}photo{n}.png", "height": SIZE[0], "width": SIZE[1]} for n in numbers]
+    categories = [{"id": label + 5, "name": name} for label, name in enumerate(CLASSES)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def coco_beside(folder: Path, numbers: range) -> Path:
+    for n in numbers:
+        picture(folder, n)
+    write_json(folder / "labels.json", coco_content(numbers))
+    return folder / "labels.json"
+
+
+def coco_of_cvat(folder: Path, numbers: range) -> Path:
+    for n in numbers:
+        picture(folder / "images", n)
+    write_json(folder / "annotations" / "instances_default.json", coco_content(numbers, "images\\"))
+    return folder
+
+
+def coco_annotations_file(folder: Path, numbers: range) -> Path:
+    return coco_of_cvat(folder, numbers) / "annotations" / "instances_default.json"
+
+
+def roboflow(folder: Path, numbers: range) -> Path:
+    parts = {"train": numbers[:-3], "valid": numbers[-3:-1], "test": numbers[-1:]}
+    for split, part in parts.items():
+        for n in part:
+            picture(folder / split, n)
+        content = coco_content(part)
+        content["categories"].insert(0, {"id": 0, "name": "animals", "supercategory": "none"})
+        for category in content["categories"][1:]:
+            category["supercategory"] = "animals"
+        write_json(folder / split / "_annotations.coco.json", content)
+    return folder
+
+
+def coco_own(folder: Path, numbers: range) -> Path:
+    for split, part in (("train2017", numbers[:-2]), ("val2017", numbers[-2:])):
+        for n in part:
+            picture(folder / "images" / split, n)
+        write_json(folder / "annotations" / f"instances_{split}.json", coco_content(part))
+        write_json(folder / "annotations" / f"person_keypoints_{split}.json", coco_content(part))
+        write_json(folder / "annotations" / f"image_info_{split}.json", {"images": []})
+    return folder
+
+
+def yolo(folder: Path, numbers: range) -> Path:
+    for split, part in (("train", numbers[:-2]), ("val", numbers[-2:])):
+        for n in part:
+            picture(folder / "images" / split, n)
+            (folder / "labels" / split).mkdir(parents=True, exist_ok=True)
+            lines = [
+                " ".join([str(label), *(f"{v / SIZE[1 - i % 2]:.6f}" for i, v in enumerate(outline))])
+                for label, outline in objects_of(n)
+            ]
+            (folder / "labels" / split / f"photo{n}.txt").write_text("\n".join(lines) + "\n")
+    # paths of the machine that wrote it, and names by number
+    (folder / "data.yaml").write_text("train: ../images/train\nval: C:\\data\\images\\val\nnames: {0: cat, 1: dog}\n")
+    return folder
+
+
+def yolo_with_lists(folder: Path, numbers: range) -> Path:
+    yolo(folder, numbers)
+    for split in ("train", "val"):
+        names = sorted(path.name for path in (folder / "images" / split).iterdir())
+        (folder / f"{split}.txt").write_text("".join(f"data/images/{split}/{name}\n" for name in names))
+    (folder / "data.yaml").write_text("path: .\ntrain: train.txt\nval: val.txt\nnames: [cat, dog]\n")
+    return folder / "data.yaml"
+
+
+def cvat(folder: Path, numbers: range) -> Path:
+    for n in numbers:
+        picture(folder / "images" / "sub", n)
+    labels = "".join(f"<label><name>{name}</name></label>" for name in CLASSES)
+    images = "".join(
+        f'<image id="{n}" name="sub/photo{n}.png" width="{SIZE[1]}" height="{SIZE[0]}">'
+        + "".join(
+            f'<polygon label="{CLASSES[label]}" points="{";".join(f"{x},{y}" for x, y in outline.reshape(-1, 2))}"/>'
+            for label, outline in objects_of(n)
+        )
+        + "</image>"
+        for n in numbers
+    )
+    text = f"<annotations><meta><task><labels>{labels}</labels></task></meta>{images}</annotations>"
+    (folder / "annotations.xml").write_text(text)
+    return folder
+
+
+def voc_xml(n: int, polygons: bool) -> str:
+    objects = ""
+    for label, outline in objects_of(n):
+        points = outline.reshape(-1, 2)
+        polygon = "".join(f"<x{i}>{x}</x{i}><y{i}>{y}</y{i}>" for i, (x, y) in enumerate(points, start=1))
+        objects += f"<object><name>{CLASSES[label]}</name><bndbox><xmin>1</xmin></bndbox>" + (
+            f"<polygon>{polygon}</polygon></object>" if polygons else "</object>"
+        )
+    return f"<annotation><filename>photo{n}.jpg</filename>{objects}</annotation>"  # the suffix may differ
+
+
+def voc(folder: Path, numbers: range) -> Path:
+    """VOC's own: images of object numbers, and lists of the images of each split."""
+    for place in ("Annotations", "SegmentationObject", "ImageSets/Segmentation"):
+        (folder / place).mkdir(parents=True)
+    for n in numbers:
+        picture(folder / "JPEGImages", n)
+        (folder / "Annotations" / f"photo{n}.xml").write_text(voc_xml(n, polygons=False))
+        ids = np.full(SIZE, 255, np.uint8)
+        ids[:, :32] = 0
+        for number, (_, outline) in enumerate(objects_of(n), start=1):
+            ids[mask_of(outline)] = number
+        Image.fromarray(ids).save(folder / "SegmentationObject" / f"photo{n}.png")
+    for split, part in (("train", numbers[:-2]), ("val", numbers[-2:])):
+        names = "".join(f"photo{n}\n" for n in part)
+        (folder / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(names)
+    return folder
+
+
+def voc_of_roboflow(folder: Path, numbers: range) -> Path:
+    for split, part in (("train", numbers[:-2]), ("valid", numbers[-2:])):
+        for n in part:
+            picture(folder / split, n)
+            (folder / split / f"photo{n}.xml").write_text(voc_xml(n, polygons=True))
+    return folder
+
+
+def labelme_shape(label: int, outline: np.ndarray, as_mask: bool) -> dict:
+    if not as_mask:
+        return {"label": CLASSES[label], "points": outline.reshape(-1, 2).tolist(), "shape_type": "polygon"}
+    mask = mask_of(outline)
+    rows, columns = np.nonzero(mask)
+    small = mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    stored = io.BytesIO()
+    Image.fromarray(small.astype(np.uint8) * 255).save(stored, format="PNG")
+    corners = [[int(columns.min()), int(rows.min())], [int(columns.max()), int(rows.max())]]
+    text = base64.b64encode(stored.getvalue()).decode()
+    return {"label": CLASSES[label], "points": corners, "shape_type": "mask", "mask": text}
+
+
+def labelme(folder: Path, numbers: range) -> Path:
+    for n in numbers:
+        picture(folder, n)
+        shapes = [labelme_shape(label, outline, as_mask=n % 2 == 0) for label, outline in objects_of(n)]
+        content = {"imagePath": f"..\\photo{n}.png", "imageHeight": SIZE[0], "imageWidth": SIZE[1], "shapes": shapes}
+        write_json(folder / f"photo{n}.json", content)
+    return folder
+
+
+def mask_folders(folder: Path, numbers: range) -> Path:
+    for n in numbers:
+        picture(folder / f"photo{n}" / "images", n)
+        (folder / f"photo{n}" / "masks").mkdir()
+        for k, (_, outline) in enumerate(objects_of(n)):
+            Image.fromarray(mask_of(outline).astype(np.uint8) * 255).save(folder / f"photo{n}" / "masks" / f"{k}.png")
+    return folder
+
+
+LAYOUTS = {
+    "COCO": (coco_beside, coco_of_cvat, coco_annotations_file, roboflow, coco_own),
+    "YOLO segmentation": (yolo, yolo_with_lists),
+    "CVAT for images": (cvat,),
+    "Pascal VOC": (voc, voc_of_roboflow),
+    "LabelMe": (labelme,),
+    "masks in folders": (mask_folders,),
+}
+CASES = [(layout, write) for layout, writers in LAYOUTS.items() for write in writers]
+
+
+@pytest.mark.parametrize("number_of_images", [20, 9])
+@pytest.mark.parametrize(("layout", "write"), CASES, ids=lambda x: getattr(x, "__name__", None))
+def test_every_object_survives_the_import_of_each_layout(layout, write, number_of_images, tmp_path):
+    source, folder = write(tmp_path / "export", range(1, number_of_images + 1)), tmp_path / "data"
+    before = {path: path.read_bytes() for path in (tmp_path / "export").rglob("*") if path.is_file()}
+    done = import_dataset(source, folder)
+    assert done.layout == layout
+    assert {path: path.read_bytes() for path in (tmp_path / "export").rglob("*") if path.is_file()} == before
+    found = {}
+    for split in done.counts:
+        data = CocoDataset(folder, split)
+        names = ["object"] if layout == "masks in folders" else sorted(CLASSES)
+        assert sorted(data.classes) == names
+        for sample in data:
+            number = int(Path(sample.file).stem.removeprefix("photo"))
+            found[number] = sample
+            expected = objects_of(number)
+            assert len(sample.masks) == len(expected)
+            for label, mask in zip(sample.labels, sample.masks, strict=True):
+                name = data.classes[label]
+                outline = dict(expected)[CLASSES.index(name)] if name in CLASSES else None
+                wanted = [mask_of(o) for o in ([outline] if outline is not None else dict(expected).values())]
+                assert any(np.array_equal(mask.numpy().astype(bool), w) for w in wanted)
+        annotations = read_annotations(folder / "annotations" / f"{split}.json")
+        assert not annotations.remarks
+        for annotation in annotations.annotations:
+            rle = to_run_lengths(annotation["segmentation"], SIZE)
+            assert annotation["area"] == coco_mask.area(rle)
+            assert annotation["bbox"] == coco_mask.toBbox(rle).tolist()
+            if isinstance(annotation["segmentation"], list):  # outlines stay outlines
+                assert write not in (mask_folders, voc)
+    assert sorted(found) == list(range(1, number_of_images + 1))
+    assert done.counts["val"][0] >= 1
+
+
+def test_images_are_linked_not_copied(tmp_path, monkeypatch):
+    source = coco_beside(tmp_path / "export", range(6))
+    import_dataset(source, tmp_path / "hard")
+    (image,) = (tmp_path / "hard").rglob("photo3.png")
+    assert image.samefile(source.parent / "photo3.png")
+
+    def refuse(*paths: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr(os, "link", refuse)
+    done = import_dataset(source, tmp_path / "symbolic")
+    assert any("6 images linked to the source" in remark for remark in done.remarks)
+    (image,) = (tmp_path / "symbolic").rglob("photo3.png")
+    assert image.is_symlink()
+    monkeypatch.setattr(os, "symlink", refuse)
+    done = import_dataset(source, tmp_path / "copies")
+    assert any("6 images copied" in remark for remark in done.remarks)
+    assert len(CocoDataset(tmp_path / "copies", "train")) + len(CocoDataset(tmp_path / "copies", "val")) == 6
+
+
+def test_the_division_is_seeded_and_keeps_near_duplicates_together(tmp_path):
+    source = coco_beside(tmp_path / "export", range(40))
+    content = json.loads(source.read_text())
+    for n in range(0, 40, 4):  # photo 0, 4, 8 … exist twice: brighter, or as another version of Roboflow's
+        original = source.parent / f"photo{n}.png"
+        name = f"photo{n}_png.rf.0a1b{n}.png" if n % 8 else f"brighter{n}.jpg"
+        brighter = np.clip(np.asarray(Image.open(original)).astype(int) * (1 if n % 8 else 1.1), 0, 255)
+        Image.fromarray(brighter.astype(np.uint8)).save(source.parent / name, quality=90)
+        image = {"id": 100 + n, "file_name": name, "height": SIZE[0], "width": SIZE[1]}
+        content["images"].append(image)
+    source.write_text(json.dumps(content))
+    draws = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        done = import_dataset(source, tmp_path / name, seed=seed)
+        assert any("20 images with near-duplicates are on the side of these" in remark for remark in done.remarks)
+        val = {path.name for path in (tmp_path / name / "images" / "val").iterdir()}
+        assert 8 <= len(val) <= 12
+        for n in range(0, 40, 4):
+            twin = f"photo{n}_png.rf.0a1b{n}.png" if n % 8 else f"brighter{n}.jpg"
+            assert (f"photo{n}.png" in val) == (twin in val)
+        draws[name] = val
+    assert draws["a"] == draws["b"] != draws["c"]
+
+
+def test_each_class_has_its_share_of_the_validation_images(tmp_path):
+    source = coco_beside(tmp_path / "export", range(60))
+    content = json.loads(source.read_text())
+    content["categories"].append({"id": 9, "name": "rare"})
+    for annotation in content["annotations"]:
+        if annotation["image_id"] < 10 and annotation["category_id"] == 5:
+            annotation["category_id"] = 9
+    source.write_text(json.dumps(content))
+    for seed in range(4):
+        import_dataset(source, tmp_path / f"{seed}", seed=seed)
+        val = read_annotations(tmp_path / f"{seed}" / "annotations" / "val.json")
+        assert sum(annotation["category_id"] == 3 for annotation in val.annotations) == 2
+
+
+def test_duplicates_between_the_splits_of_the_source_are_told(tmp_path):
+    folder = roboflow(tmp_path / "export", range(12))
+    assert not any("near-duplicates" in remark for remark in import_dataset(folder, tmp_path / "clean").remarks)
+    content = json.loads((folder / "valid" / "_annotations.coco.json").read_text())
+    (folder / "train" / "photo0.png").rename(folder / "train" / "same.png")
+    train = (folder / "train" / "_annotations.coco.json").read_text().replace("photo0.png", "same.png")
+    (folder / "train" / "_annotations.coco.json").write_text(train)
+    Image.open(folder / "train" / "same.png").save(folder / "valid" / content["images"][0]["file_name"])
+    done = import_dataset(folder, tmp_path / "data")
+    assert any("1 images are near-duplicates of one in another split" in remark for remark in done.remarks)
+
+
+def test_near_duplicates_are_transitive_and_few(tmp_path):
+    paths = [picture(tmp_path, n) for n in range(200)]
+    assert len(set(groups_of_duplicates(paths, [difference_hash(path) for path in paths]))) == 200
+    image = np.asarray(Image.open(paths[0])).astype(int)
+    chain = []
+    for shift in range(5):
+        chain.append(tmp_path / f"{shift}.png")
+        Image.fromarray(np.clip(image + 6 * shift, 0, 255).astype(np.uint8)).save(chain[-1])
+    groups = groups_of_duplicates(chain + paths, [difference_hash(path) for path in chain + paths])
+    assert len(set(groups)) == 200
+    assert len(set(groups[:6])) == 1
+    assert base_name(Path("a_jpg.rf.0ab.jpg")) == base_name(Path("A.jpg")) == "a"
+
+
+def test_crowds_holes_and_parts_survive(tmp_path):
+    source = coco_beside(tmp_path / "export", range(4))
+    content = json.loads(source.read_text())
+    ring = np.zeros(SIZE, bool)
+    ring[5:25, 5:25] = True
+    ring[10:20, 10:20] = False
+    (rle,) = encode_masks(ring[None])
+    content["annotations"][0]["segmentation"] = rle
+    content["annotations"][1] |= {"segmentation": [ARROW.tolist(), (HOUSE).tolist()]}
+    content["annotations"].append(
+        {"id": 99, "image_id": 0, "category_id": 5, "segmentation": rle, "iscrowd": 1, "bbox": [5, 5, 20, 20]}
+    )
+    source.write_text(json.dumps(content))
+    import_dataset(source, tmp_path / "data")
+    splits = [read_annotations(tmp_path / "data" / "annotations" / f"{s}.json").annotations for s in ("train", "val")]
+    annotations = [annotation for split in splits for annotation in split]
+    assert sum(annotation["iscrowd"] for annotation in annotations) == 1
+    assert sum(annotation["area"] == ring.sum() for annotation in annotations) == 2
+    assert any(len(annotation["segmentation"]) == 2 for annotation in annotations if not annotation["iscrowd"])
+
+
+def test_labelme_joins_the_parts_of_a_group(tmp_path):
+    source = labelme(tmp_path / "export", range(1, 5))
+    file = source / "photo1.json"
+    content = json.loads(file.read_text())
+    for shape in content["shapes"]:
+        shape |= {"label": "cat", "group_id": 3}
+    circle = {"label": "dog", "points": [[20, 20], [20, 30]], "shape_type": "circle"}
+    content["shapes"] += [circle, {"label": "dog", "points": [[1, 1], [3, 3]], "shape_type": "line"}]
+    content["shapes"] += [{"label": "dog", "points": [[1, 1], [9, 9]], "shape_type": "rectangle"}]
+    file.write_text(json.dumps(content))
+    done = import_dataset(source, tmp_path / "data")
+    assert "1 shapes of the type line, left out" in done.remarks
+    assert "1 objects with a box and no mask, left out" in done.remarks
+    samples = {Path(s.file).stem: s for split in done.counts for s in CocoDataset(tmp_path / "data", split)}
+    parts, disk = sorted(samples["photo1"].masks, key=lambda mask: -int(mask.sum()))
+    expected = np.any([mask_of(outline) for _, outline in objects_of(1)], axis=0)
+    areas = sorted([int(parts.sum()), int(disk.sum())])
+    assert areas == sorted([int(expected.sum()), areas[0] if areas[1] == expected.sum() else areas[1]])
+    assert abs(min(areas, key=lambda a: abs(a - np.pi * 100)) - np.pi * 100) < 12
+
+
+def change(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def without_masks(file: Path) -> None:
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = []
+    file.write_text(json.dumps(content))
+
+
+BROKEN = [
+    (coco_beside, "labels.json", lambda f: f.write_text(f.read_text()[:100]), "is not valid json"),
+    (coco_beside, "labels.json", without_masks, "objects with boxes alone; the model learns from masks"),
+    (coco_beside, "labels.json", lambda f: change(f, "photo", "other"), "'other1.png' of .* is not among the 9 images"),
+    (coco_beside, "labels.json", lambda f: change(f, '"id": 5, "name"', '"id": 6, "name"'), "category id 6 occurs"),
+    (coco_beside, "labels.json", lambda f: change(f, "dog", "cat"), "two classes have the name 'cat'"),
+    (
+        coco_own,
+        "annotations/instances_train2017.json",
+        lambda f: f.rename(f.parent / "all_train.json"),
+        "2 annotation files",
+    ),
+    (roboflow, "train/_annotations.coco.json", lambda f: f.unlink(), "but no training split; rename one to train"),
+    (yolo, "data.yaml", lambda f: change(f, "images/train", "images/trian"), "'train: ../images/trian' does not exist"),
+    (yolo, "data.yaml", lambda f: f.write_text("names: []\ntrain: images/train"), "'names' must list the classes"),
+    (yolo, "data.yaml", lambda f: f.write_text("names: [cat]\ntrain: images/train"), "class '1' is not one of the 1"),
+    (yolo, "labels/train/photo1.txt", lambda f: f.write_text("0 1 2 3 4 5 6"), "photo1.txt, line 1: coordinates must"),
+    (yolo, "labels/train/photo1.txt", lambda f: f.write_text("\n0 0.1 0.2 0.3"), "photo1.txt, line 2: expected the"),
+    (yolo, "labels/train/photo1.txt", lambda f: f.write_text("0 0.1 x 0.3 1 1 0"), "line 1: something is not a number"),
+    (
+        yolo,
+        "labels",
+        lambda f: f.rename(f.parent / "texts"),
+        "has a label file; that of .*photo1.png would be .*labels",
+    ),
+    (cvat, "annotations.xml", lambda f: f.write_text(f.read_text()[:200]), "is not valid XML"),
+    (cvat, "annotations.xml", lambda f: change(f, "sub/photo1.png", "gone.png"), "'gone.png' of .* is not among the 9"),
+    (cvat, "annotations.xml", lambda f: change(f, 'width="64"', ""), "cannot be read as CVAT for images 1.1"),
+    (voc, "Annotations/photo1.xml", lambda f: change(f, "<name>cat</name>", ""), "<object> has no <name>"),
+    (voc, "JPEGImages/photo1.png", lambda f: f.unlink(), "'photo1.jpg' of .*photo1.xml is not among the 8 images"),
+    (voc, "SegmentationObject/photo1.png", lambda f: Image.new("L", (9, 9)).save(f), "is 9x9, its image 48x64"),
+    (voc, "SegmentationObject", lambda f: f.rename(f.parent / "other"), "15 objects with boxes alone"),
+    (voc_of_roboflow, "train/photo1.xml", lambda f: change(f, "<x1>5.0", "<x1>five"), "a polygon must hold x1, y1"),
+    (labelme, "photo1.json", lambda f: change(f, '"polygon"', '"circle"'), "a circle must have its centre"),
+    (labelme, "photo1.json", lambda f: change(f, "imageHeight", "height"), "has no 'imagePath', 'imageHeight'"),
+    (labelme, "photo2.json", lambda f: change(f, '"mask": "', '"mask": "x'), "the mask of a shape cannot be read"),
+    (labelme, "photo2.png", lambda f: f.unlink(), r"'..\\photo2.png' of .*photo2.json is not among the 8 images"),
+    (mask_folders, "photo1/masks/0.png", lambda f: f.write_bytes(b"no image"), "the mask .* cannot be read"),
+    (mask_folders, "photo1/masks/0.png", lambda f: Image.new("L", (9, 9)).save(f), "is 9x9, its image 48x64"),
+    (mask_folders, "photo1/images/photo1.png", lambda f: f.rename(f.parent / "a.txt"), "must hold one image"),
+]
+
+
+@pytest.mark.parametrize(
+    ("write", "file", "spoil", "says"), BROKEN, ids=[f"{w.__name__}-{i}" for i, (w, *_) in enumerate(BROKEN)]
+)
+def test_a_broken_export_is_refused_and_nothing_is_written(write, file, spoil, says, tmp_path):
+    source, folder = write(tmp_path / "export", range(1, 10)), tmp_path / "data"
+    spoil(tmp_path / "export" / file)
+    with pytest.raises(UserError, match=says):
+        import_dataset(source, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_what_cannot_be_imported(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        import_dataset(tmp_path / "none", tmp_path / "data")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no export of a known layout .*; it holds no files"):
+        import_dataset(tmp_path / "empty", tmp_path / "data")
+    picture(tmp_path / "empty", 1)
+    with pytest.raises(UserError, match=r"it holds 1 \.png"):
+        import_dataset(tmp_path / "empty", tmp_path / "data")
+    source = coco_beside(tmp_path / "one", range(1))
+    with pytest.raises(UserError, match="1 image of one photograph cannot be divided"):
+        import_dataset(source, tmp_path / "data")
+    with pytest.raises(UserError, match="between 0 and 1, got 20"):
+        import_dataset(source, tmp_path / "data", val=20)
+    with pytest.raises(UserError, match="exists already"):
+        import_dataset(source, tmp_path / "one")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    source = coco_beside(tmp_path / "export", range(6))
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device", "x.json")
+
+    monkeypatch.setattr(importing, "json", SimpleNamespace(dumps=full))
+    with pytest.raises(UserError, match="the disk is full"):
+        import_dataset(source, tmp_path / "data")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export"]
