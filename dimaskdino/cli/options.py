@@ -31,12 +31,13 @@ ModelSource = Annotated[
         "or owner/name on the Hugging Face Hub.",
     ),
 ]
-ConfigPath = Annotated[
-    str,
+TrainingConfig = Annotated[
+    str | None,
     arg(
         aliases=["--config-file"],
         metavar="CONFIG",
-        help="Name of a configuration ('dimaskdino config list'), or a YAML file of this kit or of the published code.",
+        help="Name of a configuration ('dimaskdino config list'), or a YAML file of this kit or of the published code; "
+        "by default config.yaml in the run folder, as 'dimaskdino new' writes it.",
     ),
 ]
 OptionalConfigPath = Annotated[

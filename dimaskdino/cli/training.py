@@ -1,15 +1,49 @@
-"""The commands about training runs: train, status, export."""
+"""The commands about training runs: new, train, status, export."""
 
 from pathlib import Path
 
 from tyro.conf import Positional
 
-from dimaskdino.cli.options import ConfigPath, ProcessCount, Settings, relaunch_distributed
-from dimaskdino.errors import UserError
+from dimaskdino.cli.options import ProcessCount, Settings, TrainingConfig, relaunch_distributed
+from dimaskdino.errors import UserError, writing
+
+
+def new(data: Positional[Path], run: Positional[Path], weights: str | None = None, minutes: float | None = None) -> int:
+    """Write a configuration for a dataset and this machine: a complete, commented config.yaml in a new run folder.
+
+    For example: dimaskdino new data/animals runs/animals
+
+    Image size, number of tokens, learning rate and length follow from the data by rules that the file names beside each
+    setting. A few steps are tried, so that the file fits the memory and the time is known.
+
+    Args:
+        data: COCO-format folder with a training and a validation split, such as 'dimaskdino data import' makes.
+        run: Run folder to make.
+        weights: Trained model to start from (as for predict): its architecture is kept, its class heads re-initialised.
+            By default a small backbone with ImageNet weights.
+        minutes: How long the training may take on this machine.
+    """
+    from dimaskdino.training.recipe import Machine, propose, try_out
+
+    if run.exists():
+        raise UserError(f"{run} exists already; choose another folder or delete it")
+    if minutes is not None and not minutes > 0:
+        raise UserError(f"--minutes must be positive, got {minutes:g}")
+    machine = Machine.here()
+    recipe, cost = try_out(propose(data, machine, weights), machine, minutes)
+    with writing(run):
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(recipe.text(), encoding="utf-8")
+    print(recipe.summary())
+    print(f"{cost}\nwritten: {run / 'config.yaml'}; next: dimaskdino train --run {run}")
+    return 0
 
 
 def train(
-    config: ConfigPath, overrides: Positional[Settings] = (), run: str | None = None, processes: ProcessCount = 1
+    overrides: Positional[Settings] = (),
+    config: TrainingConfig = None,
+    run: str | None = None,
+    processes: ProcessCount = 1,
 ) -> int:
     """Train a model, or resume a training.
 
@@ -19,8 +53,8 @@ def train(
     resumes from the last checkpoint. Ctrl-C finishes the step and saves before it stops.
 
     Args:
-        config: Configuration.
         overrides: Settings that differ from the configuration.
+        config: Configuration; by default the config.yaml in the run folder, as 'dimaskdino new' writes it.
         run: Run folder; OUTPUT_DIR among the settings is the same.
         processes: Number of training processes on this machine, one per GPU.
     """
@@ -31,6 +65,11 @@ def train(
     folder = pairs.get("OUTPUT_DIR") if run is None else run
     if not folder or not str(folder).strip():
         raise UserError("name the run folder: --run FOLDER")
+    if config is None and not (Path(folder) / "config.yaml").is_file():
+        raise UserError(
+            f"name the configuration: --config CONFIG, or make {folder} with 'dimaskdino new DATA {folder}'"
+        )
+    config = folder if config is None else config
     relaunch_distributed(processes)
     return train_in_this_process(config, str(folder), list(overrides))
 

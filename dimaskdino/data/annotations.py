@@ -25,6 +25,7 @@ from dimaskdino.errors import UserError
 LARGEST_ID = 2**63 - 1
 LARGEST_SIDE = 2**16 - 1  # pixels, of an image
 FARTHEST = 2.0**17  # pixels, of a coordinate
+_NO_MASK = "objects without a mask, left out"
 _MAKE_INTEGERS = f"must be an integer from 0 to {LARGEST_ID}; number the records"
 
 
@@ -86,6 +87,8 @@ def _area(value: Any) -> float | None:
 
 def _segmentation(value: Any, info: ValidationInfo) -> list[list[float]] | dict[str, Any] | None:
     if isinstance(value, list):
+        if not value:
+            info.context[_NO_MASK] += 1
         outlines = [_outline(outline) for outline in value]
         kept = [outline for outline in outlines if len(outline) >= 6]
         if len(kept) < len(outlines):
@@ -240,6 +243,12 @@ def inspect_records(content: dict[str, Any], file: Path) -> Annotations:
     )
     problems += wrong
     _number(annotations, mended)
+    objects = [annotation for annotation in annotations if not annotation["iscrowd"]]
+    if objects and not any(annotation["segmentation"] for annotation in objects):
+        problems.append(
+            f"none of the {len(objects):,} objects has a mask; the model needs masks, boxes are not enough. Export "
+            "polygons or masks from the annotation tool"
+        )
     named = tuple(f"{file}: {problem}" for problem in problems)
     return Annotations(file, records["images"], records["categories"], annotations, dict(mended), named)
 

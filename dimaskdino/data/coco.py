@@ -14,12 +14,12 @@ from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
 from dimaskdino.data.annotations import read_annotations, to_run_lengths
-from dimaskdino.data.images import load_image
+from dimaskdino.data.images import SUFFIXES, load_image
 from dimaskdino.errors import UserError
 
 # the known layouts: annotations file and image folders, {} is the split's name
 _LAYOUTS = (
-    ("annotations/instances_{}.json", ("images/{}", "{}", "images/10k/{}")),
+    ("annotations/instances_{}.json", ("images/{}", "{}", "images/10k/{}", "images")),
     ("annotations/{}.json", ("images/{}", "{}", "images")),
     ("{}/_annotations.coco.json", ("{}",)),
 )
@@ -81,7 +81,35 @@ def find_split(root: Path, split: str) -> tuple[Path, Path]:
             f"{file} is there but none of its image folders: {', '.join(str(root / f.format(split)) for f in folders)}"
         )
     tried = ", ".join(layout.format(split) for layout, _ in _LAYOUTS)
-    raise UserError(f"{root} has no annotations of the split '{split}' (looked for {tried})")
+    splits = find_splits(root)
+    if splits:
+        raise UserError(f"{root} has no annotations of the split '{split}', only of {', '.join(splits)}")
+    raise UserError(
+        f"{root} has no annotations of the split '{split}' (looked for {tried}; found {_content(root)}). "
+        f"'dimaskdino data import {root} FOLDER' makes a folder in this layout"
+    )
+
+
+def find_splits(root: Path) -> list[str]:
+    """Names of the splits that `find_split` finds in a folder, training first."""
+    names: list[str] = []
+    for annotations, _ in _LAYOUTS:
+        for file in sorted(root.glob(annotations.replace("{}", "*"))):
+            relative = file.relative_to(root).as_posix()
+            before, after = annotations.split("{}")
+            names.append(relative.removeprefix(before).removesuffix(after))
+        if names:  # COCO itself has more annotation files of the same images beside the instances
+            break
+    return sorted(dict.fromkeys(names), key=lambda name: (not name.startswith("train"), not name.startswith("val")))
+
+
+def _content(root: Path) -> str:
+    """The json files and the images in a folder, for messages."""
+    files = [path for path in root.rglob("*") if path.suffix.lower() in (*SUFFIXES, ".json")]
+    named = [str(path.relative_to(root)) for path in files if path.suffix.lower() == ".json"]
+    listed = ", ".join(sorted(named)[:5]) + (" …" if len(named) > 5 else "") or "no json file"
+    folders = sorted({str(path.parent.relative_to(root)) for path in files if path.suffix.lower() != ".json"})
+    return f"{listed}, and {len(files) - len(named):,} images" + (f" in {', '.join(folders[:5])}" if folders else "")
 
 
 class CocoDataset(torch.utils.data.Dataset[Sample]):

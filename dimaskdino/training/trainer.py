@@ -38,6 +38,7 @@ from dimaskdino.modeling import Detector, ImageBatch
 from dimaskdino.modeling.backbone import ResNet
 from dimaskdino.modeling.precision import autocast
 from dimaskdino.progress import progress_bar
+from dimaskdino.resources import find_model
 from dimaskdino.runs.folder import RunFolder, changed_settings
 from dimaskdino.signals import StopRequest
 from dimaskdino.threads import share_cores
@@ -174,9 +175,10 @@ class Trainer:
         if weights is None:
             return
         modules = self.config.train.weights_of
-        left = initialize_from(self.detector, load_checkpoint(weights).detector.state_dict(), str(weights), modules)
+        trained = load_checkpoint(find_model(str(weights)) or weights)
+        left = initialize_from(self.detector, trained.detector.state_dict(), str(weights), modules)
         if self.context.rank == 0:
-            new = f"; the classes differ, so these are re-initialised: {', '.join(left)}" if left else ""
+            new = f"; re-initialised for these classes or this backbone: {', '.join(left)}" if left else ""
             which = f" for {', '.join(modules)}" if modules else ""
             print(f"starting from {weights}{which}{new}")
 

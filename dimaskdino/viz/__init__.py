@@ -2,7 +2,7 @@
 
 from dimaskdino.viz.architecture import draw_architecture, draw_flow
 from dimaskdino.viz.curves import plot_first_and_last_layer, plot_layerwise_ap, plot_losses, plot_precision_recall
-from dimaskdino.viz.detections import draw_instances, draw_stages, paint_instances
+from dimaskdino.viz.detections import draw_instances, draw_samples, draw_stages, paint_instances
 from dimaskdino.viz.diagnostics import (
     plot_calibration,
     plot_gradient_conflict,
@@ -34,6 +34,7 @@ __all__ = [
     "draw_matching",
     "draw_object_stages",
     "draw_objects",
+    "draw_samples",
     "draw_sampling",
     "draw_selection",
     "draw_stages",

@@ -1,6 +1,8 @@
 """Detections drawn over their image."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -116,6 +118,38 @@ def draw_stages(
         each.set_axis_off()
     for each, (name, instances) in zip(axes, stages.items(), strict=False):
         draw_instances(image, instances, classes, threshold, each, short_name(name).replace("\n", " "))
+    return figure
+
+
+def draw_samples(samples: Sequence[Sample], classes: Sequence[str]) -> Figure:
+    """Draw annotated images in a grid: masks and boxes in the colour of their class.
+
+    Args:
+        samples: images with their objects.
+        classes: class names. A legend has the ten most frequent ones of these images.
+    """
+    columns = min(4, len(samples))
+    rows = -(-len(samples) // columns)
+    counts = Counter(label for sample in samples for label in sample.labels.tolist())
+    colours = {label: CYCLE[place % len(CYCLE)] for place, (label, _) in enumerate(counts.most_common())}
+    with style():
+        figure = NotebookFigure(figsize=(3.0 * columns, 3.0 * rows + 0.5), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for each in axes:
+            each.set_axis_off()
+        for each, sample in zip(axes, samples, strict=False):
+            canvas = sample.image.permute(1, 2, 0).numpy() / 255
+            for label, mask, box in zip(sample.labels.tolist(), sample.masks, sample.boxes.tolist(), strict=True):
+                covered = mask.bool().numpy()
+                canvas[covered] = 0.5 * canvas[covered] + 0.5 * np.array(to_rgb(colours[label]))
+                corner, width, height = box[:2], box[2] - box[0], box[3] - box[1]
+                each.add_patch(Rectangle(corner, width, height, fill=False, color=colours[label], linewidth=1.4))
+            each.imshow(canvas, extent=(0, canvas.shape[1], canvas.shape[0], 0))
+            each.set_title(data_label(Path(sample.file).name), fontsize=7)
+        shown = list(colours)[:10]
+        patches = [Rectangle((0, 0), 1, 1, color=colours[label]) for label in shown]
+        names = [data_label(classes[label]) for label in shown]
+        figure.legend(patches, names, loc="outside lower center", ncols=min(5, len(shown) or 1))
     return figure
 
 

@@ -100,11 +100,11 @@ def test_data_commands(tmp_path):
     assert "000001.jpg cannot be read" in broken.stderr
     assert run("data", "check", "shapes", "val", "--no-read", cwd=tmp_path).returncode == 0
     (tmp_path / "shapes" / "images" / "val" / "000001.jpg").unlink()
-    lacking = run("data", "check", "shapes", cwd=tmp_path)
-    assert "shapes has no annotations of the split 'train2017'" in lacking.stderr
+    lacking = run("data", "check", "shapes", "test", cwd=tmp_path)
+    assert "shapes has no annotations of the split 'test', only of train, val" in lacking.stderr
     lacking = run("data", "check", "shapes", "val", "--no-read", cwd=tmp_path)
     assert lacking.returncode == 1
-    assert "1 images are missing, the first shapes/images/val/000001.jpg" in lacking.stderr
+    assert "the image shapes/images/val/000001.jpg does not exist" in lacking.stderr
 
 
 def test_convert_accounts_for_every_key(tmp_path):

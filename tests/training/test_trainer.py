@@ -291,7 +291,7 @@ def test_fine_tuning_starts_from_a_trained_model(finished, shapes_data, tmp_path
     left = {"heads.label.weight", "heads.label.bias", "denoising.labels.weight"}
     assert all(torch.equal(started[key], value) for key, value in trained.items() if key not in left)
     assert all(len(started[key]) == 2 for key in left)
-    assert "these are re-initialised: heads.label.weight" in capsys.readouterr().out
+    assert "re-initialised for these classes or this backbone: denoising.labels.weight" in capsys.readouterr().out
 
     for weights, change, words in (
         (finished.path, "model.hidden_dim=64", "has another architecture"),
@@ -315,6 +315,29 @@ def test_a_model_can_start_from_some_modules_of_another(finished, shapes_data, t
         taken = key.partition(".")[0] in ("backbone", "pixel_decoder")
         assert torch.equal(value, trained[key] if taken else fresh[key]), key
     assert f"starting from {finished.path} for backbone, pixel_decoder" in capsys.readouterr().out
+
+
+def test_all_but_the_backbone_can_start_from_a_model_with_another_one(finished, shapes_data, tmp_path, capsys):
+    """What reads the backbone's channels is re-initialised, and so is what depends on the classes."""
+    trained = load(finished.path).detector
+    others = ", ".join(name for name, _ in trained.named_children() if name != "backbone")
+    chosen = (f"train.weights_of=[{others}]", "model.backbone.width=32", "model.classes=2")
+    data = two_classes(shapes_data, tmp_path / "data")
+    changed = settings(data, f"train.weights={finished.path}", *chosen)
+    torch.manual_seed(changed.train.seed)
+    fresh = Detector(changed.model).state_dict()
+    trainer = Trainer(changed, RunFolder(tmp_path / "run"), DistributedContext(0, 1, torch.device("cpu")))
+    started, taken = trainer.detector.state_dict(), trained.state_dict()
+    left = {key for key, value in started.items() if key in taken and value.shape != taken[key].shape}
+    for key, value in started.items():
+        own = key.startswith("backbone") or key in left
+        assert torch.equal(value, fresh[key] if own else taken[key]), key
+    reported = capsys.readouterr().out
+    assert {key for key in left if not key.startswith("backbone")} == {
+        *("heads.label.weight", "heads.label.bias", "denoising.labels.weight", "pixel_decoder.lateral.0.weight"),
+        *(f"pixel_decoder.projections.{level}.0.weight" for level in range(4)),
+    }
+    assert all(key in reported for key in left if not key.startswith("backbone"))
 
 
 def two_classes(shapes_data: Path, folder: Path) -> Path:

@@ -1,0 +1,166 @@
+"""What to know about a dataset before a training: what is wrong with it, and what a model can see of it."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pycocotools import mask as coco_mask
+
+from dimaskdino.config import Config, Resize
+from dimaskdino.data.annotations import Annotations, inspect_annotations, to_run_lengths
+from dimaskdino.data.coco import find_split
+from dimaskdino.data.images import load_image
+from dimaskdino.data.near_duplicates import shared_between
+from dimaskdino.data.summary import Statistics, describe
+from dimaskdino.errors import UserError
+from dimaskdino.progress import progress_bar
+
+CELL = 4  # pixels: the stride of the masks that the model predicts
+TINY_SHARE = 0.005  # of the objects, from which on it is told
+_SHOWN = 10
+_VARYING = re.compile(r"'[^']*'|\S*[/\\]\S*|-?\d+(\.\d+)?")
+
+
+@dataclass
+class SplitReport:
+    """What was found in one split.
+
+    Attributes:
+        split: its name.
+        statistics: counts; None if the annotations cannot be read.
+        problems: what has to be corrected.
+        advice: what to know, and what to do about it.
+        remarks: what is mended whenever the annotations are read.
+    """
+
+    split: str
+    statistics: Statistics | None = None
+    problems: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def check_dataset(root: Path, splits: Sequence[str], settings: Config, read: bool = True) -> list[SplitReport]:
+    """Check a COCO-format folder.
+
+    Args:
+        root: the folder.
+        splits: names of the splits.
+        settings: the image size and the numbers of tokens and detections that the data are compared with.
+        read: also read every image and mask, and look for photographs that are in several splits.
+    """
+    reports, files = [], {}
+    for split in splits:
+        report = SplitReport(split)
+        reports.append(report)
+        try:
+            file, folder = find_split(root, split)
+            annotations = inspect_annotations(file)
+        except UserError as error:
+            report.problems.append(str(error))
+            continue
+        found = report.statistics = describe(annotations, folder)
+        report.problems += annotations.problems
+        report.problems += [f"the image {path} does not exist" for path in found.missing_files]
+        report.remarks += annotations.remarks
+        report.advice += advice(annotations, found, settings)
+        present = [image for image in annotations.images if (folder / image["file_name"]) not in found.missing_files]
+        if read:
+            report.problems += _read(annotations, present, folder, split)
+            files[split] = [folder / image["file_name"] for image in present]
+    if len(files) > 1 and not any(report.problems for report in reports):
+        reports[-1].advice += _leaks(files)
+    return reports
+
+
+def _read(annotations: Annotations, images: list[dict[str, Any]], folder: Path, split: str) -> Iterator[str]:
+    """Problems with reading the images and decoding the masks."""
+    objects = defaultdict(list)
+    for annotation in annotations.annotations:
+        objects[annotation["image_id"]].append(annotation)
+    for image in progress_bar(images, f"reading {split}"):
+        size = (image["height"], image["width"])
+        try:
+            load_image(folder / image["file_name"], size)
+        except UserError as error:
+            yield str(error)
+        for annotation in objects[image["id"]]:
+            # empty lists of outlines are among the remarks
+            if annotation["segmentation"] and not coco_mask.area(to_run_lengths(annotation["segmentation"], size)):
+                yield f"annotation {annotation['id']} of image {image['id']} has an empty mask; correct or remove it"
+
+
+def _leaks(files: Mapping[str, Sequence[Path]]) -> list[str]:
+    pairs = shared_between(files)
+    if not pairs:
+        return []
+    listed = "; ".join(f"{first} and {second}" for first, second in pairs[:3])
+    return [
+        f"{len(pairs):,} images are near-duplicates of one in another split, so that scores are too good ({listed}). "
+        "Remove them from one split"
+    ]
+
+
+def advice(annotations: Annotations, found: Statistics, settings: Config) -> list[str]:
+    """What a model with these settings will have trouble with.
+
+    Args:
+        annotations: of one split.
+        found: their counts.
+        settings: image size, number of selected tokens and of detections.
+    """
+    told = []
+    objects = [a for a in annotations.annotations if not a["iscrowd"]]
+    sizes = {image["id"]: (image["height"], image["width"]) for image in annotations.images}
+    resize = settings.data.resize
+    tiny = sum(a["area"] * _scale(sizes[a["image_id"]], resize) ** 2 < CELL**2 for a in objects)
+    if tiny >= TINY_SHARE * max(len(objects), 1) and tiny:
+        told.append(
+            f"{tiny:,} of {len(objects):,} objects ({tiny / len(objects):.1%}) cover less than {CELL}x{CELL} pixels, a "
+            f"cell of the masks, at the model's size of images (shortest side {resize.shortest}, longest "
+            f"{resize.longest}); raise data.resize and data.jitter.size"
+        )
+    per_image = Counter(a["image_id"] for a in objects)
+    kept, detections = settings.model.selection.k[-1], settings.evaluation.detections
+    for limit, key in ((kept, "model.selection.k"), (detections, "evaluation.detections")):
+        crowded = sum(count > limit for count in per_image.values())
+        if crowded:
+            told.append(
+                f"{crowded:,} image{'s have' if crowded > 1 else ' has'} more than the {limit} objects that {key} "
+                f"allows, at most {max(per_image.values())}; raise {key}"
+            )
+    of_boxes = sum(abs(a["area"] - a["bbox"][2] * a["bbox"][3]) < 1e-3 * max(a["area"], 1) for a in objects)
+    if of_boxes > len(objects) / 20:
+        told.append(
+            f"{of_boxes:,} areas are those of the boxes, so that AP of small and large objects is wrong; 'dimaskdino "
+            "data import' computes areas from the masks"
+        )
+    lacking = [c.name for c in found.classes if not c.objects]
+    if lacking:
+        told.append(f"without a single object: {_shortened(lacking)}")
+    rare = [c.name for c in found.classes if 0 < c.objects < _SHOWN]
+    if rare:
+        told.append(f"with fewer than {_SHOWN} objects: {_shortened(rare)}")
+    return told
+
+
+def _scale(size: tuple[int, int], resize: Resize) -> float:
+    """By how much an image of size (h, w) is enlarged for the model."""
+    return min(resize.shortest / min(size), resize.longest / max(size))
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def grouped(problems: Sequence[str]) -> list[str]:
+    """The first of each kind of problem with the number of others like it, most frequent first, ten kinds at most."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for problem in problems:
+        kinds[_VARYING.sub("…", problem)].append(problem)
+    ordered = sorted(kinds.values(), key=len, reverse=True)
+    lines = [same[0] + (f" (and {len(same) - 1:,} more like it)" if len(same) > 1 else "") for same in ordered[:_SHOWN]]
+    return lines + ([f"and {len(ordered) - _SHOWN:,} more kinds of problems"] if len(ordered) > _SHOWN else [])
