@@ -276,6 +276,16 @@ class Schedule(Section):
     warmup: int = Field(10, ge=0, description="steps over which the rate rises linearly")
 
 
+class Validation(Section):
+    """Scoring of the last stage on the validation split during a training; the best weights are kept."""
+
+    every: PositiveInt | None = Field(None, description="steps; null: no validation, as published")
+    images: PositiveInt = Field(200, description="number of images at most, spread evenly over the split")
+    patience: PositiveInt | None = Field(
+        None, description="end the training after this number of validations without a better one; null: never"
+    )
+
+
 class Train(Section):
     """How a training runs."""
 
@@ -294,6 +304,10 @@ class Train(Section):
     )
     weights_of: tuple[str, ...] = Field(
         (), description="the modules that start from these weights, such as [backbone, pixel_decoder]; all if empty"
+    )
+    validation: Validation = Validation()
+    average: float | None = Field(
+        None, gt=0, lt=1, description="decay per step of an average of the weights (EMA), which is validated and saved"
     )
     seed: int = Field(0, ge=0)
     checkpoint_every: PositiveInt = Field(5000, description="steps")

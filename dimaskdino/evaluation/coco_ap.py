@@ -1,5 +1,6 @@
 """COCO box and mask AP of one set of detections."""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -122,10 +123,19 @@ def _percent(values: np.ndarray) -> float | None:
     return float(100 * np.mean(valid)) if valid.size else None
 
 
-def read_truth(annotations: Path) -> COCO:
+def read_truth(annotations: Path, images: Collection[int] | None = None) -> COCO:
     """Read the annotations of a split for scoring.
+
+    Args:
+        annotations: the file.
+        images: ids of the images to score on; all if None.
 
     Raises:
         UserError: the file or one of its records cannot be used.
     """
-    return COCO(read_annotations(annotations).as_coco())
+    content = read_annotations(annotations).as_coco()
+    if images is not None:
+        chosen = set(images)
+        content["images"] = [image for image in content["images"] if image["id"] in chosen]
+        content["annotations"] = [found for found in content["annotations"] if found["image_id"] in chosen]
+    return COCO(content)

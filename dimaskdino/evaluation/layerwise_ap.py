@@ -265,20 +265,27 @@ def detect_layers(
             detections: dict[str, list[Detections]] = {}
             while not detections or len(next(iter(detections.values()))) < len(store.images_of(part)):
                 batch = next(loaded)
-                for name, images in _detect(model, batch, stages, data.category_ids).items():
+                for name, images in detect_batch(model, batch, stages, data.category_ids).items():
                     detections.setdefault(name, []).extend(images)
                 progress.update(len(batch.images))
             store.write(part, detections)
     return store
 
 
-def _detect(
+def detect_batch(
     model: TrainedModel,
     batch: Batch,
     stages: Sequence[str] | None,
     category_ids: Sequence[int],
 ) -> dict[str, list[Detections]]:
-    """Detections in each image of a batch, by stage."""
+    """Detections in each image of a batch, at its original size, by stage.
+
+    Args:
+        model: the model.
+        batch: images as `evaluation_loader` gives them.
+        stages: names of the stages; all if None.
+        category_ids: the dataset's category id of each label.
+    """
     images = ImageBatch.from_images(batch.images, model.device)
     predictions = model.forward(images)
     detections = model.config.evaluation.detections

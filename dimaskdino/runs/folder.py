@@ -56,6 +56,11 @@ class RunFolder:
         return self.checkpoints / "model.safetensors"
 
     @property
+    def best(self) -> Path:
+        """The weights with the best validation, if the training validates."""
+        return self.checkpoints / "best.safetensors"
+
+    @property
     def figures(self) -> Path:
         return self.path / "figures"
 
@@ -298,6 +303,7 @@ class Metrics:
         self.stream.write(json.dumps(record | {"time": _now()}) + "\n")
         self.stream.flush()
         flat = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        flat |= {f"validation/{name}": value for name, value in record.get("validation", {}).items()}
         for name, value in (flat | record.get("losses", {})).items():
             self.board.add_scalar(name, value, record["step"])
 
@@ -342,10 +348,17 @@ def _now(seconds: float | None = None) -> str:
 _NEUTRAL = (
     *("data.root", "data.workers", "data.val", "data.resize"),
     *("train.accumulate", "train.compile", "train.checkpoint_activations"),
-    *("train.checkpoint_every", "train.keep", "train.log_every", "evaluation"),
+    *("train.checkpoint_every", "train.keep", "train.log_every", "train.validation", "evaluation"),
 )
 # settings that do not change what the weights mean, so that a resumed run may change them; steps only grow
-_RESUMABLE = ("data.skip_bad_images", "optimizer.lr", "schedule.steps", "train.batch_size", "train.precision")
+_RESUMABLE = (
+    "data.skip_bad_images",
+    "optimizer.lr",
+    "schedule.steps",
+    "train.average",
+    "train.batch_size",
+    "train.precision",
+)
 
 
 def distinct_names(paths: Sequence[Path | str]) -> list[str]:

@@ -174,6 +174,7 @@ def _choices(base: Config, found: Statistics, machine: Machine, weights: str | N
         "train.batch_size": (batch, "of the starting point" if weights is None else "small, for few images"),
         "train.precision": ("bf16" if machine.bf16 else "fp32", machine.name),
         "train.checkpoint_every": (max(50, steps // 12), "about twelve resume points per training"),
+        "train.validation.every": (max(50, steps // 12), "as often; the best weights are kept"),
     }
     if selected != base.model.selection.k:
         choices["model.selection.k"] = (selected, f"the most crowded image has {most} objects")
@@ -236,6 +237,7 @@ def try_out(recipe: Recipe, machine: Machine, minutes: float | None = None) -> t
                 "schedule.drops": ((round(0.75 * steps), round(0.9 * steps)), "at 75 and 90 % of the steps"),
                 "schedule.warmup": (min(100, steps // 10), "a tenth of the steps, at most 100"),
                 "train.checkpoint_every": (max(50, steps // 12), "about twelve resume points per training"),
+                "train.validation.every": (max(50, steps // 12), "as often; the best weights are kept"),
             },
         )
     return recipe, (

@@ -39,12 +39,13 @@ from dimaskdino.modeling.backbone import ResNet
 from dimaskdino.modeling.precision import autocast
 from dimaskdino.progress import progress_bar
 from dimaskdino.resources import find_model
-from dimaskdino.runs.folder import RunFolder, changed_settings
+from dimaskdino.runs.folder import Metrics, RunFolder, changed_settings
 from dimaskdino.signals import StopRequest
 from dimaskdino.threads import share_cores
 from dimaskdino.training.criterion import Losses, criterion
 from dimaskdino.training.optimizer import build_optimizer, set_rate
 from dimaskdino.training.resume_points import load_resume_point, save_resume_point
+from dimaskdino.training.validation import Best, Validator, averaged
 
 
 class NonFiniteLossError(UserError):
@@ -141,6 +142,9 @@ class Trainer:
         self._saved_step = -1  # of the newest resume point
         self._resumed_at = -1
         self._changed: dict[str, Any] = {}  # settings that differ from those of the resumed run
+        self.validator = Validator(config, context) if config.train.validation.every else None
+        self.best = Best()
+        self.average = averaged(self.detector, config.train.average) if config.train.average else None
         self._resume()
         arrange(self.detector, config)
         self.model: nn.Module = self.detector
@@ -167,6 +171,9 @@ class Trainer:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step = self._saved_step = self._resumed_at = state["step"]
+        self.best = Best(**state.get("validation", {}))
+        if self.average and state.get("average"):
+            self.average.load_state_dict(state["average"])
         # validated first: settings that are newer than the run then have their defaults, and are no change
         before = Config.model_validate_json(state["config"]).model_dump(mode="json")
         self._changed = changed_settings(before, self.config.model_dump(mode="json"))
@@ -203,6 +210,8 @@ class Trainer:
             "step": self.step,
             "config": self.config.model_dump_json(),
             "classes": self.data.classes,
+            "validation": self.best.state(),
+            "average": self.average.state_dict() if self.average else None,
         }
         save_resume_point(self.folder.checkpoints, state, self.config.train.keep)
         self._saved_step = self.step
@@ -224,7 +233,7 @@ class Trainer:
             if self._changed:
                 metrics.write({"step": self.step, "changed": self._changed})
             logged, started = self.step, time.perf_counter()
-            while self.step < steps:
+            while self.step < steps and not self._out_of_patience():
                 parts = self._load(parts_of_steps)
                 with share_cores():
                     terms, norm = self._train_step(parts)
@@ -239,7 +248,9 @@ class Trainer:
                 for reason in (r for part in parts for r in part.skipped):
                     metrics.write({"step": self.step, "skipped": reason})
                     progress.write(f"skipped: {reason}")
-                if self.step % every == 0 or self.step == steps or self._stopping:
+                if self._validates():
+                    self._validate(metrics, progress)
+                if self.step % every == 0 or self.step == steps or self._stopping or self._out_of_patience():
                     self._save()
                 if self._stopping and self.step < steps:
                     reason = self._stop.received or "a signal to another process"
@@ -248,7 +259,41 @@ class Trainer:
                     )
             progress.close()
         if self.context.rank == 0:
-            save_model(self.folder.model, self.detector, self.config, self.data.classes, self.step)
+            self._save_model(self.folder.model)
+            if self.validator and self.best.step:
+                print(f"best validation at step {self.best.step}; its weights: {self.folder.best}")
+
+    @property
+    def _result(self) -> Detector:
+        """What the training gives: the average of the weights, if there is one."""
+        return self.average.module if self.average else self.detector
+
+    def _save_model(self, path: Path) -> None:
+        save_model(path, self._result, self.config, self.data.classes, self.step)
+
+    def _validates(self) -> bool:
+        every = self.config.train.validation.every
+        return every is not None and (self.step % every == 0 or self.step == self.config.schedule.steps)
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.train.validation.patience
+        return self.validator is not None and patience is not None and self.best.without_better >= patience
+
+    def _validate(self, metrics: Metrics, progress: Any) -> None:
+        assert self.validator is not None
+        result = self.validator.score(self._result)
+        better = self.best.update(result, self.step)
+        if self.context.rank:
+            return
+        if better:
+            self._save_model(self.folder.best)
+        metrics.write({"step": self.step, "validation": result, "best_step": self.best.step})
+        text = f"step {self.step}: box AP {result['box_AP']:.1f}, mask AP {result['mask_AP']:.1f}"
+        progress.write(f"{text} on {result['images']} images of {self.config.data.val}{', the best' if better else ''}")
+        if self._out_of_patience():
+            progress.write(
+                f"no better validation for {self.best.without_better} times (train.validation.patience): training ends"
+            )
 
     def _load(self, parts: Iterator[Batch]) -> list[Batch]:
         """This process's parts of the next step. A bad image saves the state before it stops the run."""
@@ -285,6 +330,8 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.update_parameters(self.detector)
         self._stopping = signals.get() > 0 or (self.context.world_size == 1 and self._stop.received is not None)
         return terms, norm
 

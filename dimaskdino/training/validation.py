@@ -1,0 +1,101 @@
+"""Scoring of the last stage during a training, and an average of the weights."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from dimaskdino.checkpoints.model_files import TrainedModel
+from dimaskdino.config import Config
+from dimaskdino.data.dataloader import batches, evaluation_dataset, evaluation_loader
+from dimaskdino.distributed import DistributedContext
+from dimaskdino.evaluation.coco_ap import average_precision, read_truth
+from dimaskdino.evaluation.detections import Detections
+from dimaskdino.evaluation.layerwise_ap import detect_batch
+from dimaskdino.modeling import Detector
+
+
+class Validator:
+    """Box and mask AP of the last stage on images that are spread evenly over the validation split.
+
+    Args:
+        config: all settings; `train.validation.images` bounds the time and memory.
+        context: the processes, which share the images.
+
+    Raises:
+        UserError: the split cannot be used, or has another number of classes.
+    """
+
+    def __init__(self, config: Config, context: DistributedContext) -> None:
+        self.config, self.context = config, context
+        self.data = evaluation_dataset(config)
+        self.data.check_classes(config.model.classes)
+        count = min(config.train.validation.images, len(self.data))
+        self.positions = [len(self.data) * i // count for i in range(count)]
+        self.truth = read_truth(self.data.annotations_file, [self.data.images[p]["id"] for p in self.positions])
+
+    def score(self, detector: Detector) -> dict[str, Any]:
+        """`box_AP`, `mask_AP` and the number of `images`. The detector's mode and weights stay as they are."""
+        model = TrainedModel(detector, self.config, self.data.classes, 0, self.config.train.precision)
+        last = f"decoder.{self.config.model.decoder.layers}"
+        own = self.positions[self.context.rank :: self.context.world_size]
+        found: list[Detections] = []
+        was_training = detector.training
+        detector.eval()
+        try:
+            for batch in batches(evaluation_loader(self.data, self.config, [own])):
+                found += detect_batch(model, batch, [last], self.data.category_ids)[last]
+        finally:
+            detector.train(was_training)
+        parts = [part for part in self.context.gather(Detections.joined(found) if found else None) if part]
+        detections = Detections.joined(parts)
+        box, mask = (
+            average_precision(self.truth, rows, kind).AP or 0.0
+            for rows, kind in ((detections.boxes, "box"), (detections.masks, "mask"))
+        )
+        return {"box_AP": box, "mask_AP": mask, "images": len(self.positions)}
+
+
+@dataclass
+class Best:
+    """The best validation so far: part of a resume point, so that a resumed run goes on as an undisturbed one.
+
+    Attributes:
+        score: mean of box and mask AP.
+        step: of that validation; 0 before the first.
+        without_better: number of validations since then.
+    """
+
+    score: float = -1.0
+    step: int = 0
+    without_better: int = 0
+
+    def update(self, result: dict[str, Any], step: int) -> bool:
+        """Count a validation; whether it is the best so far."""
+        score = (result["box_AP"] + result["mask_AP"]) / 2
+        if score > self.score:
+            self.score, self.step, self.without_better = score, step, 0
+            return True
+        self.without_better += 1
+        return False
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def averaged(detector: Detector, decay: float) -> AveragedModel:
+    """An exponential moving average of a detector's weights: θ̄ ← d·θ̄ + (1 − d)·θ after every step.
+
+    The decay d rises to its value as min(decay, (1 + t) / (10 + t)) with the number t of steps, so that an early
+    average does not remember the random start. Statistics of batch norm are the detector's, which are averages already.
+    """
+
+    @torch.no_grad()
+    def average(means: Sequence[Tensor], values: Sequence[Tensor], count: Tensor) -> None:
+        t = int(count)
+        torch._foreach_lerp_(list(means), list(values), 1 - min(decay, (1 + t) / (10 + t)))
+
+    return AveragedModel(detector, multi_avg_fn=average)
