@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any, get_args, overload
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image
 from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
 
 from dimaskdino.checkpoints import TrainedModel, load_checkpoint, save_model
 from dimaskdino.checkpoints.model_files import MODEL
 from dimaskdino.config import Config
 from dimaskdino.data.coco import Sample, encode_masks
-from dimaskdino.data.images import ImageInput, to_image_tensor
+from dimaskdino.data.images import SUFFIXES, ImageInput, to_image_tensor
 from dimaskdino.errors import UserError, writing
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.evaluation.predict import predict_images
@@ -97,16 +99,25 @@ class Result:
         return self.plot()._repr_png_()  # type: ignore[attr-defined]
 
     def save(self, path: str | Path) -> None:
-        """Save the picture of `plot`; the suffix names the format, such as `.png`, `.jpg`, `.pdf` or `.svg`.
+        """Save the image with the detections drawn in the colours of their classes.
+
+        Args:
+            path: the suffix names the format. Images (`.png`, `.jpg`, …) have the size of the photograph; vector
+                graphics (`.pdf`, `.svg`) hold the figure of `plot`.
 
         Raises:
             UserError: the format is unknown or the file cannot be written.
         """
+        from dimaskdino.viz import paint_instances
+
         path = Path(path)
         try:
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self.plot().savefig(path)
+                if path.suffix.lower() in SUFFIXES:
+                    Image.fromarray(paint_instances(self.image, self.instances, self.classes)).save(path)
+                else:
+                    self.plot().savefig(path)
         except ValueError as error:  # an unknown format
             raise UserError(f"cannot write {path}: {error}") from None
 
@@ -209,7 +220,7 @@ class Model(TrainedModel):
         name = self.stages[-1] if stage is None else stage
         detected = predict_images(self, tensors, [name], batch_size) if tensors else []
         results = [
-            Result(image, _above(instances[name], threshold), tuple(self.classes), name)
+            Result(image, _shown(instances[name], threshold, image), tuple(self.classes), name)
             for image, instances in zip(tensors, detected, strict=True)
         ]
         return results if several else results[0]
@@ -331,11 +342,12 @@ def find_device(device: str | torch.device = "auto") -> torch.device:
         raise UserError(f"the device '{device}' cannot be used here: {reason}") from None
 
 
-def _above(instances: Instances, threshold: float) -> Instances:
+def _shown(instances: Instances, threshold: float, image: Tensor) -> Instances:
+    """The detections of a score, with boxes that end where the image (3, h, w) does."""
     keep = instances.scores >= threshold
     return replace(
         instances,
-        boxes=instances.boxes[keep],
+        boxes=clip_boxes_to_image(instances.boxes[keep], (image.shape[-2], image.shape[-1])),
         scores=instances.scores[keep],
         labels=instances.labels[keep],
         mask_index=instances.mask_index[keep],

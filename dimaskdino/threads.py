@@ -36,6 +36,12 @@ class _Reading:
         return cls(time.monotonic(), busy, own.user + own.system)
 
 
+def available_cores() -> int:
+    """Number of cores that this process may use, which a container or a scheduler may bound."""
+    affinity = getattr(psutil.Process(), "cpu_affinity", None)  # not on macOS
+    return len(affinity()) if affinity else psutil.cpu_count() or 1
+
+
 def thread_count(cores: int, others: float, most: int) -> int:
     """Number of threads beside other programs.
 

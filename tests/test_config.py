@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dimaskdino.config import Config, dump_config, keys_of, load_config
+from dimaskdino.config import Config, describe_settings, dump_config, keys_of, load_config, parse_config
 from dimaskdino.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -97,6 +97,18 @@ def test_wrong_overrides_name_the_key_and_the_way_out(override, message, tmp_pat
 def test_wrong_files(text, message, tmp_path):
     with pytest.raises(UserError, match=message):
         load_config(write(tmp_path, text))
+
+
+def test_settings_are_listed_with_default_type_and_meaning():
+    lines = describe_settings()
+    assert {line.partition("=")[0] for line in lines} == {*keys_of(), "data.shapes"}
+    assert "model.denoising.label_noise=0.2  (float >= 0 and <= 1)  # probability of a random class" in lines
+    assert (
+        "model.backbone.norm=frozen  (one of frozen, batch)  # frozen batch norm, or trained, for training"
+        in "\n".join(lines)
+    )
+    listed = [line.partition("  (")[0] for line in lines if "shapes" not in line]
+    assert parse_config({}, listed, "the list") == Config()
 
 
 def test_every_key_can_be_set_by_its_listed_name():

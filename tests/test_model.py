@@ -11,6 +11,7 @@ from golden import FOLDER, read, state_dict
 from PIL import Image
 from pycocotools import mask as coco_mask
 from small import settings, trained_file
+from torchvision.ops import clip_boxes_to_image
 
 import dimaskdino
 from dimaskdino import UserError
@@ -18,8 +19,10 @@ from dimaskdino.data.coco import CocoDataset
 from dimaskdino.data.images import to_image_tensor
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.evaluation.predict import predict_images
+from dimaskdino.modeling import Instances
 from dimaskdino.predict_files import predict_files
 from dimaskdino.resources import MODELS
+from dimaskdino.viz import paint_instances
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +149,36 @@ def test_pictures(model, pixels, tmp_path):
     for name in ("a/out.png", "out.jpg", "out.pdf"):
         result.save(tmp_path / name)
         assert (tmp_path / name).stat().st_size > 1000
+    with Image.open(tmp_path / "a" / "out.png") as drawn:
+        assert drawn.size == (pixels.shape[1], pixels.shape[0])
     data, metadata = result._repr_png_()
     assert data.startswith(b"\x89PNG")
     assert "60 detections" in metadata["alt"]
     with pytest.raises(UserError, match="cannot write"):
         result.save(tmp_path / "out.unknown")
+
+
+def test_drawn_detections_have_the_colour_of_their_class():
+    boxes = torch.tensor([[10.0, 30, 40, 60], [50, 30, 80, 60], [10, 70, 40, 95]])
+    masks = torch.zeros(3, 100, 100, dtype=torch.bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[y0:y1, x0:x1] = True
+    labels = torch.tensor([1, 0, 1])
+    instances = Instances(boxes, torch.tensor([0.9, 0.8, 0.7]), labels, masks, torch.arange(3))
+    canvas = paint_instances(torch.zeros(3, 100, 100, dtype=torch.uint8), instances, ["a", "b"])
+    assert canvas.shape == (100, 100, 3)
+    inside = [tuple(canvas[50, 25]), tuple(canvas[50, 65]), tuple(canvas[90, 25])]
+    assert inside[0] == inside[2] != inside[1]
+    assert tuple(canvas[98, 98]) == (0, 0, 0)
+
+
+def test_boxes_end_where_the_image_does(model, pixels):
+    boxes = model.predict(pixels, threshold=0).boxes
+    assert boxes.min() >= 0
+    assert boxes[:, 2].max() <= pixels.shape[1]
+    assert boxes[:, 3].max() <= pixels.shape[0]
+    raw = predict_images(model, [torch.from_numpy(pixels).permute(2, 0, 1)], [model.stages[-1]])[0][model.stages[-1]]
+    torch.testing.assert_close(boxes, clip_boxes_to_image(raw.boxes, pixels.shape[:2]))
 
 
 def test_supervision(model, pixels):

@@ -3,13 +3,13 @@
 Commands import what they need when they run, so that help is fast.
 """
 
-import re
 import sys
 from collections.abc import Sequence
 
 from tyro.extras import SubcommandApp
 
 from dimaskdino.cli import config, data, models, notebooks, training
+from dimaskdino.cli.options import SETTING
 from dimaskdino.errors import Stopped, UserError, explain_os_error
 from dimaskdino.signals import EXIT_STOPPED, end_with_parent
 
@@ -29,13 +29,10 @@ for _function in (config.show, config.keys, config.names):
 app.command(_config, name="config", help="List configurations and settings, or show a configuration.")
 
 
-_SETTING = re.compile(r"[a-z]\w*(\.\w+)+=")
-
-
 def settings_first(arguments: Sequence[str]) -> list[str]:
     """The arguments with all settings (`train.seed=1`) before the first option, wherever they were written."""
-    settings = [argument for argument in arguments if _SETTING.match(argument)]
-    rest = [argument for argument in arguments if not _SETTING.match(argument)]
+    settings = [argument for argument in arguments if SETTING.match(argument)]
+    rest = [argument for argument in arguments if not SETTING.match(argument)]
     first_option = next((i for i, argument in enumerate(rest) if argument.startswith("-")), len(rest))
     return [*rest[:first_option], *settings, *rest[first_option:]]
 

@@ -26,10 +26,13 @@ def show(config: Positional[str], overrides: Positional[Settings] = ()) -> int:
 
 
 def keys() -> int:
-    """List every setting by its key."""
-    from dimaskdino.config import keys_of
+    """List every setting: its key, default, type and meaning.
 
-    print("\n".join(keys_of()))
+    For example: dimaskdino config keys | grep selection
+    """
+    from dimaskdino.config import describe_settings
+
+    print("\n".join(describe_settings()))
     return 0
 
 

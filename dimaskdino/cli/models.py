@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from dimaskdino.cli.options import (
+    SETTING,
     Device,
     ModelSource,
     OptionalConfigPath,
@@ -128,7 +129,7 @@ def _score(model: "Model", store: "DetectionStore", split: str | None, folder: P
 
 def predict(
     model: Positional[ModelSource],
-    images: Positional[Annotated[tuple[Path, ...], arg(metavar="IMAGE")]],
+    images_and_settings: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE KEY=VALUE")]],
     output: Path = Path("predictions"),
     stage: str | None = None,
     threshold: float = 0.3,
@@ -145,7 +146,8 @@ def predict(
 
     Args:
         model: The model.
-        images: Image files, videos (with the extra 'video'), or folders of them.
+        images_and_settings: Image files, videos (with the extra 'video'), or folders of them; and settings that differ
+            from the model's, such as data.resize.shortest=640.
         output: Folder for the drawn images and predictions.json.
         stage: Stage to show, such as decoder.1; the last decoder layer by default.
         threshold: Lowest score that is shown and written.
@@ -156,7 +158,11 @@ def predict(
     from dimaskdino.model import load
     from dimaskdino.predict_files import predict_files
 
-    trained = load(model, device=device, precision=precision)  # type: ignore[arg-type]
+    overrides = [text for text in images_and_settings if SETTING.match(text) and not Path(text).exists()]
+    images = [Path(text) for text in images_and_settings if text not in overrides]
+    if not images:
+        raise UserError("name the images: dimaskdino predict MODEL IMAGE, a file or a folder")
+    trained = load(model, device=device, precision=precision, overrides=overrides)  # type: ignore[arg-type]
     report = predict_files(trained, images, output, stage, threshold, batch_size)
     print(f"{report.detections} detections in {len(report.pictures)} files, {len(report.skipped)} skipped")
     if report.pictures and not report.detections:

@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,6 +9,8 @@ from tyro.conf import arg
 
 if TYPE_CHECKING:
     from dimaskdino.checkpoints.published_settings import Settings as PublishedSettings
+
+SETTING = re.compile(r"[a-z]\w*(\.\w+)+=")  # how an argument begins that is a setting
 
 Overrides = Annotated[
     tuple[str, ...],

@@ -16,6 +16,7 @@ from dimaskdino.data.transforms import evaluation_resize, large_scale_jitter
 from dimaskdino.errors import UserError
 from dimaskdino.modeling.structures import Targets, padded_size
 from dimaskdino.signals import HelperSignals
+from dimaskdino.threads import available_cores
 
 BAD_IMAGES_IN_A_ROW = 20  # more than that means a wrong folder
 
@@ -130,9 +131,14 @@ def training_loader(data: CocoDataset, settings: config.Config, first_step: int,
         _ByPosition(data, train.seed, settings.data.skip_bad_images),
         batch_sampler=positions,  # type: ignore[arg-type]
         collate_fn=collate,
-        num_workers=settings.data.workers,
+        num_workers=_workers(settings),
         worker_init_fn=_WorkerStart(),
     )
+
+
+def _workers(settings: config.Config) -> int:
+    """Loader processes: not more than there are cores, since more slow each other."""
+    return min(settings.data.workers, available_cores())
 
 
 def evaluation_dataset(settings: config.Config, split: str | None = None) -> CocoDataset:
@@ -149,7 +155,7 @@ def evaluation_loader(data: CocoDataset, settings: config.Config, groups: Sequen
         data,
         batch_sampler=positions,  # type: ignore[arg-type]
         collate_fn=collate,
-        num_workers=settings.data.workers if positions else 0,
+        num_workers=_workers(settings) if positions else 0,
         worker_init_fn=_WorkerStart(),
     )
 

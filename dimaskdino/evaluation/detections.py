@@ -24,7 +24,7 @@ from dimaskdino.errors import UserError
 from dimaskdino.modeling import Instances
 from dimaskdino.serialization import write_atomically, write_text
 
-PART = 50  # images
+PART, LEAST_PARTS = 50, 20  # images of a part; parts of a dataset, where it has that many images
 POLL_SECONDS = 0.5
 START_SECONDS = 600  # the first process may have to read a large model
 
@@ -135,8 +135,8 @@ class Detections:
 class DetectionStore(Mapping[str, Detections]):
     """Detections of every stage on disk. `store["decoder.6"]` reads one stage, so memory holds one at a time.
 
-    The dataset is split into parts of `PART` images. A part is one file, written atomically, so an interrupted
-    evaluation resumes with the missing parts.
+    The dataset is split into parts of `PART` images, a small one into twenty parts. A part is one file, written
+    atomically, so an interrupted evaluation resumes with the missing parts.
 
     Args:
         folder: folder of the files; None for a temporary folder that lives as long as this object.
@@ -154,7 +154,8 @@ class DetectionStore(Mapping[str, Detections]):
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self.folder = folder
         self.images = images
-        text, waited = json.dumps(about, indent=1, sort_keys=True), 0.0
+        self._part = max(1, min(PART, images // LEAST_PARTS))
+        text, waited = json.dumps(about | {"images per part": self._part}, indent=1, sort_keys=True), 0.0
         while not first and not self._is_about(text):
             time.sleep(POLL_SECONDS)
             waited += POLL_SECONDS
@@ -174,11 +175,11 @@ class DetectionStore(Mapping[str, Detections]):
 
     @property
     def parts(self) -> range:
-        return range(-(-self.images // PART))
+        return range(-(-self.images // self._part))
 
     def images_of(self, part: int) -> range:
         """Positions in the dataset of the images of a part."""
-        return range(part * PART, min((part + 1) * PART, self.images))
+        return range(part * self._part, min((part + 1) * self._part, self.images))
 
     def _file(self, part: int) -> Path:
         return self.folder / f"{part:06d}.safetensors"

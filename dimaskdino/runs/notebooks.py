@@ -3,6 +3,7 @@
 import difflib
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -51,8 +52,22 @@ def parse_parameters(notebook: Path, assignments: Sequence[str]) -> dict[str, An
         name, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"'{assignment}' is not of the form name=value")
-        values[name] = parse_yaml(text, f"the value of {name}")
+        values[name] = _settings(text) or parse_yaml(text, f"the value of {name}")
     return check_parameters(notebook, values)
+
+
+def _settings(text: str) -> list[str]:
+    """The texts of a list of settings, such as `[a.b=[1, 2], c.d=3]`, which is no YAML; empty for anything else."""
+    if not re.fullmatch(r"\[\s*[\w.]+=.*\]", text.strip(), re.DOTALL):
+        return []
+    settings, depth = [""], 0
+    for letter in text.strip()[1:-1]:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and not depth:
+            settings.append("")
+        else:
+            settings[-1] += letter
+    return [setting.strip() for setting in settings if setting.strip()]
 
 
 def check_parameters(notebook: Path, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,8 @@ def main(config_file: str, run: str, overrides: list[str]) -> int:
                 folder.write_config(config)
                 print(ms_deform_attn.status())
             train(config, folder)
+        if first:
+            print(f"finished: {folder.path}; next: dimaskdino evaluate {folder.path}")
     except Stopped as stopped:
         print(stopped)
         return EXIT_STOPPED

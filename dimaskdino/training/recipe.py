@@ -22,17 +22,17 @@ from typing import Any
 
 import psutil
 import torch
-import yaml
 from pydantic import BaseModel
 
 from dimaskdino.checkpoints import load_checkpoint
-from dimaskdino.config import Config, load_config
+from dimaskdino.config import Config, as_yaml, load_config
 from dimaskdino.data.annotations import read_annotations
 from dimaskdino.data.coco import find_split, find_splits
 from dimaskdino.data.summary import Statistics, describe
 from dimaskdino.errors import UserError
 from dimaskdino.resources import find_model
 from dimaskdino.runs.folder import RunFolder
+from dimaskdino.threads import available_cores
 from dimaskdino.training.trainer import train
 
 FROM_IMAGENET = "photographs/dimaskdino_lite0"
@@ -58,7 +58,7 @@ class Machine:
 
     @classmethod
     def here(cls) -> "Machine":
-        cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count()
+        cores = available_cores()
         if torch.cuda.is_available():
             found = torch.cuda.get_device_properties(0)
             return cls("cuda", found.name, cores, found.total_memory, torch.cuda.is_bf16_supported())
@@ -78,7 +78,7 @@ class Recipe:
         for key in self.reasons:
             for name in key.split("."):
                 values[key] = getattr(values[key], name)
-        return "\n".join(f"{key}={_as_yaml(values[key])}  ({reason})" for key, reason in self.reasons.items())
+        return "\n".join(f"{key}={as_yaml(values[key])}  ({reason})" for key, reason in self.reasons.items())
 
     def text(self) -> str:
         """The configuration as YAML. Each setting has its reason or its meaning beside it."""
@@ -94,15 +94,10 @@ def _commented(section: BaseModel, reasons: Mapping[str, str], prefix: str = "")
         if isinstance(value, BaseModel):
             lines += [f"{indent}{name}:", *_commented(value, reasons, f"{key}.")]
             continue
-        written = _as_yaml(values[name])
+        written = as_yaml(values[name])
         comment = f"* {reasons[key]}" if key in reasons else field.description
         lines.append(f"{indent}{name}: {written}" + (f"  # {comment}" if comment else ""))
     return lines
-
-
-def _as_yaml(value: Any) -> str:
-    plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
-    return yaml.safe_dump(plain, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 
 def propose(data: Path, machine: Machine, weights: str | None = None) -> Recipe:

@@ -92,7 +92,7 @@ def _look_at(data: CocoDataset, settings: DataSettings) -> None:
     if found.missing_files and not settings.skip_bad_images:
         raise UserError(
             f"{len(found.missing_files)} images of '{settings.train}' are missing, the first {found.missing_files[0]} "
-            "(data.skip_bad_images=true replaces them)"
+            "(data.skip_bad_images=true replaces them; 'dimaskdino data import' finds images in other folders)"
         )
 
 
@@ -134,8 +134,14 @@ class Trainer:
         self.data.check_classes(config.model.classes)
         if context.rank == 0:
             _look_at(self.data, config.data)
+            late = [drop for drop in config.schedule.drops if drop >= config.schedule.steps]
+            if late:
+                print(f"note: the drops of the rate at {late} lie beyond the end at step {config.schedule.steps}")
         torch.manual_seed(config.train.seed)
-        self.detector = Detector(config.model).to(context.device)
+        # weights that are replaced at once need not be downloaded
+        replaced = config.train.weights and not config.train.weights_of
+        model = config.model.without_backbone_weights() if replaced else config.model
+        self.detector = Detector(model).to(context.device)
         self.optimizer = build_optimizer(self.detector, config.optimizer)
         self.scaler = torch.amp.GradScaler(context.device.type, enabled=config.train.precision == "fp16")
         self.step = 0
@@ -171,6 +177,8 @@ class Trainer:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step = self._saved_step = self._resumed_at = state["step"]
+        if self.context.rank == 0:
+            print(f"resuming at step {self.step} of {self.config.schedule.steps}")
         self.best = Best(**state.get("validation", {}))
         if self.average and state.get("average"):
             self.average.load_state_dict(state["average"])

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
@@ -49,9 +49,9 @@ def draw_instances(
             axes = figure.subplots()
         kept = (instances.scores >= threshold).nonzero().flatten().tolist()
         size = 9 if max(height, width) >= 64 else 7
-        axes.imshow(_with_masks(image, instances, kept), extent=(0, width, height, 0))
-        for number, i in reversed(list(enumerate(kept))):  # the best on top
-            colour = CYCLE[number % len(CYCLE)]
+        colours = [CYCLE[number % len(CYCLE)] for number in range(len(kept))]
+        axes.imshow(_with_masks(image, instances, kept, colours), extent=(0, width, height, 0))
+        for i, colour in reversed(list(zip(kept, colours, strict=True))):  # the best on top
             x0, y0, x1, y1 = instances.boxes[i].tolist()
             axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=colour, linewidth=1.6))
             text = _label(instances, classes, i)
@@ -69,28 +69,38 @@ def draw_instances(
 def paint_instances(
     image: Tensor, instances: Instances, classes: Sequence[str], threshold: float = 0.0
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Paint detections into the pixels of an image, for videos: like `draw_instances`, at the image's own size."""
+    """Paint detections into the pixels of an image, for files and videos: at its own size, in the colour of the class.
+
+    Arguments are those of `draw_instances`.
+    """
     kept = (instances.scores >= threshold).nonzero().flatten().tolist()
-    canvas = Image.fromarray((255 * _with_masks(image, instances, kept)).astype(np.uint8))
+    colours = [CYCLE[int(instances.labels[i]) % len(CYCLE)] for i in kept]
+    canvas = Image.fromarray((255 * _with_masks(image, instances, kept, colours)).round().astype(np.uint8))
     draw = ImageDraw.Draw(canvas)
-    for number, i in reversed(list(enumerate(kept))):
-        colour = CYCLE[number % len(CYCLE)]
-        corners = instances.boxes[i].tolist()
-        draw.rectangle(corners, outline=colour, width=2)
+    size = max(10, min(canvas.size) // 40)
+    font = ImageFont.load_default(size)
+    for i, colour in reversed(list(zip(kept, colours, strict=True))):  # the best on top
+        x0, y0, x1, y1 = instances.boxes[i].tolist()
+        draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour, width=max(2, size // 6))
+    for i, colour in reversed(list(zip(kept, colours, strict=True))):  # no box crosses a name
+        x0, y0, *_ = instances.boxes[i].tolist()
         text = _label(instances, classes, i)
-        place = (corners[0], max(0.0, corners[1] - 12))
-        draw.rectangle(draw.textbbox(place, text), fill=colour)
-        draw.text(place, text, fill="white")
+        *_, right, bottom = draw.textbbox((0, 0), text, font)
+        # above the box, and inside the image
+        x = min(max(0, x0), max(0, canvas.width - right))
+        y = min(max(0, y0 - bottom - 2), max(0, canvas.height - bottom))
+        draw.rectangle((x, y, x + right + 1, y + bottom + 2), fill=colour)
+        draw.text((x, y), text, "white", font)
     return np.asarray(canvas)
 
 
-def _with_masks(image: Tensor, instances: Instances, kept: Sequence[int]) -> np.ndarray:
-    """The image (h, w, 3) in [0, 1] with the masks blended in, the best on top."""
+def _with_masks(image: Tensor, instances: Instances, kept: Sequence[int], colours: Sequence[str]) -> np.ndarray:
+    """The image (h, w, 3) in [0, 1] with the masks of these detections blended in, the best on top."""
     canvas = image.permute(1, 2, 0).cpu().numpy().astype(np.float64) / 255
     if instances.query_masks is not None:
-        for number, i in reversed(list(enumerate(kept))):
+        for i, colour in reversed(list(zip(kept, colours, strict=True))):
             mask = instances.query_masks[instances.mask_index[i]].cpu().numpy()
-            canvas[mask] = 0.5 * canvas[mask] + 0.5 * np.array(to_rgb(CYCLE[number % len(CYCLE)]))
+            canvas[mask] = 0.5 * canvas[mask] + 0.5 * np.array(to_rgb(colour))
     return canvas
 
 

@@ -25,11 +25,6 @@ def model(shapes_data, tmp_path_factory):
     return load(trained_file(tmp_path_factory.mktemp("model") / "model.safetensors", shapes_data))
 
 
-@pytest.fixture
-def small_parts(monkeypatch):
-    monkeypatch.setattr(detections, "PART", 1)
-
-
 def assert_same(a, b):
     assert a.keys() == b.keys()
     for name in a:
@@ -37,9 +32,16 @@ def assert_same(a, b):
             np.testing.assert_array_equal(getattr(a[name], field), getattr(b[name], field), err_msg=f"{name} {field}")
 
 
-def test_an_interrupted_evaluation_goes_on(model, small_parts, tmp_path, monkeypatch):
+def test_a_small_dataset_has_at_least_twenty_parts_and_a_large_one_parts_of_fifty_images(tmp_path):
+    for images, parts in ((4, 4), (20, 20), (210, 21), (5000, 100)):
+        store = DetectionStore(tmp_path / str(images), {}, images)
+        assert len(store.parts) == parts
+        assert [i for part in store.parts for i in store.images_of(part)] == list(range(images))
+
+
+def test_an_interrupted_evaluation_goes_on(model, tmp_path, monkeypatch):
     whole = detect_layers(model)
-    real, calls = layerwise_ap._detect, []
+    real, calls = layerwise_ap.detect_batch, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -47,7 +49,7 @@ def test_an_interrupted_evaluation_goes_on(model, small_parts, tmp_path, monkeyp
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(layerwise_ap, "_detect", interrupted)
+    monkeypatch.setattr(layerwise_ap, "detect_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         detect_layers(model, folder=tmp_path / "d")
     assert len(list((tmp_path / "d").glob("*.safetensors"))) == 2
@@ -55,7 +57,7 @@ def test_an_interrupted_evaluation_goes_on(model, small_parts, tmp_path, monkeyp
     assert len(calls) == 3 + 2  # the two images that were missing, and no other
 
 
-def test_several_processes_fill_one_folder(model, small_parts, tmp_path):
+def test_several_processes_fill_one_folder(model, tmp_path):
     for rank in range(3):
         detect_layers(model, folder=tmp_path, shard=(rank, 3))
         assert len(list(tmp_path.glob("*.safetensors"))) == (2, 3, 4)[rank]

@@ -317,6 +317,9 @@ def test_parameters_that_a_notebook_does_not_have():
     with pytest.raises(UserError, match="does not exist"):
         parse_parameters(NOTEBOOKS / "none.ipynb", [])
     assert parse_parameters(notebook, ["processes=2", "overrides=[a=1, b=2]"])["overrides"] == ["a=1", "b=2"]
+    nested = "overrides=[model.selection.k=[80, 40], data.jitter={size: 64, flip: 0}, train.seed=1]"
+    expected = ["model.selection.k=[80, 40]", "data.jitter={size: 64, flip: 0}", "train.seed=1"]
+    assert parse_parameters(notebook, [nested])["overrides"] == expected
 
 
 @pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda p: p.stem)

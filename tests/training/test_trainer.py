@@ -303,6 +303,23 @@ def test_fine_tuning_starts_from_a_trained_model(finished, shapes_data, tmp_path
             Trainer(wrong, RunFolder(tmp_path / "wrong"), DistributedContext(0, 1, torch.device("cpu")))
 
 
+def test_a_run_says_what_it_does_at_its_start(shapes_data, tmp_path, capsys):
+    config = settings(shapes_data, "schedule.steps=2", "schedule.drops=[1, 2, 50]")
+    train(config, RunFolder(tmp_path))
+    assert "note: the drops of the rate at [2, 50] lie beyond the end at step 2" in capsys.readouterr().out
+    train(config.model_copy(update={"schedule": config.schedule.model_copy(update={"steps": 3})}), RunFolder(tmp_path))
+    assert "resuming at step 2 of 3" in capsys.readouterr().out
+
+
+def test_weights_that_are_replaced_are_not_downloaded(finished, shapes_data, tmp_path):
+    """A name of weights that nobody has would be refused."""
+    other = ("model.backbone.weights=NONE_SUCH", f"train.weights={finished.path}")
+    Trainer(settings(shapes_data, *other), RunFolder(tmp_path), DistributedContext(0, 1, torch.device("cpu")))
+    partly = settings(shapes_data, *other, "train.weights_of=[decoder]")
+    with pytest.raises(UserError, match="NONE_SUCH"):
+        Trainer(partly, RunFolder(tmp_path / "b"), DistributedContext(0, 1, torch.device("cpu")))
+
+
 def test_a_model_can_start_from_some_modules_of_another(finished, shapes_data, tmp_path, capsys):
     """Here from a model with another number of classes, and with De-Imbalance and BATO, which the new one lacks."""
     chosen = ("train.weights_of=[backbone, pixel_decoder]", "model.bato.enabled=false", "model.selection.k=[12]")
