@@ -19,6 +19,8 @@ from dimaskdino.cli.options import (
 )
 from dimaskdino.errors import UserError, writing
 
+SHOWN_SCORE = 0.3  # as predict shows
+
 if TYPE_CHECKING:
     from dimaskdino.evaluation.detections import DetectionStore
     from dimaskdino.model import Model
@@ -37,6 +39,7 @@ def evaluate(
     output: Path | None = None,
     keep_detections: bool = False,
     bootstrap: int = 0,
+    errors: bool = False,
     device: Device = "auto",
     precision: Precision = "fp32",
     processes: ProcessCount = 1,
@@ -57,6 +60,8 @@ def evaluate(
         keep_detections: Keep the detections of every stage in the output folder.
         bootstrap: Number of bootstrap resamples of the images, such as 1000, for 95 % intervals of the AP of the first
             and the last decoder layer. They are kept in bootstrap.npz, from which studies compare models.
+        errors: Also show where AP is lost: kinds of errors of the first and the last decoder layer, and of the last
+            the confusions of classes and the worst images.
         device: Device to run on.
         precision: Precision of the forward pass.
         processes: Number of evaluating processes on this machine, one per GPU.
@@ -90,6 +95,8 @@ def evaluate(
     if context.is_main:
         print_remarks(settings)
         _score(trained, store, split, folder, bootstrap)
+        if errors:
+            _show_errors(trained, store, split, folder)
         if not keep_detections:
             store.remove()
     return 0
@@ -125,6 +132,40 @@ def _score(model: "Model", store: "DetectionStore", split: str | None, folder: P
         plot_layerwise_ap({"model": result}).savefig(folder / "layers.png")
     result.save(folder / "layers.json")  # last: studies take it as the sign of a complete evaluation
     print(f"written: {folder / 'layers.json'}, {folder / 'layers.png'}")
+
+
+def _show_errors(model: "Model", store: "DetectionStore", split: str | None, folder: Path, images: int = 6) -> None:
+    """Write the errors of the detections to a folder, and print what they cost."""
+    from dimaskdino.data.coco import CocoDataset
+    from dimaskdino.evaluation.errors import KINDS, confusion, save_errors, stage_errors, worst_images
+    from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, truth_of
+    from dimaskdino.viz import draw_beside_truth, plot_confusion, plot_errors
+
+    truth, _ = truth_of(model, split)
+    last = tuple(store)[-1]
+    stages = {}
+    for name in dict.fromkeys([FIRST_LAYER, last]):
+        if name in store:
+            found = store[name]
+            stages[name] = {kind: stage_errors(truth, found, kind) for kind in ("box", "mask")}
+    confused = confusion(truth, found, "mask", threshold=SHOWN_SCORE)
+    worst = worst_images(truth, found, "mask", SHOWN_SCORE, images)
+    for kind, lost in stages[last].items():
+        costs = ", ".join(f"{KINDS[name]} {value:.1f}" for name, value in lost.lost.items())
+        print(f"{last}, points of {kind} AP50 that errors cost: {costs}")
+    data = CocoDataset(model.config.data.root, split or model.config.data.val)
+    places = {image["id"]: place for place, image in enumerate(data.images)}
+    samples = [data[places[image]] for image in worst]
+    results = model.predict([sample.image for sample in samples], threshold=SHOWN_SCORE)
+    notes = [f"F1 {value:.2f}" for value in worst.values()]
+    with writing(folder):
+        save_errors(folder / "errors.json", stages, confused)
+        plot_errors(stages).savefig(folder / "errors.png", dpi=150)
+        plot_confusion(confused).savefig(folder / "confusion.png", dpi=150)
+        pictures = [result.instances for result in results]
+        draw_beside_truth(samples, pictures, model.classes, notes).savefig(folder / "worst.png", dpi=110)
+    written = ", ".join(str(folder / name) for name in ("errors.json", "errors.png", "confusion.png", "worst.png"))
+    print(f"written: {written}")
 
 
 def predict(

@@ -1,4 +1,4 @@
-"""The commands about training runs: new, train, status, export."""
+"""The commands about training runs: new, train, status, share."""
 
 from pathlib import Path
 
@@ -111,20 +111,20 @@ def status(run: Positional[Path]) -> int:
     return 1 if current["state"] == "failed" else 0
 
 
-def export(run: Positional[Path], target: Positional[Path]) -> int:
+def share(run: Positional[Path], target: Positional[Path]) -> int:
     """Copy a finished run for sharing: weights in half precision, and its records.
 
-    For example: dimaskdino export runs/mine shared/mine
+    For example: dimaskdino share runs/mine shared/mine
 
     Args:
         run: Run folder.
         target: Folder to create. It is a run folder too: evaluate, predict and the notebooks take it.
     """
-    from dimaskdino.runs.export import export as write
     from dimaskdino.runs.folder import RunFolder
+    from dimaskdino.runs.share import share as write
 
-    exported = RunFolder(target)
-    write(RunFolder(run), exported)
-    size = exported.model.stat().st_size / 1e6
+    shared = RunFolder(target)
+    write(RunFolder(run), shared)
+    size = shared.model.stat().st_size / 1e6
     print(f"written: {target}, {size:.1f} MB; next: dimaskdino evaluate {target}")
     return 0

@@ -8,7 +8,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,12 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def above(self, threshold: float) -> "Detections":
+        """The detections with at least this score."""
+        keep = self.scores >= threshold
+        rows = {name: getattr(self, name)[keep] for name in ("image_ids", "categories", "scores", "xyxy")}
+        return replace(self, **rows, mask_index=self.mask_index[keep] if self.has_masks else self.mask_index)
 
     @property
     def has_masks(self) -> bool:

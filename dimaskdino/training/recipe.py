@@ -111,6 +111,8 @@ def propose(data: Path, machine: Machine, weights: str | None = None) -> Recipe:
     Raises:
         UserError: the folder lacks a split, its annotations cannot be used, or the model cannot be read.
     """
+    if not data.is_dir():
+        raise UserError(f"the dataset folder {data} does not exist")
     splits = find_splits(data)
     train_split = next((name for name in splits if name.startswith("train")), None)
     val_split = next((name for name in splits if name.startswith("val")), None)

@@ -2,7 +2,7 @@
 
 from dimaskdino.viz.architecture import draw_architecture, draw_flow
 from dimaskdino.viz.curves import plot_first_and_last_layer, plot_layerwise_ap, plot_losses, plot_precision_recall
-from dimaskdino.viz.detections import draw_instances, draw_samples, draw_stages, paint_instances
+from dimaskdino.viz.detections import draw_beside_truth, draw_instances, draw_samples, draw_stages, paint_instances
 from dimaskdino.viz.diagnostics import (
     plot_calibration,
     plot_gradient_conflict,
@@ -11,6 +11,7 @@ from dimaskdino.viz.diagnostics import (
     plot_matched_queries,
     plot_selection_recall,
 )
+from dimaskdino.viz.errors import plot_confusion, plot_errors
 from dimaskdino.viz.objects import draw_object_stages, draw_objects, plot_mean_ious
 from dimaskdino.viz.studies import plot_ablation, plot_differences, plot_study_layers, study_figures
 from dimaskdino.viz.tokens import (
@@ -25,6 +26,7 @@ from dimaskdino.viz.training import draw_denoising, draw_matching, plot_loss_ter
 
 __all__ = [
     "draw_architecture",
+    "draw_beside_truth",
     "draw_denoising",
     "draw_flow",
     "draw_guidance",
@@ -42,7 +44,9 @@ __all__ = [
     "paint_instances",
     "plot_ablation",
     "plot_calibration",
+    "plot_confusion",
     "plot_differences",
+    "plot_errors",
     "plot_first_and_last_layer",
     "plot_gradient_conflict",
     "plot_guidance_rank",

@@ -148,19 +148,50 @@ def draw_samples(samples: Sequence[Sample], classes: Sequence[str]) -> Figure:
         for each in axes:
             each.set_axis_off()
         for each, sample in zip(axes, samples, strict=False):
-            canvas = sample.image.permute(1, 2, 0).numpy() / 255
-            for label, mask, box in zip(sample.labels.tolist(), sample.masks, sample.boxes.tolist(), strict=True):
-                covered = mask.bool().numpy()
-                canvas[covered] = 0.5 * canvas[covered] + 0.5 * np.array(to_rgb(colours[label]))
-                corner, width, height = box[:2], box[2] - box[0], box[3] - box[1]
-                each.add_patch(Rectangle(corner, width, height, fill=False, color=colours[label], linewidth=1.4))
-            each.imshow(canvas, extent=(0, canvas.shape[1], canvas.shape[0], 0))
+            _draw_objects(each, sample, colours)
             each.set_title(data_label(Path(sample.file).name), fontsize=7)
         shown = list(colours)[:10]
         patches = [Rectangle((0, 0), 1, 1, color=colours[label]) for label in shown]
         names = [data_label(classes[label]) for label in shown]
         figure.legend(patches, names, loc="outside lower center", ncols=min(5, len(shown) or 1))
     return figure
+
+
+def draw_beside_truth(
+    samples: Sequence[Sample], detections: Sequence[Instances], classes: Sequence[str], notes: Sequence[str]
+) -> Figure:
+    """Draw images with their objects on the left and with detections on the right, in the colours of the classes.
+
+    Args:
+        samples: images with their objects.
+        detections: in each of them, at its size.
+        classes: class names.
+        notes: what to write above the detections of each image.
+    """
+    colours = {label: CYCLE[label % len(CYCLE)] for label in range(len(classes))}
+    with style():
+        figure = NotebookFigure(figsize=(7.2, 3.5 * len(samples)), layout="constrained")
+        rows = figure.subplots(len(samples), 2, squeeze=False)
+        for (left, right), sample, found, note in zip(rows, samples, detections, notes, strict=True):
+            _draw_objects(left, sample, colours)
+            names = Counter(classes[label] for label in sample.labels.tolist())
+            listed = ", ".join(f"{count} {data_label(name)}" for name, count in names.most_common(4)) or "no object"
+            left.set_title(f"{data_label(Path(sample.file).name)}\n{listed}", fontsize=8)
+            right.imshow(paint_instances(sample.image, found, classes))
+            right.set_title(f"{len(found.scores)} detections\n{note}", fontsize=8)
+            for axes in (left, right):
+                axes.set_axis_off()
+    return figure
+
+
+def _draw_objects(axes: Axes, sample: Sample, colours: Mapping[int, str]) -> None:
+    canvas = sample.image.permute(1, 2, 0).numpy() / 255
+    for label, mask, box in zip(sample.labels.tolist(), sample.masks, sample.boxes.tolist(), strict=True):
+        covered = mask.bool().numpy()
+        canvas[covered] = 0.5 * canvas[covered] + 0.5 * np.array(to_rgb(colours[label]))
+        corner, width, height = box[:2], box[2] - box[0], box[3] - box[1]
+        axes.add_patch(Rectangle(corner, width, height, fill=False, color=colours[label], linewidth=1.4))
+    axes.imshow(canvas, extent=(0, canvas.shape[1], canvas.shape[0], 0))
 
 
 Formula = Literal["mask2box", "bitmask", "no"]

@@ -30,14 +30,16 @@ def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProc
 @pytest.mark.parametrize(
     "command",
     [
+        ["new"],
         ["train"],
         ["evaluate"],
         ["predict"],
         ["run"],
         ["study"],
         ["status"],
-        ["export"],
+        ["share"],
         ["convert"],
+        ["data", "import"],
         ["data", "shapes"],
         ["data", "check"],
         ["data", "bdd100k"],

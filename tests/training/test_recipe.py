@@ -137,8 +137,11 @@ def test_data_that_cannot_be_trained_on(tmp_path):
     (data / "annotations" / "val.json").unlink()
     with pytest.raises(UserError, match="has no validation split, only train; 'dimaskdino data import"):
         propose(data, LAPTOP)
-    with pytest.raises(UserError, match="has no training split, only none"):
+    with pytest.raises(UserError, match=r"the dataset folder .*nothing does not exist"):
         propose(tmp_path / "nothing", LAPTOP)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match="has no training split, only none"):
+        propose(tmp_path / "bare", LAPTOP)
     with pytest.raises(UserError, match="no objects to learn from"):
         propose(dataset(tmp_path / "empty", 20, per_image=0), LAPTOP)
 

@@ -19,8 +19,8 @@ from dimaskdino.data.dataloader import training_dataset, training_loader
 from dimaskdino.distributed import DistributedContext
 from dimaskdino.errors import UserError
 from dimaskdino.modeling import Detector
-from dimaskdino.runs.export import export
 from dimaskdino.runs.folder import RunFolder
+from dimaskdino.runs.share import share
 from dimaskdino.training import launch as training_main
 from dimaskdino.training.optimizer import build_optimizer, rate_factor
 from dimaskdino.training.resume_points import load_resume_point
@@ -371,7 +371,7 @@ def two_classes(shapes_data: Path, folder: Path) -> Path:
 
 def test_an_exported_run_is_a_run_of_half_the_size(finished, tmp_path):
     target = RunFolder(tmp_path / "shared")
-    export(finished, target)
+    share(finished, target)
     assert target.model.stat().st_size < 0.6 * finished.model.stat().st_size
     before, after = (load(run.path) for run in (finished, target))
     assert (after.config, after.classes, after.step) == (before.config, before.classes, before.step)
@@ -383,6 +383,6 @@ def test_an_exported_run_is_a_run_of_half_the_size(finished, tmp_path):
     command = json.loads((target.path / "versions.json").read_text())["command"]
     assert not any(word.startswith("/") for word in command)
     with pytest.raises(UserError, match="exists already"):
-        export(finished, target)
+        share(finished, target)
     with pytest.raises(UserError, match="is not a finished run"):
-        export(RunFolder(tmp_path / "none"), RunFolder(tmp_path / "other"))
+        share(RunFolder(tmp_path / "none"), RunFolder(tmp_path / "other"))

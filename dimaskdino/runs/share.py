@@ -1,4 +1,4 @@
-"""Export of a run for sharing: weights in half precision, and the records of the training."""
+"""A copy of a run for sharing: weights in half precision, and the records of the training."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from dimaskdino.serialization import write_text
 DIGITS = 5  # of the numbers in the metrics, which are most of what is written besides the weights
 
 
-def export(run: RunFolder, target: RunFolder) -> None:
+def share(run: RunFolder, target: RunFolder) -> None:
     """Copy a finished run without its resume points, the weights in half precision.
 
     Rounding changes results slightly, so the evaluation is not copied: evaluate the target. Absolute paths in the
