@@ -178,7 +178,8 @@ def draw_beside_truth(
             listed = ", ".join(f"{count} {data_label(name)}" for name, count in names.most_common(4)) or "no object"
             left.set_title(f"{data_label(Path(sample.file).name)}\n{listed}", fontsize=8)
             right.imshow(paint_instances(sample.image, found, classes))
-            right.set_title(f"{len(found.scores)} detections\n{note}", fontsize=8)
+            count = len(found.scores)
+            right.set_title(f"{count} detection{'s' * (count != 1)}\n{note}", fontsize=8)
             for axes in (left, right):
                 axes.set_axis_off()
     return figure
