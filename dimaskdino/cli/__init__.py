@@ -16,7 +16,7 @@ from dimaskdino.signals import EXIT_STOPPED, end_with_parent
 app = SubcommandApp()
 for _function in (
     *(training.new, training.train, models.evaluate, models.predict),
-    *(notebooks.run, notebooks.study, training.status, training.share, models.convert),
+    *(notebooks.run, notebooks.study, training.status, training.share, models.export, models.convert),
 ):
     app.command(_function)
 _data = SubcommandApp()

@@ -212,6 +212,39 @@ def predict(
     return 0 if report.pictures else 1
 
 
+def export(
+    model: Positional[ModelSource], file: Positional[Path], stage: str | None = None, detections: int | None = None
+) -> int:
+    """Write a model as an ONNX file, for ONNX Runtime, OpenVINO or TensorRT.
+
+    For example: dimaskdino export runs/mine mine.onnx
+
+    The file takes images (batch, 3, height, width), RGB from 0 to 255, of any size from 64 to 2048 pixels, and gives
+    boxes, scores, labels and masks. It is compared with the model on random images.
+
+    Args:
+        model: The model.
+        file: File to write, .onnx.
+        stage: Stage to take the detections from, such as decoder.1; the last decoder layer by default.
+        detections: Number of detections per image; evaluation.detections of the model by default.
+    """
+    from dimaskdino.interop.onnx import export as write
+    from dimaskdino.model import load
+
+    report = write(load(model, device="cpu"), file, stage, detections)
+    print(f"written: {file}, {file.stat().st_size / 1e6:.1f} MB")
+    if report.seconds is None:
+        print("note: not compared with the model, since ONNX Runtime is missing: pip install 'dimaskdino[onnx]'")
+        return 0
+    boxes, scores, labels, masks = report.differences.values()
+    print(
+        f"compared with the model: boxes differ by at most {boxes:.1e} pixels, scores by {scores:.1e}; {labels:.2%} of "
+        f"the labels and {masks:.2%} of the mask pixels differ"
+    )
+    print("one small image takes {:.2f} s, with PyTorch's plain operators {:.2f} s".format(*report.seconds))
+    return 0
+
+
 def convert(
     file: Positional[Path],
     output: Positional[Path],

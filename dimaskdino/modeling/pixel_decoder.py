@@ -75,9 +75,7 @@ class PixelDecoder(nn.Module):
                 for stride, projection in zip(self.strides, self.projections, strict=True)
             }
         )
-        embedding = self.level_embedding.repeat_interleave(
-            torch.tensor(levels.sizes, device=levels.tokens.device), dim=0, output_size=sum(levels.sizes)
-        )
+        embedding = torch.cat([e.expand(n, -1) for e, n in zip(self.level_embedding, levels.sizes, strict=True)])
         position = sine_positions(levels) + embedding
         reference = levels.centres().expand(levels.tokens.shape[0], -1, -1)
         for layer in self.layers:

@@ -38,6 +38,7 @@ def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProc
         ["study"],
         ["status"],
         ["share"],
+        ["export"],
         ["convert"],
         ["data", "import"],
         ["data", "shapes"],

@@ -1,0 +1,181 @@
+"""Models as ONNX files for other runtimes: ONNX Runtime, OpenVINO, TensorRT."""
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import ms_deform_attn
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.ops import box_convert
+
+from dimaskdino.checkpoints import TrainedModel
+from dimaskdino.errors import UserError
+from dimaskdino.modeling import Detector, ImageBatch
+from dimaskdino.modeling.structures import PIXEL_MEAN, PIXEL_STD, SIZE_DIVISOR
+from dimaskdino.serialization import write_atomically
+
+OUTPUTS = ("boxes", "scores", "labels", "masks")
+OPSET = 20  # the first with bilinear grid sampling of any rank
+SMALLEST, LARGEST, MOST_IMAGES = 64, 2048, 64  # what the file takes: sides in pixels, batch size
+_EXAMPLES = ((2, 120, 150), (3, 90, 215))  # traced with the first, checked with both
+
+
+class Exportable(nn.Module):
+    """A detector from pixels to detections in one graph of plain operators.
+
+    It pads the images to multiples of 32 itself; the detections are those of `postprocess` at the images' own size.
+
+    Args:
+        detector: the model.
+        stage: the stage to take the detections from; it must have masks.
+        detections: number of detections per image.
+    """
+
+    def __init__(self, detector: Detector, stage: str, detections: int) -> None:
+        super().__init__()
+        self.detector, self.stage, self.detections = detector, stage, detections
+        self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(PIXEL_STD).view(3, 1, 1))
+
+    def forward(
+        self, images: Float[Tensor, "B 3 h w"]
+    ) -> tuple[Float[Tensor, "B n 4"], Float[Tensor, "B n"], Int[Tensor, "B n"], Bool[Tensor, "B n h w"]]:
+        """Detect objects.
+
+        Args:
+            images: RGB, 0 to 255, resized as in testing.
+
+        Returns:
+            Boxes (xyxy in pixels), scores in [0, 1], class indices and masks of the detections, best first.
+        """
+        h, w = images.shape[-2:]
+        pixels = functional.pad((images - self.mean) / self.std, (0, -w % SIZE_DIVISOR, 0, -h % SIZE_DIVISOR))
+        height, width = pixels.shape[-2:]
+        stage = self.detector(ImageBatch(pixels, ())).stages[self.stage]  # the detector needs no sizes
+        classes = stage.class_logits.shape[-1]
+        scores, pairs = stage.class_logits.sigmoid().flatten(1).topk(self.detections, dim=1)
+        queries, labels = pairs // classes, pairs % classes
+        corners = box_convert(_rows(stage.boxes, queries), "cxcywh", "xyxy").unbind(-1)
+        # sides that are left open must not become constants, as in a tensor of them
+        boxes = torch.stack([c * side for c, side in zip(corners, (width, height) * 2, strict=True)], -1)
+        logits = torch.einsum("bqc,bchw->bqhw", _rows(stage.mask_embedding, queries), stage.mask_features)
+        enlarged = functional.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
+        enlarged = enlarged[:, :, :h, :w]
+        masks = enlarged > 0
+        quality = (enlarged.sigmoid() * masks).sum((2, 3)) / (masks.sum((2, 3)) + 1e-6)
+        scores, order = (scores * quality).topk(self.detections, dim=1)
+        return _rows(boxes, order), scores, labels.gather(1, order), _rows(masks, order)
+
+
+def _rows(values: Tensor, index: Int[Tensor, "B n"]) -> Tensor:
+    """Rows of a tensor (B, q, …): (B, n, …)."""
+    more = values.shape[2:]
+    return values.gather(1, index.view(*index.shape, *(1 for _ in more)).expand(-1, -1, *more))
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """How an exported file compares with the model.
+
+    Attributes:
+        differences: by output, the largest difference to PyTorch on random images of two sizes; of labels and masks
+            the fraction that differs. Empty if the file was not run.
+        seconds: for one of these images with the exported file and with PyTorch.
+    """
+
+    differences: dict[str, float]
+    seconds: tuple[float, float] | None
+
+
+def export(model: TrainedModel, path: Path, stage: str | None = None, detections: int | None = None) -> ExportReport:
+    """Write a model to an ONNX file. Batch and image size stay open.
+
+    Args:
+        model: the model.
+        path: the file, `.onnx`.
+        stage: the stage to take the detections from; the last decoder layer by default.
+        detections: number of detections per image; `evaluation.detections` by default.
+
+    Raises:
+        UserError: the file does not end in `.onnx`, the stage has no masks, packages are missing, or PyTorch cannot
+            export the model. Nothing is left then.
+    """
+    if path.suffix != ".onnx":
+        raise UserError(f"{path}: the file must end in .onnx")
+    settings = model.config
+    stage = stage or f"decoder.{settings.model.decoder.layers}"
+    most = settings.model.selection.k[-1] * settings.model.classes
+    count = min(detections or settings.evaluation.detections, most)
+    module = Exportable(model.detector.cpu().eval(), stage, count)
+    _check_stage(module)
+    example = torch.rand(_EXAMPLES[0][0], 3, *_EXAMPLES[0][1:], generator=torch.Generator().manual_seed(0)) * 255
+    height, width = (torch.export.Dim(name, min=SMALLEST, max=LARGEST) for name in ("height", "width"))
+    shapes = ({0: torch.export.Dim("batch", min=1, max=MOST_IMAGES), 2: height, 3: width},)
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), ms_deform_attn.backend("reference"):
+            warnings.simplefilter("ignore")  # of the exporters about themselves
+            _write_onnx(module, example, shapes, path)
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(f"ONNX files need more packages ({error.name}): pip install 'dimaskdino[onnx]'") from None
+    except Exception as error:  # the exporters raise many kinds for what they do not support
+        raise UserError(f"PyTorch cannot export this model: {str(error).strip().splitlines()[0]}") from error
+    return _compare(module, path)
+
+
+def _check_stage(module: Exportable) -> None:
+    with torch.inference_mode():
+        stages = module.detector(ImageBatch(torch.zeros(1, 3, SMALLEST, SMALLEST), ())).stages
+    with_masks = [name for name, stage in stages.items() if stage.mask_embedding is not None]
+    if module.stage not in with_masks:
+        raise UserError(f"no masks at the stage '{module.stage}'; those with masks are {', '.join(with_masks)}")
+
+
+def _write_onnx(module: Exportable, example: Tensor, shapes: tuple, path: Path) -> None:
+    import onnxscript  # noqa: F401  the exporter needs it, and says so in many lines
+
+    names = {"input_names": ["images"], "output_names": list(OUTPUTS)}
+    program = torch.onnx.export(
+        module, (example,), dynamo=True, dynamic_shapes=shapes, opset_version=OPSET, verbose=False, **names
+    )
+    assert program is not None
+    write_atomically(path, lambda partial: program.save(partial))
+
+
+def _compare(module: Exportable, path: Path) -> ExportReport:
+    """Run the file and the model on the same images."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return ExportReport({}, None)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def exported(images: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]
+
+    differences = dict.fromkeys(OUTPUTS, 0.0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for batch, height, width in _EXAMPLES:
+            images = torch.rand(batch, 3, height, width, generator=generator) * 255
+            for name, ours, theirs in zip(OUTPUTS, exported(images), module(images), strict=True):
+                different = (ours.float() - theirs.float()).abs()
+                value = float((different > 0).float().mean() if name in ("labels", "masks") else different.max())
+                differences[name] = max(differences[name], value)
+        seconds = (_seconds(exported, images[:1]), _seconds(module, images[:1]))
+    return ExportReport(differences, seconds)
+
+
+def _seconds(run: Callable[[Tensor], object], images: Tensor, times: int = 3) -> float:
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run(images)
+        taken.append(time.perf_counter() - start)
+    return min(taken)

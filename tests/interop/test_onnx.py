@@ -1,0 +1,95 @@
+"""Exported files give the detections of the model on real images, of other sizes than the example's."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from small import trained_file
+
+import dimaskdino
+from dimaskdino.data.images import load_image
+from dimaskdino.errors import UserError
+from dimaskdino.interop.onnx import Exportable, export
+from dimaskdino.modeling import ImageBatch, postprocess
+
+SHIPPED = ("dimaskdino-shapes", "maskdino-shapes")
+
+
+@pytest.fixture(scope="module")
+def images(shapes_data) -> list[torch.Tensor]:
+    """Two batches of scenes, the second cut to another size that is no multiple of 32."""
+    files = sorted((shapes_data / "images" / "train").iterdir())[:4]
+    whole = torch.stack([load_image(file) for file in files]).float()
+    larger = torch.nn.functional.interpolate(whole, scale_factor=2.0, mode="bilinear")
+    return [larger, larger[:1, :, :101, :90]]
+
+
+def distinct(scores: torch.Tensor, gap: float = 1e-5) -> torch.Tensor:
+    """Which of these descending scores have no neighbour so near that rounding may exchange the two."""
+    apart = scores[:-1] - scores[1:] > gap
+    ends = torch.ones(1, dtype=torch.bool)
+    return torch.cat([ends, apart]) & torch.cat([apart, ~ends])  # what comes after the last is not known
+
+
+@pytest.mark.parametrize("stage", ["decoder.1", None])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_graph_gives_the_detections_of_postprocess(name, stage, images):
+    model = dimaskdino.load(name)
+    module = Exportable(model.detector, stage or model.stages[-1], 30).eval()
+    for batch in images:
+        size = (batch.shape[-2], batch.shape[-1])
+        with torch.inference_mode():
+            boxes, scores, labels, masks = module(batch)
+            seen = ImageBatch.from_images(list(batch))
+            predicted = model.detector(seen).stages[stage or model.stages[-1]]
+        expected = postprocess(predicted, seen.sizes, seen.padded_size, [size] * len(batch), 30)
+        for i, wanted in enumerate(expected):
+            torch.testing.assert_close(scores[i], wanted.scores, atol=1e-5, rtol=0)
+            rows = distinct(wanted.scores)
+            assert rows[:5].any()
+            torch.testing.assert_close(boxes[i][rows], wanted.boxes[rows], atol=1e-3, rtol=0)
+            assert torch.equal(labels[i][rows], wanted.labels[rows])
+            assert torch.equal(masks[i][rows], wanted.masks[rows])
+
+
+@pytest.mark.slow
+def test_an_exported_file_is_equal_to_the_model(images, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'dimaskdino[onnx]'")
+    pytest.importorskip("onnxscript", reason="pip install 'dimaskdino[onnx]'")
+    model, path = dimaskdino.load("dimaskdino-shapes"), tmp_path / "model.onnx"
+    # a process of its own, since the type checks of the tests refuse the symbols that stand for sizes
+    command = [sys.executable, "-m", "dimaskdino", "export", "dimaskdino-shapes", path, "--detections", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "compared with the model: boxes differ by at most" in done.stdout
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert {node.domain for node in onnx_nodes(path)} == {""}  # plain operators only
+    module = Exportable(model.detector, model.stages[-1], 20).eval()
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for batch in images:
+        with torch.inference_mode():
+            wanted = module(batch)
+        boxes, scores, labels, masks = (torch.from_numpy(x) for x in session.run(None, {"images": batch.numpy()}))
+        torch.testing.assert_close(scores, wanted[1], atol=1e-4, rtol=0)
+        for i in range(len(batch)):
+            rows = distinct(wanted[1][i], 1e-4)
+            assert rows[:5].any()
+            torch.testing.assert_close(boxes[i][rows], wanted[0][i][rows], atol=1e-2, rtol=0)
+            assert torch.equal(labels[i][rows], wanted[2][i][rows])
+            assert float((masks[i][rows] != wanted[3][i][rows]).float().mean()) < 1e-4
+
+
+def onnx_nodes(path):
+    import onnx
+
+    return onnx.load(path).graph.node
+
+
+def test_what_cannot_be_exported(shapes_data, tmp_path):
+    model = dimaskdino.load(trained_file(tmp_path / "model.safetensors", shapes_data))
+    with pytest.raises(UserError, match=r"the file must end in \.onnx"):
+        export(model, tmp_path / "model.engine")
+    with pytest.raises(UserError, match=r"no masks at the stage 'decoder\.9'; those with masks are .*decoder\.1"):
+        export(model, tmp_path / "model.onnx", stage="decoder.9")
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
