@@ -93,6 +93,7 @@ class TimmBackbone(nn.Module):
         self.net = _create(settings, pretrained=settings.weights is not None and file is None)
         if file is not None:
             load_timm(self.net, settings, file)
+        _pad_by_constants(self.net)  # images are padded to multiples of 32
         mean, std = ([255 * value for value in self.net.pretrained_cfg[key]] for key in ("mean", "std"))
         scale = [ours / its for ours, its in zip(PIXEL_STD, std, strict=True)]
         shift = [(ours - its) / deviation for ours, its, deviation in zip(PIXEL_MEAN, mean, std, strict=True)]
@@ -113,6 +114,43 @@ class TimmBackbone(nn.Module):
         if self._channels_last:
             features = [x.permute(0, 3, 1, 2).contiguous() for x in features]
         return dict(zip(STRIDES, features, strict=True))
+
+
+class ConstantPaddingConv2d(nn.Conv2d):
+    """A convolution with TensorFlow's padding, for sides that are multiples of its stride s.
+
+    Of max(d·(k − 1) + 1 − s, 0) zeros for a kernel k with dilation d, the smaller half comes first. timm computes the
+    padding from the size of every input, which cannot be exported for open sizes.
+    """
+
+    @classmethod
+    def of(cls, other: nn.Conv2d) -> "ConstantPaddingConv2d":
+        """A convolution with the parameters of another one."""
+        made = cls(
+            *(other.in_channels, other.out_channels, other.kernel_size, other.stride),
+            dilation=other.dilation,
+            groups=other.groups,
+            bias=other.bias is not None,
+        )
+        made.weight, made.bias = other.weight, other.bias
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (B, C, h, w)."""
+        padding: list[int] = []
+        for k, s, d in zip(self.kernel_size[::-1], self.stride[::-1], self.dilation[::-1], strict=True):
+            zeros = max(d * (k - 1) + 1 - s, 0)
+            padding += [zeros // 2, zeros - zeros // 2]
+        return super().forward(nn.functional.pad(x, padding))
+
+
+def _pad_by_constants(net: nn.Module) -> None:
+    from timm.layers import Conv2dSame
+
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Conv2dSame):
+                setattr(module, name, ConstantPaddingConv2d.of(child))
 
 
 def _create(settings: config.Backbone, pretrained: bool) -> nn.Module:

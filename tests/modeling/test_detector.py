@@ -12,7 +12,7 @@ from dimaskdino.config import Model, parse_config
 from dimaskdino.data.images import load_image
 from dimaskdino.errors import UserError
 from dimaskdino.modeling import Detector, ImageBatch, Targets
-from dimaskdino.modeling.backbone import build_backbone
+from dimaskdino.modeling.backbone import ConstantPaddingConv2d, build_backbone
 from dimaskdino.modeling.backbone_weights import load_timm, packaged_weights
 
 SMALL = [*MODEL, "model.classes=5", "model.backbone.name=resnet18", "model.backbone.norm=batch"]
@@ -208,6 +208,18 @@ def test_packaged_imagenet_weights_recognise_a_photograph():
     assert int(probabilities.argmax()) == 652  # military uniform
     own_pixels = (image / 255 - 0.5) / 0.5  # the mean and deviation that it was trained with
     torch.testing.assert_close((pixels * backbone.scale + backbone.shift)[0], own_pixels, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation"), [(3, 2, 1), (5, 2, 1), (3, 1, 1), (5, 2, 2), (1, 2, 1), (3, 4, 1)]
+)
+def test_constant_padding_is_tensorflows(kernel, stride, dilation):
+    layers = pytest.importorskip("timm.layers", reason="pip install timm")
+    same = layers.Conv2dSame(4, 8, kernel, stride, dilation=dilation, groups=2, bias=False)
+    constant = ConstantPaddingConv2d.of(same)
+    x = torch.randn(2, 4, 8 * stride, 12 * stride)
+    assert torch.equal(constant(x), same(x))
+    assert list(constant.state_dict()) == list(same.state_dict())
 
 
 def test_weights_of_a_package_that_is_not_installed_or_of_another_model(monkeypatch, tmp_path):
