@@ -233,6 +233,28 @@ def memory() -> str:
     return "\n".join(lines)
 
 
+def company() -> str:
+    """Seconds beside other programs, and how many times the fair share they are."""
+    record = _json("company.json")
+    lines = []
+    for task, loads in record["tasks"].items():
+        idle, ways = loads[0]["seconds"]["PyTorch's default"], list(loads[0]["seconds"])
+        lines += [f"| {task} | {' | '.join(ways)} |", "|---" * (len(ways) + 1) + "|"]
+        for load in loads:
+            busy, lower = load["busy"], " of lower priority" if load["niceness"] else ""
+            name = f"beside {busy} busy program{'s' * (busy > 1)}{lower}" if busy else "idle machine"
+            cells = [f"{s:.2f} s ({s / idle / load['share']:.1f}×)" for s in load["seconds"].values()]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    alone = record["tasks"]["training step of the demo"][0]["seconds"]["as the kit does"]
+    steps = " and ".join(f"{seconds:.2f}" for seconds in record["two_at_once"])
+    times = " and ".join(f"{seconds / alone:.1f}" for seconds in record["two_at_once"])
+    lines.append(
+        f"Two trainings at once on {record['cores']} cores: {steps} s per step, {times} times the step of one alone."
+    )
+    return "\n".join(lines)
+
+
 def photographs() -> str:
     """AP of trainings on photographs at every stage."""
     parts = []
@@ -305,6 +327,7 @@ BLOCKS = {
         faults,
         bad_inputs,
         memory,
+        company,
         photographs,
         diagnostics,
         *study_blocks.BLOCKS,
