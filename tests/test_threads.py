@@ -59,8 +59,8 @@ def test_own_work_is_no_load(most):
     """A process that uses a core itself does not take it for another program's."""
     control = ThreadControl(fixed=False)
     before = control._last
-    started = time.monotonic()
-    while time.monotonic() - started < 2 * INTERVAL:
+    started = time.process_time()  # other programs may have the core meanwhile
+    while time.process_time() - started < 1.5 * INTERVAL:
         pass
     control.choose()
     assert control._last.own - before.own > INTERVAL  # seen, and subtracted from what is busy

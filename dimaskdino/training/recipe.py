@@ -25,7 +25,7 @@ import torch
 from pydantic import BaseModel
 
 from dimaskdino.checkpoints import load_checkpoint
-from dimaskdino.config import Config, as_yaml, load_config
+from dimaskdino.config import Config, Validation, as_yaml, load_config
 from dimaskdino.data.annotations import read_annotations
 from dimaskdino.data.coco import find_split, find_splits
 from dimaskdino.data.summary import Statistics, describe
@@ -251,7 +251,8 @@ def _with(recipe: Recipe, choices: Mapping[str, tuple[Any, str]]) -> Recipe:
 def _measure(config: Config, machine: Machine) -> tuple[float, float]:
     """Seconds per step, and bytes of the device's memory, of a training's first steps."""
     few = config.schedule.model_copy(update={"steps": TRIED_STEPS, "drops": (TRIED_STEPS,)})
-    settings = config.train.model_copy(update={"log_every": TRIED_STEPS // 2, "checkpoint_every": TRIED_STEPS})
+    changes = {"log_every": TRIED_STEPS // 2, "checkpoint_every": TRIED_STEPS, "validation": Validation()}
+    settings = config.train.model_copy(update=changes)
     if machine.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory(prefix="dimaskdino-") as folder:
