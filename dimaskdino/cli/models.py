@@ -147,6 +147,8 @@ def _show_errors(model: "Model", store: "DetectionStore", split: str | None, fol
     for name in dict.fromkeys([FIRST_LAYER, last]):
         if name in store:
             found = store[name]
+            if not found.has_masks:
+                raise UserError(f"--errors needs masks, which {name} has not; add another of --stages")
             stages[name] = {kind: stage_errors(truth, found, kind) for kind in ("box", "mask")}
     confused = confusion(truth, found, "mask", threshold=SHOWN_SCORE)
     worst = worst_images(truth, found, "mask", SHOWN_SCORE, images)

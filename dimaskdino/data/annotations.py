@@ -25,7 +25,6 @@ from dimaskdino.errors import UserError
 LARGEST_ID = 2**63 - 1
 LARGEST_SIDE = 2**16 - 1  # pixels, of an image
 FARTHEST = 2.0**17  # pixels, of a coordinate
-_NO_MASK = "objects without a mask, left out"
 _MAKE_INTEGERS = f"must be an integer from 0 to {LARGEST_ID}; number the records"
 
 
@@ -87,8 +86,6 @@ def _area(value: Any) -> float | None:
 
 def _segmentation(value: Any, info: ValidationInfo) -> list[list[float]] | dict[str, Any] | None:
     if isinstance(value, list):
-        if not value:
-            info.context[_NO_MASK] += 1
         outlines = [_outline(outline) for outline in value]
         kept = [outline for outline in outlines if len(outline) >= 6]
         if len(kept) < len(outlines):
@@ -174,6 +171,24 @@ class Annotations:
         """What was mended, for people."""
         return [f"{self.file}: {count:,} {what}" for what, count in self.mended.items()]
 
+    @property
+    def objects(self) -> list[dict[str, Any]]:
+        """The annotations that are no crowds."""
+        return [annotation for annotation in self.annotations if not annotation["iscrowd"]]
+
+    def check_masks(self) -> None:
+        """Check that there are masks to learn from, which exports of boxes lack.
+
+        Raises:
+            UserError: there are objects, and none has a mask.
+        """
+        objects = self.objects
+        if objects and not any(annotation["segmentation"] for annotation in objects):
+            raise UserError(
+                f"{self.file}: none of the {len(objects):,} objects has a mask; the model needs masks, boxes are not "
+                "enough. Export polygons or masks from the annotation tool"
+            )
+
     def as_coco(self) -> dict[str, list[dict[str, Any]]]:
         """The content as a COCO dictionary."""
         return {"images": self.images, "categories": self.categories, "annotations": self.annotations}
@@ -243,12 +258,6 @@ def inspect_records(content: dict[str, Any], file: Path) -> Annotations:
     )
     problems += wrong
     _number(annotations, mended)
-    objects = [annotation for annotation in annotations if not annotation["iscrowd"]]
-    if objects and not any(annotation["segmentation"] for annotation in objects):
-        problems.append(
-            f"none of the {len(objects):,} objects has a mask; the model needs masks, boxes are not enough. Export "
-            "polygons or masks from the annotation tool"
-        )
     named = tuple(f"{file}: {problem}" for problem in problems)
     return Annotations(file, records["images"], records["categories"], annotations, dict(mended), named)
 

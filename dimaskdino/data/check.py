@@ -59,6 +59,7 @@ def check_dataset(root: Path, splits: Sequence[str], settings: Config, read: boo
         try:
             file, folder = find_split(root, split)
             annotations = inspect_annotations(file)
+            annotations.check_masks()
         except UserError as error:
             report.problems.append(str(error))
             continue
@@ -88,7 +89,7 @@ def _read(annotations: Annotations, images: list[dict[str, Any]], folder: Path, 
         except UserError as error:
             yield str(error)
         for annotation in objects[image["id"]]:
-            # empty lists of outlines are among the remarks
+            # empty lists of outlines are among the advice
             if annotation["segmentation"] and not coco_mask.area(to_run_lengths(annotation["segmentation"], size)):
                 yield f"annotation {annotation['id']} of image {image['id']} has an empty mask; correct or remove it"
 
@@ -113,7 +114,7 @@ def advice(annotations: Annotations, found: Statistics, settings: Config) -> lis
         settings: image size, number of selected tokens and of detections.
     """
     told = []
-    objects = [a for a in annotations.annotations if not a["iscrowd"]]
+    objects = annotations.objects
     sizes = {image["id"]: (image["height"], image["width"]) for image in annotations.images}
     resize = settings.data.resize
     tiny = sum(a["area"] * _scale(sizes[a["image_id"]], resize) ** 2 < CELL**2 for a in objects)
@@ -123,6 +124,9 @@ def advice(annotations: Annotations, found: Statistics, settings: Config) -> lis
             f"cell of the masks, at the model's size of images (shortest side {resize.shortest}, longest "
             f"{resize.longest}); raise data.resize and data.jitter.size"
         )
+    without = sum(not a["segmentation"] for a in objects)
+    if without:
+        told.append(f"{without:,} objects have no mask; training leaves them out")
     per_image = Counter(a["image_id"] for a in objects)
     kept, detections = settings.model.selection.k[-1], settings.evaluation.detections
     for limit, key in ((kept, "model.selection.k"), (detections, "evaluation.detections")):

@@ -131,15 +131,15 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
     ) -> None:
         self.annotations_file, self.image_folder = find_split(root, split)
         self.annotations = read_annotations(self.annotations_file)
+        self.annotations.check_masks()
         categories = sorted(self.annotations.categories, key=lambda category: category["id"])
         self.category_ids = [category["id"] for category in categories]
         self.classes = [category["name"] for category in categories]
         self.transform = transform
         self._label = {category: label for label, category in enumerate(self.category_ids)}
         self._objects: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        for annotation in self.annotations.annotations:
-            if not annotation["iscrowd"]:
-                self._objects[annotation["image_id"]].append(annotation)
+        for annotation in self.annotations.objects:
+            self._objects[annotation["image_id"]].append(annotation)
         self.images = [i for i in self.annotations.images if not only_with_objects or self._objects.get(i["id"])]
         if not self.images:
             raise UserError(f"{self.annotations_file} has no image with an object in it")

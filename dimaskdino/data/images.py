@@ -1,8 +1,9 @@
 """Images as people have them: files, Pillow images, arrays and tensors, all to (3, h, w) uint8 RGB."""
 
+import contextlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,28 @@ def _to_uint8(array: Tensor) -> UInt8[Tensor, "c h w"]:
     return (array * (255 / limit)).round().to(torch.uint8)
 
 
+@contextlib.contextmanager
+def open_image(path: Path, what: str = "image") -> Iterator[Image.Image]:
+    """Open an image file; it is decoded when the pixels are asked for, inside the `with` block.
+
+    Args:
+        path: the file.
+        what: names it in error messages.
+
+    Raises:
+        UserError: the file is missing, truncated or no image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about damage that is an error below, or does not matter
+            with Image.open(path) as opened:
+                yield opened
+    except FileNotFoundError:
+        raise UserError(f"the {what} {path} does not exist") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"the {what} {path} cannot be read, it may be truncated or no image: {error}") from None
+
+
 def load_image(path: Path, expected: tuple[int | None, int | None] = (None, None)) -> UInt8[Tensor, "3 h w"]:
     """Load any image that Pillow reads as RGB. Grey, palette, CMYK and 16-bit images are converted, alpha is dropped.
 
@@ -69,17 +92,10 @@ def load_image(path: Path, expected: tuple[int | None, int | None] = (None, None
     Raises:
         UserError: the file is missing, truncated or no image, or has another size than expected.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about damage that is an error below, or does not matter
-            with Image.open(path) as opened:
-                opened.load()
-                stored = opened.copy()
-                upright = ImageOps.exif_transpose(opened)
-    except FileNotFoundError:
-        raise UserError(f"the image {path} does not exist") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"the image {path} cannot be read, it may be truncated or no image: {error}") from None
+    with open_image(path) as opened:
+        opened.load()
+        stored = opened.copy()
+        upright = ImageOps.exif_transpose(opened)
     image = upright
     if None not in expected:
         fitting = [x for x in (upright, stored) if (x.height, x.width) == expected]

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from dimaskdino.errors import UserError
+from dimaskdino.data.images import open_image
 from dimaskdino.progress import progress_bar
 
 SIDE = 8
@@ -31,12 +31,9 @@ def difference_hash(path: Path) -> UInt8[np.ndarray, "16"]:
     Raises:
         UserError: the image cannot be read.
     """
-    try:
-        with Image.open(path) as image:
-            image.draft("L", (8 * SIDE, 8 * SIDE))  # a JPEG is decoded at a fraction of its size
-            small = image.convert("L").resize((SIDE + 1, SIDE + 1), Image.Resampling.BOX)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"the image {path} cannot be read, it may be truncated or no image: {error}") from None
+    with open_image(path) as image:
+        image.draft("L", (8 * SIDE, 8 * SIDE))  # a JPEG is decoded at a fraction of its size
+        small = image.convert("L").resize((SIDE + 1, SIDE + 1), Image.Resampling.BOX)
     grey = np.asarray(small, dtype=np.int16)
     bits = [grey[:SIDE, 1:] > grey[:SIDE, :-1], grey[1:, :SIDE] > grey[:-1, :SIDE]]
     return np.packbits(np.concatenate([b.ravel() for b in bits]))

@@ -85,7 +85,7 @@ def describe(annotations: Annotations, folder: Path) -> Statistics:
         annotations: its annotations.
         folder: its image folder.
     """
-    objects = [a for a in annotations.annotations if not a["iscrowd"]]
+    objects = annotations.objects
     in_image = Counter(a["image_id"] for a in objects)
     by_class = Counter(a["category_id"] for a in objects)
     images_of = Counter(category for _, category in {(a["image_id"], a["category_id"]) for a in objects})

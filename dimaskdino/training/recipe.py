@@ -6,6 +6,7 @@ The rules:
   the other modules of the model that ships with the kit.
 * Image size: 95 % of the objects shall be at least `OBJECT_PIXELS` wide (√area), which are three cells of the masks;
   at most `LARGEST[device]` pixels, since the time grows with the area.
+* Augmentation: scales and flips of the small configuration for photographs, whatever the starting point.
 * Tokens and detections: more than the most crowded image has objects.
 * Learning rate: that of the starting configuration, times √(batch size / its batch size) as AdamW needs it.
 * Length: `EPOCHS` passes over the images, at least `LEAST_STEPS` steps; the rate drops at 75 and 90 % of it.
@@ -38,7 +39,7 @@ from dimaskdino.training.trainer import train
 FROM_IMAGENET = "photographs/dimaskdino_lite0"
 OBJECT_PIXELS = 12
 SMALLEST = 160
-LARGEST = {"cpu": 320, "mps": 512, "cuda": 1024}
+LARGEST = {"cpu": 320, "cuda": 1024}
 MOST_TOKENS = 300  # published
 EPOCHS = 20
 LEAST_STEPS = 1000
@@ -48,7 +49,7 @@ TRIED_STEPS = 6
 
 @dataclass(frozen=True)
 class Machine:
-    """What a training can use: `device` is cpu, cuda or mps; memory in bytes is that of the device."""
+    """What a training can use: `device` is cpu or cuda; memory in bytes is that of the device."""
 
     device: str
     name: str
@@ -178,6 +179,9 @@ def _choices(base: Config, found: Statistics, machine: Machine, weights: str | N
     if detections != base.evaluation.detections:
         choices["evaluation.detections"] = (detections, f"the most crowded image has {most} objects")
     if weights is not None:
+        jitter = load_config(FROM_IMAGENET).data.jitter
+        for key in ("min_scale", "max_scale", "flip"):
+            choices[f"data.jitter.{key}"] = (getattr(jitter, key), "variety for few images")
         choices["train.weights"] = (Path(weights), "the class heads are re-initialised if the classes differ")
     return choices
 

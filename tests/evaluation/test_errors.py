@@ -10,6 +10,7 @@ from PIL import Image
 from small import trained_file
 
 from dimaskdino.cli.models import evaluate
+from dimaskdino.errors import UserError
 from dimaskdino.evaluation.detections import Detections
 from dimaskdino.evaluation.errors import KINDS, confusion, save_errors, stage_errors, worst_images
 from dimaskdino.modeling import Instances
@@ -116,6 +117,12 @@ def test_a_confusion_of_many_classes_shows_the_most_confused(truth):
     shown = [text.get_text() for text in axes.get_yticklabels()]
     assert len(shown) == 20
     assert {"class 7", "class 29"} <= set(shown)
+
+
+def test_errors_need_masks(shapes_data, tmp_path):
+    model = trained_file(tmp_path / "model.safetensors", shapes_data)
+    with pytest.raises(UserError, match=r"--errors needs masks, which token_interaction\.0 has not"):
+        evaluate((str(model),), stages=("token_interaction.0",), output=tmp_path / "out", errors=True, device="cpu")
 
 
 def test_evaluate_writes_the_errors(shapes_data, tmp_path, capsys):

@@ -97,6 +97,7 @@ def test_a_model_to_start_from_keeps_its_architecture(finished, tmp_path):
     assert recipe.config.train.weights_of == ()
     shipped = propose(data, LAPTOP, "dimaskdino-shapes").config
     assert shipped.model.backbone.width == 32
+    assert (shipped.data.jitter.min_scale, shipped.data.jitter.max_scale) == (0.7, 1.5)  # its own data needed none
     assert shipped.train.weights == Path("dimaskdino-shapes")
 
 

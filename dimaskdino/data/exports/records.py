@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from PIL import Image, ImageOps
 
-from dimaskdino.data.images import SUFFIXES
+from dimaskdino.data.images import SUFFIXES, open_image
 from dimaskdino.errors import UserError
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
@@ -140,12 +140,9 @@ def upright_size(path: Path) -> tuple[int, int]:
     Raises:
         UserError: it cannot be read.
     """
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # orientations that swap the sides
-            return (image.width, image.height) if turned else (image.height, image.width)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"the image {path} cannot be read, it may be truncated or no image: {error}") from None
+    with open_image(path) as image:
+        turned = image.getexif().get(0x0112, 1) >= 5  # orientations that swap the sides
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def read_mask(path: Path) -> Image.Image:
@@ -154,11 +151,8 @@ def read_mask(path: Path) -> Image.Image:
     Raises:
         UserError: it cannot be read.
     """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"the mask {path} cannot be read, it may be truncated or no image: {error}") from None
+    with open_image(path, "mask") as image:
+        return ImageOps.exif_transpose(image)
 
 
 def read_xml(path: Path) -> ElementTree.Element:
