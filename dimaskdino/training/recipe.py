@@ -172,7 +172,7 @@ def _choices(base: Config, found: Statistics, machine: Machine, weights: str | N
         "train.batch_size": (batch, "of the starting point" if weights is None else "small, for few images"),
         "train.precision": ("bf16" if machine.bf16 else "fp32", machine.name),
         "train.checkpoint_every": (max(50, steps // 12), "about twelve resume points per training"),
-        "train.validation.every": (max(50, steps // 12), "as often; the best weights are kept"),
+        "train.validation.every": (max(100, steps // 8), "about eight validations; the best weights are kept"),
     }
     if selected != base.model.selection.k:
         choices["model.selection.k"] = (selected, f"the most crowded image has {most} objects")
@@ -238,12 +238,12 @@ def try_out(recipe: Recipe, machine: Machine, minutes: float | None = None) -> t
                 "schedule.drops": ((round(0.75 * steps), round(0.9 * steps)), "at 75 and 90 % of the steps"),
                 "schedule.warmup": (min(100, steps // 10), "a tenth of the steps, at most 100"),
                 "train.checkpoint_every": (max(50, steps // 12), "about twelve resume points per training"),
-                "train.validation.every": (max(50, steps // 12), "as often; the best weights are kept"),
+                "train.validation.every": (max(100, steps // 8), "about eight validations; the best weights are kept"),
             },
         )
     return recipe, (
-        f"a step takes about {seconds:.2f} s on {machine.name}: {steps:,} steps in {steps * seconds / 60:.0f} minutes, "
-        f"with {used / 2**30:.1f} GiB of memory"
+        f"a step takes about {seconds:.2f} s on {machine.name}: {steps:,} steps in {steps * seconds / 60:.1f} minutes "
+        f"and some more for the validations, with {used / 2**30:.1f} GiB of memory"
     )
 
 
