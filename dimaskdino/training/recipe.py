@@ -166,13 +166,9 @@ def _choices(base: Config, found: Statistics, machine: Machine, weights: str | N
         "data.resize.longest": (32 * round(1.5 * size / 32), "for images that are not square"),
         "data.workers": (max(1, min(4, machine.cores // 2)), f"for {machine.cores} cores"),
         "optimizer.lr": (rate, f"{base.optimizer.lr:g} x √({batch} / {base.train.batch_size})"),
-        "schedule.steps": (steps, f"{steps * batch / found.images:.0f} passes over {found.images:,} images"),
-        "schedule.drops": ((round(0.75 * steps), round(0.9 * steps)), "at 75 and 90 % of the steps"),
-        "schedule.warmup": (min(100, steps // 10), "a tenth of the steps, at most 100"),
+        **_of_length(steps, f"{steps * batch / found.images:.0f} passes over {found.images:,} images"),
         "train.batch_size": (batch, "of the starting point" if weights is None else "small, for few images"),
         "train.precision": ("bf16" if machine.bf16 else "fp32", machine.name),
-        "train.checkpoint_every": (max(50, steps // 12), "about twelve resume points per training"),
-        "train.validation.every": (max(100, steps // 8), "about eight validations; the best weights are kept"),
     }
     if selected != base.model.selection.k:
         choices["model.selection.k"] = (selected, f"the most crowded image has {most} objects")
@@ -184,6 +180,17 @@ def _choices(base: Config, found: Statistics, machine: Machine, weights: str | N
             choices[f"data.jitter.{key}"] = (getattr(jitter, key), "variety for few images")
         choices["train.weights"] = (Path(weights), "the class heads are re-initialised if the classes differ")
     return choices
+
+
+def _of_length(steps: int, reason: str) -> dict[str, tuple[Any, str]]:
+    """What follows from the number of steps, and the reason for that number."""
+    return {
+        "schedule.steps": (steps, reason),
+        "schedule.drops": ((round(0.75 * steps), round(0.9 * steps)), "at 75 and 90 % of the steps"),
+        "schedule.warmup": (min(100, steps // 10), "a tenth of the steps, at most 100"),
+        "train.checkpoint_every": (max(50, steps // 12), "about twelve resume points per training"),
+        "train.validation.every": (max(100, steps // 8), "about eight validations; the best weights are kept"),
+    }
 
 
 def _rounded(steps: float) -> int:
@@ -231,16 +238,8 @@ def try_out(recipe: Recipe, machine: Machine, minutes: float | None = None) -> t
     steps = config.schedule.steps
     if minutes is not None and steps * seconds > 60 * minutes:
         steps = max(50, 50 * math.floor(60 * minutes / seconds / 50))
-        recipe = _with(
-            recipe,
-            {
-                "schedule.steps": (steps, f"what {minutes:g} minutes allow at {seconds:.2f} s per step"),
-                "schedule.drops": ((round(0.75 * steps), round(0.9 * steps)), "at 75 and 90 % of the steps"),
-                "schedule.warmup": (min(100, steps // 10), "a tenth of the steps, at most 100"),
-                "train.checkpoint_every": (max(50, steps // 12), "about twelve resume points per training"),
-                "train.validation.every": (max(100, steps // 8), "about eight validations; the best weights are kept"),
-            },
-        )
+        why = f"what {minutes:g} minutes allow at {seconds:.2f} s per step"
+        recipe = _with(recipe, _of_length(steps, why))
     return recipe, (
         f"a step takes about {seconds:.2f} s on {machine.name}: {steps:,} steps in {steps * seconds / 60:.1f} minutes "
         f"and some more for the validations, with {used / 2**30:.1f} GiB of memory"
