@@ -9,12 +9,13 @@ from typing import Any
 
 from pycocotools import mask as coco_mask
 
-from dimaskdino.config import Config, Resize
+from dimaskdino.config import Config
 from dimaskdino.data.annotations import Annotations, inspect_annotations, to_run_lengths
 from dimaskdino.data.coco import find_split
 from dimaskdino.data.images import load_image
 from dimaskdino.data.near_duplicates import shared_between
-from dimaskdino.data.summary import Statistics, describe
+from dimaskdino.data.summary import Statistics, describe, shortened
+from dimaskdino.data.transforms import resize_scale
 from dimaskdino.errors import UserError
 from dimaskdino.progress import progress_bar
 
@@ -117,7 +118,7 @@ def advice(annotations: Annotations, found: Statistics, settings: Config) -> lis
     objects = annotations.objects
     sizes = {image["id"]: (image["height"], image["width"]) for image in annotations.images}
     resize = settings.data.resize
-    tiny = sum(a["area"] * _scale(sizes[a["image_id"]], resize) ** 2 < CELL**2 for a in objects)
+    tiny = sum(a["area"] * resize_scale(sizes[a["image_id"]], resize) ** 2 < CELL**2 for a in objects)
     if tiny >= TINY_SHARE * max(len(objects), 1) and tiny:
         told.append(
             f"{tiny:,} of {len(objects):,} objects ({tiny / len(objects):.1%}) cover less than {CELL}x{CELL} pixels, a "
@@ -144,20 +145,11 @@ def advice(annotations: Annotations, found: Statistics, settings: Config) -> lis
         )
     lacking = [c.name for c in found.classes if not c.objects]
     if lacking:
-        told.append(f"without a single object: {_shortened(lacking)}")
+        told.append(f"without a single object: {shortened(lacking)}")
     rare = [c.name for c in found.classes if 0 < c.objects < _SHOWN]
     if rare:
-        told.append(f"with fewer than {_SHOWN} objects: {_shortened(rare)}")
+        told.append(f"with fewer than {_SHOWN} objects: {shortened(rare)}")
     return told
-
-
-def _scale(size: tuple[int, int], resize: Resize) -> float:
-    """By how much an image of size (h, w) is enlarged for the model."""
-    return min(resize.shortest / min(size), resize.longest / max(size))
-
-
-def _shortened(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def grouped(problems: Sequence[str]) -> list[str]:

@@ -15,10 +15,11 @@ from pycocotools import mask as coco_mask
 from dimaskdino.data.annotations import read_annotations, to_run_lengths
 from dimaskdino.data.exports import ExportedSplit, read_export
 from dimaskdino.data.near_duplicates import difference_hash, groups_of_duplicates, shared_between
+from dimaskdino.data.summary import shortened
 from dimaskdino.errors import UserError, writing
 from dimaskdino.progress import progress_bar
 
-SPLITS = ("train", "val", "test")
+_SPLITS = ("train", "val", "test")
 _DRAWS = 200  # random divisions, of which the one with the evenest classes is taken
 
 
@@ -43,7 +44,7 @@ class Imported:
     def summary(self) -> str:
         """A few lines."""
         lines = [
-            f"read as {self.layout}: {_counted(len(self.classes), 'class', 'classes')} ({_shortened(self.classes)})"
+            f"read as {self.layout}: {_counted(len(self.classes), 'class', 'classes')} ({shortened(self.classes)})"
         ]
         lines += [
             f"{split}: {images:,} images, {objects:,} objects" for split, (images, objects) in self.counts.items()
@@ -53,10 +54,6 @@ class Imported:
 
 def _counted(count: int, one: str, several: str) -> str:
     return f"{count:,} {one if count == 1 else several}"
-
-
-def _shortened(names: Sequence[str], count: int = 10) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def import_dataset(source: Path, folder: Path, val: float = 0.2, seed: int = 0) -> Imported:
@@ -102,7 +99,7 @@ def import_dataset(source: Path, folder: Path, val: float = 0.2, seed: int = 0) 
     try:
         with writing(folder):
             ways = Counter(
-                way for name in SPLITS if name in splits for way in _write(splits[name], name, classes, partial)
+                way for name in _SPLITS if name in splits for way in _write(splits[name], name, classes, partial)
             )
             for name in splits:
                 read_annotations(partial / "annotations" / f"{name}.json")
@@ -110,7 +107,7 @@ def import_dataset(source: Path, folder: Path, val: float = 0.2, seed: int = 0) 
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     remarks += [f"{count:,} images {way}" for way, count in ways.items() if way != "hard-linked"]
-    counts = {name: (len(splits[name].images), len(splits[name].annotations)) for name in SPLITS if name in splits}
+    counts = {name: (len(splits[name].images), len(splits[name].annotations)) for name in _SPLITS if name in splits}
     return Imported(folder, layout, counts, tuple(classes), tuple(remarks))
 
 

@@ -1,6 +1,7 @@
 """Summary of a dataset, from its annotations alone."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,11 @@ class Statistics:
         if rest:
             lines.append(f"  {len(rest)} more classes{sum(c.objects for c in rest):>17,} objects")
         return "\n".join(lines)
+
+
+def shortened(names: Sequence[str], count: int = MOST_CLASSES) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def describe(annotations: Annotations, folder: Path) -> Statistics:

@@ -81,9 +81,14 @@ def resize_image(image: Tensor, settings: config.Resize) -> Tensor:
     return v2.functional.resize(image, [height, width], antialias=True)
 
 
+def resize_scale(size: tuple[int, int], settings: config.Resize) -> float:
+    """By how much `resize_image` enlarges an image of this (h, w)."""
+    return min(settings.shortest / min(size), settings.longest / max(size))
+
+
 def resized_size(size: tuple[int, int], settings: config.Resize) -> tuple[int, int]:
     """(h, w) of an image of this (h, w) after `resize_image`."""
-    scale = min(settings.shortest / min(size), settings.longest / max(size))
+    scale = resize_scale(size, settings)
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 

@@ -76,7 +76,7 @@ def stage_errors(truth: COCO, detections: Detections, kind: Kind) -> StageErrors
 
 def confusion(truth: COCO, detections: Detections, kind: Kind, threshold: float) -> Confusion:
     """Confusions between classes at IoU 0.5; arguments are those of `stage_errors`, and the lowest score."""
-    found = _evaluated(truth, detections, kind).confusion_matrix(iou_thr=MATCH_IOU, min_score=threshold)
+    found = _evaluation(truth, detections, kind).confusion_matrix(iou_thr=MATCH_IOU, min_score=threshold)
     return Confusion(list(found["cat_names"]), np.asarray(found["matrix"]).astype(np.int64), threshold)
 
 
@@ -109,8 +109,12 @@ def save_errors(path: Path, stages: Mapping[str, Mapping[Kind, StageErrors]], co
     write_text(path, json.dumps(content, indent=1))
 
 
-def _evaluated(truth: COCO, detections: Detections, kind: Kind) -> COCOeval:
+def _evaluation(truth: COCO, detections: Detections, kind: Kind) -> COCOeval:
     rows = detections.boxes if kind == "box" else detections.masks
-    evaluation = COCOeval(truth, truth.load_res(rows), IOU_TYPE[kind])
+    return COCOeval(truth, truth.load_res(rows), IOU_TYPE[kind])
+
+
+def _evaluated(truth: COCO, detections: Detections, kind: Kind) -> COCOeval:
+    evaluation = _evaluation(truth, detections, kind)
     evaluation.evaluate()
     return evaluation

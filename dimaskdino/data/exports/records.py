@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from dimaskdino.data.images import SUFFIXES, open_image
 from dimaskdino.errors import UserError
 
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
+SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("val", "valid", "validation"), "val"
 )
 
@@ -131,7 +131,7 @@ def split_of_folder(place: Path, folder: Path) -> str | None:
 
 
 def _split_in(name: str) -> str | None:
-    return next((SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLITS), None)
+    return next((SPLIT_NAMES[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_NAMES), None)
 
 
 def upright_size(path: Path) -> tuple[int, int]:

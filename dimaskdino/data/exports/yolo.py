@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from dimaskdino.data.exports.records import SPLITS, ExportedSplit, upright_size
+from dimaskdino.data.exports.records import SPLIT_NAMES, ExportedSplit, upright_size
 from dimaskdino.data.images import SUFFIXES
 from dimaskdino.errors import UserError
 
@@ -33,7 +33,7 @@ def read(source: Path) -> list[ExportedSplit] | None:
     for key in _KEYS:
         if settings.get(key):
             images = _images(file, settings, key)
-            splits[SPLITS[key]] = _split(SPLITS[key], classes, index, images)
+            splits[SPLIT_NAMES[key]] = _split(SPLIT_NAMES[key], classes, index, images)
     if not splits:
         raise UserError(f"{file} names no images; add 'train: images/train' and 'val: images/val'")
     if not any(split.annotations or split.boxes for split in splits.values()):
