@@ -236,7 +236,11 @@ class Trainer:
             self.folder.metrics(self.step, self.context.rank == 0) as metrics,
         ):
             progress = progress_bar(
-                total=steps, initial=self.step, description="training", disable=self.context.rank > 0
+                total=steps,
+                initial=self.step,
+                description="training",
+                log_by_hand=True,
+                disable=self.context.rank > 0,
             )
             if self._changed:
                 metrics.write({"step": self.step, "changed": self._changed})
