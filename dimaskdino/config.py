@@ -310,6 +310,9 @@ class Train(Section):
     average: float | None = Field(
         None, gt=0, lt=1, description="decay per step of an average of the weights (EMA), which is validated and saved"
     )
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        ("tensorboard",), description="what receives the metrics and pictures, besides the run folder"
+    )
     seed: int = Field(0, ge=0)
     checkpoint_every: PositiveInt = Field(5000, description="steps")
     keep: PositiveInt = Field(2, description="number of newest resume points that are kept")

@@ -27,6 +27,7 @@ from dimaskdino.interop.supervision import to_supervision
 from dimaskdino.markdown import escape
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.precision import Precision
+from dimaskdino.painting import paint_instances
 from dimaskdino.resources import MODELS, find_model
 from dimaskdino.serialization import write_text
 
@@ -108,8 +109,6 @@ class Result:
         Raises:
             UserError: the format is unknown or the file cannot be written.
         """
-        from dimaskdino.viz import paint_instances
-
         path = Path(path)
         try:
             with writing(path):

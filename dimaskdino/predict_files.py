@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 from dimaskdino.data.images import SUFFIXES, find_files, to_image_tensor
 from dimaskdino.errors import UserError, writing
 from dimaskdino.model import Model, Result
+from dimaskdino.painting import paint_instances
 from dimaskdino.progress import progress_bar
 from dimaskdino.serialization import write_text
 
@@ -196,8 +197,6 @@ def _predict_video(
 
 def _rgb(result: Result) -> np.ndarray:
     """The picture of a result at its image's own size, (h, w, 3) uint8; odd sizes lose a row or column."""
-    from dimaskdino.viz import paint_instances
-
     canvas = paint_instances(result.image, result.instances, result.classes)
     height, width = canvas.shape[:2]
     return np.ascontiguousarray(canvas[: height // 2 * 2, : width // 2 * 2])

@@ -44,7 +44,7 @@ class _Lines(tqdm):
 
     @staticmethod
     def status_printer(file: Any) -> Any:
-        """tqdm prints bars with carriage returns; here only `display` prints."""
+        """Tqdm prints bars with carriage returns; here only `display` prints."""
         return lambda text: None
 
 

@@ -15,6 +15,7 @@ LAYERS = (
     ("config",),
     ("modeling",),
     ("checkpoints", "data"),
+    ("painting",),
     ("runs",),
     ("evaluation",),
     ("training",),

@@ -20,9 +20,9 @@ from dimaskdino.data.images import to_image_tensor
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.evaluation.predict import predict_images
 from dimaskdino.modeling import Instances
+from dimaskdino.painting import paint_instances
 from dimaskdino.predict_files import predict_files
 from dimaskdino.resources import MODELS
-from dimaskdino.viz import paint_instances
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ def test_a_pipe_gets_a_line_per_record(capsys):
     assert out.out == "step 3: validated\n"
     counts = [line.split(",")[0] for line in lines(out.err)]
     assert counts == ["training: 0 of 6", "training: 2 of 6", "training: 4 of 6", "training: 6 of 6"]
-    assert "loss=4.00" in out.err and out.err.endswith("left\n")
+    assert "loss=4.00" in out.err
+    assert out.err.endswith("left\n")
 
 
 def test_a_pipe_gets_a_line_now_and_then(capsys, monkeypatch):

@@ -90,19 +90,24 @@ def status(run: Positional[Path]) -> int:
     parts = ("state", "reason", "note", "started", "ended")
     shown = ", ".join(f"{key} {current[key]}" for key in parts if key in current)
     print(f"{run}: {shown}")
-    latest = next((record for record in reversed(folder.read_metrics()) if "loss" in record), None)
+    records = folder.read_metrics()
+    latest = next((record for record in reversed(records) if "loss" in record), None)
     if latest:
         print(f"step {latest['step']}, loss {latest['loss']:.2f}")
-    validated = next((record for record in reversed(folder.read_metrics()) if "validation" in record), None)
+    validated = next((record for record in reversed(records) if "validation" in record), None)
     if validated:
         result = validated["validation"]
         found = f"box AP {result['box_AP']:.1f}, mask AP {result['mask_AP']:.1f}"
         print(f"validation at step {validated['step']}: {found}; the best was at step {validated['best_step']}")
+    for record in records:
+        if "advice" in record:
+            print(f"advice at step {record['step']}: {record['advice']}")
     evaluation = run / "evaluation" / "layers.json"
     if evaluation.exists():
         result = LayerwiseAP.load(evaluation)
         print(f"AP on {result.images} images, {result.source}\n{result.table()}")
     written = [*run.rglob("*.ipynb"), *run.rglob("figures/*.png"), *run.rglob("layers.*"), folder.model, folder.best]
+    written += sorted(folder.samples.glob("*.png"))[-1:]
     files = [path for path in dict.fromkeys(written) if path.exists() and ".ipynb_checkpoints" not in path.parts]
     print("\n".join(["files:", *(f"  {path}" for path in files)]))
     figures = [path for path in files if path.name == "layers.png"]

@@ -15,7 +15,8 @@ import ipywidgets as widgets
 import numpy as np
 from matplotlib.figure import Figure
 
-from dimaskdino.viz.style import BLUE, GREY, ORANGE, NotebookFigure, style
+from dimaskdino.painting import BLUE, GREY, ORANGE
+from dimaskdino.viz.style import NotebookFigure, style
 
 _WIDE = {"description_width": "initial"}
 

@@ -1,8 +1,9 @@
 """A run folder: the files of one run, readable by people and programs during the run and afterwards.
 
 config.yaml     the complete configuration        versions.json   python, packages, machine
-metrics.jsonl   one record every few steps        tensorboard/    the same for tensorboard
+metrics.jsonl   one record every few steps        tensorboard/    the same for TensorBoard
 checkpoints/    resume points, model.safetensors  figures/        figures of the notebooks
+samples/        detections in a few validation images, a picture per validation
 status.json     running, finished, stopped or failed, and why
 lock            held while a process writes to the folder
 
@@ -17,17 +18,21 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import filelock
+import numpy as np
 import torch
+from jaxtyping import UInt8
+from PIL import Image
 
 from dimaskdino.checkpoints.model_files import recorded_config
 from dimaskdino.config import Config, dump_config, load_config, read_tree
 from dimaskdino.errors import Stopped, UserError, explain_os_error, writing
-from dimaskdino.serialization import write_text
+from dimaskdino.runs.trackers import Tracker, open_trackers
+from dimaskdino.serialization import write_atomically, write_text
 
 State = Literal["running", "finished", "stopped", "failed"]
 LOCK_SECONDS = 5.0  # a reader of the status holds the lock for an instant
@@ -63,6 +68,11 @@ class RunFolder:
     @property
     def figures(self) -> Path:
         return self.path / "figures"
+
+    @property
+    def samples(self) -> Path:
+        """Pictures of detections in validation images, one per validation."""
+        return self.path / "samples"
 
     @property
     def log(self) -> Path:
@@ -250,24 +260,34 @@ class RunFolder:
         return status
 
     @contextlib.contextmanager
-    def metrics(self, step: int, enabled: bool = True) -> Iterator["Metrics"]:
+    def metrics(
+        self, step: int, enabled: bool = True, trackers: Sequence[str] = (), settings: Mapping[str, Any] | None = None
+    ) -> Iterator["Metrics"]:
         """Open the metrics file; records after `step` are removed, since they belong to lost work.
 
+        Args:
+            step: the step that the training starts or resumes from.
+            enabled: whether this process records anything.
+            trackers: what receives the records too, see `dimaskdino.runs.trackers`.
+            settings: all settings of the run, for the trackers.
+
         Raises:
-            UserError: the file cannot be written.
+            UserError: the file cannot be written, or a tracker is not installed.
         """
         if not enabled:
-            yield Metrics(None, None)
+            yield Metrics(None, [], self.samples)
             return
         self.reopen()
         kept = [json.dumps(r) + "\n" for r in self.read_metrics() if r["step"] <= step]
         file = self.path / "metrics.jsonl"
         write_text(file, "".join(kept))
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by training alone
-
-        board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
-        with file.open("a") as stream, _one_report_of_disk_errors(), board:
-            yield Metrics(stream, board)
+        with contextlib.ExitStack() as stack:
+            stream = stack.enter_context(file.open("a"))
+            stack.enter_context(_one_report_of_disk_errors())
+            opened = open_trackers(trackers, self.path, settings or {}, step)
+            for tracker in opened:
+                stack.callback(tracker.close)
+            yield Metrics(stream, opened, self.samples)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete records; damaged lines are left out."""
@@ -291,10 +311,10 @@ def _one_report_of_disk_errors() -> Iterator[None]:
 
 
 class Metrics:
-    """Writes records: one line of json each, and their numbers to tensorboard."""
+    """Writes records, one line of json each, and pictures; their numbers and the pictures go to the trackers too."""
 
-    def __init__(self, stream: TextIO | None, board: Any) -> None:
-        self.stream, self.board = stream, board
+    def __init__(self, stream: TextIO | None, trackers: Sequence[Tracker], samples: Path) -> None:
+        self.stream, self.trackers, self.samples = stream, trackers, samples
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record, which must have a `step`."""
@@ -302,10 +322,20 @@ class Metrics:
             return
         self.stream.write(json.dumps(record | {"time": _now()}) + "\n")
         self.stream.flush()
-        flat = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
-        flat |= {f"validation/{name}": value for name, value in record.get("validation", {}).items()}
-        for name, value in (flat | record.get("losses", {})).items():
-            self.board.add_scalar(name, value, record["step"])
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        numbers |= {f"validation/{name}": value for name, value in record.get("validation", {}).items()}
+        numbers |= record.get("losses", {})
+        if numbers:
+            for tracker in self.trackers:
+                tracker.numbers(numbers, record["step"])
+
+    def picture(self, pixels: UInt8[np.ndarray, "h w 3"], step: int) -> None:
+        """Write a picture of a step to `samples/`."""
+        if self.stream is None:
+            return
+        write_atomically(self.samples / f"step_{step:06d}.png", lambda path: Image.fromarray(pixels).save(path, "PNG"))
+        for tracker in self.trackers:
+            tracker.picture("samples", pixels, step)
 
 
 _VANISHED = "the process vanished; it was probably killed. Run the same command again to resume"
@@ -348,7 +378,7 @@ def _now(seconds: float | None = None) -> str:
 _NEUTRAL = (
     *("data.root", "data.workers", "data.val", "data.resize"),
     *("train.accumulate", "train.compile", "train.checkpoint_activations"),
-    *("train.checkpoint_every", "train.keep", "train.log_every", "train.validation", "evaluation"),
+    *("train.checkpoint_every", "train.keep", "train.log_every", "train.trackers", "train.validation", "evaluation"),
 )
 # settings that do not change what the weights mean, so that a resumed run may change them; steps only grow
 _RESUMABLE = (

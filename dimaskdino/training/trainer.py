@@ -27,8 +27,8 @@ from dimaskdino.checkpoints.model_files import (
     save_model,
 )
 from dimaskdino.config import Config
-from dimaskdino.config import Data as DataSettings
 from dimaskdino.data import shapes
+from dimaskdino.data.check import advice
 from dimaskdino.data.coco import CocoDataset
 from dimaskdino.data.dataloader import Batch, batches, explaining_dead_workers, training_dataset, training_loader
 from dimaskdino.data.summary import describe
@@ -42,6 +42,7 @@ from dimaskdino.resources import find_model
 from dimaskdino.runs.folder import Metrics, RunFolder, changed_settings
 from dimaskdino.signals import StopRequest
 from dimaskdino.threads import share_cores
+from dimaskdino.training.advice import Adviser
 from dimaskdino.training.criterion import Losses, criterion
 from dimaskdino.training.optimizer import build_optimizer, set_rate
 from dimaskdino.training.resume_points import load_resume_point, save_resume_point
@@ -85,14 +86,16 @@ def train(config: Config, folder: RunFolder) -> None:
         Trainer(config, folder, context).run()
 
 
-def _look_at(data: CocoDataset, settings: DataSettings) -> None:
-    """Print a summary of the training data, and stop before the first step if images are missing."""
+def _look_at(data: CocoDataset, settings: Config) -> None:
+    """Print a summary of the training data and what will be hard, and stop if images are missing."""
     found = describe(data.annotations, data.image_folder)
-    print("\n".join([f"training data: {found.summary()}", *(f"note: {line}" for line in data.annotations.remarks)]))
-    if found.missing_files and not settings.skip_bad_images:
+    notes = [*data.annotations.remarks, *advice(data.annotations, found, settings)]
+    print("\n".join([f"training data: {found.summary()}", *(f"note: {line}" for line in notes)]))
+    if found.missing_files and not settings.data.skip_bad_images:
         raise UserError(
-            f"{len(found.missing_files)} images of '{settings.train}' are missing, the first {found.missing_files[0]} "
-            "(data.skip_bad_images=true replaces them; 'dimaskdino data import' finds images in other folders)"
+            f"{len(found.missing_files)} images of '{settings.data.train}' are missing, the first "
+            f"{found.missing_files[0]} (data.skip_bad_images=true replaces them; 'dimaskdino data import' finds images "
+            "in other folders)"
         )
 
 
@@ -133,7 +136,7 @@ class Trainer:
         self.data = training_dataset(config)
         self.data.check_classes(config.model.classes)
         if context.rank == 0:
-            _look_at(self.data, config.data)
+            _look_at(self.data, config)
             late = [drop for drop in config.schedule.drops if drop >= config.schedule.steps]
             if late:
                 print(f"note: the drops of the rate at {late} lie beyond the end at step {config.schedule.steps}")
@@ -233,8 +236,11 @@ class Trainer:
         with (
             contextlib.closing(parts_of_steps),
             self._stop,
-            self.folder.metrics(self.step, self.context.rank == 0) as metrics,
+            self.folder.metrics(
+                self.step, self.context.rank == 0, self.config.train.trackers, self.config.model_dump(mode="json")
+            ) as metrics,
         ):
+            adviser = Adviser(self.config.schedule.warmup, self.folder.read_metrics())
             progress = progress_bar(
                 total=steps,
                 initial=self.step,
@@ -256,12 +262,13 @@ class Trainer:
                     record = self._record(terms, norm, (now - started) / (self.step - logged))
                     metrics.write(record)
                     progress.set_postfix(loss=f"{record['loss']:.2f}")
+                    self._advise(adviser.see(record), metrics, progress)
                     logged, started = self.step, now
                 for reason in (r for part in parts for r in part.skipped):
                     metrics.write({"step": self.step, "skipped": reason})
                     progress.write(f"skipped: {reason}")
                 if self._validates():
-                    self._validate(metrics, progress)
+                    self._advise(adviser.see(self._validate(metrics, progress)), metrics, progress)
                 if self.step % every == 0 or self.step == steps or self._stopping or self._out_of_patience():
                     self._save()
                 if self._stopping and self.step < steps:
@@ -291,21 +298,30 @@ class Trainer:
         patience = self.config.train.validation.patience
         return self.validator is not None and patience is not None and self.best.without_better >= patience
 
-    def _validate(self, metrics: Metrics, progress: Any) -> None:
+    def _advise(self, texts: list[str], metrics: Metrics, progress: Any) -> None:
+        if self.context.rank == 0:
+            for text in texts:
+                metrics.write({"step": self.step, "advice": text})
+                progress.write(f"advice: {text}")
+
+    def _validate(self, metrics: Metrics, progress: Any) -> dict[str, Any]:
         assert self.validator is not None
         result = self.validator.score(self._result)
         better = self.best.update(result, self.step)
+        record = {"step": self.step, "validation": result, "best_step": self.best.step}
         if self.context.rank:
-            return
+            return record
         if better:
             self._save_model(self.folder.best)
-        metrics.write({"step": self.step, "validation": result, "best_step": self.best.step})
+        metrics.write(record)
+        metrics.picture(self.validator.picture(self._result), self.step)
         text = f"step {self.step}: box AP {result['box_AP']:.1f}, mask AP {result['mask_AP']:.1f}"
         progress.write(f"{text} on {result['images']} images of {self.config.data.val}{', the best' if better else ''}")
         if self._out_of_patience():
             progress.write(
                 f"no better validation for {self.best.without_better} times (train.validation.patience): training ends"
             )
+        return record
 
     def _load(self, parts: Iterator[Batch]) -> list[Batch]:
         """This process's parts of the next step. A bad image saves the state before it stops the run."""

@@ -1,10 +1,14 @@
 """Scoring of the last stage during a training, and an average of the weights."""
 
-from collections.abc import Sequence
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
@@ -15,7 +19,13 @@ from dimaskdino.distributed import DistributedContext
 from dimaskdino.evaluation.coco_ap import average_precision, read_truth
 from dimaskdino.evaluation.detections import Detections
 from dimaskdino.evaluation.layerwise_ap import detect_batch
+from dimaskdino.evaluation.predict import predict_images
 from dimaskdino.modeling import Detector
+from dimaskdino.painting import paint_beside_truth
+
+PICTURES = 4  # images per validation
+PICTURE_THRESHOLD = 0.3
+PICTURE_WIDTH = 1000  # pixels
 
 
 class Validator:
@@ -35,21 +45,17 @@ class Validator:
         self.data.check_classes(config.model.classes)
         count = min(config.train.validation.images, len(self.data))
         self.positions = [len(self.data) * i // count for i in range(count)]
+        self.plain = copy.copy(self.data)  # at the images' own size, with their objects
+        self.plain.transform = None
         self.truth = read_truth(self.data.annotations_file, [self.data.images[p]["id"] for p in self.positions])
 
     def score(self, detector: Detector) -> dict[str, Any]:
         """`box_AP`, `mask_AP` and the number of `images`. The detector's mode and weights stay as they are."""
-        model = TrainedModel(detector, self.config, self.data.classes, 0, self.config.train.precision)
-        last = f"decoder.{self.config.model.decoder.layers}"
         own = self.positions[self.context.rank :: self.context.world_size]
         found: list[Detections] = []
-        was_training = detector.training
-        detector.eval()
-        try:
+        with self._model(detector) as model:
             for batch in batches(evaluation_loader(self.data, self.config, [own])):
-                found += detect_batch(model, batch, [last], self.data.category_ids)[last]
-        finally:
-            detector.train(was_training)
+                found += detect_batch(model, batch, [self.last], self.data.category_ids)[self.last]
         parts = [part for part in self.context.gather(Detections.joined(found) if found else None) if part]
         detections = Detections.joined(parts)
         box, mask = (
@@ -58,13 +64,40 @@ class Validator:
         )
         return {"box_AP": box, "mask_AP": mask, "images": len(self.positions)}
 
+    def picture(self, detector: Detector) -> UInt8[np.ndarray, "h w 3"]:
+        """A few validation images with their objects on the left and with detections on the right."""
+        chosen = self.positions[:: max(1, len(self.positions) // PICTURES)][:PICTURES]
+        samples = [self.plain[position] for position in chosen]
+        with self._model(detector) as model:
+            found = [predict_images(model, [sample.image], [self.last])[0][self.last] for sample in samples]
+        return paint_beside_truth(samples, found, self.data.classes, PICTURE_THRESHOLD, PICTURE_WIDTH)
+
+    @property
+    def last(self) -> str:
+        """Name of the last stage."""
+        return f"decoder.{self.config.model.decoder.layers}"
+
+    @contextlib.contextmanager
+    def _model(self, detector: Detector) -> Iterator[TrainedModel]:
+        was_training = detector.training
+        detector.eval()
+        try:
+            yield TrainedModel(detector, self.config, self.data.classes, 0, self.config.train.precision)
+        finally:
+            detector.train(was_training)
+
+
+def score_of(result: Mapping[str, Any]) -> float:
+    """The number by which validations are compared: the mean of box and mask AP."""
+    return (result["box_AP"] + result["mask_AP"]) / 2
+
 
 @dataclass
 class Best:
     """The best validation so far: part of a resume point, so that a resumed run goes on as an undisturbed one.
 
     Attributes:
-        score: mean of box and mask AP.
+        score: that of `score_of`.
         step: of that validation; 0 before the first.
         without_better: number of validations since then.
     """
@@ -75,7 +108,7 @@ class Best:
 
     def update(self, result: dict[str, Any], step: int) -> bool:
         """Count a validation; whether it is the best so far."""
-        score = (result["box_AP"] + result["mask_AP"]) / 2
+        score = score_of(result)
         if score > self.score:
             self.score, self.step, self.without_better = score, step, 0
             return True

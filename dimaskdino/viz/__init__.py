@@ -2,7 +2,7 @@
 
 from dimaskdino.viz.architecture import draw_architecture, draw_flow
 from dimaskdino.viz.curves import plot_first_and_last_layer, plot_layerwise_ap, plot_losses, plot_precision_recall
-from dimaskdino.viz.detections import draw_beside_truth, draw_instances, draw_samples, draw_stages, paint_instances
+from dimaskdino.viz.detections import draw_beside_truth, draw_instances, draw_samples, draw_stages
 from dimaskdino.viz.diagnostics import (
     plot_calibration,
     plot_gradient_conflict,
@@ -41,7 +41,6 @@ __all__ = [
     "draw_selection",
     "draw_stages",
     "draw_token_maps",
-    "paint_instances",
     "plot_ablation",
     "plot_calibration",
     "plot_confusion",

@@ -13,7 +13,8 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from dimaskdino.inspection.look import Look
-from dimaskdino.viz.style import BLUE, GREEN, GREY, ORANGE, PINK, NotebookFigure, style
+from dimaskdino.painting import BLUE, GREEN, GREY, ORANGE, PINK
+from dimaskdino.viz.style import NotebookFigure, style
 from dimaskdino.viz.tokens import draw_image
 
 Kind = Literal["image", "tokens", "queries", "masks", "module"]

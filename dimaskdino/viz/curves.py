@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
-from dimaskdino.viz.style import BOX, CYCLE, GREY, MASK, NotebookFigure, data_label, style
+from dimaskdino.painting import CYCLE, GREY, data_label
+from dimaskdino.viz.style import BOX, MASK, NotebookFigure, style
 
 RUNNING_MEANS = 60  # about this many windows over a long run
 _SHORT = {"first_selection": "first\nselection"}

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
@@ -19,8 +17,9 @@ from dimaskdino.data.coco import Sample
 from dimaskdino.evaluation.ceilings import coverage, true_stage, with_bounds
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.structures import padded_size
+from dimaskdino.painting import CYCLE, blend_masks, data_label, label, masks_of, paint_instances
 from dimaskdino.viz.curves import short_name
-from dimaskdino.viz.style import BOX, CYCLE, MASK, NotebookFigure, data_label, style
+from dimaskdino.viz.style import BOX, MASK, NotebookFigure, style
 
 
 def draw_instances(
@@ -50,11 +49,12 @@ def draw_instances(
         kept = (instances.scores >= threshold).nonzero().flatten().tolist()
         size = 9 if max(height, width) >= 64 else 7
         colours = [CYCLE[number % len(CYCLE)] for number in range(len(kept))]
-        axes.imshow(_with_masks(image, instances, kept, colours), extent=(0, width, height, 0))
+        masks = masks_of(instances, kept)
+        axes.imshow(blend_masks(image, masks, colours[: len(masks)]), extent=(0, width, height, 0))
         for i, colour in reversed(list(zip(kept, colours, strict=True))):  # the best on top
             x0, y0, x1, y1 = instances.boxes[i].tolist()
             axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=colour, linewidth=1.6))
-            text = _label(instances, classes, i)
+            text = label(instances, classes, i)
             box = {"facecolor": colour, "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
             x, y = min(max(x0, 0), width), min(max(y0, 0.065 * height), height)
             axes.text(x, y, text, fontsize=size, color="white", bbox=box, va="bottom", clip_on=True)
@@ -64,48 +64,6 @@ def draw_instances(
     figure_of = axes.get_figure()
     assert isinstance(figure_of, Figure)
     return figure_of
-
-
-def paint_instances(
-    image: Tensor, instances: Instances, classes: Sequence[str], threshold: float = 0.0
-) -> UInt8[np.ndarray, "h w 3"]:
-    """Paint detections into the pixels of an image, for files and videos: at its own size, in the colour of the class.
-
-    Arguments are those of `draw_instances`.
-    """
-    kept = (instances.scores >= threshold).nonzero().flatten().tolist()
-    colours = [CYCLE[int(instances.labels[i]) % len(CYCLE)] for i in kept]
-    canvas = Image.fromarray((255 * _with_masks(image, instances, kept, colours)).round().astype(np.uint8))
-    draw = ImageDraw.Draw(canvas)
-    size = max(10, min(canvas.size) // 40)
-    font = ImageFont.load_default(size)
-    for i, colour in reversed(list(zip(kept, colours, strict=True))):  # the best on top
-        x0, y0, x1, y1 = instances.boxes[i].tolist()
-        draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour, width=max(2, size // 6))
-    for i, colour in reversed(list(zip(kept, colours, strict=True))):  # no box crosses a name
-        x0, y0, *_ = instances.boxes[i].tolist()
-        text = _label(instances, classes, i)
-        *_, right, bottom = draw.textbbox((0, 0), text, font)
-        # above the box, and inside the image
-        x = min(max(0, x0), max(0, canvas.width - right))
-        y = min(max(0, y0 - bottom - 2), max(0, canvas.height - bottom))
-        draw.rectangle((x, y, x + right + 1, y + bottom + 2), fill=colour)
-        draw.text((x, y), text, "white", font)
-    return np.asarray(canvas)
-
-
-def _with_masks(image: Tensor, instances: Instances, kept: Sequence[int], colours: Sequence[str]) -> np.ndarray:
-    """The image (h, w, 3) in [0, 1] with the masks of these detections blended in, the best on top."""
-    canvas = image.permute(1, 2, 0).cpu().numpy().astype(np.float64) / 255
-    if instances.query_masks is not None:
-        for i, colour in reversed(list(zip(kept, colours, strict=True))):
-            mask = instances.query_masks[instances.mask_index[i]].cpu().numpy()
-            canvas[mask] = 0.5 * canvas[mask] + 0.5 * np.array(to_rgb(colour))
-    return canvas
-
-
-def _label(instances: Instances, classes: Sequence[str], i: int) -> str:
-    return f"{data_label(classes[int(instances.labels[i])])} {float(instances.scores[i]):.2f}"
 
 
 def draw_stages(
@@ -186,12 +144,10 @@ def draw_beside_truth(
 
 
 def _draw_objects(axes: Axes, sample: Sample, colours: Mapping[int, str]) -> None:
-    canvas = sample.image.permute(1, 2, 0).numpy() / 255
-    for label, mask, box in zip(sample.labels.tolist(), sample.masks, sample.boxes.tolist(), strict=True):
-        covered = mask.bool().numpy()
-        canvas[covered] = 0.5 * canvas[covered] + 0.5 * np.array(to_rgb(colours[label]))
-        corner, width, height = box[:2], box[2] - box[0], box[3] - box[1]
-        axes.add_patch(Rectangle(corner, width, height, fill=False, color=colours[label], linewidth=1.4))
+    own = [colours[number] for number in sample.labels.tolist()]
+    canvas = blend_masks(sample.image, list(sample.masks.bool().numpy()), own)
+    for colour, (x0, y0, x1, y1) in zip(own, sample.boxes.tolist(), strict=True):
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=colour, linewidth=1.4))
     axes.imshow(canvas, extent=(0, canvas.shape[1], canvas.shape[0], 0))
 
 

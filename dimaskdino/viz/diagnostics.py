@@ -7,8 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dimaskdino.inspection.diagnostics import Calibration, GradientConflict, Survey, query_stability
+from dimaskdino.painting import CYCLE, GREY, data_label
 from dimaskdino.viz.curves import short_name
-from dimaskdino.viz.style import BOX, CYCLE, GREY, MASK, NotebookFigure, data_label, style
+from dimaskdino.viz.style import BOX, MASK, NotebookFigure, style
 
 _LINES = ("-", "--", ":", "-.")
 

@@ -7,8 +7,9 @@ from matplotlib.figure import Figure
 
 from dimaskdino.evaluation.coco_ap import Kind
 from dimaskdino.evaluation.errors import KINDS, Confusion, StageErrors
+from dimaskdino.painting import data_label
 from dimaskdino.viz.curves import short_name
-from dimaskdino.viz.style import BOX, MASK, NotebookFigure, data_label, style
+from dimaskdino.viz.style import BOX, MASK, NotebookFigure, style
 
 MOST_CLASSES = 20  # with a row of their own in a confusion matrix
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from dimaskdino.inspection.look import Look
 from dimaskdino.inspection.objects import ObjectTrack
+from dimaskdino.painting import CYCLE, data_label
 from dimaskdino.viz.curves import short_name
 from dimaskdino.viz.detections import draw_instances
-from dimaskdino.viz.style import BOX, CYCLE, MASK, NotebookFigure, data_label, style
+from dimaskdino.viz.style import BOX, MASK, NotebookFigure, style
 from dimaskdino.viz.tokens import draw_image
 
 

@@ -9,10 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
+from dimaskdino.painting import CYCLE, GREY, data_label
 from dimaskdino.studies.comparison import Comparison
 from dimaskdino.studies.report import StudyReport
 from dimaskdino.viz.curves import short_name, stage_order
-from dimaskdino.viz.style import BOX, CYCLE, GREY, MASK, NotebookFigure, data_label, style
+from dimaskdino.viz.style import BOX, MASK, NotebookFigure, style
 
 
 def study_figures(report: StudyReport) -> dict[str, Figure]:

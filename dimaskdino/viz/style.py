@@ -1,4 +1,4 @@
-"""The style of all figures: a palette for colour-blind readers, light grids, readable sizes."""
+"""The style of all figures: light grids, readable sizes. The colours are those of `dimaskdino.painting`."""
 
 import io
 from collections.abc import Iterator
@@ -7,10 +7,8 @@ from contextlib import contextmanager
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-# Okabe and Ito's palette
-BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-SKY, AMBER, YELLOW, GREY = "#56B4E9", "#E69F00", "#F0E442", "#666666"
-CYCLE = (BLUE, ORANGE, GREEN, PINK, SKY, AMBER, YELLOW, GREY)
+from dimaskdino.painting import BLUE, ORANGE
+
 BOX, MASK = BLUE, ORANGE  # detection and segmentation, in every figure
 
 _SETTINGS = {
@@ -25,7 +23,6 @@ _SETTINGS = {
     "savefig.bbox": "tight",
     "text.parse_math": False,  # names from data may hold $, _ and ^; the figures' own formulas ask for it
 }
-LONGEST_NAME = 36  # characters
 
 
 class NotebookFigure(Figure):
@@ -41,12 +38,6 @@ class NotebookFigure(Figure):
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", bbox_inches="tight")
         return buffer.getvalue(), {"alt": self.alt}
-
-
-def data_label(name: str) -> str:
-    """A name from data, such as a class, on one line and not longer than a figure can take."""
-    line = " ".join(name.split())
-    return line if len(line) <= LONGEST_NAME else f"{line[: LONGEST_NAME - 1]}…"
 
 
 @contextmanager

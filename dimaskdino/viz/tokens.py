@@ -14,7 +14,8 @@ from torchvision.ops import box_convert
 from dimaskdino.inspection.look import Look
 from dimaskdino.inspection.objects import token_owners
 from dimaskdino.modeling.structures import SelectedTokens
-from dimaskdino.viz.style import CYCLE, GREY, ORANGE, NotebookFigure, style
+from dimaskdino.painting import CYCLE, GREY, ORANGE
+from dimaskdino.viz.style import NotebookFigure, style
 
 _MARKERS = ("o", "s", "^", "D")  # one a level, finest first
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from dimaskdino.modeling.denoising import DenoisingQueries
+from dimaskdino.painting import BLUE, CYCLE, GREY, SKY
 from dimaskdino.viz.curves import short_name
-from dimaskdino.viz.style import BLUE, CYCLE, GREY, SKY, NotebookFigure, style
+from dimaskdino.viz.style import NotebookFigure, style
 
 TERMS = ("label", "l1", "giou", "mask", "dice")
 

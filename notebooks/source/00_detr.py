@@ -31,9 +31,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from dimaskdino.course import checks
+from dimaskdino.painting import CYCLE
 from dimaskdino.viz import draw_architecture
 from dimaskdino.viz.explorers import Explorer
-from dimaskdino.viz.style import CYCLE, NotebookFigure, style
+from dimaskdino.viz.style import NotebookFigure, style
 
 torch.manual_seed(seed)
 torch.set_num_threads(1)  # the tensors are small: a second thread would wait more than it works

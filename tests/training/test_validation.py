@@ -1,25 +1,34 @@
 """Validation during a training: its numbers, the best weights, patience, the average, and resuming with all of it."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small import FILE, overrides, settings
 from torch import nn
 
 from dimaskdino.checkpoints import TrainedModel, load_checkpoint
 from dimaskdino.distributed import DistributedContext
-from dimaskdino.errors import Stopped
+from dimaskdino.errors import Stopped, UserError
 from dimaskdino.evaluation.layerwise_ap import evaluate_layers
 from dimaskdino.modeling import Detector
+from dimaskdino.painting import GAP
+from dimaskdino.runs import trackers
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.training.launch import main as launch
 from dimaskdino.training.trainer import Trainer, train
-from dimaskdino.training.validation import Best, Validator, averaged
+from dimaskdino.training.validation import PICTURE_WIDTH, Best, Validator, averaged
 
 ALONE = DistributedContext(0, 1, torch.device("cpu"))
 VALIDATED = ("train.validation.every=2", "schedule.steps=6", "train.average=0.5")
+
+
+def resized(image: torch.Tensor, side: int) -> np.ndarray:
+    """(3, h, w) uint8 as (side, side, 3), by Pillow."""
+    return np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side))).astype(int)
 
 
 def validations(folder: RunFolder) -> list[dict]:
@@ -66,6 +75,90 @@ def test_a_run_validates_and_keeps_the_best_weights(validated):
     kept = load_checkpoint(validated.best)
     assert kept.step == best
     assert load_checkpoint(validated.path).step == 6
+
+
+def test_each_validation_gives_a_picture_of_objects_beside_detections(validated, shapes_data):
+    assert [path.name for path in sorted(validated.samples.iterdir())] == [f"step_{step:06d}.png" for step in (2, 4, 6)]
+    config = settings(shapes_data)
+    validator = Validator(config, ALONE)
+    detector = load_checkpoint(validated.path).detector
+    picture = validator.picture(detector)
+    assert np.array_equal(picture, np.asarray(Image.open(validated.samples / "step_000006.png")))
+    side = (PICTURE_WIDTH - GAP) // 2
+    assert picture.shape == (4 * round(64 * PICTURE_WIDTH / (2 * 64 + GAP)) + 3 * GAP, PICTURE_WIDTH, 3)
+    sample = validator.plain[0]
+    drawn = np.abs(picture[: side - 8, : side - 8].astype(int) - resized(sample.image, side)[: side - 8, : side - 8])
+    inside = resized(sample.masks.amax(0, keepdim=True).expand(3, -1, -1) * 255, side)[: side - 8, : side - 8] > 128
+    assert drawn[inside].mean() > 3 * drawn[~inside].mean()
+
+
+def test_trackers_receive_numbers_and_pictures_and_may_fail(shapes_data, tmp_path, monkeypatch, capsys):
+    received = []
+
+    class Recorder:
+        def __init__(self, folder, settings, step):
+            received.append(("opened", settings["schedule"]["steps"], step))
+
+        def numbers(self, values, step):
+            received.append((step, dict(values)))
+
+        def picture(self, name, pixels, step):
+            received.append((step, name, pixels.shape[-1]))
+
+        def close(self):
+            received.append("closed")
+
+    class Failing(Recorder):
+        def numbers(self, values, step):
+            raise RuntimeError("the server is gone")
+
+    monkeypatch.setitem(trackers.TRACKERS, "mlflow", Recorder)
+    config = settings(shapes_data, "train.trackers=[mlflow]", "train.log_every=1", *VALIDATED)
+    train(config, RunFolder(tmp_path / "a"))
+    assert (received[0], received[-1]) == (("opened", 6, 0), "closed")
+    assert {r[0] for r in received[1:-1]} == {1, 2, 3, 4, 5, 6}
+    assert [r[0] for r in received[1:-1] if r[1:] == ("samples", 3)] == [2, 4, 6]
+    numbers = [r[1] for r in received[1:-1] if isinstance(r[1], dict)]
+    assert {"loss", "lr", "validation/box_AP"} <= set().union(*numbers)
+    assert not (tmp_path / "a" / "tensorboard").exists()
+
+    monkeypatch.setitem(trackers.TRACKERS, "mlflow", Failing)
+    train(config, RunFolder(tmp_path / "b"))
+    assert load_checkpoint(tmp_path / "b").step == 6
+    assert capsys.readouterr().err.count("mlflow fails (the server is gone)") == 1
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_a_tracker_that_is_not_installed_is_named(name, shapes_data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=f"pip install {name}"):
+        train(settings(shapes_data, f"train.trackers=[{name}]"), RunFolder(tmp_path))
+
+
+def test_a_run_is_recorded_by_mlflow(shapes_data, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="pip install mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    folder, more = RunFolder(tmp_path / "run"), ["train.trackers=[mlflow]", *VALIDATED]
+    train(settings(shapes_data, *more), folder)
+    train(settings(shapes_data, *more, "schedule.steps=8"), folder)  # goes on in the same run
+    client = mlflow.MlflowClient()
+    (experiment,) = [e for e in client.search_experiments() if e.name == "dimaskdino"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    history = client.get_metric_history(run.info.run_id, "validation/box_AP")
+    assert [m.step for m in history] == [2, 4, 6, 8]
+    assert run.data.params["model.hidden_dim"] == "32"
+    assert client.list_artifacts(run.info.run_id, "images")
+
+
+def test_a_run_is_recorded_by_weights_and_biases(shapes_data, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = RunFolder(tmp_path / "run")
+    train(settings(shapes_data, "train.trackers=[wandb]", *VALIDATED), folder)
+    (record,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert b"validation/box_AP" in record.read_bytes()
 
 
 def test_a_stopped_run_with_validation_and_average_resumes_as_an_undisturbed_one(validated, shapes_data, tmp_path):

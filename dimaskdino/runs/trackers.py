@@ -1,0 +1,193 @@
+"""Where a training sends its numbers and pictures besides its folder: TensorBoard, MLflow, Weights & Biases.
+
+A tracker of your own is a class with the methods of `Tracker` and a name in `TRACKERS`.
+"""
+
+import json
+import sys
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import UInt8
+
+from dimaskdino.errors import UserError
+from dimaskdino.serialization import write_text
+
+PROJECT = "dimaskdino"
+
+
+class Tracker(Protocol):
+    """Receives the records of a training, in the process that writes its folder."""
+
+    def numbers(self, values: Mapping[str, float], step: int) -> None:
+        """Take named numbers of a step."""
+
+    def picture(self, name: str, pixels: UInt8[np.ndarray, "h w 3"], step: int) -> None:
+        """Take a picture of a step."""
+
+    def close(self) -> None:
+        """Finish; the training has ended or was stopped."""
+
+
+class TensorBoard:
+    """Event files in the run folder; records after the first step are those of lost work, and hidden."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by training alone
+
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+
+    def numbers(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def picture(self, name: str, pixels: UInt8[np.ndarray, "h w 3"], step: int) -> None:
+        self._board.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._board.close()
+
+
+class MLflow:
+    """A run of MLflow, in the experiment and on the server that MLflow's environment variables name."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], step: int) -> None:
+        mlflow = _imported("mlflow")
+        self._client = mlflow.MlflowClient()
+        self._run = _recorded_id(folder, "mlflow")
+        if self._run is None:
+            experiment = mlflow.set_experiment(mlflow.environment_variables.MLFLOW_EXPERIMENT_NAME.get() or PROJECT)
+            created = self._client.create_run(experiment.experiment_id, run_name=folder.name)
+            self._run = created.info.run_id
+            _record_id(folder, "mlflow", self._run)
+            for key, value in _flat(settings).items():
+                self._client.log_param(self._run, key, value)
+        else:
+            self._client.update_run(self._run, status="RUNNING")
+
+    def numbers(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._client.log_metric(self._run, name, value, step=step)
+
+    def picture(self, name: str, pixels: UInt8[np.ndarray, "h w 3"], step: int) -> None:
+        self._client.log_image(self._run, pixels, key=name.replace("/", "_"), step=step)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases, named after the run folder; its environment variables apply."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], step: int) -> None:
+        self._wandb = _imported("wandb")
+        run = _recorded_id(folder, "wandb")
+        if run is None:
+            run = uuid.uuid4().hex[:8]
+            _record_id(folder, "wandb", run)
+        self._run = self._wandb.init(
+            project=self._wandb.Settings().project or PROJECT,
+            name=folder.name,
+            id=run,
+            resume="allow",
+            dir=str(folder),
+            config=dict(settings),
+        )
+
+    def numbers(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def picture(self, name: str, pixels: UInt8[np.ndarray, "h w 3"], step: int) -> None:
+        self._run.log({name: self._wandb.Image(pixels)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Forgiving:
+    """A tracker whose failure does not end the training: it is told once, and nothing more is sent."""
+
+    def __init__(self, name: str, tracker: Tracker) -> None:
+        self._name, self._tracker = name, tracker
+        self._failed = False
+
+    def numbers(self, values: Mapping[str, float], step: int) -> None:
+        self._try(lambda: self._tracker.numbers(values, step))
+
+    def picture(self, name: str, pixels: UInt8[np.ndarray, "h w 3"], step: int) -> None:
+        self._try(lambda: self._tracker.picture(name, pixels, step))
+
+    def close(self) -> None:
+        self._try(self._tracker.close)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            action()
+        except Exception as error:  # each package has errors of its own
+            self._failed = True
+            print(f"note: {self._name} fails ({_first_line(error)}); the training goes on without it", file=sys.stderr)
+
+
+TRACKERS = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WeightsAndBiases}
+
+
+def open_trackers(names: Sequence[str], folder: Path, settings: Mapping[str, Any], step: int) -> list[Tracker]:
+    """Open the trackers of a training, or continue their records.
+
+    Args:
+        names: keys of `TRACKERS`.
+        folder: the run folder.
+        settings: all settings of the run, plain values.
+        step: the step that the training starts or resumes from.
+
+    Raises:
+        UserError: a tracker's package is not installed, or it cannot record.
+    """
+    trackers: list[Tracker] = []
+    for name in names:
+        try:
+            tracker: Tracker = TRACKERS[name](folder, settings, step)
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # each package has errors of its own
+            raise UserError(f"train.trackers: {name} cannot record ({_first_line(error)})") from error
+        # what cannot be written to the run folder is an error of the run
+        trackers.append(tracker if isinstance(tracker, TensorBoard) else _Forgiving(name, tracker))
+    return trackers
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _imported(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"train.trackers: {name} is not installed: pip install {name}") from None
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
+
+
+def _recorded_id(folder: Path, tracker: str) -> str | None:
+    """The tracker's own name of this run, so that a resumed training continues its record."""
+    file = folder / "trackers.json"
+    return json.loads(file.read_text()).get(tracker) if file.exists() else None
+
+
+def _record_id(folder: Path, tracker: str, run: str) -> None:
+    file = folder / "trackers.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    write_text(file, json.dumps(known | {tracker: run}, indent=1) + "\n")
