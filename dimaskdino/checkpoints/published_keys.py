@@ -45,7 +45,6 @@ SAME = {
 
 # what this kit always does, whatever the file says
 ALWAYS: dict[str, Any] = {
-    f"{MODEL}.BACKBONE.FREEZE_AT": 0,
     f"{MODEL}.PIXEL_MEAN": [123.675, 116.28, 103.53],
     f"{MODEL}.PIXEL_STD": [58.395, 57.12, 57.375],
     f"{MODEL}.RESNETS.STEM_TYPE": "basic",

@@ -312,6 +312,13 @@ def _backbone(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
         )
 
 
+def _freeze(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
+    """detectron2 counts the stem as a stage of its own."""
+    if value == 1:
+        raise UserError(f"{MODEL}.BACKBONE.FREEZE_AT = 1: this kit freezes the stem together with res2, with 2")
+    made.values["model.backbone.freeze"] = max(0, value - 1)
+
+
 def _weights(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
     """A backbone to start from, or a whole model."""
     if not value:
@@ -383,6 +390,7 @@ def _mapper(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
 
 _SPECIAL: dict[str, Callable[[Any, Mapping[str, Any], _Translation], None]] = {
     f"{MODEL}.BACKBONE.NAME": _backbone,
+    f"{MODEL}.BACKBONE.FREEZE_AT": _freeze,
     f"{MODEL}.RESNETS.DEPTH": _resnet_depth,
     f"{MODEL}.RESNETS.NORM": _resnet_norm,
     **{

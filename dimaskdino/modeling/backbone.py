@@ -27,6 +27,45 @@ def build_backbone(settings: config.Backbone) -> "ResNet | TimmBackbone":
     return ResNet(settings) if settings.name in resnets() else TimmBackbone(settings)
 
 
+class _Backbone(nn.Module):
+    """What all backbones share: their first stages can be frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._frozen_norms: list[nn.BatchNorm2d] = []
+
+    def freeze(self, stages: int) -> None:
+        """Keep everything that the features of the first stages depend on as it is, statistics of batch norm included.
+
+        Args:
+            stages: 0 to 4, for strides up to 4, 8, 16 and 32.
+        """
+        if not stages:
+            return
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        was_training, shortest = self.training, STRIDES[-1] * 2
+        with torch.enable_grad():
+            features = self.eval()(torch.zeros(1, 3, shortest, shortest, device=parameters[0].device))
+            last = features[STRIDES[stages - 1]]
+            used = torch.autograd.grad(last.sum(), parameters, allow_unused=True)
+        self.train(was_training)
+        frozen = {id(p) for p, gradient in zip(parameters, used, strict=True) if gradient is not None}
+        for module in self.modules():
+            own = list(module.parameters(recurse=False))
+            if any(id(parameter) in frozen for parameter in own):
+                for parameter in own:
+                    parameter.requires_grad_(False)
+                if isinstance(module, nn.BatchNorm2d):
+                    self._frozen_norms.append(module.eval())
+
+    def train(self, mode: bool = True) -> "_Backbone":
+        """Set the mode of all modules but frozen batch norm."""
+        super().train(mode)
+        for norm in self._frozen_norms:
+            norm.eval()
+        return self
+
+
 class _ScaledResNet(models.ResNet):
     """A ResNet of torchvision whose stages have `width`, 2·width, … channels instead of 64, 128 and so on."""
 
@@ -39,8 +78,8 @@ class _ScaledResNet(models.ResNet):
         return super()._make_layer(block, planes * self.width // 64, *args, **kwargs)
 
 
-class ResNet(nn.Module):
-    """A ResNet of torchvision without its classifier; every stage is trainable.
+class ResNet(_Backbone):
+    """A ResNet of torchvision without its classifier.
 
     Raises:
         UserError: the weights are not available.
@@ -61,6 +100,7 @@ class ResNet(nn.Module):
         last = [list(stage[-1].modules()) for stage in self.stages]
         convolutions = [[m for m in modules if isinstance(m, nn.Conv2d)] for modules in last]
         self.channels = {s: convs[-1].out_channels for s, convs in zip(STRIDES, convolutions, strict=True)}
+        self.freeze(settings.freeze)
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> dict[int, Tensor]:
         """{stride: (B, channels[stride], H/stride, W/stride)}, finest first."""
@@ -72,7 +112,7 @@ class ResNet(nn.Module):
         return features
 
 
-class TimmBackbone(nn.Module):
+class TimmBackbone(_Backbone):
     """Any backbone of timm that has features at strides 4, 8, 16 and 32.
 
     The features of a Swin Transformer are layer-normalised, as published checkpoints expect. Batch norm is frozen if
@@ -105,6 +145,7 @@ class TimmBackbone(nn.Module):
         swin = settings.name.startswith("swin")
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels) if swin else None
         self._channels_last = str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC")
+        self.freeze(settings.freeze)
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> dict[int, Tensor]:
         """{stride: (B, channels[stride], H/stride, W/stride)}, finest first."""

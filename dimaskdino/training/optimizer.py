@@ -9,10 +9,15 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
 
 
 def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim.AdamW:
-    """AdamW with a learning rate for the backbone, and no weight decay for norm layers and embeddings."""
+    """AdamW with a learning rate for the backbone, and no weight decay for norm layers and embeddings.
+
+    Frozen parameters are left out.
+    """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
             undecayed = isinstance(module, (*_NORMS, nn.Embedding)) or "embedding" in name or "position_bias" in name
             factor = settings.backbone_lr_factor if module_name.startswith("backbone") else 1.0
             key = (settings.lr * factor, 0.0 if undecayed else settings.weight_decay)

@@ -139,6 +139,7 @@ def test_what_this_kit_does_not_do_is_told(pairs, remark):
         (["MODEL.MaskDINO.DN_NOISE_SCALE", "0.6"], {"model.denoising.label_noise": 0.3}),
         (["SOLVER.WARMUP_FACTOR", "0.001", "SOLVER.WARMUP_ITERS", "500"], {"schedule.warmup": 500}),
         (["DATASETS.TEST", "('coco_2014_val',)"], {"data.val": "val2014"}),
+        (["MODEL.BACKBONE.FREEZE_AT", "3"], {"model.backbone.freeze": 2}),
         (["SEED", "7"], {"train.seed": 7}),
         (["SEED", "-1"], {"train.seed": 0}),
     ],
@@ -162,6 +163,7 @@ def test_keys_that_mean_something_else_here(pairs, changed):
         (["SOLVER.IMS_PER_BATCH", "0"], r"train\.batch_size"),
         (["MODEL.MaskDINO.DROPOUT", "0.1"], r"DROPOUT = 0.1 means another model than this kit has, with 0.0"),
         (["MODEL.RESNETS.NORM", "SyncBN"], "SyncBN: this kit has FrozenBN and BN"),
+        (["MODEL.BACKBONE.FREEZE_AT", "1"], "freezes the stem together with res2"),
         (["INPUT.RANDOM_FLIP", "vertical"], "flips horizontally or not at all"),
     ],
 )

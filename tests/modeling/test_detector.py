@@ -8,12 +8,13 @@ import torch
 from small import MODEL
 from torchvision.transforms.v2.functional import center_crop, resize
 
-from dimaskdino.config import Model, parse_config
+from dimaskdino.config import Model, Optimizer, parse_config
 from dimaskdino.data.images import load_image
 from dimaskdino.errors import UserError
 from dimaskdino.modeling import Detector, ImageBatch, Targets
-from dimaskdino.modeling.backbone import ConstantPaddingConv2d, build_backbone
+from dimaskdino.modeling.backbone import STRIDES, ConstantPaddingConv2d, build_backbone
 from dimaskdino.modeling.backbone_weights import load_timm, packaged_weights
+from dimaskdino.training.optimizer import build_optimizer
 
 SMALL = [*MODEL, "model.classes=5", "model.backbone.name=resnet18", "model.backbone.norm=batch"]
 
@@ -232,6 +233,31 @@ def test_weights_of_a_package_that_is_not_installed_or_of_another_model(monkeypa
     torch.save({"_conv_stem.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="does not hold timm's tf_efficientnet_lite0"):
         build_backbone(small_model(*lite, f"model.backbone.weights={tmp_path / 'other.pth'}").backbone)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "convnext_atto", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("stages", [0, 1, 3, 4])
+def test_frozen_stages_stay_and_the_others_learn(name, stages):
+    if name != "resnet18":
+        pytest.importorskip("timm", reason="pip install timm")
+    changes = (f"model.backbone.name={name}", f"model.backbone.freeze={stages}")
+    backbone, x = build_backbone(small_model(*changes).backbone), torch.rand(2, 3, 64, 64)
+    before = backbone.eval()(x)
+    parameters = [p for p in backbone.train().parameters() if p.requires_grad]
+    if parameters:
+        sum(features.square().mean() for features in backbone(torch.rand(2, 3, 64, 64)).values()).backward()
+        torch.optim.SGD(parameters, 0.1).step()
+    after = backbone.eval()(x)
+    assert [torch.equal(after[s], before[s]) for s in STRIDES] == [True] * stages + [False] * (4 - stages)
+
+
+def test_frozen_parameters_are_not_optimized():
+    detector = Detector(small_model("model.backbone.freeze=2"))
+    trained = {id(p) for group in build_optimizer(detector, Optimizer()).param_groups for p in group["params"]}
+    frozen = [p for p in detector.backbone.parameters() if not p.requires_grad]
+    assert frozen
+    assert not trained & set(map(id, frozen))
+    assert trained == {id(p) for p in detector.parameters() if p.requires_grad}
 
 
 def test_backbone_width():

@@ -135,6 +135,7 @@ def test_a_tracker_that_is_not_installed_is_named(name, shapes_data, tmp_path, m
         train(settings(shapes_data, f"train.trackers=[{name}]"), RunFolder(tmp_path))
 
 
+@pytest.mark.filterwarnings("ignore")  # of MLflow's own dependencies
 def test_a_run_is_recorded_by_mlflow(shapes_data, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow", reason="pip install mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
