@@ -255,6 +255,12 @@ class Data(Section):
     val: str = Field("val2017", description="name of the validation split")
     shapes: Shapes | None = Field(None, description="generate the shapes data in root if root does not exist")
     jitter: LargeScaleJitter = LargeScaleJitter()
+    augmentation: Literal["none", "colour", "strong"] = Field(
+        "none", description="besides the jitter: changed colours; or stronger ones, blur and grey images as well"
+    )
+    copy_paste: float = Field(
+        0.0, ge=0, le=1, description="probability that objects of another training image are pasted into an image"
+    )
     resize: Resize = Resize()
     workers: int = Field(4, ge=0, description="number of loader processes per training process")
     skip_bad_images: bool = Field(

@@ -17,7 +17,7 @@ from dimaskdino.config import Config, load_config
 from dimaskdino.data.coco import CocoDataset
 from dimaskdino.data.dataloader import collate, training_dataset, training_loader
 from dimaskdino.data.images import load_image
-from dimaskdino.data.transforms import large_scale_jitter
+from dimaskdino.data.transforms import training_transform
 
 
 def measure(config: Config, images: int) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def measure(config: Config, images: int) -> dict[str, Any]:
         images: number of images to load.
     """
     plain = CocoDataset(config.data.root, config.data.train, only_with_objects=True)
-    jitter = large_scale_jitter(config.data.jitter)
+    jitter = training_transform(config.data)
     parts: dict[str, list[float]] = {"decode": [], "decode and masks": [], "jitter": [], "collate": []}
 
     def timed(part: str, function: Callable[[], Any]) -> Any:

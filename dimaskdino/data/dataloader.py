@@ -12,7 +12,7 @@ from torchvision.ops import box_convert
 
 from dimaskdino import config
 from dimaskdino.data.coco import CocoDataset, Sample
-from dimaskdino.data.transforms import evaluation_resize, large_scale_jitter
+from dimaskdino.data.transforms import copy_paste, evaluation_resize, training_transform
 from dimaskdino.errors import UserError
 from dimaskdino.modeling.structures import Targets, padded_size
 from dimaskdino.signals import HelperSignals
@@ -59,8 +59,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
 class _ByPosition(Dataset[Sample]):
     """The endless training sequence: item p is a function of the seed and p alone."""
 
-    def __init__(self, data: CocoDataset, seed: int, skip_bad_images: bool) -> None:
-        self.data, self.seed, self.skip_bad_images = data, seed, skip_bad_images
+    def __init__(self, data: CocoDataset, seed: int, settings: config.Data) -> None:
+        self.data, self.seed, self.settings = data, seed, settings
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def _index(self, position: int) -> int:
@@ -76,14 +76,20 @@ class _ByPosition(Dataset[Sample]):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int(np.random.SeedSequence([self.seed, 1, position]).generate_state(1)[0]))
                 try:
-                    sample = self.data[(index + attempt) % len(self.data)]
+                    sample = self._augmented((index + attempt) % len(self.data))
                 except UserError as error:
-                    if not self.skip_bad_images:
+                    if not self.settings.skip_bad_images:
                         raise UserError(f"{error} (data.skip_bad_images=true replaces such images)") from None
                     skipped.append(str(error))
                     continue
             return replace(sample, skipped=tuple(skipped))
         raise UserError(f"{BAD_IMAGES_IN_A_ROW} bad images in a row, the last: {skipped[-1]}")
+
+    def _augmented(self, index: int) -> Sample:
+        sample = self.data[index]
+        if not self.settings.copy_paste or torch.rand(()) >= self.settings.copy_paste:
+            return sample
+        return copy_paste(sample, self.data[int(torch.randint(len(self.data), ()))])
 
 
 class _Positions:
@@ -111,7 +117,7 @@ class _Positions:
 def training_dataset(settings: config.Config) -> CocoDataset:
     """The training split with its augmentation."""
     data = settings.data
-    return CocoDataset(data.root, data.train, large_scale_jitter(data.jitter), only_with_objects=True)
+    return CocoDataset(data.root, data.train, training_transform(data), only_with_objects=True)
 
 
 def training_loader(data: CocoDataset, settings: config.Config, first_step: int, rank: int, world: int) -> DataLoader:
@@ -128,7 +134,7 @@ def training_loader(data: CocoDataset, settings: config.Config, first_step: int,
         )
     positions = _Positions(first_step, settings.schedule.steps, train.batch_size, rank, world, train.accumulate)
     return DataLoader(
-        _ByPosition(data, train.seed, settings.data.skip_bad_images),
+        _ByPosition(data, train.seed, settings.data),
         batch_sampler=positions,  # type: ignore[arg-type]
         collate_fn=collate,
         num_workers=_workers(settings),

@@ -39,18 +39,48 @@ class _PadTo(v2.Transform):
         return v2.functional.pad(inpt, params["padding"], fill=fill)
 
 
-def large_scale_jitter(settings: config.LargeScaleJitter) -> Callable[[Sample], Sample]:
-    """Flip, scale, pad and crop to a fixed square. Objects outside the crop are removed."""
-    square = (settings.size, settings.size)
+# what the values of `data.augmentation` add to the jitter
+_COLOURS: dict[str, tuple[nn.Module, ...]] = {
+    "none": (),
+    "colour": (v2.ColorJitter(0.2, 0.2, 0.2, 0.05),),
+    "strong": (
+        v2.ColorJitter(0.4, 0.4, 0.4, 0.1),
+        v2.RandomGrayscale(0.1),
+        v2.RandomApply([v2.GaussianBlur(5, (0.1, 2.0))], 0.3),
+    ),
+}
+
+
+def training_transform(settings: config.Data) -> Callable[[Sample], Sample]:
+    """Flip, scale, pad and crop to a fixed square, then change colours. Objects outside the crop are removed."""
+    jitter = settings.jitter
+    square = (jitter.size, jitter.size)
     pipeline = v2.Compose(
         [
-            v2.RandomHorizontalFlip(settings.flip),
-            _ScaleJitter(square, (settings.min_scale, settings.max_scale), antialias=True),
-            _PadTo(settings.size),
+            v2.RandomHorizontalFlip(jitter.flip),
+            _ScaleJitter(square, (jitter.min_scale, jitter.max_scale), antialias=True),
+            _PadTo(jitter.size),
             v2.RandomCrop(square),
+            *_COLOURS[settings.augmentation],
         ]
     )
     return lambda sample: without_empty(_apply(pipeline, sample))
+
+
+def copy_paste(sample: Sample, other: Sample) -> Sample:
+    """Paste a random half of another sample's objects into a sample of the same size, at their own places.
+
+    Objects that are covered entirely are removed, and the visible masks of the others shrink (Ghiasi et al., Simple
+    Copy-Paste, CVPR 2021; here without a second jitter and without blending at the borders).
+    """
+    pasted = torch.rand(len(other.labels)) < 0.5
+    cover = other.masks[pasted].bool().any(0)
+    if not cover.any():
+        return sample
+    masks = torch.cat([sample.masks * ~cover, other.masks[pasted]])
+    labels = torch.cat([sample.labels, other.labels[pasted]])
+    image = torch.where(cover, other.image, sample.image)
+    return without_empty(replace(sample, image=image, labels=labels, masks=masks))
 
 
 def evaluation_resize(settings: config.Resize) -> Callable[[Sample], Sample]:

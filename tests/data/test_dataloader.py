@@ -19,7 +19,7 @@ from dimaskdino.data.dataloader import (
     training_dataset,
     training_loader,
 )
-from dimaskdino.data.transforms import PADDING, large_scale_jitter, resize_image
+from dimaskdino.data.transforms import PADDING, copy_paste, resize_image, training_transform
 from dimaskdino.errors import UserError
 
 
@@ -31,7 +31,7 @@ def synthetic(height: int = 40, width: int = 60) -> Sample:
 
 
 def test_jitter_gives_a_fixed_square_and_moves_image_and_masks_together():
-    jitter = large_scale_jitter(config.LargeScaleJitter(size=64, min_scale=0.5, max_scale=2.0))
+    jitter = training_transform(config.Data(jitter=config.LargeScaleJitter(size=64, min_scale=0.5, max_scale=2.0)))
     torch.manual_seed(0)
     for _ in range(30):
         sample = synthetic()
@@ -48,12 +48,75 @@ def test_jitter_gives_a_fixed_square_and_moves_image_and_masks_together():
 
 
 def test_jitter_pads_at_the_right_and_the_bottom():
-    jitter = large_scale_jitter(config.LargeScaleJitter(size=64, min_scale=0.5, max_scale=0.5, flip=0))
+    jitter = training_transform(
+        config.Data(jitter=config.LargeScaleJitter(size=64, min_scale=0.5, max_scale=0.5, flip=0))
+    )
     result = jitter(synthetic(64, 64))
     assert (result.image[:, 32:] == PADDING).all()
     assert (result.image[:, :, 32:] == PADDING).all()
     assert not result.masks[:, 32:].any()
     assert result.masks[0, :16, :10].all()
+
+
+def test_colours_change_the_image_and_nothing_else():
+    jitter = config.LargeScaleJitter(size=64, min_scale=0.5, max_scale=2.0)
+    kinds = ("none", "colour", "strong")
+    transforms = {kind: training_transform(config.Data(jitter=jitter, augmentation=kind)) for kind in kinds}
+    distances: dict[str, list[float]] = {kind: [] for kind in kinds}
+    sample = synthetic()
+    for seed in range(8):
+        results = {}
+        for kind, transform in transforms.items():
+            torch.manual_seed(seed)
+            results[kind] = transform(sample)
+        for kind, result in results.items():
+            assert torch.equal(result.masks, results["none"].masks)
+            assert torch.equal(result.labels, results["none"].labels)
+            distances[kind].append(float((result.image.float() - results["none"].image.float()).abs().mean()))
+    assert max(distances["none"]) == 0
+    assert min(distances["colour"] + distances["strong"]) > 1
+    assert sum(distances["strong"]) > 1.3 * sum(distances["colour"])
+
+
+def test_pasted_objects_hide_what_is_behind_them():
+    def sample(colour: int, label: int, *boxes: tuple[slice, slice]) -> Sample:
+        masks = torch.zeros(len(boxes), 8, 8, dtype=torch.uint8)
+        for mask, (rows, columns) in zip(masks, boxes, strict=True):
+            mask[rows, columns] = 1
+        image = torch.full((3, 8, 8), colour, dtype=torch.uint8)
+        return Sample(image, torch.full((len(boxes),), label), masks, 1, "", (8, 8))
+
+    below = sample(10, 0, (slice(0, 4), slice(0, 8)), (slice(6, 7), slice(6, 7)))
+    above = sample(200, 1, (slice(2, 8), slice(0, 8)))
+    pasted = kept = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        result = copy_paste(below, above)
+        if result is below:
+            kept += 1
+            continue
+        pasted += 1
+        assert result.labels.tolist() == [0, 1]  # the small object is covered entirely
+        assert result.masks[0].nonzero().amax(0).tolist() == [1, 7]
+        assert int(result.masks.sum(0).max()) == 1
+        assert (result.image[:, 2:] == 200).all()
+        assert (result.image[:, :2] == 10).all()
+    assert pasted > 4
+    assert kept > 4
+    torch.manual_seed(0)
+    assert copy_paste(below, sample(200, 1)) is below  # nothing to paste
+
+
+def test_pasting_depends_on_the_position_alone(shapes_data):
+    def read(*changes: str, first: int = 0) -> list[torch.Tensor]:
+        config = settings(shapes_data, "schedule.steps=6", *changes)
+        loader = training_loader(training_dataset(config), config, first, 0, 1)
+        return [image for batch in batches(loader) for image in batch.images]
+
+    plain, with_others = read(), read("data.copy_paste=0.5")
+    equal = [torch.equal(a, b) for a, b in zip(plain, with_others, strict=True)]
+    assert 2 <= sum(equal) <= 10
+    assert all(map(torch.equal, with_others[6:], read("data.copy_paste=0.5", first=3)))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (30, 6000), (6000, 30)])
@@ -71,7 +134,7 @@ def test_extreme_shapes(size):
         )
     )
     torch.manual_seed(0)
-    jitter = large_scale_jitter(config.LargeScaleJitter(size=64))
+    jitter = training_transform(config.Data(jitter=config.LargeScaleJitter(size=64)))
     for _ in range(5):
         assert jitter(sample).image.shape == (3, 64, 64)
     resized = resize_image(sample.image, config.Resize(shortest=800, longest=1333))
