@@ -346,7 +346,7 @@ def _datasets(split: str) -> Callable[[Any, Mapping[str, Any], _Translation], No
         elif names:
             made.remarks.append(
                 f"DATASETS.{split.upper()} = {names}: name a folder with data.root and a split with data.{split}; "
-                "'dimaskdino data detectron2' makes a folder of a registered dataset"
+                "'dimaskdino data import detectron2:NAME FOLDER' makes a folder of a registered dataset"
             )
 
     return chosen

@@ -20,7 +20,7 @@ for _function in (
 ):
     app.command(_function)
 _data = SubcommandApp()
-for _function in (data.import_, data.check, data.shapes, data.bdd100k, data.detectron2):
+for _function in (data.import_, data.check, data.shapes, data.bdd100k):
     _data.command(_function, name=_function.__name__.strip("_"))
 app.command(_data, name="data", help="Generate the built-in data, check a dataset, or convert one.")
 _config = SubcommandApp()

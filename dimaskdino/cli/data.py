@@ -1,5 +1,6 @@
 """The commands about datasets: `dimaskdino data …`."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -7,6 +8,8 @@ from tyro.conf import Positional
 
 from dimaskdino.cli.options import OptionalConfigPath
 from dimaskdino.errors import UserError
+
+DETECTRON2 = "detectron2:"
 
 
 def shapes(root: Positional[Path], train: int = 4000, val: int = 200, size: int = 128, seed: int = 0) -> int:
@@ -89,24 +92,39 @@ def _show(root: Path, split: str, file: Path, count: int = 12) -> None:
         draw_samples(samples, data.classes).savefig(file, dpi=150)
 
 
-def import_(source: Positional[Path], folder: Positional[Path], val: float = 0.2, seed: int = 0) -> int:
+def import_(
+    source: Positional[Path], folder: Positional[Path], val: float = 0.2, seed: int = 0, register: str | None = None
+) -> int:
     """Make a COCO-format folder of what an annotation tool exported: outlines or masks in any of the usual layouts.
 
     For example: dimaskdino data import downloads/animals data/animals
 
     Layouts: COCO in any arrangement (Roboflow's included), YOLO segmentation, CVAT for images, Pascal VOC, LabelMe, and
-    a folder per image with one mask per object. Splits are kept; without a validation split, images are drawn for it,
-    with near-duplicates on one side. The source is not changed, and its images are linked, not copied.
+    a folder per image with one mask per object. detectron2:NAME,NAME takes datasets that are registered in detectron2.
+    Splits are kept; without a validation split, images are drawn for it, with near-duplicates on one side. The source
+    is not changed, and its images are linked, not copied.
 
     Args:
         source: Folder of the export, or its annotations file.
         folder: Folder to make.
         val: Fraction of the images that becomes the validation split if the source has none.
         seed: The same seed draws the same images.
+        register: Python module whose import registers the datasets in detectron2.
     """
-    from dimaskdino.data.importing import import_dataset
+    from dimaskdino.data.importing import import_dataset, import_splits
 
-    done = import_dataset(source, folder, val, seed)
+    registered = str(source).removeprefix(DETECTRON2)
+    if registered == str(source):
+        done = import_dataset(source, folder, val, seed)
+    else:
+        from dimaskdino.interop.detectron2 import exported_splits
+
+        if register:
+            sys.path.insert(0, "")
+            importlib.import_module(register)
+        done = import_splits(
+            exported_splits(registered.split(",")), str(source), "datasets of detectron2", folder, val, seed
+        )
     print(done.summary())
     print(f"written: {folder}; next: dimaskdino data check {folder}")
     return 0
@@ -123,23 +141,4 @@ def bdd100k(root: Positional[Path], splits: Positional[tuple[str, ...]] = ("trai
 
     for split in splits:
         print(f"written: {convert(root, split)}")
-    return 0
-
-
-def detectron2(name: Positional[str], root: Positional[Path], register: str | None = None) -> int:
-    """Make a COCO-format folder of a dataset that is registered in detectron2; the images stay where they are.
-
-    Args:
-        name: As registered in detectron2's DatasetCatalog.
-        root: Folder to make.
-        register: Python module whose import registers the dataset.
-    """
-    import importlib
-
-    from dimaskdino.interop.detectron2 import coco_folder
-
-    sys.path.insert(0, "")
-    if register:
-        importlib.import_module(register)
-    print(f"written: {coco_folder(name, root)}; use it with data.root={root} data.train={name}")
     return 0

@@ -74,11 +74,32 @@ def import_dataset(source: Path, folder: Path, val: float = 0.2, seed: int = 0) 
         UserError: the source has no known layout, its content cannot be used or has no masks, or the folder exists.
             Nothing is left then.
     """
+    _check_target(folder, val)
+    layout, exported = read_export(source)
+    return import_splits(exported, str(source), layout, folder, val, seed)
+
+
+def _check_target(folder: Path, val: float) -> None:
     if not 0 < val < 1:
         raise UserError(f"the fraction of validation images must be between 0 and 1, got {val:g}")
     if folder.exists():
         raise UserError(f"{folder} exists already; choose another folder or delete it")
-    layout, exported = read_export(source)
+
+
+def import_splits(
+    exported: list[ExportedSplit], source: str, layout: str, folder: Path, val: float = 0.2, seed: int = 0
+) -> Imported:
+    """Make a COCO-format folder of splits that were read already, see `import_dataset`.
+
+    Args:
+        exported: the splits.
+        source: what they were read from, for messages.
+        layout: what it was recognised as.
+        folder: folder to make.
+        val: fraction of the images that becomes the validation split if there is none.
+        seed: of the random division.
+    """
+    _check_target(folder, val)
     splits = _by_name(exported)
     _check_masks(source, list(splits.values()))
     classes = _common_classes(list(splits.values()))
@@ -121,7 +142,7 @@ def _by_name(exported: list[ExportedSplit]) -> dict[str, ExportedSplit]:
     return {split.name or "the rest": split for split in exported if split.name}
 
 
-def _check_masks(source: Path, splits: list[ExportedSplit]) -> None:
+def _check_masks(source: str, splits: list[ExportedSplit]) -> None:
     if any(split.annotations for split in splits):
         return
     boxes = sum(split.boxes for split in splits)

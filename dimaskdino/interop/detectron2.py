@@ -1,4 +1,4 @@
-"""The model as a meta-architecture of detectron2, and detectron2's datasets as COCO folders.
+"""The model as a meta-architecture of detectron2, and detectron2's datasets for `data import`.
 
     cfg = detectron2.config.get_cfg()
     add_config(cfg)
@@ -11,6 +11,7 @@ then work as with its own models; `DIMaskDINOTrainer` adds the paper's optimizer
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from dimaskdino.checkpoints.published_settings import flatten, known_keys, trans
 from dimaskdino.config import Config, parse_config
 from dimaskdino.data.coco import Sample
 from dimaskdino.data.dataloader import collate
+from dimaskdino.data.exports import ExportedSplit
+from dimaskdino.data.exports.records import split_in
 from dimaskdino.data.transforms import PADDING
 from dimaskdino.errors import UserError
 from dimaskdino.modeling import Detector, ImageBatch, postprocess
@@ -245,41 +248,38 @@ class DIMaskDINOTrainer(DefaultTrainer):
         return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
 
 
-def coco_folder(name: str, folder: Path) -> Path:
-    """Write a COCO-format folder for a dataset registered in detectron2. The images are not copied.
-
-    Use it with `data.root=FOLDER data.train=NAME` or `data.val=NAME`.
+def exported_splits(names: Sequence[str]) -> list[ExportedSplit]:
+    """Registered datasets as `data.importing` takes them: a split each, by the train, val or test in its name.
 
     Args:
-        name: as registered in `DatasetCatalog`.
-        folder: folder to create, or to add this split to.
-
-    Returns:
-        The annotations file.
+        names: as registered in `DatasetCatalog`.
 
     Raises:
-        UserError: there is no such dataset, or its objects have no masks.
+        UserError: there is no such dataset, or it has no class names.
     """
+    return [_exported_split(name) for name in names]
+
+
+def _exported_split(name: str) -> ExportedSplit:
     if name not in DatasetCatalog.list():
         raise UserError(f"detectron2 knows no dataset '{name}', only {', '.join(sorted(DatasetCatalog.list()))}")
-    if "thing_classes" not in MetadataCatalog.get(name).as_dict():
-        DatasetCatalog.get(name)  # some register the names while they load
-    if "thing_classes" not in MetadataCatalog.get(name).as_dict():
+    files = {str(r.get("image_id", i)): Path(r["file_name"]) for i, r in enumerate(DatasetCatalog.get(name))}
+    if "thing_classes" not in MetadataCatalog.get(name).as_dict():  # some register the names while they load
         raise UserError(f"{name} has no class names; set MetadataCatalog.get('{name}').thing_classes")
-    records = DatasetCatalog.get(name)
-    for record in records:
-        if any("segmentation" not in annotation for annotation in record.get("annotations", [])):
-            raise UserError(f"{name}: an object in {record['file_name']} has no segmentation")
-    content = convert_to_coco_dict(name)
-    files = {str(i["id"]): i for i in content["images"]}
-    for number, record in enumerate(records):
-        image = files[str(record.get("image_id", number))]
-        image["file_name"] = str(Path(record["file_name"]).resolve())
-    target = folder / "annotations" / f"{name}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    (folder / "images").mkdir(exist_ok=True)
-    target.write_text(json.dumps(content, default=_plain))
-    return target
+    content = json.loads(json.dumps(convert_to_coco_dict(name), default=_plain))
+    labels = {category["id"]: label for label, category in enumerate(content["categories"])}
+    split = ExportedSplit(split_in(name), [category["name"] for category in content["categories"]])
+    images = {
+        image["id"]: split.add_image(files[str(image["id"])].resolve(), (image["height"], image["width"]))
+        for image in content["images"]
+    }
+    for annotation in content["annotations"]:
+        split.add_object(
+            images[annotation["image_id"]], labels[annotation["category_id"]], annotation.get("segmentation")
+        )
+        if annotation.get("segmentation"):
+            split.annotations[-1]["iscrowd"] = annotation.get("iscrowd", 0)
+    return split
 
 
 def _plain(value: Any) -> Any:

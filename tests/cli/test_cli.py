@@ -44,7 +44,6 @@ def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProc
         ["data", "shapes"],
         ["data", "check"],
         ["data", "bdd100k"],
-        ["data", "detectron2"],
         ["config", "show"],
     ],
     ids=" ".join,

@@ -11,7 +11,9 @@ import torch
 from golden import detector, read, state_dict
 from small import MODEL
 
+from dimaskdino.cli import main
 from dimaskdino.data.coco import CocoDataset
+from dimaskdino.data.shapes import CLASSES as SHAPES
 from dimaskdino.errors import UserError
 from dimaskdino.modeling import ImageBatch, postprocess
 
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # detectron2's own
 
 @pytest.mark.skipif(HERE, reason="detectron2 is installed")
 def test_without_detectron2_one_line_says_how_to_install_it():
-    arguments = [sys.executable, "-m", "dimaskdino", "data", "detectron2", "some_dataset", "folder"]
+    arguments = [sys.executable, "-m", "dimaskdino", "data", "import", "detectron2:some_dataset", "folder"]
     result = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
@@ -162,13 +164,16 @@ def test_settings_of_another_model_are_refused():
 
 
 @needs_detectron2
-def test_a_registered_dataset_becomes_a_folder(registered, shapes_data, tmp_path):
-    from dimaskdino.interop.detectron2 import coco_folder
-
-    coco_folder(registered, tmp_path)
-    ours, original = CocoDataset(tmp_path, registered), CocoDataset(shapes_data, "train")
-    assert ours.classes == original.classes
-    for mine, theirs in zip(ours, original, strict=True):
-        assert Path(mine.file) == Path(theirs.file).resolve()
-        assert mine.labels.tolist() == theirs.labels.tolist()
-        assert torch.equal(mine.masks, theirs.masks)
+def test_a_registered_dataset_is_imported(registered, shapes_data, tmp_path, capsys):
+    assert main(["data", "import", f"detectron2:{registered}", str(tmp_path / "a")]) == 0
+    assert "9 images" in capsys.readouterr().out  # of 12; the others are for validation
+    original = {Path(sample.file).name: sample for sample in CocoDataset(shapes_data, "train")}
+    for split in ("train", "val"):
+        ours = CocoDataset(tmp_path / "a", split)
+        for mine in ours:
+            theirs = original.pop(Path(mine.file).name)
+            assert [ours.classes[i] for i in mine.labels] == [SHAPES[i] for i in theirs.labels]
+            assert torch.equal(mine.masks, theirs.masks)
+    assert not original
+    assert main(["data", "import", "detectron2:nothing", str(tmp_path / "b")]) == 1
+    assert "detectron2 knows no dataset 'nothing'" in capsys.readouterr().err

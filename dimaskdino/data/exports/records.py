@@ -121,16 +121,17 @@ def _shared(first: Iterable[str], second: Iterable[str]) -> int:
 
 def split_of(file: Path, folder: Path) -> str | None:
     """The split that a file belongs to by its name or by the folders between it and `folder`, the nearest first."""
-    return _split_in(file.stem) or split_of_folder(file.parent, folder)
+    return split_in(file.stem) or split_of_folder(file.parent, folder)
 
 
 def split_of_folder(place: Path, folder: Path) -> str | None:
     """The split that a folder inside `folder` is for by its name or by those of the folders around it."""
     parts = place.relative_to(folder).parts if place.is_relative_to(folder) else ()
-    return next((name for part in reversed(parts) if (name := _split_in(part))), None)
+    return next((name for part in reversed(parts) if (name := split_in(part))), None)
 
 
-def _split_in(name: str) -> str | None:
+def split_in(name: str) -> str | None:
+    """The split that a name says: train, val or test."""
     return next((SPLIT_NAMES[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_NAMES), None)
 
 
