@@ -1,6 +1,7 @@
 """The public interface: load every format, predict on every kind of image, results that convert."""
 
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -191,10 +192,29 @@ def test_supervision(model, pixels):
     assert list(detections["class_name"]) == result.class_names
 
 
-def test_without_supervision_the_extra_is_named(model, pixels, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "supervision", None)
-    with pytest.raises(UserError, match=r"dimaskdino\[supervision\]"):
-        model.predict(pixels).to_supervision()
+@pytest.mark.filterwarnings("ignore")  # of FiftyOne's own dependencies
+def test_fiftyone(model, pixels):
+    pytest.importorskip("fiftyone", reason="pip install fiftyone")
+    result = model.predict(pixels, threshold=0)
+    detections = result.to_fiftyone().detections
+    assert [d.label for d in detections] == result.class_names
+    torch.testing.assert_close(torch.tensor([d.confidence for d in detections]), result.scores)
+    height, width = pixels.shape[:2]
+    for detection, (x0, y0, x1, y1), mask in zip(detections, result.boxes.tolist(), result.masks, strict=True):
+        left, top, w, h = detection.bounding_box
+        assert (left * width, top * height) == pytest.approx((x0, y0), abs=1e-3)
+        assert ((left + w) * width, (top + h) * height) == pytest.approx((x1, y1), abs=1e-3)
+        rows = slice(math.floor(y0), math.floor(y0) + detection.mask.shape[0])
+        columns = slice(math.floor(x0), math.floor(x0) + detection.mask.shape[1])
+        np.testing.assert_array_equal(detection.mask, mask[rows, columns].numpy())
+        assert y1 <= rows.stop < y1 + 1 or detection.mask.shape[0] == 1
+
+
+@pytest.mark.parametrize("name", ["supervision", "fiftyone"])
+def test_without_the_package_the_extra_is_named(name, model, pixels, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, name, None)
+    with pytest.raises(UserError, match=rf"dimaskdino\[{name}\]"):
+        getattr(model.predict(pixels), f"to_{name}")()
 
 
 def test_inspect_has_every_stage_and_the_papers_intermediates(model, shapes_data):

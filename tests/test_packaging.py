@@ -16,6 +16,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 CONDA_ONLY = {"python", "pip", "cxx-compiler"}
 CONDA_NAMES = {"torch": "pytorch"}
+NOT_IN_CONDA = {"fiftyone"}  # brings a database server
 
 
 def requirement(text: str) -> tuple[str, str]:
@@ -34,7 +35,7 @@ def pip_requirements() -> dict[str, str]:
         table = project(file)["project"]
         for group in (table["dependencies"], *table.get("optional-dependencies", {}).values()):
             wanted |= dict(map(requirement, group))
-    return {CONDA_NAMES.get(name, name): bound for name, bound in wanted.items()}
+    return {CONDA_NAMES.get(name, name): bound for name, bound in wanted.items() if name not in NOT_IN_CONDA}
 
 
 def conda_requirements() -> dict[str, str]:

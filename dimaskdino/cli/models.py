@@ -217,20 +217,21 @@ def predict(
 def export(
     model: Positional[ModelSource], file: Positional[Path], stage: str | None = None, detections: int | None = None
 ) -> int:
-    """Write a model as an ONNX file, for ONNX Runtime, OpenVINO or TensorRT.
+    """Write a model as an ONNX file, for ONNX Runtime, OpenVINO or TensorRT, or as a file of torch.export.
 
     For example: dimaskdino export runs/mine mine.onnx
 
     The file takes images (batch, 3, height, width), RGB from 0 to 255, of any size from 64 to 2048 pixels, and gives
-    boxes, scores, labels and masks. It is compared with the model on random images.
+    boxes, scores, labels and masks. It is compared with the model on random images. A .pt2 file needs PyTorch alone,
+    and takes sides from 96 pixels that are multiples of 32.
 
     Args:
         model: The model.
-        file: File to write, .onnx.
+        file: File to write, .onnx or .pt2.
         stage: Stage to take the detections from, such as decoder.1; the last decoder layer by default.
         detections: Number of detections per image; evaluation.detections of the model by default.
     """
-    from dimaskdino.interop.onnx import export as write
+    from dimaskdino.interop.export import export as write
     from dimaskdino.model import load
 
     report = write(load(model, device="cpu"), file, stage, detections)

@@ -11,8 +11,8 @@ import torch
 from golden import detector, read, state_dict
 from small import MODEL
 
-from dimaskdino.cli import main
 from dimaskdino.data.coco import CocoDataset
+from dimaskdino.data.importing import import_splits
 from dimaskdino.data.shapes import CLASSES as SHAPES
 from dimaskdino.errors import UserError
 from dimaskdino.modeling import ImageBatch, postprocess
@@ -164,16 +164,34 @@ def test_settings_of_another_model_are_refused():
 
 
 @needs_detectron2
-def test_a_registered_dataset_is_imported(registered, shapes_data, tmp_path, capsys):
-    assert main(["data", "import", f"detectron2:{registered}", str(tmp_path / "a")]) == 0
-    assert "9 images" in capsys.readouterr().out  # of 12; the others are for validation
+def test_a_registered_dataset_is_imported(registered, shapes_data, tmp_path):
+    from dimaskdino.interop.detectron2 import exported_splits
+
+    done = import_splits(exported_splits([registered]), registered, "datasets of detectron2", tmp_path / "folder")
+    assert {split: images for split, (images, _) in done.counts.items()} == {"train": 9, "val": 3}
     original = {Path(sample.file).name: sample for sample in CocoDataset(shapes_data, "train")}
     for split in ("train", "val"):
-        ours = CocoDataset(tmp_path / "a", split)
+        ours = CocoDataset(tmp_path / "folder", split)
         for mine in ours:
             theirs = original.pop(Path(mine.file).name)
             assert [ours.classes[i] for i in mine.labels] == [SHAPES[i] for i in theirs.labels]
             assert torch.equal(mine.masks, theirs.masks)
     assert not original
-    assert main(["data", "import", "detectron2:nothing", str(tmp_path / "b")]) == 1
-    assert "detectron2 knows no dataset 'nothing'" in capsys.readouterr().err
+    with pytest.raises(UserError, match="detectron2 knows no dataset 'nothing'"):
+        exported_splits(["nothing"])
+
+
+@needs_detectron2
+def test_a_module_registers_what_the_command_imports(shapes_data, tmp_path):
+    parts = [(split, shapes_data / "annotations" / f"{split}.json") for split in ("train", "val")]
+    lines = [
+        f"register_coco_instances('mine_{split}', {{}}, {str(file)!r}, {str(shapes_data / 'images' / split)!r})"
+        for split, file in parts
+    ]
+    imports = "from detectron2.data.datasets import register_coco_instances"
+    (tmp_path / "mine.py").write_text("\n".join([imports, *lines]))
+    command = [sys.executable, "-m", "dimaskdino", "data", "import", "detectron2:mine_train,mine_val", "folder"]
+    done = subprocess.run([*command, "--register", "mine"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "train: 12 images" in done.stdout
+    assert "val: 4 images" in done.stdout

@@ -10,7 +10,7 @@ from small import trained_file
 import dimaskdino
 from dimaskdino.data.images import load_image
 from dimaskdino.errors import UserError
-from dimaskdino.interop.onnx import Exportable, export, told_apart
+from dimaskdino.interop.export import Exportable, export, told_apart
 from dimaskdino.modeling import ImageBatch, postprocess
 
 SHIPPED = ("dimaskdino-shapes", "maskdino-shapes")
@@ -52,23 +52,29 @@ def test_the_graph_gives_the_detections_of_postprocess(name, stage, images):
 
 
 @pytest.mark.slow
-def test_an_exported_file_is_equal_to_the_model(images, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'dimaskdino[onnx]'")
-    pytest.importorskip("onnxscript", reason="pip install 'dimaskdino[onnx]'")
-    model, path = dimaskdino.load("dimaskdino-shapes"), tmp_path / "model.onnx"
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_an_exported_file_is_equal_to_the_model(suffix, images, tmp_path):
+    model, path = dimaskdino.load("dimaskdino-shapes"), tmp_path / f"model{suffix}"
+    if suffix == ".onnx":
+        onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'dimaskdino[onnx]'")
+        pytest.importorskip("onnxscript", reason="pip install 'dimaskdino[onnx]'")
     # a process of its own, since the type checks of the tests refuse the symbols that stand for sizes
     command = [sys.executable, "-m", "dimaskdino", "export", "dimaskdino-shapes", path, "--detections", "20"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "compared with the model: boxes differ by at most" in done.stdout
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    assert {node.domain for node in onnx_nodes(path)} == {""}  # plain operators only
+    if suffix == ".onnx":
+        assert {node.domain for node in onnx_nodes(path)} == {""}  # plain operators only
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        found = [[torch.from_numpy(x) for x in session.run(None, {"images": batch.numpy()})] for batch in images]
+    else:
+        images = [images[0], images[0][:1, :, :96]]  # sides that are multiples of 32
+        found = run_by_torch_alone(path, images)
     module = Exportable(model.detector, model.stages[-1], 20).eval()
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    for batch in images:
+    for batch, (boxes, scores, labels, masks) in zip(images, found, strict=True):
         with torch.inference_mode():
             wanted = module(batch)
-        boxes, scores, labels, masks = (torch.from_numpy(x) for x in session.run(None, {"images": batch.numpy()}))
         torch.testing.assert_close(scores, wanted[1], atol=1e-4, rtol=0)
         for i in range(len(batch)):
             rows = told_apart(wanted[1][i], 1e-4)
@@ -76,6 +82,20 @@ def test_an_exported_file_is_equal_to_the_model(images, tmp_path):
             torch.testing.assert_close(boxes[i][rows], wanted[0][i][rows], atol=1e-2, rtol=0)
             assert torch.equal(labels[i][rows], wanted[2][i][rows])
             assert float((masks[i][rows] != wanted[3][i][rows]).float().mean()) < 1e-4
+
+
+def run_by_torch_alone(path, images):
+    """Outputs of a file of torch.export, in a process that imports nothing else."""
+    torch.save(images, path.with_name("images.pt"))
+    code = (
+        "import sys, torch\n"
+        f"module = torch.export.load({str(path)!r}).module()\n"
+        f"images = torch.load({str(path.with_name('images.pt'))!r})\n"
+        f"torch.save([module(batch) for batch in images], {str(path.with_name('outputs.pt'))!r})\n"
+        "assert not {'dimaskdino', 'ms_deform_attn'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return torch.load(path.with_name("outputs.pt"))
 
 
 def onnx_nodes(path):
@@ -86,7 +106,7 @@ def onnx_nodes(path):
 
 def test_what_cannot_be_exported(shapes_data, tmp_path):
     model = dimaskdino.load(trained_file(tmp_path / "model.safetensors", shapes_data))
-    with pytest.raises(UserError, match=r"the file must end in \.onnx"):
+    with pytest.raises(UserError, match=r"the file must end in \.onnx, or in \.pt2"):
         export(model, tmp_path / "model.engine")
     with pytest.raises(UserError, match=r"no masks at the stage 'decoder\.9'; those with masks are .*decoder\.1"):
         export(model, tmp_path / "model.onnx", stage="decoder.9")

@@ -1,10 +1,11 @@
-"""Models as ONNX files for other runtimes: ONNX Runtime, OpenVINO, TensorRT."""
+"""Models as files for other runtimes: ONNX (ONNX Runtime, OpenVINO, TensorRT) and torch.export (PyTorch alone)."""
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ms_deform_attn
 import torch
@@ -21,8 +22,10 @@ from dimaskdino.serialization import write_atomically
 
 OUTPUTS = ("boxes", "scores", "labels", "masks")
 OPSET = 20  # the first with bilinear grid sampling of any rank
-SMALLEST, LARGEST, MOST_IMAGES = 64, 2048, 64  # what the file takes: sides in pixels, batch size
-_EXAMPLES = ((2, 120, 150), (3, 90, 215))  # traced with the first, checked with both
+SMALLEST, LARGEST, MOST_IMAGES = 64, 2048, 64  # what a file takes: sides in pixels, batch size
+PT2_SMALLEST = 96  # of torch.export, whose sides are multiples of 32
+# traced with the first, checked with both
+_EXAMPLES = {".onnx": ((2, 120, 150), (3, 90, 215)), ".pt2": ((2, 128, 160), (3, 96, 224))}
 
 
 class Exportable(nn.Module):
@@ -94,33 +97,33 @@ class ExportReport:
 
 
 def export(model: TrainedModel, path: Path, stage: str | None = None, detections: int | None = None) -> ExportReport:
-    """Write a model to an ONNX file. Batch and image size stay open.
+    """Write a model to an ONNX file, or to a file of torch.export. Batch and image size stay open.
 
     Args:
         model: the model.
-        path: the file, `.onnx`.
+        path: the file: `.onnx`, or `.pt2` for torch.export, which takes sides that are multiples of 32.
         stage: the stage to take the detections from; the last decoder layer by default.
         detections: number of detections per image; `evaluation.detections` by default.
 
     Raises:
-        UserError: the file does not end in `.onnx`, the stage has no masks, packages are missing, or PyTorch cannot
-            export the model. Nothing is left then.
+        UserError: the file has another suffix, the stage has no masks, packages are missing, or PyTorch cannot export
+            the model. Nothing is left then.
     """
-    if path.suffix != ".onnx":
-        raise UserError(f"{path}: the file must end in .onnx")
+    if path.suffix not in _EXAMPLES:
+        raise UserError(f"{path}: the file must end in .onnx, or in .pt2 for torch.export")
     settings = model.config
     stage = stage or f"decoder.{settings.model.decoder.layers}"
     most = settings.model.selection.k[-1] * settings.model.classes
     count = min(detections or settings.evaluation.detections, most)
     module = Exportable(model.detector.cpu().eval(), stage, count)
     _check_stage(module)
-    example = torch.rand(_EXAMPLES[0][0], 3, *_EXAMPLES[0][1:], generator=torch.Generator().manual_seed(0)) * 255
-    height, width = (torch.export.Dim(name, min=SMALLEST, max=LARGEST) for name in ("height", "width"))
-    shapes = ({0: torch.export.Dim("batch", min=1, max=MOST_IMAGES), 2: height, 3: width},)
+    batch, height, width = _EXAMPLES[path.suffix][0]
+    example = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0)) * 255
+    write = _write_onnx if path.suffix == ".onnx" else _write_pt2
     try:
         with torch.no_grad(), warnings.catch_warnings(), ms_deform_attn.backend("reference"):
             warnings.simplefilter("ignore")  # of the exporters about themselves
-            _write_onnx(module, example, shapes, path)
+            write(module, example, path)
     except UserError:
         raise
     except ImportError as error:
@@ -138,32 +141,68 @@ def _check_stage(module: Exportable) -> None:
         raise UserError(f"no masks at the stage '{module.stage}'; those with masks are {', '.join(with_masks)}")
 
 
-def _write_onnx(module: Exportable, example: Tensor, shapes: tuple, path: Path) -> None:
+def _open_sizes(smallest: int, divisor: int) -> tuple[dict[int, Any]]:
+    """Dimensions of the images that stay open: batch, and sides that are multiples of a divisor."""
+    limits = {"min": smallest // divisor, "max": LARGEST // divisor}
+    height, width = (divisor * torch.export.Dim(name, **limits) for name in ("height", "width"))
+    return ({0: torch.export.Dim("batch", min=1, max=MOST_IMAGES), 2: height, 3: width},)
+
+
+def _write_onnx(module: Exportable, example: Tensor, path: Path) -> None:
     import onnxscript  # noqa: F401  the exporter needs it, and says so in many lines
 
-    names = {"input_names": ["images"], "output_names": list(OUTPUTS)}
     program = torch.onnx.export(
-        module, (example,), dynamo=True, dynamic_shapes=shapes, opset_version=OPSET, verbose=False, **names
+        module,
+        (example,),
+        dynamo=True,
+        dynamic_shapes=_open_sizes(SMALLEST, 1),
+        opset_version=OPSET,
+        verbose=False,
+        input_names=["images"],
+        output_names=list(OUTPUTS),
     )
     assert program is not None
     write_atomically(path, lambda partial: program.save(partial))
 
 
-def _compare(module: Exportable, path: Path) -> ExportReport:
-    """Run the file and the model on the same images."""
+def _write_pt2(module: Exportable, example: Tensor, path: Path) -> None:
+    program = torch.export.export(
+        module,
+        (example,),
+        dynamic_shapes=_open_sizes(PT2_SMALLEST, SIZE_DIVISOR),
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as stream:  # given a name, torch wants it to end in .pt2
+            torch.export.save(program, stream)
+
+    write_atomically(path, write)
+
+
+def _runner(path: Path) -> Callable[[Tensor], Sequence[Tensor]] | None:
+    """Runs an exported file on images; None where what it takes is not installed."""
+    if path.suffix == ".pt2":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about shared weights
+            return torch.export.load(path).module()
     try:
         import onnxruntime
     except ImportError:
-        return ExportReport({}, None)
+        return None
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]
 
-    def exported(images: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]
 
+def _compare(module: Exportable, path: Path) -> ExportReport:
+    """Run the file and the model on the same images."""
+    exported = _runner(path)
+    if exported is None:
+        return ExportReport({}, None)
     differences = dict.fromkeys(OUTPUTS, 0.0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for batch, height, width in _EXAMPLES:
+        for batch, height, width in _EXAMPLES[path.suffix]:
             images = torch.rand(batch, 3, height, width, generator=generator) * 255
             found, wanted = exported(images), module(images)
             rows = torch.stack([told_apart(scores) for scores in wanted[1]])
