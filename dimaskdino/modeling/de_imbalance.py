@@ -101,8 +101,8 @@ def mask_guided_boxes(stage: Stage, exact: bool) -> Float[Tensor, "B Q 4"]:
     features = stage.mask_features.flatten(2)
     h, w = stage.mask_features.shape[-2:]
     columns, rows = [], []
-    for embedding in stage.mask_embedding.split(MASK_CHUNK, dim=1):
-        mask = (embedding @ features).unflatten(-1, (h, w))
+    for start in range(0, stage.mask_embedding.shape[1], MASK_CHUNK):  # split would export as a sequence
+        mask = (stage.mask_embedding[:, start : start + MASK_CHUNK] @ features).unflatten(-1, (h, w))
         columns.append(mask.amax(-2) > 0)
         rows.append(mask.amax(-1) > 0)
     x0, x1 = _extent(torch.cat(columns, dim=1), exact)
