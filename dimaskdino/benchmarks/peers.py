@@ -230,7 +230,7 @@ class _Kit(nn.Module):
         return criterion(predictions, batch.targets, self.settings.loss, objects).total
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recipe:
     """How a peer is trained: AdamW with a tenth of the rate for the backbone, warm-up, and two drops of the rate.
 
@@ -255,6 +255,9 @@ class Recipe:
         """Of the learning rate: warm-up over 100 steps, a tenth after 74 %, a hundredth after 91 % of the steps."""
         drops = sum(step >= share * steps for share in (2600 / 3500, 3200 / 3500))
         return min(1.0, (step + 1) / 100) * 0.1**drops
+
+
+USUAL = Recipe()
 
 
 def step_of(peer: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, clip_norm: float) -> float:
@@ -289,7 +292,7 @@ def score(peer: nn.Module, settings: Config) -> dict[str, float | None]:
 
 
 def train(
-    name: Positional[Name], run: Positional[str], folder: Positional[Path], steps: int, recipe: Recipe | None = None
+    name: Positional[Name], run: Positional[str], folder: Positional[Path], steps: int, recipe: Recipe = USUAL
 ) -> None:
     """Train and score a peer; writes FOLDER/result.json and its weights.
 
@@ -300,7 +303,6 @@ def train(
         steps: number of training steps.
         recipe: how it is trained.
     """
-    recipe = recipe or Recipe()
     config = load_config(run)
     schedule = config.schedule.model_copy(update={"steps": steps})
     settings = config.model_copy(
@@ -354,7 +356,7 @@ def measure(
     """
     settings = load_config(run)
     models = {"kit": _Kit(settings).train(), **{name: PEERS[name](settings).train() for name in names}}
-    optimizers = {name: Recipe().optimizer(model) for name, model in models.items()}
+    optimizers = {name: USUAL.optimizer(model) for name, model in models.items()}
     loader = training_loader(training_dataset(settings), settings, 0, 0, 1)
     source = batches(loader)
     chosen = [next(source) for _ in range(TIMED_STEPS)]
