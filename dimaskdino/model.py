@@ -115,7 +115,8 @@ class Result:
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if path.suffix.lower() in SUFFIXES:
-                    Image.fromarray(paint_instances(self.image, self.instances, self.classes)).save(path)
+                    painted = Image.fromarray(paint_instances(self.image, self.instances, self.classes))
+                    painted.save(path, **({"compress_level": 1} if path.suffix.lower() == ".png" else {}))
                 else:
                     self.plot().savefig(path)
         except ValueError as error:  # an unknown format
@@ -226,9 +227,9 @@ class Model(TrainedModel):
         inputs: Sequence[ImageInput] = images if several else [images]  # type: ignore[assignment,list-item]
         tensors = [to_image_tensor(image) for image in inputs]
         name = self.stages[-1] if stage is None else stage
-        detected = predict_images(self, tensors, [name], batch_size) if tensors else []
+        detected = predict_images(self, tensors, [name], batch_size, float(threshold)) if tensors else []
         results = [
-            Result(image, _shown(instances[name], threshold, image), tuple(self.classes), name)
+            Result(image, _inside(instances[name], image), tuple(self.classes), name)
             for image, instances in zip(tensors, detected, strict=True)
         ]
         return results if several else results[0]
@@ -350,16 +351,9 @@ def find_device(device: str | torch.device = "auto") -> torch.device:
         raise UserError(f"the device '{device}' cannot be used here: {reason}") from None
 
 
-def _shown(instances: Instances, threshold: float, image: Tensor) -> Instances:
-    """The detections of a score, with boxes that end where the image (3, h, w) does."""
-    keep = instances.scores >= threshold
-    return replace(
-        instances,
-        boxes=clip_boxes_to_image(instances.boxes[keep], (image.shape[-2], image.shape[-1])),
-        scores=instances.scores[keep],
-        labels=instances.labels[keep],
-        mask_index=instances.mask_index[keep],
-    )
+def _inside(instances: Instances, image: Tensor) -> Instances:
+    """Detections with boxes that end where the image (3, h, w) does."""
+    return replace(instances, boxes=clip_boxes_to_image(instances.boxes, (image.shape[-2], image.shape[-1])))
 
 
 def _model_card(model: Model, layerwise_ap: LayerwiseAP | None) -> str:

@@ -48,7 +48,7 @@ def masks_of(instances: Instances, chosen: Sequence[int]) -> list[Bool[np.ndarra
 
 
 def paint_instances(
-    image: UInt8[Tensor, "3 h w"], instances: Instances, classes: Sequence[str], threshold: float = 0.0
+    image: UInt8[Tensor, "3 h w"], instances: Instances, classes: Sequence[str]
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Paint detections into an image, at its own size: masks, boxes, class names and scores, in the class's colour.
 
@@ -56,13 +56,12 @@ def paint_instances(
         image: RGB.
         instances: detections at the image's size.
         classes: class names.
-        threshold: detections with a lower score are left out.
     """
-    kept = (instances.scores >= threshold).nonzero().flatten().tolist()
+    kept = range(len(instances.scores))
     colours = [CYCLE[int(instances.labels[i]) % len(CYCLE)] for i in kept]
     masks = masks_of(instances, kept)
     texts = [label(instances, classes, i) for i in kept]
-    return _paint(blend_masks(image, masks, colours[: len(masks)]), instances.boxes[kept], texts, colours)
+    return _paint(blend_masks(image, masks, colours[: len(masks)]), instances.boxes, texts, colours)
 
 
 def paint_sample(sample: Sample, classes: Sequence[str]) -> UInt8[np.ndarray, "h w 3"]:
@@ -74,7 +73,7 @@ def paint_sample(sample: Sample, classes: Sequence[str]) -> UInt8[np.ndarray, "h
 
 
 def paint_beside_truth(
-    samples: Sequence[Sample], detections: Sequence[Instances], classes: Sequence[str], threshold: float, width: int
+    samples: Sequence[Sample], detections: Sequence[Instances], classes: Sequence[str], width: int
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Paint images with their objects on the left and with detections on the right, one below the other.
 
@@ -82,12 +81,11 @@ def paint_beside_truth(
         samples: images with their objects.
         detections: in each of them, at its size.
         classes: class names.
-        threshold: detections with a lower score are left out.
         width: of the picture, in pixels.
     """
     rows = []
     for sample, found in zip(samples, detections, strict=True):
-        pair = (paint_sample(sample, classes), paint_instances(sample.image, found, classes, threshold))
+        pair = (paint_sample(sample, classes), paint_instances(sample.image, found, classes))
         rows.append(np.concatenate([pair[0], np.full((len(pair[0]), GAP, 3), 255, np.uint8), pair[1]], axis=1))
     scaled = [Image.fromarray(row).resize((width, max(1, round(len(row) * width / row.shape[1])))) for row in rows]
     canvas = Image.new("RGB", (width, sum(row.height + GAP for row in scaled) - GAP), "white")

@@ -1,6 +1,7 @@
 """Detections in images that have no annotations, from any stage."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from jaxtyping import UInt8
 from torch import Tensor
@@ -25,6 +26,7 @@ def predict_images(
     images: Sequence[UInt8[Tensor, "3 h w"]],
     stages: Sequence[str] | None = None,
     batch_size: int = 8,
+    threshold: float = 0.0,
 ) -> list[dict[str, Instances]]:
     """Detections in some images, at the size of each image, best first.
 
@@ -36,6 +38,7 @@ def predict_images(
         images: RGB, 0 to 255, of any sizes.
         stages: names of the stages wanted; all by default.
         batch_size: number of images per forward pass, at most.
+        threshold: detections with a lower score are left out.
 
     Returns:
         Detections by stage name, one dictionary per image.
@@ -58,8 +61,24 @@ def predict_images(
             predictions = model.forward(batch)
             for name, stage in chosen_stages(predictions, stages).items():
                 instances = postprocess(
-                    stage, batch.sizes, batch.padded_size, output_sizes, model.config.evaluation.detections
+                    stage,
+                    batch.sizes,
+                    batch.padded_size,
+                    output_sizes,
+                    model.config.evaluation.detections,
+                    threshold=threshold,
                 )
                 for n, detections in zip(chunk, instances, strict=True):
-                    results[n][name] = detections
+                    results[n][name] = _above(detections, threshold)
     return results
+
+
+def _above(instances: Instances, threshold: float) -> Instances:
+    keep = instances.scores >= threshold
+    return replace(
+        instances,
+        boxes=instances.boxes[keep],
+        scores=instances.scores[keep],
+        labels=instances.labels[keep],
+        mask_index=instances.mask_index[keep],
+    )

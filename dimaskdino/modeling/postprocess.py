@@ -22,6 +22,7 @@ def postprocess(
     output_sizes: Sequence[tuple[int, int]],
     detections: int = 100,
     masks: bool = True,
+    threshold: float = 0.0,
 ) -> list[Instances]:
     """Select the best query-class pairs of each image and compute their boxes, scores, classes and masks.
 
@@ -33,6 +34,8 @@ def postprocess(
         detections: number of pairs to keep per image.
         masks: compute masks where the stage has them. They change the scores: class score × mean mask probability
             inside the mask.
+        threshold: pairs with a lower class score are left out, before their masks are computed. With masks the final
+            score of the others may still be lower.
 
     Raises:
         UserError: scores or boxes are not finite.
@@ -48,13 +51,14 @@ def postprocess(
     height, width = padded_size
     results = []
     for b in range(B):
-        queries, labels = pairs[b] // K, pairs[b] % K
+        likely = scores[b] >= threshold
+        queries, labels = pairs[b, likely] // K, pairs[b, likely] % K
         (h, w), (out_h, out_w) = sizes[b], output_sizes[b]
         boxes = box_convert(stage.boxes[b, queries].float(), "cxcywh", "xyxy")
         scale = boxes.new_tensor([width * out_w / w, height * out_h / h])
         boxes = boxes * scale.repeat(2)
         kept, index = queries.unique(return_inverse=True)
-        image_scores, query_masks = scores[b], None
+        image_scores, query_masks = scores[b, likely], None
         if masks and stage.mask_embedding is not None and stage.mask_features is not None:
             logits = torch.einsum("qc,chw->qhw", stage.mask_embedding[b, kept], stage.mask_features[b])
             query_masks, quality = _enlarge(logits.float(), padded_size, sizes[b], output_sizes[b])
@@ -68,6 +72,8 @@ def _enlarge(
     logits: Float[Tensor, "u h4 w4"], padded_size: tuple[int, int], size: tuple[int, int], output: tuple[int, int]
 ) -> tuple[Bool[Tensor, "u h w"], Float[Tensor, " u"]]:
     """Masks at the output size, and the mean probability inside each."""
+    if not len(logits):
+        return logits.new_zeros(0, *output, dtype=torch.bool), logits.new_zeros(0)
     masks, quality = [], []
     for chunk in logits.split(MASK_CHUNK):
         enlarged = functional.interpolate(chunk[None], size=padded_size, mode="bilinear", align_corners=False)

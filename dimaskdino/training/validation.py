@@ -69,8 +69,11 @@ class Validator:
         chosen = self.positions[:: max(1, len(self.positions) // PICTURES)][:PICTURES]
         samples = [self.plain[position] for position in chosen]
         with self._model(detector) as model:
-            found = [predict_images(model, [sample.image], [self.last])[0][self.last] for sample in samples]
-        return paint_beside_truth(samples, found, self.data.classes, PICTURE_THRESHOLD, PICTURE_WIDTH)
+            images = [sample.image for sample in samples]
+            found = [
+                each[self.last] for each in predict_images(model, images, [self.last], threshold=PICTURE_THRESHOLD)
+            ]
+        return paint_beside_truth(samples, found, self.data.classes, PICTURE_WIDTH)
 
     @property
     def last(self) -> str:

@@ -69,3 +69,19 @@ def test_values_that_are_not_finite_are_an_error(field, value):
     broken[1, 2, 0] = value
     with pytest.raises(UserError, match="scores or boxes are not finite"):
         postprocess(dataclasses.replace(stage, **{field: broken}), [(60, 90)] * 2, (64, 96), [(60, 90)] * 2)
+
+
+def test_a_threshold_leaves_out_pairs_and_changes_no_other():
+    stage, sizes = synthetic_stage(Q=50), [(64, 96)] * 2
+    everything = postprocess(stage, sizes, (64, 96), sizes, detections=40)
+    likely = postprocess(stage, sizes, (64, 96), sizes, detections=40, threshold=0.7)
+    for found, wanted in zip(likely, everything, strict=True):
+        assert 0 < len(found.scores) < 40
+        above = wanted.scores >= 0.7  # final scores are not above class scores, so that these are all there
+        keep = found.scores >= 0.7
+        torch.testing.assert_close(found.scores[keep], wanted.scores[above])
+        assert torch.equal(found.labels[keep], wanted.labels[above])
+        assert torch.equal(found.masks[keep], wanted.masks[above])
+    for found in postprocess(stage, sizes, (64, 96), sizes, threshold=1.0):
+        assert len(found.scores) == 0
+        assert found.masks.shape == (0, 64, 96)
