@@ -255,6 +255,24 @@ def company() -> str:
     return "\n".join(lines)
 
 
+def runtimes() -> str:
+    """Seconds per photograph of an exported model in each runtime."""
+    record = _json("runtimes.json")
+    images, versions = record["images"], record["packages"]
+    lines = [
+        f"{record['backbone']}, {record['shortest']} to {record['longest']} pixels, {record['threads']} threads, "
+        f"{images} photographs one at a time, in turns; ONNX Runtime {versions['onnxruntime']}, OpenVINO "
+        f"{versions['openvino'].split('-')[0]}, PyTorch {record['versions']['packages']['torch']}:",
+        "",
+        "| | median | fastest to slowest | photographs with equal scores |",
+        "|---|---|---|---|",
+    ]
+    for name, row in record["runtimes"].items():
+        span = f"{1000 * row['low']:.0f} to {1000 * row['high']:.0f} ms"
+        lines.append(f"| {name} | {1000 * row['seconds']:.0f} ms | {span} | {row['equal']} of {images} |")
+    return "\n".join(lines)
+
+
 def photographs() -> str:
     """AP of trainings on photographs at every stage."""
     parts = []
@@ -329,6 +347,7 @@ BLOCKS = {
         memory,
         company,
         photographs,
+        runtimes,
         diagnostics,
         *study_blocks.BLOCKS,
     )
