@@ -1,21 +1,32 @@
-"""Record evaluated trainings on photographs: `python docs/measure_photographs.py RUN … --data NAME --source WHERE`.
+"""Record trainings on photographs: `python docs/measure_photographs.py animals --source WHERE --recipe RUN …`.
 
-Writes measurements/photographs.json: of each run its data, settings, time and AP of every stage. The photographs are
-not in the repository.
+Writes measurements/photographs.json: of each run its data, settings, time, loss and AP of every stage, the peers, and
+the registered comparison of the two models. The photographs are not in the repository. The runs were evaluated with
+`--bootstrap`, so that intervals can be over other images too.
 """
 
 import argparse
 import datetime
+import inspect
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import records
 
+from dimaskdino.benchmarks import peers
+from dimaskdino.checkpoints import load_checkpoint
 from dimaskdino.config import Config, load_config
 from dimaskdino.data.annotations import read_annotations
 from dimaskdino.data.coco import find_split
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.runs.folder import RunFolder
+from dimaskdino.studies.comparison import Contrast, EvaluatedRun, Quantity, compare
+
+SEEDS = 3  # registered
+QUANTITIES = ("last.box", "first.imbalance")  # registered
+LOSS_STEPS = 100  # per point of the curve
 
 
 def counted(settings: Config, split: str) -> dict[str, int]:
@@ -24,25 +35,26 @@ def counted(settings: Config, split: str) -> dict[str, int]:
     return {"images": len(found.images), "objects": len(found.annotations), "classes": len(found.categories)}
 
 
-def measured(run: Path) -> dict[str, object]:
+def measured(run: Path) -> dict[str, Any]:
     """The record of a run."""
-    settings, status = load_config(run), RunFolder(run).status()
+    settings, folder = load_config(run), RunFolder(run)
+    status = folder.status()
     start, end = (datetime.datetime.strptime(status[key], "%Y-%m-%dT%H:%M:%S%z") for key in ("started", "ended"))
     versions = json.loads((run / "versions.json").read_text())
+    losses = [(record["step"], record["loss"]) for record in folder.read_metrics() if "loss" in record]
+    curve = {
+        (step - 1) // LOSS_STEPS: [loss for s, loss in losses if (s - 1) // LOSS_STEPS == (step - 1) // LOSS_STEPS]
+        for step, _ in losses
+    }
     layers = LayerwiseAP.load(run / "evaluation" / "layers.json")
     return {
-        "train": counted(settings, settings.data.train),
-        "val": counted(settings, settings.data.val),
-        "backbone": settings.model.backbone.name,
-        "de_imbalance": len(settings.model.selection.k) > 1,
-        "bato": settings.model.bato.enabled,
-        "size": settings.data.jitter.size,
-        "batch": settings.train.batch_size,
-        "steps": settings.schedule.steps,
         "seed": settings.train.seed,
+        "start": str(settings.train.weights),
         "minutes": round((end - start).total_seconds() / 60, 1),
         "threads": versions["cpu_threads"],
         "torch": versions["packages"]["torch"],
+        "parameters": sum(p.numel() for p in load_checkpoint(run).detector.parameters()),
+        "loss": [round(float(np.mean(values)), 2) for values in curve.values()],
         "stages": {
             name: {"box": stage.box.AP, "mask": stage.mask.AP if stage.mask else None}
             for name, stage in layers.stages.items()
@@ -50,14 +62,66 @@ def measured(run: Path) -> dict[str, object]:
     }
 
 
+def settings_of(run: Path) -> dict[str, Any]:
+    """What all runs on the data have in common."""
+    settings = load_config(run)
+    return {
+        "train": counted(settings, settings.data.train),
+        "val": counted(settings, settings.data.val),
+        "backbone": settings.model.backbone.name,
+        "size": settings.data.jitter.size,
+        "batch": settings.train.batch_size,
+        "steps": settings.schedule.steps,
+    }
+
+
+def peer(folder: Path) -> dict[str, Any]:
+    """The record of a peer, with the lines of code that it took."""
+    result = json.loads((folder / "result.json").read_text())
+    own = (peers.PEERS[result["model"]], peers.Recipe, peers.step_of, peers.score, peers.train)
+    lines = sum(len(inspect.getsource(part).splitlines()) for part in own)
+    return {key: value for key, value in result.items() if key != "versions"} | {"lines": lines}
+
+
+def comparisons(rows: dict[str, list[Path]]) -> list[dict[str, Any]]:
+    """The registered contrasts of the two models."""
+    contrasts = [
+        Contrast(f"DI-MaskDINO − MaskDINO, {q.label}", ("DI-MaskDINO",), ("MaskDINO",), q)
+        for q in map(Quantity.parse, QUANTITIES)
+    ]
+    runs = {
+        name: {load_config(run).train.seed: EvaluatedRun.load(run) for run in found}
+        for name, found in rows.items()
+        if found
+    }
+    if len(runs) < 2:
+        return []
+    found = compare(contrasts, runs, SEEDS)
+    published = {"last.box": 1.0, "first.imbalance": -1.0}  # the paper's signs
+    return [c.to_json() | {"agrees": c.agrees(published[str(c.contrast.quantity)])} for c in found]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--data", required=True, help="name of the data set, such as animals")
+    parser.add_argument("data", help="name of the data set, such as animals")
     parser.add_argument("--source", required=True, help="where the photographs come from")
+    parser.add_argument("--recipe", type=Path, nargs="*", default=[], help="runs as 'dimaskdino new' starts them")
+    parser.add_argument("--dimaskdino", type=Path, nargs="*", default=[], help="runs of the comparison")
+    parser.add_argument("--maskdino", type=Path, nargs="*", default=[], help="runs of the comparison")
+    parser.add_argument("--peers", type=Path, nargs="*", default=[], help="folders of trained peers")
+    parser.add_argument("--times", type=Path, help="what 'peers time' wrote")
     arguments = parser.parse_args()
+    compared = {"DI-MaskDINO": arguments.dimaskdino, "MaskDINO": arguments.maskdino}
     file = records.MEASUREMENTS / "photographs.json"
     content = json.loads(file.read_text()) if file.exists() else {}
-    content[arguments.data] = {"source": arguments.source, "runs": [measured(run) for run in arguments.runs]}
+    content[arguments.data] = {
+        "source": arguments.source,
+        **settings_of((arguments.recipe + arguments.dimaskdino)[0]),
+        "recipe": [measured(run) for run in arguments.recipe],
+        "rows": {name: [measured(run) for run in runs] for name, runs in compared.items() if runs},
+        "comparisons": comparisons(compared),
+        "peers": [peer(folder) for folder in arguments.peers],
+        "times": json.loads(arguments.times.read_text())["seconds"] if arguments.times else {},
+    }
     file.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written: {file}")

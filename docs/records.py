@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import study_blocks
 
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
@@ -19,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 MEASUREMENTS = ROOT / "docs" / "measurements"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MODELS = {"MaskDINO": "maskdino", "DI-MaskDINO": "dimaskdino"}
+TIMED = {"kit": "DI-MaskDINO", "mask_rcnn": "Mask R-CNN", "mask2former": "Mask2Former"}
+VERDICTS = {"yes": "shown", "no": "opposite shown", "cannot tell": "cannot be told"}
 
 
 def course_models() -> dict[str, LayerwiseAP]:
@@ -34,6 +37,10 @@ def first_and_last_layers() -> dict[str, dict[str, Mapping[str, Mapping[str, flo
         "Paper, BDD100K": {name: published[key] for name, key in MODELS.items()},
         "This kit, shapes": {name: ap.first_and_last() for name, ap in course_models().items()},  # type: ignore[misc]
     }
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{'one' if count == 1 else count} {noun}{'s' * (count != 1)}"
 
 
 def _lag(layers: Mapping[str, Mapping[str, float]], layer: str = "first") -> str:
@@ -90,7 +97,8 @@ def headlines() -> str:
     last = {name: layers["last"] for name, layers in kit.items()}
     both = study_blocks.main_comparison("di_bato")
     formula = study_blocks.share_of_the_formula()
-    animals = _json("photographs.json")["animals"]["runs"][0]
+    animals = _json("photographs.json")["animals"]
+    recipe = animals["recipe"]
     survived = sum(outcome == "survived" for outcome in _json("faults.json")["faults"].values())
     return "\n".join(
         [
@@ -99,9 +107,9 @@ def headlines() -> str:
             f"* **The shipped models** (synthetic shapes, one training each): DI-MaskDINO reaches "
             f"{last['DI-MaskDINO']['box']:.1f} box and {last['DI-MaskDINO']['mask']:.1f} mask AP, MaskDINO "
             f"{last['MaskDINO']['box']:.1f} and {last['MaskDINO']['mask']:.1f}.",
-            f"* **On photographs**: {animals['stages']['decoder.4']['box']:.1f} box and "
-            f"{animals['stages']['decoder.4']['mask']:.1f} mask AP on {animals['val']['images']} images of animals, "
-            f"after {animals['minutes']:.0f} minutes of training on {animals['threads']} cores (one training).",
+            f"* **On photographs**: {_mean(recipe, 'decoder.4', 'box')} box and {_mean(recipe, 'decoder.4', 'mask')} "
+            f"mask AP on {animals['val']['images']} images of animals, after {recipe[0]['minutes']:.0f} minutes of "
+            f"training on {recipe[0]['threads']} cores ({_counted(len(recipe), 'training')}).",
             f"* **Nothing is lost**: {survived} faults injected into real runs, from SIGKILL to a full disk, are "
             f"survived; {sum(_json('bad_inputs.json').values())} bad inputs are answered in one clear line each.",
             f"* **Part of the lag is arithmetic**: {formula:.0f} % of the baseline's lag at its decoder's input come "
@@ -273,26 +281,64 @@ def runtimes() -> str:
     return "\n".join(lines)
 
 
+def _mean(runs: list[dict[str, Any]], stage: str, kind: str) -> str:
+    """Mean ± standard deviation of an AP over trainings."""
+    values = [run["stages"][stage][kind] for run in runs if run["stages"].get(stage, {}).get(kind) is not None]
+    if not values:
+        return "–"
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
+
+
 def photographs() -> str:
-    """AP of trainings on photographs at every stage."""
+    """Trainings on photographs: beside other models, the registered comparison, and AP at every stage."""
     parts = []
     for name, record in _json("photographs.json").items():
-        for run in record["runs"]:
-            train, val = run["train"], run["val"]
-            model = "DI-MaskDINO" if run["bato"] and run["de_imbalance"] else "MaskDINO"
+        train, val = record["train"], record["val"]
+        groups = {f"{model}, as compared": runs for model, runs in record["rows"].items()}
+        if record["recipe"]:
+            groups = {"DI-MaskDINO, as `dimaskdino new` starts it": record["recipe"], **groups}
+        parts += [
+            f"**{name}**: {train['images']} images with {train['objects']:,} objects of {train['classes']} classes, "
+            f"and {val['images']} for validation ({record['source']}). {record['backbone']}, {record['size']} pixels, "
+            f"{record['batch']} images per step; AP of the last layer, mean ± standard deviation over trainings.",
+            "",
+            "| | trainings | parameters | steps | box AP | mask AP | typed by the user |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for label, runs in groups.items():
+            last = list(runs[0]["stages"])[-1]
+            cells = [label, len(runs), f"{runs[0]['parameters'] / 1e6:.1f} M", f"{record['steps']:,}"]
+            cells += [_mean(runs, last, "box"), _mean(runs, last, "mask"), "four commands"]
+            parts.append(f"| {' | '.join(map(str, cells))} |")
+        for peer in record["peers"]:
+            title = {"mask_rcnn": "Mask R-CNN (torchvision)", "mask2former": "Mask2Former (transformers)"}
+            cells = [title[peer["model"]], 1, f"{peer['parameters'] / 1e6:.1f} M", f"{peer['steps']:,}"]
+            cells += [_number(peer["box"]), _number(peer["mask"]), f"{peer['lines']} lines of Python"]
+            parts.append(f"| {' | '.join(map(str, cells))} |")
+        if record["times"]:
+            seconds = ", ".join(f"{TIMED[model]} {value:.2f}" for model, value in record["times"].items())
+            parts += ["", f"Seconds per training step, in turns on an otherwise idle machine: {seconds}."]
+        if any(found["p"] is not None for found in record["comparisons"]):
             parts += [
-                f"**{name}**: {train['images']} images with {train['objects']:,} objects of {train['classes']} "
-                f"classes, and {val['images']} for validation ({record['source']}). {model} with {run['backbone']}, "
-                f"{run['size']} pixels, {run['steps']:,} steps of {run['batch']} images in {run['minutes']:.0f} "
-                f"minutes with up to {run['threads']} threads beside other work; seed {run['seed']}.",
                 "",
-                "| stage | box AP | mask AP | mask − box |",
-                "|---|---|---|---|",
+                "| | difference | 95 % interval | adjusted p | trainings | verdict |",
+                "|---|---|---|---|---|---|",
             ]
-            for stage, ap in run["stages"].items():
-                lag = None if ap["mask"] is None else ap["mask"] - ap["box"]
-                parts.append(f"| {stage} | {_number(ap['box'])} | {_number(ap['mask'])} | {_number(lag, True)} |")
-    return "\n".join(parts)
+            for found in record["comparisons"]:
+                interval = found["joint"] or {"low": math.nan, "high": math.nan}
+                cells = [found["label"], _number(found["difference"], True)]
+                cells += [f"{interval['low']:+.1f} to {interval['high']:+.1f}".replace("-", "−")]
+                cells += [show_p(found["adjusted_p"]), " / ".join(map(str, found["runs"].values()))]
+                parts.append(f"| {' | '.join([*cells, VERDICTS[found['agrees']]])} |")
+        parts += ["", f"| stage | {' | '.join(f'{label}: box | mask' for label in groups)} |"]
+        parts.append("|---" * (1 + 2 * len(groups)) + "|")
+        stages = max((list(runs[0]["stages"]) for runs in groups.values()), key=len)
+        for stage in stages:
+            cells = [_mean(runs, stage, kind) for runs in groups.values() for kind in ("box", "mask")]
+            parts.append(f"| {stage} | {' | '.join(cells)} |")
+        parts.append("")
+    return "\n".join(parts[:-1])
 
 
 def diagnostics() -> str:

@@ -22,7 +22,7 @@ from dimaskdino.viz.tokens import (
     draw_selection,
     draw_token_maps,
 )
-from dimaskdino.viz.training import draw_denoising, draw_matching, plot_loss_terms
+from dimaskdino.viz.training import draw_denoising, draw_matching, plot_loss_terms, plot_trainings
 
 __all__ = [
     "draw_architecture",
@@ -58,5 +58,6 @@ __all__ = [
     "plot_precision_recall",
     "plot_selection_recall",
     "plot_study_layers",
+    "plot_trainings",
     "study_figures",
 ]

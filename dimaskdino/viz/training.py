@@ -1,6 +1,7 @@
 """How the model is trained: matching, losses, denoising queries."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -12,7 +13,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from dimaskdino.modeling.denoising import DenoisingQueries
-from dimaskdino.painting import BLUE, CYCLE, GREY, SKY
+from dimaskdino.painting import BLUE, CYCLE, GREY, SKY, data_label
 from dimaskdino.viz.curves import short_name
 from dimaskdino.viz.style import NotebookFigure, style
 
@@ -124,4 +125,35 @@ def draw_denoising(image: Tensor, truth: Tensor, denoising: DenoisingQueries, ob
         figure.supxlabel(
             "solid: objects    dotted: their noised copies, which the decoder learns to restore", fontsize=10
         )
+    return figure
+
+
+def plot_trainings(groups: Mapping[str, Sequence[Mapping[str, Any]]], steps: int) -> Figure:
+    """Plot recorded trainings: the loss on the left, box and mask AP of every stage on the right.
+
+    Args:
+        groups: by label, records of trainings with other seeds. Each has `loss`, means over equal numbers of steps, and
+            `stages`, with `box` and `mask` AP by stage; the lines are means over the seeds.
+        steps: of each training.
+    """
+    stages = max((list(runs[0]["stages"]) for runs in groups.values()), key=len)
+    with style():
+        figure = NotebookFigure(figsize=(13, 4.6), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=[1, 1.35])
+        for number, (label, runs) in enumerate(groups.items()):
+            colour, name = CYCLE[number % len(CYCLE)], data_label(label)
+            for place, run in enumerate(runs):
+                x = (np.arange(len(run["loss"])) + 0.5) * steps / len(run["loss"])
+                left.plot(x, run["loss"], color=colour, linewidth=1.2, label=None if place else name)
+            for kind, line, marker in (("box", "-", "s"), ("mask", "--", "o")):
+                x = [i for i, stage in enumerate(stages) if runs[0]["stages"].get(stage, {}).get(kind) is not None]
+                y = [np.mean([run["stages"][stages[i]][kind] for run in runs]) for i in x]
+                right.plot(x, y, line, marker=marker, color=colour, label=f"{name}: {kind}", markersize=5)
+        left.set(xlabel="step", ylabel="loss", yscale="log", title="loss, means over steps")
+        for formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+            formatter("{x:.0f}")
+        left.legend(fontsize=9)
+        right.set_xticks(range(len(stages)), [short_name(stage) for stage in stages], fontsize=9)
+        right.set(ylabel="AP", ylim=(0, None), title="AP at every stage")
+        right.legend(fontsize=9, loc="lower right")
     return figure
