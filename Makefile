@@ -3,6 +3,7 @@
 # make lab    set up, open the notebooks      make lint       what continuous integration checks besides the tests
 # make figures   draw the figures of README and docs from their records     make notebooks   build the chapters
 # make site   build the documentation site with the course, in build/site/html
+# make course-release   the chapters as assignments for nbgrader, in build/course
 # make benchmark   time the operator; on a machine with a GPU: make gpu-check   build, test and time its GPU
 #             kernels, and the R50 models
 # PYTHON=python3.12 make demo   with another Python (3.11 or newer)
@@ -14,7 +15,7 @@ RUN := runs/demo
 # Without an NVIDIA driver on Linux: PyTorch's index of CPU builds, if it can be reached
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-all lint lab site notebooks figures benchmark gpu-check
+.PHONY: demo test test-all lint lab site notebooks course-release figures benchmark gpu-check
 
 .venv/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -63,6 +64,9 @@ lab: .venv/.installed
 
 notebooks: .venv/.dev
 	$(BIN)/python -m dimaskdino.course.build
+
+course-release: .venv/.dev
+	$(BIN)/python -m dimaskdino.course.release build/course
 
 figures: .venv/.installed
 	$(BIN)/python docs/figures.py

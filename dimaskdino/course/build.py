@@ -35,9 +35,9 @@ from dimaskdino.errors import UserError
 from dimaskdino.runs.notebooks import kernel_config
 from dimaskdino.runs.processes import project_root
 
-_BEGIN, _END = "# solution", "# end"
+BEGIN, END = "# solution", "# end"
 _WIDGET = "application/vnd.jupyter.widget-view+json"
-_KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def without_solutions(code: str) -> str:
@@ -50,8 +50,8 @@ def without_solutions(code: str) -> str:
     inside = False
     for line in code.splitlines():
         mark = line.strip()
-        if mark in (_BEGIN, _END):
-            if inside == (mark == _BEGIN):
+        if mark in (BEGIN, END):
+            if inside == (mark == BEGIN):
                 raise UserError(f"'{mark}' is out of place in an exercise:\n{code}")
             inside = not inside
             if inside:
@@ -59,13 +59,13 @@ def without_solutions(code: str) -> str:
         elif not inside:
             kept.append(line)
     if inside:
-        raise UserError(f"a solution is not followed by '{_END}':\n{code}")
+        raise UserError(f"a solution is not followed by '{END}':\n{code}")
     return "\n".join(kept)
 
 
 def with_solutions(code: str) -> str:
     """Drop the marks and keep the solutions."""
-    return "\n".join(line for line in code.splitlines() if line.strip() not in (_BEGIN, _END))
+    return "\n".join(line for line in code.splitlines() if line.strip() not in (BEGIN, END))
 
 
 _SET_UP = """# On Colab: download and install the kit, about two minutes. Elsewhere this does nothing.
@@ -117,7 +117,7 @@ def notebooks_of(source: Path, address: str | None = None) -> tuple[NotebookNode
     versions = []
     for edit in (without_solutions, with_solutions):
         notebook = jupytext.read(source, fmt="py:percent")
-        notebook.metadata = nbformat.from_dict({"kernelspec": _KERNEL, "language_info": {"name": "python"}})
+        notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
         if address and edit is without_solutions:
             notebook.cells[1:1] = online(address, source.stem)
         for number, cell in enumerate(notebook.cells):

@@ -3,10 +3,11 @@
 They print, and return whether all is right. They never raise, so that a notebook keeps running.
 """
 
+import contextlib
 import copy
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,35 @@ class CheckResult:
         pass
 
 
+_seed = 0  # 0: the inputs that the course shows
+
+
+@contextlib.contextmanager
+def other_cases(seed: int) -> Iterator[None]:
+    """Check with inputs that the course does not show.
+
+    Args:
+        seed: of these inputs, above 0.
+    """
+    global _seed
+    before, _seed = _seed, seed
+    try:
+        yield
+    finally:
+        _seed = before
+
+
+def _varied(case: tuple) -> tuple:
+    """Other numbers of about the same size, where a case consists of plain numbers."""
+    if not _seed or any(isinstance(value, bool) or not isinstance(value, int | float) for value in case):
+        return case
+    factors = (1 + 0.3 * _random(len(case))).tolist()
+    return tuple(
+        value * factor if isinstance(value, float) else round(value * factor)
+        for value, factor in zip(case, factors, strict=True)
+    )
+
+
 def _called(function: Callable[..., Any], arguments: Sequence[Any], hint: str) -> Any:
     """What a student's function returns; None, with the reason printed, if there is nothing to compare."""
     name = getattr(function, "__name__", "your function")
@@ -61,7 +91,7 @@ def _called(function: Callable[..., Any], arguments: Sequence[Any], hint: str) -
 def _run(function: Callable[..., Any], cases: Sequence[tuple], expected: Callable[..., Any], hint: str) -> CheckResult:
     """Compare a student's function with the package's on some inputs; print the verdict."""
     name = getattr(function, "__name__", "your function")
-    for case in cases:
+    for case in map(_varied, cases):
         answer = _called(function, case, hint)
         if answer is None:
             return CheckResult(False)
@@ -109,7 +139,25 @@ def _difference(answer: Any, expected: Any) -> str | None:
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed + 1000 * _seed))
+
+
+def _more(count: int, *shape: int) -> list[Tensor]:
+    """Random numbers for inputs that the course does not show; none while it shows its own."""
+    return [_random(*shape, seed=100 + i) for i in range(count if _seed else 0)]
+
+
+def _box_pairs() -> list[tuple[Tensor, Tensor]]:
+    boxes = [[0, 0, 2, 2], [1, 1, 3, 3], [5, 5, 6, 6], [0, 0, 2, 1]]
+    pairs = [(torch.tensor(boxes[0]).float(), torch.tensor(other).float()) for other in boxes]
+    # a corner and a positive size for each of two boxes
+    return pairs + [(torch.cat([x[0], x[0] + x[1]]), torch.cat([x[2], x[2] + x[3]])) for x in _more(4, 4, 2)]
+
+
+def _rectangles() -> list[tuple[int, int, int, int]]:
+    """Top, left, height and width of rectangles in a map of 8x8."""
+    more = [(x * torch.tensor([5, 5, 3, 3])).int().tolist() for x in _more(3, 4)]
+    return [(1, 2, 3, 4), (0, 0, 8, 8), (5, 1, 1, 1)] + [(top, left, h + 1, w + 1) for top, left, h, w in more]
 
 
 def check_corners(function: Callable[[float, float, float, float], Sequence[float]]) -> CheckResult:
@@ -123,6 +171,7 @@ def check_cheapest_assignment(function: Callable[[np.ndarray], Sequence[int]]) -
     """Chapter 0: the query of each object in the cheapest assignment, from costs (queries, objects)."""
     # in the second one the cheapest query of both objects is the same
     cases = [(np.array([[1.0, 9.0], [5.0, 5.0], [9.0, 2.0]]),), (np.array([[1.0, 2.0], [4.0, 9.0], [8.0, 3.0]]),)]
+    cases += [(x.numpy(),) for x in _more(3, 4, 2)]
 
     def expected(cost: np.ndarray) -> tuple[int, ...]:
         query, number = linear_sum_assignment(cost)
@@ -140,11 +189,9 @@ def check_imbalance(function: Callable[[float, float], float]) -> CheckResult:
 
 def check_box_iou(function: Callable[[Tensor, Tensor], Tensor]) -> CheckResult:
     """Chapter 1: intersection over union of two boxes, xyxy, as a number."""
-    boxes = [[0, 0, 2, 2], [1, 1, 3, 3], [5, 5, 6, 6], [0, 0, 2, 1]]
-    pairs = [(torch.tensor(boxes[0]).float(), torch.tensor(other).float()) for other in boxes]
     return _run(
         function,
-        pairs,
+        _box_pairs(),
         lambda a, b: float(box_iou(a[None], b[None])),
         "the intersection runs from the larger of the two left ends to the smaller of the two right ends, and is empty "
         "when that is negative",
@@ -194,7 +241,7 @@ def check_select(function: Callable[[Tensor, int], Tensor]) -> CheckResult:
 def check_mask_to_box(function: Callable[[Tensor], Tensor]) -> CheckResult:
     """Chapter 4: the box (cx, cy, w, h) around a mask (h, w) bool, relative to the map's size."""
     masks = []
-    for top, left, height, width in ((1, 2, 3, 4), (0, 0, 8, 8), (5, 1, 1, 1)):
+    for top, left, height, width in _rectangles():
         mask = torch.zeros(8, 8, dtype=torch.bool)
         mask[top : top + height, left : left + width] = True
         masks.append((mask,))
@@ -211,6 +258,7 @@ def check_mask_to_box(function: Callable[[Tensor], Tensor]) -> CheckResult:
 def check_recall(function: Callable[[Tensor, int], float]) -> CheckResult:
     """Chapter 4: fraction of the objects that own a token, from the owners (k,) and the number of objects."""
     cases = [(torch.tensor([0, 0, -1, 2]), 3), (torch.tensor([-1, -1]), 2), (torch.tensor([1, 0, 1]), 2)]
+    cases += [((x * 6).int() - 1, 5) for x in _more(3, 7)]
     hint = "every object counts once, however many tokens it owns, and −1 is no object"
     return _run(function, cases, lambda owners, objects: float(len(owners[owners >= 0].unique())) / objects, hint)
 
@@ -342,10 +390,8 @@ def check_cheapest(function: Callable[[Tensor], tuple[Tensor, bool]]) -> CheckRe
 
 def check_giou(function: Callable[[Tensor, Tensor], float]) -> CheckResult:
     """Chapter 6: generalised IoU of two boxes, xyxy, as a number."""
-    boxes = [[0, 0, 2, 2], [1, 1, 3, 3], [5, 5, 6, 6], [0, 0, 2, 1]]
-    pairs = [(torch.tensor(boxes[0]).float(), torch.tensor(other).float()) for other in boxes]
     hint = "the hull runs from the smaller of the two left ends to the larger of the two right ends"
-    return _run(function, pairs, lambda a, b: float(generalized_box_iou(a[None], b[None])), hint)
+    return _run(function, _box_pairs(), lambda a, b: float(generalized_box_iou(a[None], b[None])), hint)
 
 
 def check_dice_loss(function: Callable[[Tensor, Tensor], Tensor]) -> CheckResult:
@@ -376,6 +422,7 @@ def check_right_ones(function: Callable[[Tensor, float], Sequence[bool]]) -> Che
 def check_precision_recall(function: Callable[[Sequence[bool], int], tuple]) -> CheckResult:
     """Chapter 2: precision and recall (D,) after each detection."""
     cases = [([True, False, True, True], 5), ([False, True], 1), ([True], 3)]
+    cases += [((x > 0.5).tolist(), 6) for x in _more(3, 6)]
 
     def expected(right: Sequence[bool], objects: int) -> tuple[Tensor, Tensor]:
         hits = torch.tensor(right).double().cumsum(0)
@@ -389,6 +436,8 @@ def check_interpolated(function: Callable[[np.ndarray, np.ndarray], np.ndarray])
     """Chapter 2: precision at 101 recalls from precision and recall after each detection."""
     hits = np.cumsum([1, 0, 1, 1, 0, 0, 1])
     cases = [(hits / np.arange(1, 8), hits / objects) for objects in (4, 5, 9)]
+    drawn = [np.cumsum(x.numpy() > 0.4) for x in _more(3, 7)]
+    cases += [(found / np.arange(1, 8), found / 8) for found in drawn]
 
     def expected(precision: np.ndarray, recall: np.ndarray) -> Tensor:
         envelope = np.maximum.accumulate(precision[::-1])[::-1]  # never rising to the right
@@ -436,6 +485,7 @@ def _differing(answer: Section, expected: Section, prefix: str = "") -> list[str
 def check_unpaired(function: Callable[[Sequence[float], Sequence[float]], tuple[float, float]]) -> CheckResult:
     """Chapter 7: difference of the means of two rows' runs, b − a, and its standard error."""
     cases = [([30.0, 34.0, 29.0], [33.0, 36.5, 33.5]), ([10.0, 12.0], [12.0, 10.0, 17.0])]
+    cases += [((30 * x[0]).tolist(), (30 * x[1]).tolist()) for x in _more(2, 2, 4)]
 
     def expected(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
         errors = (statistics.variance(row) / len(row) for row in (a, b))
@@ -448,7 +498,7 @@ def check_unpaired(function: Callable[[Sequence[float], Sequence[float]], tuple[
 def check_annotation(function: Callable[[np.ndarray], tuple[Sequence[float], float]]) -> CheckResult:
     """Chapter 8: bounding box [x, y, w, h] and area of a mask (h, w), as COCO's annotations have them."""
     masks = []
-    for top, left, height, width in ((1, 2, 3, 4), (0, 0, 8, 8), (5, 1, 1, 1)):
+    for top, left, height, width in _rectangles():
         mask = np.zeros((8, 8), np.uint8)
         mask[top : top + height, left : left + width] = 1
         masks.append((mask,))
