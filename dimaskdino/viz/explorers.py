@@ -19,6 +19,7 @@ from hotcoco import COCO
 from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from scipy.optimize import linear_sum_assignment
 
 from dimaskdino import config
@@ -103,6 +104,7 @@ class Explorer:
         self.draw, self.describe, self.controls = draw, describe, dict(controls)
         self.figure: Figure | None = None
         self.picture = Picture()
+        self._places: dict[tuple[float, ...], list[Bbox]] = {}
         for control in self.controls.values():
             control.observe(self._update, names="value")
         self._update()
@@ -118,10 +120,21 @@ class Explorer:
             self.figure = self.draw(**self.values)
             buffer = io.BytesIO()
             self.figure.set_dpi(80)
-            FigureCanvasAgg(self.figure).print_png(buffer)
+            self._arrange(self.figure)
+            FigureCanvasAgg(self.figure).print_png(buffer, pil_kwargs={"compress_level": 1})
             with self.picture.hold_sync():
                 self.picture.alt = self.describe(**self.values)
                 self.picture.png = buffer.getvalue()
+
+    def _arrange(self, figure: Figure) -> None:
+        """Put the axes where the first figure of this kind has them: computing the layout takes half of a drawing."""
+        kind = (*figure.get_size_inches(), len(figure.axes))
+        if kind not in self._places:
+            figure.draw_without_rendering()
+            self._places[kind] = [axes.get_position(original=True) for axes in figure.axes]
+        figure.set_layout_engine("none")
+        for axes, place in zip(figure.axes, self._places[kind], strict=True):
+            axes.set_position(place)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         live = self.widget._repr_mimebundle_(**kwargs)
