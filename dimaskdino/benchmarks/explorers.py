@@ -8,18 +8,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dimaskdino.course.lesson import begin
+from dimaskdino.course.frames import examples
 from dimaskdino.viz.architecture import FLOWS
-from dimaskdino.viz.explorers import (
-    Explorer,
-    explore_architecture,
-    explore_curves,
-    explore_guidance,
-    explore_layers,
-    explore_sampling,
-    explore_selection,
-    explore_true_boxes,
-)
+from dimaskdino.viz.explorers import Explorer
 
 
 def change_all(explorer: Explorer, changes: Sequence[tuple[str, Any]]) -> Iterator[None]:
@@ -40,27 +31,21 @@ def seconds(explorer: Explorer, changes: Sequence[tuple[str, Any]]) -> list[floa
 
 
 def explorers() -> dict[str, tuple[Explorer, list[tuple[str, Any]]]]:
-    """The explorers with the course's models, by name, and changes of their controls."""
-    lesson, baseline = begin("notebooks/models/dimaskdino"), begin("notebooks/models/maskdino")
-    looks = lesson.looks(6)
-    runs = {"MaskDINO": baseline.layerwise_ap(), "DI-MaskDINO": lesson.layerwise_ap()}
+    """The explorers of the course by name, and changes of their controls."""
     images = [("image", i) for i in (1, 2, 3, 4, 5, 0)]
-    stages = [("stage", name) for name in looks[0].predictions.stages]
-    return {
-        "layers": (explore_layers(looks), [*images, *stages, *(("threshold", x / 10) for x in (1, 2, 4, 5))]),
-        "selection": (explore_selection(looks), [*images, *(("k1", k) for k in range(10, 80, 10))]),
-        "sampling": (
-            explore_sampling(looks),
-            [*images, *(("query", q) for q in range(1, 9)), ("head", 0), ("layer", 1)],
-        ),
-        "architecture": (explore_architecture(looks), [*images, *(("place", name) for name in FLOWS)]),
-        "true boxes": (explore_true_boxes(lesson.samples(6)), [*images, ("formula", "bitmask"), ("formula", "no")]),
-        "guidance": (explore_guidance(looks), [*images, *(("token", t) for t in range(2, 10))]),
-        "curves": (
-            explore_curves(runs),
-            [("names", names) for names in (("MaskDINO",), ("DI-MaskDINO",), tuple(runs)) * 3],
-        ),
+    runs = (("MaskDINO",), ("DI-MaskDINO",), ("MaskDINO", "DI-MaskDINO"))
+    made = {name: example.explorer for name, example in examples().items()}
+    stages = [("stage", value) for _, value in made["layers"].controls["stage"].options]
+    changes: dict[str, list[tuple[str, Any]]] = {
+        "layers": [*images, *stages, *(("threshold", x / 10) for x in (1, 2, 4, 5))],
+        "selection": [*images, *(("k1", k) for k in range(10, 80, 10))],
+        "sampling": [*images, *(("query", q) for q in range(1, 9)), ("head", 0), ("layer", 1)],
+        "architecture": [*images, *(("place", name) for name in FLOWS)],
+        "true boxes": [*images, ("formula", "bitmask"), ("formula", "no")],
+        "guidance": [*images, *(("token", t) for t in range(2, 10))],
+        "curves": [("names", names) for names in runs * 3],
     }
+    return {name: (explorer, changes[name]) for name, explorer in made.items()}
 
 
 def main() -> None:

@@ -179,17 +179,18 @@ def for_reading(executed: NotebookNode, root: Path) -> NotebookNode:
             data = output.get("data", {})
             data.pop(_WIDGET, None)
             if "image/png" in data:
-                data["image/png"] = _with_palette(data["image/png"])
+                data["image/png"] = base64.b64encode(with_palette(base64.b64decode(data["image/png"]))).decode()
                 data["text/plain"] = output.metadata.get("image/png", {}).get("alt", data.get("text/plain", ""))
     return made
 
 
-def _with_palette(png: str) -> str:
-    """A PNG in base64 with a palette of 256 colours, about a third of the size."""
-    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+def with_palette(png: bytes) -> bytes:
+    """A PNG with a palette of 256 colours, about a third of the size."""
     buffer = io.BytesIO()
-    picture.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+        buffer, "PNG", optimize=True
+    )
+    return buffer.getvalue()
 
 
 if __name__ == "__main__":

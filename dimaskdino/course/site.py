@@ -15,6 +15,7 @@ import nbformat
 from nbconvert import SlidesExporter
 from nbformat import NotebookNode
 
+from dimaskdino.course.frames import Example, examples, write_page
 from dimaskdino.errors import UserError
 from dimaskdino.progress import progress_bar
 from dimaskdino.runs.processes import project_root
@@ -54,13 +55,14 @@ def with_slides(notebook: NotebookNode) -> NotebookNode:
 PAGES = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
 
 
-def build(root: Path, output: Path, notebooks: list[Path]) -> Path:
+def build(root: Path, output: Path, notebooks: list[Path], shown: dict[str, Example] | None = None) -> Path:
     """Build the site.
 
     Args:
         root: the project's folder.
         output: folder for the sources (`source/`) and the site (`html/`); what was there is replaced.
         notebooks: the executed chapters, in their order.
+        shown: explorers of the page of explorers; no page without them.
 
     Returns:
         The site's first page.
@@ -73,6 +75,7 @@ def build(root: Path, output: Path, notebooks: list[Path]) -> Path:
     (html / "slides").mkdir(parents=True)
     shutil.copytree(root / "docs" / "site", source)
     shutil.copytree(root / "docs" / "figures", source / "figures")
+    (source / "_static").mkdir()
     guides = {page.stem: page for page in (root / "docs").glob("*.md")}
     guides |= {name: root / file for name, file in PAGES.items()}
     known = {path.resolve(): f"{name}.md" for name, path in guides.items()}
@@ -88,9 +91,12 @@ def build(root: Path, output: Path, notebooks: list[Path]) -> Path:
         nbformat.write(executed, source / path.name)
         text, _ = slides.from_notebook_node(with_slides(executed))
         (html / "slides" / f"{path.stem}.html").write_text(text)
+    if shown:
+        write_page(source / "explorers.md", source / "_static" / "explorers", shown, {path.stem for path in notebooks})
     # plain HTML: Sphinx knows nothing of the slides and would drop links to them
     decks = "".join(f'<li><a href="slides/{path.stem}.html">{_title(path)}</a></li>' for path in notebooks)
-    course = (source / "course.md").read_text().replace("{{ chapters }}", "\n".join(path.stem for path in notebooks))
+    names = [*(path.stem for path in notebooks), *(["explorers"] if shown else [])]
+    course = (source / "course.md").read_text().replace("{{ chapters }}", "\n".join(names))
     (source / "course.md").write_text(course.replace("{{ slides }}", f"<ul>{decks}</ul>"))
     command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going", str(source), str(html)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -126,4 +132,4 @@ def _title(path: Path) -> str:
 if __name__ == "__main__":
     folder = project_root()
     chapters = sorted((folder / "notebooks").glob("0*.ipynb"))
-    print(f"written: {build(folder, folder / 'build' / 'site', chapters)}")
+    print(f"written: {build(folder, folder / 'build' / 'site', chapters, examples())}")

@@ -1,5 +1,7 @@
 """The course as a site and slides (needs the packages of the extra `site`)."""
 
+import html
+import json
 import re
 from pathlib import Path
 
@@ -8,7 +10,10 @@ import pytest
 
 pytest.importorskip("myst_nb", reason="pip install -e '.[site]' for the site")
 
+from dimaskdino.course.frames import Example
 from dimaskdino.course.site import build, with_alternative_texts, with_slides
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
+from dimaskdino.viz.explorers import explore_curves
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -32,7 +37,12 @@ def test_headings_and_figures_begin_slides():
 
 
 def test_guides_and_reference_build_without_warnings_and_with_links_that_lead_somewhere(tmp_path):
-    index = build(ROOT, tmp_path / "site", [])
+    runs = {
+        name: LayerwiseAP.load(ROOT / "notebooks" / "models" / name / "evaluation" / "layers.json")
+        for name in ("maskdino", "dimaskdino")
+    }
+    shown = {"some curves": Example(explore_curves(runs), "01_imbalance", "names")}
+    index = build(ROOT, tmp_path / "site", [], shown)
     pages = {page.name: page.read_text() for page in index.parent.glob("*.html")}
     guides = {f"{page.stem}.html" for page in (ROOT / "docs").glob("*.md")}
     assert guides | {"index.html", "api.html", "contributing.html", "changelog.html"} <= set(pages)
@@ -41,6 +51,11 @@ def test_guides_and_reference_build_without_warnings_and_with_links_that_lead_so
             assert (index.parent / target).exists(), f"{name}: {target}"
     assert 'id="dimaskdino.Model.predict"' in pages["api.html"]
     assert "cxcywh" in pages["api.html"]
+    page = html.unescape(pages["explorers.html"])
+    files, labels, alts = (json.loads(found) for found in re.findall(r'data-[a-z]+="(\[.*?\])"', page))
+    assert labels == ["maskdino", "dimaskdino", "all"]
+    assert len({(index.parent / file).read_bytes() for file in files}) == len(set(alts)) == 3
+    assert 'type="range" min="0" max="2"' in page
 
 
 @pytest.mark.slow
