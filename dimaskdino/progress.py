@@ -57,7 +57,7 @@ def progress_bar(
 ) -> Any:
     """A bar with the count, the rate and the remaining time, on standard error.
 
-    A terminal is updated about every second. A pipe or a log file gets a line every 30 seconds.
+    A terminal or a notebook is updated about every second. A pipe or a log file gets a line every 30 seconds.
 
     Args:
         iterable: what to count; None for a bar that is updated by hand.
@@ -66,13 +66,14 @@ def progress_bar(
         log_by_hand: in a pipe, write a line at every call of `set_postfix` instead of every 30 seconds.
         options: further arguments of `tqdm`, such as `unit`.
     """
-    terminal = sys.stderr.isatty()
+    notebook = type(sys.stderr).__module__.startswith("ipykernel")
+    terminal = sys.stderr.isatty() or notebook
     pipe_seconds = math.inf if log_by_hand else PIPE_SECONDS
     options.setdefault("mininterval", TERMINAL_SECONDS if terminal else pipe_seconds)
     options.setdefault("maxinterval", 10 * options["mininterval"])
     if not terminal:
         known = total is not None or hasattr(iterable, "__len__")
         return _Lines(iterable, description, total, bar_format=LINE if known else LINE_WITHOUT_TOTAL, **options)
-    known_width = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    known_width = not notebook and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     width = {"dynamic_ncols": True} if known_width else {"ncols": 100}
     return tqdm(iterable, description, total, **width, **options)

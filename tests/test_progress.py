@@ -36,3 +36,16 @@ def test_a_pipe_gets_a_line_now_and_then(capsys, monkeypatch):
     first, last = lines(capsys.readouterr().err)
     assert (first.split(",")[0], last.split(",")[0]) == ("video: 0", "video: 3")
     assert "left" not in last  # the number of frames is not known
+
+
+def test_a_notebook_gets_one_bar_that_is_updated(monkeypatch):
+    written = []
+    stream = type(
+        "OutStream", (), {"__module__": "ipykernel.iostream", "write": lambda self, text: written.append(text)}
+    )()
+    stream.isatty, stream.flush = (lambda: False), (lambda: None)
+    monkeypatch.setattr(progress.sys, "stderr", stream)
+    assert list(progress_bar([1, 2, 3], "reading", mininterval=0)) == [1, 2, 3]
+    text = "".join(written)
+    assert text.count("\r") >= 3
+    assert text.count("\n") == 1

@@ -3,6 +3,7 @@
 SCREENSHOTS=FOLDER keeps what was seen.
 """
 
+import json
 import os
 import shutil
 import socket
@@ -31,6 +32,10 @@ def lab(tmp_path_factory):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--port={port}"]
     command += ["--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
+    # all cells of a chapter stay in the page, in view or not
+    settings = folder / "config" / "labconfig" / "default_setting_overrides.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"}}))
     environment = os.environ | {"JUPYTER_CONFIG_DIR": str(folder / "config"), "PYTHONPATH": str(ROOT)}
     log = (folder / "lab.log").open("w")
     server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -142,4 +147,65 @@ def test_operate_an_explorer_by_mouse_and_keyboard(name, lab, browser, shapes_da
             page.screenshot(path=pictures / f"{name}_{number}.png")
     finally:
         page.screenshot(path=pictures / f"{name}.png")
+    page.close()
+
+
+@pytest.mark.parametrize("chapter", ["01_imbalance", "05_bato"])
+def test_a_whole_chapter_is_clicked_through(chapter, lab, browser, shapes_data):
+    """A student runs all cells, answers every question, sees the answers, and moves every explorer."""
+    address, folder = lab
+    model = trained_file(folder / "model.safetensors", shapes_data)
+    notebook = nbformat.read(ROOT / "notebooks" / "solutions" / f"{chapter}.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    values = "\n".join(f"{name} = {str(model)!r}" for name in ("model", "baseline") if f"{name}: str" in code[0].source)
+    code[0].source = f"import os\nos.chdir({str(ROOT)!r})\n{code[0].source}\n{values}\nimages = 2"
+    for cell in code:
+        cell.outputs, cell.execution_count = [], None
+    nbformat.write(notebook, folder / f"{chapter}.ipynb")
+    page = browser.new_page(viewport={"width": 1500, "height": 1000})
+    page.goto(f"{address}/lab/tree/{chapter}.ipynb?reset")
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=60_000)
+    page.get_by_text("| Idle").wait_for(timeout=60_000)
+
+    def run(below: bool = False) -> None:
+        page.locator(".lm-MenuBar-itemLabel", has_text="Run").click()
+        item = "Run Selected Cell and All Below" if below else "Run All Cells"
+        page.locator(".lm-Menu-itemLabel").get_by_text(item, exact=True).click()
+        page.wait_for_function(
+            """() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].every(
+                (prompt) => /^\\[\\d+\\]:$/.test(prompt.innerText.trim()))""",
+            timeout=300_000,
+        )
+
+    run()
+    for text in page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").all_inner_texts():
+        assert all("/s" in line for line in text.strip().splitlines())  # a finished progress bar each
+    committing = page.get_by_role("button", name="That is my answer")
+    questions = committing.count()
+    assert questions >= 1
+    for number in range(questions):
+        box = committing.nth(number).locator("xpath=ancestor::*[contains(@class, 'jp-OutputArea-output')][1]")
+        if box.locator("input[type=radio]").count():
+            box.locator("input[type=radio]").first.check()
+        committing.nth(number).click()
+    explorers = page.locator(
+        ".jp-OutputArea-output:has(select):has(img[alt]), .jp-OutputArea-output:has([role=slider]):has(img[alt])"
+    )
+    assert explorers.count() >= 1
+    for number in range(explorers.count()):
+        explorer = explorers.nth(number)
+        image = explorer.locator("img[alt]").last
+        before = image.get_attribute("alt")
+        if explorer.locator("[role=slider]").count():
+            explorer.locator("[role=slider]").first.press("ArrowRight")
+        else:
+            control = explorer.locator("select").last
+            count, chosen = control.evaluate("x => [x.options.length, x.selectedIndex]")
+            control.select_option(index=(chosen + 1) % count)
+        for _ in range(50):
+            if image.get_attribute("alt") != before:
+                break
+            page.wait_for_timeout(200)
+        assert image.get_attribute("alt") != before
+    page.screenshot(path=Path(os.environ.get("SCREENSHOTS", folder)) / f"chapter_{chapter}.png")
     page.close()
