@@ -119,6 +119,7 @@ if __name__ == "__main__":
         **settings_of((arguments.recipe + arguments.dimaskdino)[0]),
         "recipe": [measured(run) for run in arguments.recipe],
         "rows": {name: [measured(run) for run in runs] for name, runs in compared.items() if runs},
+        "registered": SEEDS,
         "comparisons": comparisons(compared),
         "peers": [peer(folder) for folder in arguments.peers],
         "times": json.loads(arguments.times.read_text())["seconds"] if arguments.times else {},

@@ -331,6 +331,13 @@ def photographs() -> str:
                 cells += [f"{interval['low']:+.1f} to {interval['high']:+.1f}".replace("-", "−")]
                 cells += [show_p(found["adjusted_p"]), " / ".join(map(str, found["runs"].values()))]
                 parts.append(f"| {' | '.join([*cells, VERDICTS[found['agrees']]])} |")
+        counts = [len(runs) for runs in record["rows"].values()]
+        if counts and (len(counts) < 2 or min(counts) < record["registered"]):
+            done = " and ".join(f"{len(runs)} of {model}" for model, runs in record["rows"].items())
+            parts += [
+                "",
+                f"Registered are {record['registered']} trainings of each model; {done} are done: no verdict yet.",
+            ]
         parts += ["", f"| stage | {' | '.join(f'{label}: box | mask' for label in groups)} |"]
         parts.append("|---" * (1 + 2 * len(groups)) + "|")
         stages = max((list(runs[0]["stages"]) for runs in groups.values()), key=len)
