@@ -223,7 +223,23 @@ class Resize(Section):
     longest: PositiveInt = 1333
 
 
-ShapeKind = Literal["disk", "rectangle", "triangle", "star", "ring", "frame", "cross", "gear", "crescent"]
+ShapeKind = Literal[
+    "disk",
+    "rectangle",
+    "triangle",
+    "star",
+    "ring",
+    "frame",
+    "cross",
+    "gear",
+    "crescent",
+    "ball",
+    "block",
+    "can",
+    "cone",
+    "hoop",
+]
+SOLIDS: tuple[ShapeKind, ...] = ("ball", "block", "can", "cone", "hoop")  # rendered, the others are drawn
 
 
 class Shapes(Section):
@@ -244,7 +260,14 @@ class Shapes(Section):
     def _sizes(self) -> "Shapes":
         if self.smallest > self.largest:
             raise ValueError(f"smallest must not exceed largest, got {self.smallest} and {self.largest}")
+        if self.rendered and not set(self.kinds) <= set(SOLIDS):
+            raise ValueError(f"kinds are all drawn or all solids ({', '.join(SOLIDS)}), got {', '.join(self.kinds)}")
         return self
+
+    @property
+    def rendered(self) -> bool:
+        """Whether the scenes are solids on a table; `smallest`, `largest` and `bars` are for drawn shapes."""
+        return any(kind in SOLIDS for kind in self.kinds)
 
 
 class Data(Section):

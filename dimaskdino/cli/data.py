@@ -12,8 +12,10 @@ from dimaskdino.errors import UserError
 DETECTRON2 = "detectron2:"
 
 
-def shapes(root: Positional[Path], train: int = 4000, val: int = 200, size: int = 128, seed: int = 0) -> int:
-    """Generate the built-in shapes data in COCO format.
+def shapes(
+    root: Positional[Path], train: int = 4000, val: int = 200, size: int = 128, seed: int = 0, rendered: bool = False
+) -> int:
+    """Generate the built-in shapes data in COCO format: drawn shapes, or rendered solids on a table.
 
     For example: dimaskdino data shapes data/shapes
 
@@ -23,6 +25,8 @@ def shapes(root: Positional[Path], train: int = 4000, val: int = 200, size: int 
         val: Validation images.
         size: Side of the images, pixels.
         seed: The same seed gives the same data.
+        rendered: Balls, blocks, cans, cones and hoops with textures, light and shadow, instead of drawn shapes. An
+            image takes about half a second.
     """
     from pydantic import ValidationError
 
@@ -30,7 +34,8 @@ def shapes(root: Positional[Path], train: int = 4000, val: int = 200, size: int 
     from dimaskdino.data.shapes import generate
 
     try:
-        settings = config.Shapes(train=train, val=val, size=size, seed=seed)
+        kinds = config.SOLIDS if rendered else config.Shapes().kinds
+        settings = config.Shapes(train=train, val=val, size=size, seed=seed, kinds=kinds)
     except ValidationError as error:
         raise UserError(config.explain(error, "dimaskdino data shapes", config.Shapes)) from None
     generate(root, settings)

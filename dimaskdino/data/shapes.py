@@ -1,4 +1,4 @@
-"""The built-in data: synthetic scenes of textured, overlapping shapes in COCO format, deterministic."""
+"""The built-in data: synthetic scenes of drawn shapes, or of rendered solids, in COCO format, deterministic."""
 
 import contextlib
 import json
@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset
 
 from dimaskdino import config
+from dimaskdino.data import solids
 from dimaskdino.data.coco import encode_masks
 from dimaskdino.data.dataloader import without_worker_traceback
 from dimaskdino.errors import UserError, writing
@@ -129,6 +130,8 @@ def scene(settings: config.Shapes, split: str, index: int) -> tuple[Array, list[
     Returns:
         The image (size, size, 3) uint8, the class of each shape, and each shape's visible mask (size, size) uint8.
     """
+    if settings.rendered:
+        return solids.scene(settings, split, index)
     rng = np.random.default_rng([settings.seed, SPLITS.index(split), index])
     size = settings.size
     image = _texture(rng, size)
