@@ -63,7 +63,8 @@ def progress_bar(
         iterable: what to count; None for a bar that is updated by hand.
         description: what is going on, such as `evaluating val`.
         total: number of items; by default the length of `iterable`.
-        log_by_hand: in a pipe, write a line at every call of `set_postfix` instead of every 30 seconds.
+        log_by_hand: in a pipe, write a line at every call of `set_postfix` instead of every 30 seconds. For bars that
+            are updated by hand.
         options: further arguments of `tqdm`, such as `unit`.
     """
     notebook = type(sys.stderr).__module__.startswith("ipykernel")

@@ -315,14 +315,16 @@ def train(
     data = training_dataset(settings)
     loader = training_loader(data, settings, 0, 0, 1)
     started, losses = time.perf_counter(), []
-    bar = progress_bar(batches(loader), name, total=steps, log_by_hand=True)
-    for step, batch in enumerate(bar):
+    bar = progress_bar(description=name, total=steps, log_by_hand=True)
+    for step, batch in enumerate(batches(loader)):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * recipe.factor(step, steps)
         with share_cores():
             losses.append(step_of(peer, optimizer, batch, recipe.clip_norm))
+        bar.update()
         if (step + 1) % 50 == 0:
             bar.set_postfix(loss=f"{sum(losses[-50:]) / 50:.3f}")
+    bar.close()
     minutes = (time.perf_counter() - started) / 60
     result = {
         "model": name,
