@@ -1,7 +1,9 @@
 """The kernels in Triton, which comes with PyTorch: for GPUs on machines without nvcc.
 
 A program computes BLOCK_Q queries of one head. Values are masked, not clamped, at the border of a level. With
-TRITON_INTERPRET=1 in the environment before this module is imported they run on the CPU, slowly, for tests.
+TRITON_INTERPRET=1 in the environment before this module is imported they run on the CPU, slowly, for tests. The
+numbers of levels and points are constants of a kernel: a model has one or two pairs of them, and the interpreter of
+Triton 3.6 cannot loop up to a number that it reads with NumPy 2.4.
 """
 
 import functools
@@ -29,7 +31,8 @@ def _position(location, i, mask, width, height, acc_type: tl.constexpr):
 
 @triton.jit
 def _forward(
-    value, levels, location, attention, output, N, Q, heads, level_count, points, D, blocks,
+    value, levels, location, attention, output,
+    N, Q, heads, level_count: tl.constexpr, points: tl.constexpr, D, blocks,
     acc_type: tl.constexpr, block_q: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -64,7 +67,7 @@ def _forward(
 @triton.jit
 def _backward(
     grad_output, value, levels, location, attention, grad_value, grad_location, grad_attention,
-    N, Q, heads, level_count, points, D, blocks,
+    N, Q, heads, level_count: tl.constexpr, points: tl.constexpr, D, blocks,
     acc_type: tl.constexpr, block_q: tl.constexpr, block_d: tl.constexpr,
     need_value: tl.constexpr, need_samples: tl.constexpr,
 ):  # fmt: skip
