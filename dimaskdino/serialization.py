@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import io
+import json
 import os
 import pickle
 import re
@@ -246,3 +247,20 @@ def _system_error(path: Path, error: Exception) -> OSError | None:
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """A small json file; empty if it is damaged or missing."""
+    try:
+        return parse_record(file.read_text(errors="replace"))
+    except OSError:
+        return {}
+
+
+def parse_record(text: str) -> dict[str, Any]:
+    """A json object; empty if the text is damaged or holds something else."""
+    with contextlib.suppress(ValueError, RecursionError):
+        content = json.loads(text)
+        if isinstance(content, dict):
+            return content
+    return {}

@@ -8,6 +8,7 @@ the registered comparison of the two models. The photographs are not in the repo
 import argparse
 import datetime
 import inspect
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,8 @@ def measured(run: Path) -> dict[str, Any]:
     status = folder.status()
     start, end = (datetime.datetime.strptime(status[key], "%Y-%m-%dT%H:%M:%S%z") for key in ("started", "ended"))
     versions = json.loads((run / "versions.json").read_text())
-    losses = [(record["step"], record["loss"]) for record in folder.read_metrics() if "loss" in record]
-    curve = {
-        (step - 1) // LOSS_STEPS: [loss for s, loss in losses if (s - 1) // LOSS_STEPS == (step - 1) // LOSS_STEPS]
-        for step, _ in losses
-    }
+    losses = [record for record in folder.read_metrics() if "loss" in record]
+    parts = itertools.groupby(losses, lambda record: (record["step"] - 1) // LOSS_STEPS)
     layers = LayerwiseAP.load(run / "evaluation" / "layers.json")
     return {
         "seed": settings.train.seed,
@@ -54,7 +52,7 @@ def measured(run: Path) -> dict[str, Any]:
         "threads": versions["cpu_threads"],
         "torch": versions["packages"]["torch"],
         "parameters": sum(p.numel() for p in load_checkpoint(run).detector.parameters()),
-        "loss": [round(float(np.mean(values)), 2) for values in curve.values()],
+        "loss": [round(float(np.mean([record["loss"] for record in part])), 2) for _, part in parts],
         "stages": {
             name: {"box": stage.box.AP, "mask": stage.mask.AP if stage.mask else None}
             for name, stage in layers.stages.items()

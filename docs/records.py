@@ -298,54 +298,54 @@ def photographs() -> str:
         groups = {f"{model}, as compared": runs for model, runs in record["rows"].items()}
         if record["recipe"]:
             groups = {"DI-MaskDINO, as `dimaskdino new` starts it": record["recipe"], **groups}
-        parts += [
+        about = (
             f"**{name}**: {train['images']} images with {train['objects']:,} objects of {train['classes']} classes, "
             f"and {val['images']} for validation ({record['source']}). {record['backbone']}, {record['size']} pixels, "
-            f"{record['batch']} images per step; AP of the last layer, mean ± standard deviation over trainings.",
-            "",
-            "| | trainings | parameters | steps | box AP | mask AP | typed by the user |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for label, runs in groups.items():
-            last = list(runs[0]["stages"])[-1]
-            cells = [label, len(runs), f"{runs[0]['parameters'] / 1e6:.1f} M", f"{record['steps']:,}"]
-            cells += [_mean(runs, last, "box"), _mean(runs, last, "mask"), "four commands"]
-            parts.append(f"| {' | '.join(map(str, cells))} |")
-        for peer in record["peers"]:
-            title = {"mask_rcnn": "Mask R-CNN (torchvision)", "mask2former": "Mask2Former (transformers)"}
-            cells = [title[peer["model"]], 1, f"{peer['parameters'] / 1e6:.1f} M", f"{peer['steps']:,}"]
-            cells += [_number(peer["box"]), _number(peer["mask"]), f"{peer['lines']} lines of Python"]
-            parts.append(f"| {' | '.join(map(str, cells))} |")
-        if record["times"]:
-            seconds = ", ".join(f"{TIMED[model]} {value:.2f}" for model, value in record["times"].items())
-            parts += ["", f"Seconds per training step, in turns on an otherwise idle machine: {seconds}."]
-        if any(found["p"] is not None for found in record["comparisons"]):
-            parts += [
-                "",
-                "| | difference | 95 % interval | adjusted p | trainings | verdict |",
-                "|---|---|---|---|---|---|",
-            ]
-            for found in record["comparisons"]:
-                interval = found["joint"] or {"low": math.nan, "high": math.nan}
-                cells = [found["label"], _number(found["difference"], True)]
-                cells += [f"{interval['low']:+.1f} to {interval['high']:+.1f}".replace("-", "−")]
-                cells += [show_p(found["adjusted_p"]), " / ".join(map(str, found["runs"].values()))]
-                parts.append(f"| {' | '.join([*cells, VERDICTS[found['agrees']]])} |")
-        counts = [len(runs) for runs in record["rows"].values()]
-        if counts and (len(counts) < 2 or min(counts) < record["registered"]):
-            done = " and ".join(f"{len(runs)} of {model}" for model, runs in record["rows"].items())
-            parts += [
-                "",
-                f"Registered are {record['registered']} trainings of each model; {done} are done: no verdict yet.",
-            ]
-        parts += ["", f"| stage | {' | '.join(f'{label}: box | mask' for label in groups)} |"]
-        parts.append("|---" * (1 + 2 * len(groups)) + "|")
-        stages = max((list(runs[0]["stages"]) for runs in groups.values()), key=len)
-        for stage in stages:
-            cells = [_mean(runs, stage, kind) for runs in groups.values() for kind in ("box", "mask")]
-            parts.append(f"| {stage} | {' | '.join(cells)} |")
-        parts.append("")
-    return "\n".join(parts[:-1])
+            f"{record['batch']} images per step; AP of the last layer, mean ± standard deviation over trainings."
+        )
+        tables = (_beside_other_models(record, groups), _registered(record), _stages_of(groups))
+        parts += [about, *filter(None, tables)]
+    return "\n\n".join(parts)
+
+
+def _beside_other_models(record: dict[str, Any], groups: Mapping[str, list[dict[str, Any]]]) -> str:
+    lines = ["| | trainings | parameters | steps | box AP | mask AP | typed by the user |", "|---" * 7 + "|"]
+    for label, runs in groups.items():
+        last = list(runs[0]["stages"])[-1]
+        cells = [label, len(runs), f"{runs[0]['parameters'] / 1e6:.1f} M", f"{record['steps']:,}"]
+        cells += [_mean(runs, last, "box"), _mean(runs, last, "mask"), "four commands"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    for peer in record["peers"]:
+        title = {"mask_rcnn": "Mask R-CNN (torchvision)", "mask2former": "Mask2Former (transformers)"}
+        cells = [title[peer["model"]], 1, f"{peer['parameters'] / 1e6:.1f} M", f"{peer['steps']:,}"]
+        cells += [_number(peer["box"]), _number(peer["mask"]), f"{peer['lines']} lines of Python"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    seconds = ", ".join(f"{TIMED[model]} {value:.2f}" for model, value in record["times"].items())
+    return "\n".join([*lines, "", f"Seconds per training step, in turns on an otherwise idle machine: {seconds}."])
+
+
+def _registered(record: dict[str, Any]) -> str:
+    """The comparison of the two models, or what it still lacks."""
+    counts = {model: len(runs) for model, runs in record["rows"].items()}
+    if len(counts) < 2 or min(counts.values()) < record["registered"]:
+        done = " and ".join(f"{count} of {model}" for model, count in counts.items()) or "none"
+        return f"Registered are {record['registered']} trainings of each model; {done} are done: no verdict yet."
+    lines = ["| | difference | 95 % interval | adjusted p | trainings | verdict |", "|---" * 6 + "|"]
+    for found in record["comparisons"]:
+        interval = f"{found['joint']['low']:+.1f} to {found['joint']['high']:+.1f}".replace("-", "−")
+        cells = [found["label"], _number(found["difference"], True), interval, show_p(found["adjusted_p"])]
+        cells += [" / ".join(map(str, found["runs"].values())), VERDICTS[found["agrees"]]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _stages_of(groups: Mapping[str, list[dict[str, Any]]]) -> str:
+    lines = [f"| stage | {' | '.join(f'{label}: box | mask' for label in groups)} |"]
+    lines.append("|---" * (1 + 2 * len(groups)) + "|")
+    for stage in max((list(runs[0]["stages"]) for runs in groups.values()), key=len):
+        cells = [_mean(runs, stage, kind) for runs in groups.values() for kind in ("box", "mask")]
+        lines.append(f"| {stage} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def diagnostics() -> str:

@@ -6,7 +6,6 @@ threads take turns under the same load. The fair share of a load is the idle tim
 """
 
 import contextlib
-import json
 import os
 import statistics
 import subprocess
@@ -19,11 +18,10 @@ from typing import Any
 import tyro
 
 from dimaskdino.benchmarks.model import Task, prepare
+from dimaskdino.benchmarks.record import save
 from dimaskdino.config import load_config
 from dimaskdino.progress import progress_bar
 from dimaskdino.resources import find_config
-from dimaskdino.runs.folder import environment
-from dimaskdino.serialization import write_text
 from dimaskdino.threads import share_cores
 
 TASKS: dict[str, tuple[str, Task, tuple[int, int], int, int]] = {  # configuration, task, size, images, objects
@@ -122,15 +120,14 @@ def main(output: Path | None = None, task: str | None = None, way: str = "as the
     if task is not None:
         print(measure(task, adaptive=way == "as the kit does"))
         return
-    record = measure_all() | {"versions": environment()}
+    record = measure_all()
     for name, loads in record["tasks"].items():
         print(name)
         for load in loads:
             cells = ", ".join(f"{way}: {seconds:.2f} s" for way, seconds in load["seconds"].items())
             print(f"  {load['busy']} busy programs (nice {load['niceness']}): {cells}")
     print("two trainings at once:", ", ".join(f"{seconds:.2f} s" for seconds in record["two_at_once"]))
-    if output:
-        write_text(output, json.dumps(record, indent=1) + "\n")
+    save(record, output)
 
 
 if __name__ == "__main__":

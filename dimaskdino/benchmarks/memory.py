@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import gc
 import itertools
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,13 +21,14 @@ from torch import nn
 import dimaskdino
 from dimaskdino.benchmarks.coco_ap import write_synthetic
 from dimaskdino.benchmarks.explorers import change_all, explorers
+from dimaskdino.benchmarks.record import save
 from dimaskdino.config import load_config
 from dimaskdino.data.shapes import ensure
 from dimaskdino.evaluation.coco_ap import average_precision, read_truth
 from dimaskdino.modeling import Detector
 from dimaskdino.progress import progress_bar
 from dimaskdino.resources import find_config
-from dimaskdino.runs.folder import RunFolder, environment
+from dimaskdino.runs.folder import RunFolder
 from dimaskdino.training.trainer import train
 
 READINGS = 20
@@ -145,8 +145,7 @@ def main(
     for what, result in record.items():
         first, last = result["mebibytes"][len(result["mebibytes"]) // 2], result["mebibytes"][-1]
         print(f"{result['times']:>5} {what:<32} {first:8.0f} to {last:8.0f} MiB, growth {result['growth']:+.1f} MiB")
-    if output:
-        output.write_text(json.dumps({"memory": record, "versions": environment()}, indent=1) + "\n")
+    save({"memory": record}, output)
 
 
 if __name__ == "__main__":

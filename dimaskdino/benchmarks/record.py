@@ -1,10 +1,11 @@
-"""Writing a benchmark's result: to the terminal, and as a line of json to a file."""
+"""Writing a benchmark's result: to the terminal, and to a file with the versions and the machine."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from dimaskdino.runs.folder import environment
+from dimaskdino.serialization import write_text
 
 
 def report(result: dict[str, Any], output: Path | None, show: bool = True) -> None:
@@ -20,3 +21,9 @@ def report(result: dict[str, Any], output: Path | None, show: bool = True) -> No
     if output:
         with output.open("a") as file:
             file.write(json.dumps(result | {"versions": environment()}) + "\n")
+
+
+def save(result: dict[str, Any], output: Path | None) -> None:
+    """Write a result as a json file of its own, together with the versions and the machine; nothing without a file."""
+    if output:
+        write_text(output, json.dumps(result | {"versions": environment()}, indent=1) + "\n")

@@ -22,6 +22,7 @@ import tyro
 from torch import Tensor
 from tyro.conf import Positional
 
+from dimaskdino.benchmarks.record import save
 from dimaskdino.config import Resize
 from dimaskdino.data.images import SUFFIXES, find_files, load_image
 from dimaskdino.data.transforms import resize_image
@@ -29,7 +30,6 @@ from dimaskdino.errors import UserError
 from dimaskdino.interop.export import Exportable, export, told_apart
 from dimaskdino.model import load
 from dimaskdino.progress import progress_bar
-from dimaskdino.runs.folder import environment
 
 ROUNDS = 3
 EQUAL = 1e-4  # of the scores
@@ -141,11 +141,9 @@ def main(
         "longest": resize.longest,
         "images": len(chosen),
         "threads": torch.get_num_threads(),
-        "versions": environment(),
     }
     print(json.dumps(record, indent=1))
-    if output:
-        output.write_text(json.dumps(record, indent=1) + "\n")
+    save(record, output)
 
 
 if __name__ == "__main__":

@@ -120,19 +120,27 @@ def import_(
 
     registered = str(source).removeprefix(DETECTRON2)
     if registered == str(source):
+        if register:
+            raise UserError(f"--register is for datasets of detectron2: {DETECTRON2}NAME instead of {source}")
         done = import_dataset(source, folder, val, seed)
     else:
+        if register:
+            _import_module(register)
         from dimaskdino.interop.detectron2 import exported_splits
 
-        if register:
-            sys.path.insert(0, "")
-            importlib.import_module(register)
-        done = import_splits(
-            exported_splits(registered.split(",")), str(source), "datasets of detectron2", folder, val, seed
-        )
+        splits = exported_splits(registered.split(","))
+        done = import_splits(splits, str(source), "datasets of detectron2", folder, val, seed)
     print(done.summary())
     print(f"written: {folder}; next: dimaskdino data check {folder}")
     return 0
+
+
+def _import_module(name: str) -> None:
+    sys.path.insert(0, "")  # modules in the current folder
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"--register: {name} cannot be imported ({error})") from None
 
 
 def bdd100k(root: Positional[Path], splits: Positional[tuple[str, ...]] = ("train", "val")) -> int:

@@ -274,11 +274,8 @@ def _exported_split(name: str) -> ExportedSplit:
         for image in content["images"]
     }
     for annotation in content["annotations"]:
-        split.add_object(
-            images[annotation["image_id"]], labels[annotation["category_id"]], annotation.get("segmentation")
-        )
-        if annotation.get("segmentation"):
-            split.annotations[-1]["iscrowd"] = annotation.get("iscrowd", 0)
+        image, label = images[annotation["image_id"]], labels[annotation["category_id"]]
+        split.add_object(image, label, annotation.get("segmentation"), annotation.get("iscrowd", 0))
     return split
 
 

@@ -32,7 +32,7 @@ from dimaskdino.checkpoints.model_files import recorded_config
 from dimaskdino.config import Config, dump_config, load_config, read_tree
 from dimaskdino.errors import Stopped, UserError, explain_os_error, writing
 from dimaskdino.runs.trackers import Tracker, open_trackers
-from dimaskdino.serialization import write_atomically, write_text
+from dimaskdino.serialization import parse_record, read_record, write_atomically, write_text
 
 State = Literal["running", "finished", "stopped", "failed"]
 LOCK_SECONDS = 5.0  # a reader of the status holds the lock for an instant
@@ -295,7 +295,7 @@ class RunFolder:
         if not file.exists():
             return []
         lines = file.read_text(errors="replace").split("\n")[:-1]  # after the last line end: still being written
-        records = (_parse_record(line) for line in lines)
+        records = (parse_record(line) for line in lines)
         return [record for record in records if isinstance(record.get("step"), int)]
 
 
@@ -345,22 +345,6 @@ def _reason(error: BaseException, folder: Path) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or folder}: {explain_os_error(error)}"
     return str(error) or type(error).__name__
-
-
-def read_record(file: Path) -> dict[str, Any]:
-    """A small json file; empty if it is damaged or missing."""
-    try:
-        return _parse_record(file.read_text(errors="replace"))
-    except OSError:
-        return {}
-
-
-def _parse_record(text: str) -> dict[str, Any]:
-    with contextlib.suppress(ValueError, RecursionError):
-        content = json.loads(text)
-        if isinstance(content, dict):
-            return content
-    return {}
 
 
 def _boot() -> str | None:

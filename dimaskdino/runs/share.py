@@ -8,7 +8,7 @@ from typing import Any
 from dimaskdino.checkpoints import load_checkpoint, save_model
 from dimaskdino.config import dump_config
 from dimaskdino.errors import UserError, writing
-from dimaskdino.runs.folder import RunFolder, read_record
+from dimaskdino.runs.folder import RunFolder
 from dimaskdino.serialization import write_text
 
 DIGITS = 5  # of the numbers in the metrics, which are most of what is written besides the weights

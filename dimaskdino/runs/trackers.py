@@ -3,8 +3,10 @@
 A tracker of your own is a class with the methods of `Tracker` and a name in `TRACKERS`.
 """
 
+import importlib
 import json
 import sys
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +16,10 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dimaskdino.errors import UserError
-from dimaskdino.serialization import write_text
+from dimaskdino.serialization import read_record, write_text
 
 PROJECT = "dimaskdino"
+MOST_PARAMS = 100  # that MLflow takes at a time
 
 
 class Tracker(Protocol):
@@ -56,6 +59,7 @@ class MLflow:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], step: int) -> None:
         mlflow = _imported("mlflow")
+        self._metric = mlflow.entities.Metric
         self._client = mlflow.MlflowClient()
         self._run = _recorded_id(folder, "mlflow")
         if self._run is None:
@@ -63,14 +67,16 @@ class MLflow:
             created = self._client.create_run(experiment.experiment_id, run_name=folder.name)
             self._run = created.info.run_id
             _record_id(folder, "mlflow", self._run)
-            for key, value in _flat(settings).items():
-                self._client.log_param(self._run, key, value)
+            params = [mlflow.entities.Param(key, str(value)) for key, value in _flat(settings).items()]
+            for start in range(0, len(params), MOST_PARAMS):
+                self._client.log_batch(self._run, params=params[start : start + MOST_PARAMS])
         else:
             self._client.update_run(self._run, status="RUNNING")
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._client.log_metric(self._run, name, value, step=step)
+        now = int(1000 * time.time())
+        # one request for all numbers of a step
+        self._client.log_batch(self._run, [self._metric(name, value, now, step) for name, value in values.items()])
 
     def picture(self, name: str, pixels: UInt8[np.ndarray, "h w 3"], step: int) -> None:
         self._client.log_image(self._run, pixels, key=name.replace("/", "_"), step=step)
@@ -166,8 +172,6 @@ def _first_line(error: Exception) -> str:
 
 
 def _imported(name: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -183,11 +187,9 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _recorded_id(folder: Path, tracker: str) -> str | None:
     """The tracker's own name of this run, so that a resumed training continues its record."""
-    file = folder / "trackers.json"
-    return json.loads(file.read_text()).get(tracker) if file.exists() else None
+    return read_record(folder / "trackers.json").get(tracker)
 
 
 def _record_id(folder: Path, tracker: str, run: str) -> None:
     file = folder / "trackers.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
-    write_text(file, json.dumps(known | {tracker: run}, indent=1) + "\n")
+    write_text(file, json.dumps(read_record(file) | {tracker: run}, indent=1) + "\n")

@@ -17,7 +17,7 @@ from dimaskdino.data.coco import Sample
 from dimaskdino.evaluation.ceilings import coverage, true_stage, with_bounds
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.structures import padded_size
-from dimaskdino.painting import CYCLE, blend_masks, data_label, label, masks_of, paint_instances
+from dimaskdino.painting import CYCLE, blend_masks, data_label, label, masks_of, paint_instances, paint_sample
 from dimaskdino.viz.curves import short_name
 from dimaskdino.viz.style import BOX, MASK, NotebookFigure, style
 
@@ -126,12 +126,11 @@ def draw_beside_truth(
         classes: class names.
         notes: what to write above the detections of each image.
     """
-    colours = {label: CYCLE[label % len(CYCLE)] for label in range(len(classes))}
     with style():
         figure = NotebookFigure(figsize=(7.2, 3.5 * len(samples)), layout="constrained")
         rows = figure.subplots(len(samples), 2, squeeze=False)
         for (left, right), sample, found, note in zip(rows, samples, detections, notes, strict=True):
-            _draw_objects(left, sample, colours)
+            left.imshow(paint_sample(sample, classes))
             names = Counter(classes[label] for label in sample.labels.tolist())
             listed = ", ".join(f"{count} {data_label(name)}" for name, count in names.most_common(4)) or "no object"
             left.set_title(f"{data_label(Path(sample.file).name)}\n{listed}", fontsize=8)

@@ -213,15 +213,17 @@ explore_layers([tuned.inspect(CocoDataset(folder / "data", "val")[i]) for i in r
 # %% [markdown]
 # ## Photographs
 #
-# Seven hundred photographs of seven kinds of animals, about as many objects as two people label in a week: what
-# `data import`, `new` and `train` make of them in forty minutes on a laptop's processor. The photographs are not here;
-# the record of the trainings is, and everything below is read from it. Both models have an EfficientNet-Lite0 with
-# ImageNet weights as backbone; their other modules start from the small models that come with this course, which have
-# seen drawn shapes only.
+# What `data import`, `new` and `train` make of photographs of animals on a laptop's processor. The photographs are not
+# here; the record of the trainings is, and everything below is read from it. Both models have an EfficientNet-Lite0
+# with ImageNet weights as backbone; their other modules start from the small models that come with this course, which
+# have seen drawn shapes only.
 
 # %%
 record = json.loads(Path("docs/measurements/photographs.json").read_text())["animals"]
-print(f"{record['train']['images']} training images, {record['val']['images']} for validation, {record['steps']} steps")
+shown = record["recipe"][0]
+print(f"{record['train']['images']} training images with {record['train']['objects']:,} objects of")
+print(f"{record['train']['classes']} classes, {record['val']['images']} images for validation;")
+print(f"{record['steps']:,} steps in {shown['minutes']:.0f} minutes with {shown['threads']} threads, beside other work")
 better = Choice(
     "How much of the final AP do you expect from the first decoder layer?", ["a third", "half", "nine tenths"]
 )
@@ -229,7 +231,7 @@ better
 
 # %%
 groups = {"DI-MaskDINO, own start": record["recipe"], **record["rows"]}
-box = {stage: ap["box"] for stage, ap in record["recipe"][0]["stages"].items()}
+box = {stage: ap["box"] for stage, ap in shown["stages"].items()}
 print(f"DI-MaskDINO: box AP {box['decoder.1']:.1f} after the first layer, {box['decoder.4']:.1f} after the last")
 share = box["first_selection"] / box["decoder.4"]
 better.reveal("nine tenths", {"a third": f"the first selection, before De-Imbalance, has {share:.0%}"})

@@ -46,6 +46,16 @@ line(
 line("predict: output is a file", "a file is where a folder is needed", "predict {model} {photo} --output {model}")
 line("predict: output below a file", "a file is where a folder is needed", "predict {model} {photo} --output {model}/o")
 line("predict: output of 300 letters", "the name is too long", "predict {model} {photo} --output {folder}/{long}")
+line(
+    "data import: a module for another kind of source",
+    "--register is for datasets of detectron2",
+    "data import {data} {folder}/o --register mine",
+)
+line(
+    "data import: a module that is not there",
+    "--register: no_such_module cannot be imported",
+    "data import detectron2:mine {folder}/o --register no_such_module",
+)
 line("evaluate: no model", "name the model", "evaluate")
 line("evaluate: no such model", "gone", "evaluate gone.pt")
 line(

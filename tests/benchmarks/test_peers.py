@@ -11,6 +11,7 @@ from dimaskdino.config import dump_config
 from dimaskdino.data.dataloader import batches, evaluation_dataset, evaluation_loader, training_dataset, training_loader
 from dimaskdino.evaluation.coco_ap import average_precision, read_truth
 from dimaskdino.evaluation.detections import Detections
+from dimaskdino.modeling.backbone import ResNet
 
 SMALL = ("data.resize.shortest=96", "data.resize.longest=96", "data.jitter.size=96", "model.backbone.width=16")
 
@@ -33,7 +34,7 @@ def test_a_peer_learns_one_batch_and_detects_at_the_images_size(name, shapes_dat
     source.close()
     optimizer = peers.Recipe(lr=1e-3).optimizer(peer)
     rates = {group["lr"]: sum(p.numel() for p in group["params"]) for group in optimizer.param_groups}
-    backbone = next(module for key, module in peer.named_modules() if key.endswith("backbone.stages"))
+    backbone = next(module for module in peer.modules() if isinstance(module, ResNet))
     assert rates[1e-4] == sum(p.numel() for p in backbone.parameters())
     losses = [peers.step_of(peer, optimizer, batch, 1.0) for _ in range(15)]
     assert losses[-1] < 0.8 * losses[0]

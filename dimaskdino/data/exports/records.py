@@ -49,15 +49,16 @@ class ExportedSplit:
         self.paths[number] = path
         return number
 
-    def add_object(self, image: int, label: int, segmentation: list[Outline] | dict[str, Any] | None) -> None:
+    def add_object(
+        self, image: int, label: int, segmentation: list[Outline] | dict[str, Any] | None, iscrowd: int = 0
+    ) -> None:
         """Add an object of the class with index `label`; one without a mask is only counted."""
         if not segmentation:
             self.boxes += 1
             return
         number = len(self.annotations) + 1
-        self.annotations.append(
-            {"id": number, "image_id": image, "category_id": label + 1, "segmentation": segmentation, "iscrowd": 0}
-        )
+        record = {"id": number, "image_id": image, "category_id": label + 1, "segmentation": segmentation}
+        self.annotations.append(record | {"iscrowd": iscrowd})
 
 
 class ImageFiles:
