@@ -47,6 +47,7 @@ from dimaskdino.viz import (
     draw_stages,
     draw_token_maps,
     plot_first_and_last_layer,
+    plot_layerwise_ap,
 )
 from dimaskdino.viz.explorers import explore_guidance, explore_sampling, explore_selection
 
