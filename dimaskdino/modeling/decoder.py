@@ -41,7 +41,8 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, position: Tensor, reference: Tensor, memory: FeatureLevels, attention_mask: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         x, _ = self.self_attention(x, x + position, x + position, x, attention_mask)
-        x, sampling = self.cross_attention(x, x + position, reference, memory)
+        unit = reference[:, :, None, None, None, 2:] * (0.5 / self.cross_attention.points)
+        x, sampling = self.cross_attention(x, x + position, reference[..., :2], unit, memory)
         return self.ffn(x), sampling
 
 

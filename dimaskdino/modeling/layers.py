@@ -54,7 +54,8 @@ def sine_positions(levels: FeatureLevels) -> Float[Tensor, "N C"]:
 
 def sine_boxes(boxes: Float[Tensor, "B Q 4"], C: int) -> Float[Tensor, "B Q D"]:
     """`sine4` of the specification: C/2 features each of y, x, w, h, so D = 2·C."""
-    return sine_features(boxes[..., [1, 0, 2, 3]], C // 2).flatten(-2)
+    yxwh = torch.cat([boxes[..., 1:2], boxes[..., :1], boxes[..., 2:]], dim=-1)
+    return sine_features(yxwh, C // 2).flatten(-2)
 
 
 def group_norm(C: int) -> nn.GroupNorm:
@@ -144,35 +145,37 @@ class DeformableAttention(nn.Module):
         nn.init.zeros_(self.output_proj.bias)
 
     def sampling(
-        self, query: Float[Tensor, "B Q C"], reference: Tensor, shapes: tuple[tuple[int, int], ...]
+        self, query: Float[Tensor, "B Q C"], centre: Tensor, unit: Tensor
     ) -> tuple[Float[Tensor, "B Q heads levels points 2"], Float[Tensor, "B Q heads levels points"]]:
         """Sampling locations and attention weights, in float32 also under autocast."""
         B, Q, _ = query.shape
         offsets = self.sampling_offsets(query).view(B, Q, self.heads, self.levels, self.points, 2).float()
         weights = self.attention_weights(query).view(B, Q, self.heads, self.levels * self.points).float()
         weights = weights.softmax(-1).view(B, Q, self.heads, self.levels, self.points)
-        reference = reference[:, :, None, None, None, :]
-        if reference.shape[-1] == 2:
-            scale = torch.tensor([(1 / w, 1 / h) for h, w in shapes], device=query.device)[:, None]
-        else:
-            scale = reference[..., 2:] * (0.5 / self.points)
-        return reference[..., :2] + offsets * scale, weights
+        return centre[:, :, None, None, None] + offsets * unit, weights
 
     def forward(
-        self, x: Float[Tensor, "B Q C"], query: Float[Tensor, "B Q C"], reference: Tensor, memory: FeatureLevels
+        self,
+        x: Float[Tensor, "B Q C"],
+        query: Float[Tensor, "B Q C"],
+        centre: Float[Tensor, "B Q 2"],
+        unit: Tensor,
+        memory: FeatureLevels,
     ) -> tuple[Float[Tensor, "B Q C"], tuple[Tensor, Tensor]]:
         """Attend and normalise.
 
         Args:
             x: input of the residual connection.
             query: determines the sampling locations and weights.
-            reference: (B, Q, 2) points or (B, Q, 4) cxcywh boxes in [0, 1].
+            centre: (x, y) in [0, 1], where the offsets start.
+            unit: what an offset of 1 is, in parts of the image; broadcasts to (B, Q, heads, levels, points, 2). Feature
+                tokens count in cells of each level, decoder queries in parts of their boxes.
             memory: the feature tokens that are sampled.
 
         Returns:
             The new x, and the sampling locations and weights.
         """
-        locations, weights = self.sampling(query, reference, memory.shapes)
+        locations, weights = self.sampling(query, centre, unit)
         value = self.value_proj(memory.tokens).unflatten(-1, (self.heads, -1))
         attended = ms_deform_attn(value, memory.shapes, locations, weights)
         return self.norm(x + self.output_proj(attended)), (locations, weights)

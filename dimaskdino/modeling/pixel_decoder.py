@@ -20,9 +20,9 @@ class EncoderLayer(nn.Module):
         self.attention = DeformableAttention(C, model.heads, levels, model.points)
         self.ffn = FeedForward(C, model.pixel_decoder.ffn_dim)
 
-    def forward(self, levels: FeatureLevels, position: Tensor, reference: Tensor) -> FeatureLevels:
+    def forward(self, levels: FeatureLevels, position: Tensor, centre: Tensor, cell: Tensor) -> FeatureLevels:
         x = levels.tokens
-        x, _ = self.attention(x, x + position, reference, levels)
+        x, _ = self.attention(x, x + position, centre, cell, levels)
         return levels.with_tokens(self.ffn(x))
 
 
@@ -77,9 +77,9 @@ class PixelDecoder(nn.Module):
         )
         embedding = torch.cat([e.expand(n, -1) for e, n in zip(self.level_embedding, levels.sizes, strict=True)])
         position = sine_positions(levels) + embedding
-        reference = levels.centres().expand(levels.tokens.shape[0], -1, -1)
+        centre, cell = levels.centres().expand(levels.tokens.shape[0], -1, -1), levels.cells()[:, None]
         for layer in self.layers:
-            levels = layer(levels, position, reference)
+            levels = layer(levels, position, centre, cell)
         lateral = self.lateral(features[MASK_STRIDE])
         fused = self.output(lateral + resize_to(levels.map(min(self.strides)), lateral))
         return levels, self.mask_features(fused)

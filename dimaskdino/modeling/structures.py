@@ -22,6 +22,11 @@ def padded_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     return height, width
 
 
+def filled(values: Sequence[float], device: torch.device | str) -> Float[Tensor, " n"]:
+    """A few numbers that the device writes itself: it need not be waited for, as it must for a copy from the host."""
+    return torch.cat([torch.full((1,), value, device=device) for value in values])
+
+
 @dataclass(frozen=True)
 class ImageBatch:
     """Normalised images, zero-padded at the right and the bottom to one size.
@@ -39,8 +44,7 @@ class ImageBatch:
         """Normalise and pad RGB images, each (3, h, w) with values 0 to 255, of any dtype."""
         sizes = tuple((image.shape[-2], image.shape[-1]) for image in images)
         height, width = padded_size(sizes)
-        mean = torch.tensor(PIXEL_MEAN, device=device).view(3, 1, 1)
-        std = torch.tensor(PIXEL_STD, device=device).view(3, 1, 1)
+        mean, std = (filled(values, device).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
         pixels = torch.zeros(len(images), 3, height, width, device=device)
         for padded, image, (h, w) in zip(pixels, images, sizes, strict=True):
             padded[:, :h, :w] = (image.to(device, non_blocking=True) - mean) / std
@@ -69,8 +73,8 @@ class Targets:
 
     @property
     def valid(self) -> Bool[Tensor, "B M"]:
-        counts = torch.tensor(self.counts, device=self.labels.device)
-        return torch.arange(self.labels.shape[1], device=self.labels.device) < counts[:, None]
+        number = torch.arange(self.labels.shape[1], device=self.labels.device)
+        return torch.stack([number < count for count in self.counts])
 
     def to(self, device: torch.device | str) -> "Targets":
         moved = (x.to(device, non_blocking=True) for x in (self.labels, self.boxes, self.masks))
@@ -124,6 +128,11 @@ class FeatureLevels:
             x = (torch.arange(width, device=self.tokens.device) + 0.5) / width
             centres.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2))
         return torch.cat(centres)
+
+    def cells(self) -> Float[Tensor, "levels 2"]:
+        """Width and height of a cell of every level, in parts of the image."""
+        sides = [side for height, width in self.shapes for side in (1 / width, 1 / height)]
+        return filled(sides, self.tokens.device).view(-1, 2)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,8 @@ def mask_losses(judged: Judged, targets: Targets, settings: config.Loss) -> tupl
     ]
     bce, dice = (torch.cat(values) for values in zip(*parts, strict=True))
     # (stages, masks), 1 where the mask belongs to the stage: a sum in a fixed order
-    member = torch.from_numpy(np.arange(len(judged))[:, None] == np.concatenate(owners)).to(x.device).float()
+    member = torch.from_numpy(np.arange(len(judged))[:, None] == np.concatenate(owners))
+    member = member.to(x.device, non_blocking=True).float()
     return member @ bce, member @ dice
 
 
