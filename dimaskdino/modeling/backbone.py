@@ -66,6 +66,19 @@ class _Backbone(nn.Module):
         return self
 
 
+class FrozenBatchNorm(FrozenBatchNorm2d):
+    """Batch norm with fixed statistics, in the dtype of its input.
+
+    Under autocast torchvision's gives float32, and the ReLU after it keeps twice the memory for the backward pass.
+    """
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        scale, shift = (values.to(x.dtype).view(-1, 1, 1) for values in (scale, shift))
+        return x * scale + shift
+
+
 class _ScaledResNet(models.ResNet):
     """A ResNet of torchvision whose stages have `width`, 2·width, … channels instead of 64, 128 and so on."""
 
@@ -87,7 +100,7 @@ class ResNet(_Backbone):
 
     def __init__(self, settings: config.Backbone) -> None:
         super().__init__()
-        norm = FrozenBatchNorm2d if settings.norm == "frozen" else nn.BatchNorm2d
+        norm = FrozenBatchNorm if settings.norm == "frozen" else nn.BatchNorm2d
         net = models.get_model(settings.name, weights=None, norm_layer=norm)
         if settings.width != 64:
             if settings.weights:

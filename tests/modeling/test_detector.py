@@ -6,13 +6,14 @@ import matplotlib
 import pytest
 import torch
 from small import MODEL
+from torchvision.ops import FrozenBatchNorm2d
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from dimaskdino.config import Model, Optimizer, parse_config
 from dimaskdino.data.images import load_image
 from dimaskdino.errors import UserError
 from dimaskdino.modeling import Detector, ImageBatch, Targets
-from dimaskdino.modeling.backbone import STRIDES, ConstantPaddingConv2d, build_backbone
+from dimaskdino.modeling.backbone import STRIDES, ConstantPaddingConv2d, FrozenBatchNorm, build_backbone
 from dimaskdino.modeling.backbone_weights import load_timm, packaged_weights
 from dimaskdino.training.optimizer import build_optimizer
 
@@ -295,3 +296,17 @@ def test_classes_start_at_their_prior():
         heads = detector(*changes).heads
         start = heads.label(torch.zeros(1, 1, 32)).sigmoid()
         assert ((start > low) & (start < high)).all()
+
+
+def test_frozen_batch_norm_is_that_of_torchvision_in_the_dtype_of_its_input():
+    torch.manual_seed(0)
+    ours, theirs = FrozenBatchNorm(5), FrozenBatchNorm2d(5)
+    with torch.no_grad():
+        for buffer in ours.buffers():
+            buffer.uniform_(0.5, 2)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 5, 3, 4)
+    assert torch.equal(ours(x), theirs(x))
+    half = ours(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), theirs(x), rtol=2**-6, atol=2**-6)

@@ -9,6 +9,7 @@ from fake_gpu import fake_gpu, to_fake_gpu
 
 from dimaskdino.config import Config, load_config
 from dimaskdino.modeling import Detector, ImageBatch
+from dimaskdino.modeling.backbone import build_backbone
 from dimaskdino.modeling.precision import autocast
 from dimaskdino.modeling.structures import Stage, Targets
 from dimaskdino.training import criterion as criterion_module
@@ -80,3 +81,26 @@ def test_waiting_is_seen():
     assert sum(waits.lines.values()) == 3
     with fake_gpu(), pytest.raises(RuntimeError, match="cuda"):
         torch.zeros(3, device=GPU) + torch.zeros(3)
+
+
+def test_a_frozen_backbone_keeps_bfloat16_for_the_backward_pass(monkeypatch):
+    """And nothing in float32: a ReLU after batch norm in float32 would keep twice the memory."""
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True)
+    name = "coco/instance-segmentation/dimaskdino_r50_4scale_bs16_12ep"
+    backbone = build_backbone(load_config(name, ["model.backbone.weights=null"]).model.backbone)
+    kept: dict[int, torch.Tensor] = {}
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage()._cdata] = x
+        return x
+
+    with fake_gpu():
+        to_fake_gpu(backbone)
+        own = {p.untyped_storage()._cdata for p in backbone.parameters()}
+        pixels = torch.zeros(1, 3, 128, 128, device=GPU)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast(GPU, "bf16"):
+            features = backbone(pixels)
+        large = [x for key, x in kept.items() if key not in own and x.dim() == 4 and x.is_floating_point()]
+        assert len(large) > 90
+        assert {x.dtype for x in [*large, *features.values()]} == {torch.bfloat16}
