@@ -18,7 +18,7 @@ Backend = Literal["auto", "reference", "cpu", "cuda", "triton"]
 _ARGUMENTS = "Tensor value, SymInt[] shapes, Tensor location, Tensor attention"
 
 
-def _register(forward: str, backward: str) -> None:
+def register(forward: str, backward: str) -> None:
     """Define a pair of operators with fake kernels and autograd; their kernels are registered elsewhere.
 
     `forward` and `backward` are the compiled kernels, with one implementation for CPU tensors and one for CUDA tensors.
@@ -60,8 +60,8 @@ def _register(forward: str, backward: str) -> None:
     torch.library.register_autograd(f"ms_deform_attn::{forward}", differentiate, setup_context=save_inputs)
 
 
-_register("forward", "backward")
-_register("triton_forward", "triton_backward")
+register("forward", "backward")
+register("triton_forward", "triton_backward")
 
 _backend: Backend = "auto"
 

@@ -5,29 +5,52 @@ import os
 import subprocess
 import sys
 
+import emulated
 import ms_deform_attn
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ms_deform_attn import backend, flops, install_drop_in
+from ms_deform_attn import flops, install_drop_in
 from ms_deform_attn.benchmark import Workload, _errors, _implementations, measure
 from ms_deform_attn.build import compiler
 from ms_deform_attn.functional import available
 
 SHAPES = [(5, 7), (3, 4), (1, 1)]
-DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu", "cuda": "cuda"}
+DEVICES = {
+    "reference": "cpu",
+    "cpu": "cpu",
+    "triton": "cuda" if torch.cuda.is_available() else "cpu",
+    "cuda": "cuda",
+    "emulated": "cpu",  # the CUDA kernels, in plain C++
+}
 
 
 def marked(name):
     """A backend that is skipped where it cannot run, with the reason."""
-    runs = available(name) and (DEVICES[name] == "cpu" or torch.cuda.is_available())
+    if name == "emulated":
+        runs = emulated.possible()
+    else:
+        runs = available(name) and (DEVICES[name] == "cpu" or torch.cuda.is_available())
     return pytest.param(name, marks=pytest.mark.skipif(not runs, reason=f"no {name} kernels or no device for them"))
 
 
+def backend(name):
+    """`ms_deform_attn.backend`, and the emulated CUDA kernels as one more."""
+    return emulated.emulated() if name == "emulated" else ms_deform_attn.backend(name)
+
+
 needs_cpu_kernels = pytest.mark.skipif(not available("cpu"), reason="CPU kernels are not built (no compiler here)")
-KERNELS = [marked("cpu"), marked("triton"), marked("cuda")]
+KERNELS = [marked("cpu"), marked("triton"), marked("cuda"), marked("emulated")]
 BACKENDS = ["reference", *KERNELS]
+
+
+def raw_operator(name, direction):
+    """A backend's operator as it is registered: "forward" or "backward"."""
+    prefix = f"{name}_" if name in ("triton", "emulated") else ""
+    if name == "emulated":
+        emulated.load()
+    return getattr(torch.ops.ms_deform_attn, prefix + direction)
 
 
 def inputs(B=2, Q=6, heads=2, D=4, points=3, shapes=SHAPES, dtype=torch.float64, seed=0):
@@ -89,7 +112,7 @@ def test_gradients_are_those_of_finite_differences(D, points, levels):
         )
 
 
-@needs_cpu_kernels
+@pytest.mark.parametrize("name", [marked("cpu"), marked("emulated")])
 @settings(deadline=None, max_examples=60)
 @given(
     st.integers(0, 3),
@@ -100,10 +123,10 @@ def test_gradients_are_those_of_finite_differences(D, points, levels):
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
     st.sampled_from([torch.float32, torch.float64]),
 )
-def test_kernels_equal_the_reference(B, Q, heads, D, points, shapes, dtype):
+def test_kernels_equal_the_reference(name, B, Q, heads, D, points, shapes, dtype):
     value, _, locations, weights = inputs(B, Q, heads, D, points, shapes)
     arguments = value.to(dtype), shapes, locations.to(dtype), weights.to(dtype)
-    for kernel, reference in zip(results("cpu", *arguments), results("reference", *arguments), strict=True):
+    for kernel, reference in zip(results(name, *arguments), results("reference", *arguments), strict=True):
         torch.testing.assert_close(kernel, reference, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-9)
 
 
@@ -144,7 +167,7 @@ def test_precision(name, dtype, roundings):
 @needs_cpu_kernels
 @pytest.mark.parametrize("locations", ["near", "uniform"])
 def test_encoder_scale_is_within_1e_5_of_float64(locations):
-    errors = _errors(Workload("encoder", locations, 1, "float32"), "cpu", dict(_implementations("cpu", None)))
+    errors = _errors(Workload("encoder", locations, 1, "float32"), "cpu", dict(_implementations("cpu")))
     assert all(error["cpu"] < 1e-5 for error in errors.values())
 
 
@@ -168,6 +191,26 @@ def test_the_kernels_are_compiled_with_threads():
     # without OpenMP's parallel regions, ATen's parallel_for, which is compiled in, is a plain loop
     library = ms_deform_attn.library_path("cpu").read_bytes()
     assert b"GOMP_parallel" in library or b"__kmpc_fork_call" in library
+
+
+@pytest.mark.parametrize("name", [marked("cuda"), marked("emulated")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("Q", [60, 48])  # 48: as many queries as cells
+def test_deterministic_gradients_of_the_cuda_kernels(name, dtype, Q):
+    """Bit for bit equal from call to call, and those of the reference."""
+    arguments = inputs(Q=Q, D=30, dtype=dtype)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = results(name, *arguments), results(name, *arguments)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    exact = results("reference", *(x.double() if isinstance(x, torch.Tensor) else x for x in arguments))
+    for found, truth in zip(first[:2], exact[:2], strict=True):
+        assert (found.double() - truth).abs().max() / truth.abs().max() <= 64 * torch.finfo(found.dtype).eps
+    others = [results(name, *arguments)[1] for _ in range(4)]  # by atomic additions, in whatever order
+    assert dtype == torch.bfloat16 or any(not torch.equal(others[0], x) for x in others[1:])
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -228,8 +271,7 @@ def test_inputs_that_are_not_contiguous_or_aligned(name):
 def test_only_the_gradients_that_are_needed(name):
     value, shapes, locations, weights = inputs()
     everything = results(name, value, shapes, locations, weights)[1:]
-    kernels = torch.ops.ms_deform_attn
-    backward = kernels.triton_backward if name == "triton" else kernels.backward
+    backward = raw_operator(name, "backward")
     flat = [x for shape in shapes for x in shape]
     device = DEVICES[name]
     for need_value, need_samples in ((True, False), (False, True), (False, False)):
@@ -247,17 +289,18 @@ def test_only_the_gradients_that_are_needed(name):
                 torch.testing.assert_close(grad.cpu(), expected)
 
 
-@pytest.mark.parametrize("name", [KERNELS[0], KERNELS[2]])
+@pytest.mark.parametrize("name", [marked("cpu"), marked("cuda"), marked("emulated")])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # in opcheck itself
 def test_registration(name):
     value, shapes, locations, weights = (x if isinstance(x, list) else x.to(DEVICES[name]) for x in inputs())
     flat = [x for shape in shapes for x in shape]
     tensors = [x.requires_grad_() for x in (value, locations, weights)]
-    torch.library.opcheck(torch.ops.ms_deform_attn.forward.default, (tensors[0], flat, tensors[1], tensors[2]))
+    forward, backward = raw_operator(name, "forward").default, raw_operator(name, "backward").default
+    torch.library.opcheck(forward, (tensors[0], flat, tensors[1], tensors[2]))
     grad = torch.ones(2, 6, 8, dtype=torch.float64, device=value.device)
     plain = [x.detach() for x in tensors]
     for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(torch.ops.ms_deform_attn.backward.default, (grad, plain[0], flat, *plain[1:], *needs))
+        torch.library.opcheck(backward, (grad, plain[0], flat, *plain[1:], *needs))
 
 
 class Attend(torch.nn.Module):
@@ -319,14 +362,14 @@ def test_mistakes_name_the_argument(change, message):
         ms_deform_attn.ms_deform_attn(*change(*inputs()))
 
 
-@needs_cpu_kernels
-def test_kernels_that_are_called_directly_refuse_levels_without_cells():
+@pytest.mark.parametrize("name", [marked("cpu"), marked("emulated")])
+def test_kernels_that_are_called_directly_refuse_levels_without_cells(name):
     value, _, locations, weights = inputs(dtype=torch.float32)
     for shapes in ([48, 1, 0, 3, 0, 4], [-8, -5, 4, 1, 2, 2]):
         with pytest.raises(RuntimeError, match="every level needs a height and a width of at least 1"):
-            torch.ops.ms_deform_attn.forward(value, shapes, locations, weights)
+            raw_operator(name, "forward")(value, shapes, locations, weights)
         with pytest.raises(RuntimeError, match="every level needs a height and a width of at least 1"):
-            torch.ops.ms_deform_attn.backward(value.flatten(2)[:, :6], value, shapes, locations, weights, True, True)
+            raw_operator(name, "backward")(value.flatten(2)[:, :6], value, shapes, locations, weights, True, True)
 
 
 def test_status_says_what_runs():
@@ -394,7 +437,7 @@ def test_drop_in_for_shapes_made_under_inference_mode(name):
 
 @needs_cpu_kernels
 def test_benchmark_measures_every_implementation():
-    implementations = dict(_implementations("cpu", None))
+    implementations = dict(_implementations("cpu"))
     rows = list(measure(Workload("decoder", "near", 1, "float32"), "cpu", implementations, 1, 1e10))
     assert [row.direction for row in rows] == ["forward", "forward+backward"]
     for row in rows:

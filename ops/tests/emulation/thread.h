@@ -1,0 +1,13 @@
+// The CUDA thread that runs, as cuda.h knows it and races.cpp asks for it.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+struct EmulatedThread {
+  uint64_t launch;
+  unsigned block, thread, phase;  // phase: barriers passed
+  const char* stack;              // nullptr outside kernels
+  size_t stack_bytes;
+};
+extern "C" EmulatedThread emulated_thread;
+extern "C" void emulated_atomic(const void* address, size_t bytes) __attribute__((weak));  // where races are looked for
