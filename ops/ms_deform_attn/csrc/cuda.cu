@@ -55,6 +55,41 @@ struct alignas(sizeof(scalar_t) * VEC) Pack {
   scalar_t channel[VEC];
 };
 
+// A pointer of which the compiler knows no origin. It would otherwise compute every address from the first pointer on,
+// in 64 bits; so it adds one product of 32-bit numbers to this one.
+template <typename T>
+__device__ __forceinline__ T* forgotten(T* pointer) {
+#ifdef __CUDACC__
+  asm("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
+// The row of a token, `row_bytes` long. sizes_of() makes sure that 32 bits hold both factors.
+template <typename T>
+__device__ __forceinline__ T* row_of(T* base, int token, unsigned row_bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  const uint64_t offset = static_cast<uint64_t>(static_cast<unsigned>(token)) * row_bytes;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(base) + offset);
+}
+
+// A bfloat16 is the upper half of a float: two of them become floats by a shift and a mask.
+template <int VEC>
+__device__ __forceinline__ void load(const c10::BFloat16* from, float (&to)[VEC]) {
+  if constexpr (VEC % 2 == 0) {
+    const auto pairs = *reinterpret_cast<const Pack<unsigned, VEC / 2>*>(from);
+#pragma unroll
+    for (int i = 0; i < VEC / 2; ++i) {
+      to[2 * i] = __uint_as_float(pairs.channel[i] << 16);
+      to[2 * i + 1] = __uint_as_float(pairs.channel[i] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) to[i] = static_cast<float>(from[i]);
+  }
+}
+
 template <int VEC, typename scalar_t, typename acc_t>
 __device__ __forceinline__ void load(const scalar_t* from, acc_t (&to)[VEC]) {
   const auto pack = *reinterpret_cast<const Pack<scalar_t, VEC>*>(from);
@@ -193,10 +228,12 @@ __global__ void __launch_bounds__(THREADS, 2)
                    const acc_t* __restrict__ attention, scalar_t* __restrict__ output) {
   const Work<GW> work(s, levels, walk);
   const int row = s.heads * s.D;
+  const unsigned row_bytes = static_cast<unsigned>(row) * sizeof(scalar_t);
   const scalar_t* cells = value + work.b * s.N * row + work.head * s.D;
   for (int d0 = 0; d0 < s.D; d0 += GW * VEC) {  // once, unless the head is very wide
     const int d = d0 + work.lane * VEC;
     const bool mine = work.active && d < s.D;
+    const scalar_t* channels = forgotten(cells + d);
     acc_t acc[VEC] = {};
     for (int first = 0; first < s.samples; first += GW) {
       const auto own = work.sample(s, levels, location, attention, first + work.lane);
@@ -207,7 +244,7 @@ __global__ void __launch_bounds__(THREADS, 2)
         if (!at.inside || !mine) continue;
         acc_t cell[4][VEC];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) load<VEC>(cells + static_cast<int64_t>(at.token[k]) * row + d, cell[k]);
+        for (int k = 0; k < 4; ++k) load<VEC>(row_of(channels, at.token[k], row_bytes), cell[k]);
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
@@ -229,10 +266,14 @@ __global__ void __launch_bounds__(THREADS, 2)
                     acc_t* __restrict__ grad_attention) {
   const Work<GW> work(s, levels, walk);
   const int row = s.heads * s.D;
+  const unsigned row_bytes = static_cast<unsigned>(row) * sizeof(scalar_t);
+  const unsigned row_bytes_of_sums = static_cast<unsigned>(row) * sizeof(acc_t);
   const int64_t image = work.b * s.N * row + work.head * s.D;
   for (int d0 = 0; d0 < s.D; d0 += GW * VEC) {
     const int d = d0 + work.lane * VEC;
     const bool mine = work.active && d < s.D;
+    const scalar_t* channels = forgotten(value + image + d);
+    acc_t* sums = forgotten(grad_value + image + d);
     acc_t grad[VEC] = {};
     if (mine) load<VEC>(grad_output + work.bqh * s.D + d, grad);
     for (int first = 0; first < s.samples; first += GW) {
@@ -246,10 +287,9 @@ __global__ void __launch_bounds__(THREADS, 2)
         if (at.inside && mine) {
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            const int64_t offset = image + static_cast<int64_t>(at.token[k]) * row + d;
             if (SAMPLES) {
               acc_t cell[VEC];
-              load<VEC>(value + offset, cell);
+              load<VEC>(row_of(channels, at.token[k], row_bytes), cell);
 #pragma unroll
               for (int c = 0; c < VEC; ++c) dot[k] += grad[c] * cell[c];
             }
@@ -257,7 +297,7 @@ __global__ void __launch_bounds__(THREADS, 2)
               acc_t part[VEC];
 #pragma unroll
               for (int c = 0; c < VEC; ++c) part[c] = at.weight[k] * grad[c];
-              atomic_add<VEC>(grad_value + offset, part);
+              atomic_add<VEC>(row_of(sums, at.token[k], row_bytes_of_sums), part);
             }
           }
         }
@@ -333,7 +373,7 @@ Sizes sizes_of(const at::Tensor& value, const at::Tensor& location) {
     return static_cast<int>(n);
   };
   small(value.size(1), "N");
-  small(value.size(2) * value.size(3), "heads * D");
+  small(value.size(2) * value.size(3) * static_cast<int64_t>(sizeof(double)) / 2, "heads * D * 4");  // row_of()
   return {value.size(0), value.size(1), location.size(1), small(value.size(2), "heads"), small(value.size(3), "D"),
           small(location.size(4), "points"), small(location.size(3) * location.size(4), "levels * points")};
 }
@@ -465,9 +505,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
     const auto g = grad_output.to(value.scalar_type()).contiguous(), v = value.contiguous(),
                loc = location.to(acc_type).contiguous(), att = attention.to(acc_type).contiguous();
     grad_value = at::zeros(need_value ? v.sizes() : at::IntArrayRef{0}, v.options().dtype(acc_type));
-    grad_location = at::zeros(need_samples ? loc.sizes() : at::IntArrayRef{0}, loc.options());
-    grad_attention = at::zeros(need_samples ? att.sizes() : at::IntArrayRef{0}, att.options());
-    if (g.numel() == 0 || s.samples == 0) return;
+    // every sample is written, if there is anything to sum over
+    const bool anything = g.numel() > 0 && s.samples > 0;
+    const auto made = [&](const at::Tensor& like) {
+      if (!need_samples) return at::zeros({0}, like.options());
+      return anything ? at::empty(like.sizes(), like.options()) : at::zeros(like.sizes(), like.options());
+    };
+    grad_location = made(loc);
+    grad_attention = made(att);
+    if (!anything) return;
     const auto* from = g.const_data_ptr<scalar_t>();
     const auto* cells = v.const_data_ptr<scalar_t>();
     const auto launch = [&](auto with_value, auto with_samples) {

@@ -1,0 +1,84 @@
+"""The CUDA kernels as machine code for a GPU that is not here: `python ops/tests/cuda_machine_code.py 90`.
+
+Prints a line of json per kernel: its registers, the bytes that it keeps in memory for want of registers, and, of the
+loop over the samples, the instructions and the vector accesses per sample. The argument is the compute capability.
+"""
+
+import collections
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from ms_deform_attn.build import CUDA_FLAGS, SOURCES, compiler
+from torch.utils import cpp_extension
+
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Zx0-9_.]*)([^;]*);")
+BROADCAST = 6  # shuffles that hand a sample round
+
+
+def cuobjdump() -> Path | None:
+    """The program that lists machine code, from Triton."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return path if path.exists() else None
+
+
+def loops(code: list[tuple[str, str, str]]) -> list[list[str]]:
+    """The instructions of every loop, from the target of a branch backwards to the branch."""
+    position = {address: i for i, (address, _, _) in enumerate(code)}
+    found = []
+    for i, (_, name, operands) in enumerate(code):
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        start = position.get(f"{int(target[1], 16):04x}", i) if name.startswith("BRA") and target else i
+        if start < i:
+            found.append([x[1] for x in code[start : i + 1] if x[1] != "NOP"])
+    return found
+
+
+def loop_over_samples(code: list[tuple[str, str, str]]) -> dict[str, float | dict[str, float]]:
+    """Instructions per sample of the shortest loop in which lanes hand samples round."""
+    best: list[str] = []
+    samples = 0
+    for body in loops(code):
+        shuffles = sum(x.startswith("SHFL.IDX") for x in body)
+        if shuffles >= BROADCAST and (not best or len(body) < len(best)):
+            best, samples = body, shuffles // BROADCAST
+    if not best:
+        return {}
+    kinds = collections.Counter(x.split(".")[0] for x in best)
+    return {
+        "instructions": len(best) / samples,
+        "kinds": {name: n / samples for name, n in kinds.most_common(8)},
+        "atomics": {name: n / samples for name, n in collections.Counter(x for x in best if "RED" in x).items()},
+    }
+
+
+def main(capability: str) -> None:
+    """Compile and list."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernels.cubin"
+        includes = [f"-I{path}" for path in cpp_extension.include_paths("cuda")]
+        command = [compiler("cuda"), *CUDA_FLAGS, *includes, f"-arch=sm_{capability}", "-cubin", "-o", file]
+        subprocess.run([*command, SOURCES["cuda"]], check=True)
+        listed = {
+            option: subprocess.run([cuobjdump(), option, file], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        }
+    used = dict(re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", listed["-res-usage"]))
+    for text in re.split(r"\n\s*Function : ", listed["-sass"])[1:]:
+        symbol, _, body = text.partition("\n")
+        name = subprocess.run(["c++filt", symbol.strip()], capture_output=True, text=True, check=True).stdout
+        name = name.replace("(anonymous namespace)::", "").removeprefix("void ").partition("(")[0]
+        resources = {key: int(n) for key, n in re.findall(r"(REG|STACK):(\d+)", used[symbol.strip()])}
+        result = {"kernel": name.strip(), "registers": resources["REG"], "stack": resources["STACK"]}
+        print(json.dumps(result | loop_over_samples(INSTRUCTION.findall(body))), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
