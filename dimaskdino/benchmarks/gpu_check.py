@@ -1,60 +1,185 @@
-"""Speed of the R50 models on a GPU: `python -m dimaskdino.benchmarks.gpu_check OUTPUT`.
+"""Everything that only a GPU can tell: `python -m dimaskdino.benchmarks.gpu_check FOLDER`.
 
-Each line of the output is one measurement of `dimaskdino.benchmarks.model`, with the device's name. A measurement that
-fails, for example because memory runs out, is named at the end and does not stop the others. The last lines say what
-the measurements mean for the 12-epoch recipe.
+The check has four steps, the most important first: the operator (build, smoke test, speed), the R50 models, the
+compiled models, and the tests with NVIDIA's sanitizer and profiler. A step consists of cases. Every case is a command
+whose results are in the folder as soon as they exist; one that fails or takes too long is noted and does not stop the
+others. The same command again runs what has not yet succeeded.
+
+In the folder: `cases.jsonl` (how each case went), `output.log` (what they printed), `models.jsonl` (a line per
+measurement of `dimaskdino.benchmarks.model`), the operator's measurements, and `profile.csv`.
 """
 
 import itertools
 import json
+import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import tyro
 
 from dimaskdino.config import load_config
 from dimaskdino.errors import UserError
+from dimaskdino.resources import configs_folder
 
 MODEL = "dimaskdino_r50_4scale_bs16_12ep"
 BASELINE = "maskdino_r50_4scale_bs16_12ep"
-CONFIGS = Path("configs/coco/instance-segmentation")
+CONFIGS = configs_folder() / "coco" / "instance-segmentation"
 BATCH = 16
-LIMIT_SECONDS = 300
+
+Step = Literal["operator", "models", "compiled", "tests"]
 
 
-def cases() -> list[list[str]]:
-    """Arguments of `dimaskdino.benchmarks.model`, the most important first.
+@dataclass(frozen=True)
+class Case:
+    """One command of the check.
 
-    The paper's test size on both models, whose ratio it reports; larger batches; a share of the recipe's batch of 16
-    as each of 8 GPUs has it; the whole batch on one GPU.
+    Attributes:
+        name: in `cases.jsonl`.
+        command: program and arguments.
+        seconds: most that it may take.
     """
-    commands = []
-    for name, precision, compiled in itertools.product((MODEL, BASELINE), ("fp32", "bf16"), ("false", "true")):
-        commands.append(["inference", "800 1333", "1", name, precision, compiled])
-    for size, images, precision in itertools.product(("800 1333", "1024 1024"), ("1", "8"), ("fp32", "bf16")):
-        if (size, images) != ("800 1333", "1"):
-            commands.append(["inference", size, images, MODEL, precision, "false"])
-    for precision, compiled in itertools.product(("fp32", "bf16"), ("false", "true")):
-        commands.append(["training", "1024 1024", "2", MODEL, precision, compiled])
-    commands.append(["training", "1024 1024", "16", MODEL, "fp32", "false", "train.accumulate=8"])
-    commands.append(["training", "1024 1024", "16", MODEL, "bf16", "false", "train.accumulate=4"])
-    arguments = []
-    for task, size, images, name, precision, compiled, *more in commands:
-        settings = [f"train.precision={precision}", f"train.compile={compiled}", *more]
-        shape = ["--task", task, "--size", *size.split(), "--images", images]
-        arguments.append([str(CONFIGS / f"{name}.yaml"), *settings, *shape])
-    return arguments
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float = 300
+
+
+def cases(step: Step, folder: Path, versions: Iterable[str] = (), dry_run: bool = False) -> list[Case]:
+    """The cases of a step, the most important first.
+
+    Args:
+        step: its name.
+        folder: for the results.
+        versions: NAME=FILE of other versions of the kernels, timed beside the operator's.
+        dry_run: the same commands on the CPU, with small inputs.
+    """
+    if step == "operator":
+        return _operator_cases(folder, versions, dry_run)
+    if step == "tests":
+        return _test_cases(folder, dry_run)
+    return _model_cases(folder, compiled=step == "compiled", dry_run=dry_run)
+
+
+def _pytest(*arguments: str) -> tuple[str, ...]:
+    return sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments
+
+
+def _operator_cases(folder: Path, versions: Iterable[str], dry_run: bool) -> list[Case]:
+    python = sys.executable
+    device, backends = ("cpu", "cpu") if dry_run else ("cuda", "cuda or triton")
+    benchmark = [python, "-m", "ms_deform_attn.benchmark", "--device", device, "--output", str(folder)]
+    benchmark += [x for version in versions for x in ("--kernels", version)]
+    benchmark += ["--rounds", "1", "--queries", "decoder"] if dry_run else []
+    smoke = f"({backends}) and (definition or precision or odd_sizes) and not emulated"
+    return [
+        Case("build the kernels", (python, "-m", "ms_deform_attn", "build", device)),
+        Case("smoke test of the operator", _pytest("ops/tests/test_ms_deform_attn.py", "-k", smoke)),
+        Case("speed of the operator", tuple(benchmark), 420),
+    ]
+
+
+def _model_cases(folder: Path, compiled: bool, dry_run: bool) -> list[Case]:
+    """The paper's test size on both models, larger batches, a GPU's share of the recipe's batch, and all of it."""
+    commands = [
+        ("inference", "800 1333", "1", name, precision)
+        for name, precision in itertools.product((MODEL, BASELINE), ("fp32", "bf16"))
+    ]
+    if not compiled:
+        for size, images, precision in itertools.product(("800 1333", "1024 1024"), ("1", "8"), ("fp32", "bf16")):
+            if (size, images) != ("800 1333", "1"):
+                commands.append(("inference", size, images, MODEL, precision))
+    commands += [("training", "1024 1024", "2", MODEL, precision) for precision in ("fp32", "bf16")]
+    if not compiled:
+        commands.append(("training", "1024 1024", "16", MODEL, "fp32", "train.accumulate=8"))
+        commands.append(("training", "1024 1024", "16", MODEL, "bf16", "train.accumulate=4"))
+    found = []
+    for task, size, images, name, precision, *more in commands:
+        settings = [f"train.precision={precision}", f"train.compile={str(compiled).lower()}", *more]
+        shape = ["--task", task, "--size", *("64 96" if dry_run else size).split(), "--images", images]
+        command = [sys.executable, "-m", "dimaskdino.benchmarks.model", str(CONFIGS / f"{name}.yaml"), *settings]
+        command += [*shape, "--repeat", "1" if dry_run else "10", "--output", str(folder / "models.jsonl")]
+        label = f"{task}, {images} of {size.replace(' ', 'x')}, {name.partition('_')[0]}, {precision}"
+        found.append(Case(label + ", compiled" * compiled, tuple(command)))
+    return found
+
+
+def _test_cases(folder: Path, dry_run: bool) -> list[Case]:
+    quick = ("-k", "definition and reference") if dry_run else ("-k", "not emulated")
+    found = [
+        Case("tests of the operator", _pytest("ops/tests/test_ms_deform_attn.py", *quick)),
+        Case("tests of the model", _pytest("tests/test_on_a_gpu.py")),
+    ]
+    if shutil.which("compute-sanitizer"):
+        sanitizer = ("compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all")
+        some = ("ops/tests/test_ms_deform_attn.py", "-k", "cuda and (odd_sizes or nowhere or borders)")
+        found.append(Case("tests under compute-sanitizer", (*sanitizer, *_pytest(*some))))
+    if shutil.which("ncu"):
+        kernels = ("--kernel-name", "regex:(forward|backward)_kernel", "--launch-count", "8", "--set", "full")
+        output = ("--csv", "--page", "raw", "--log-file", str(folder / "profile.csv"))
+        benchmark = (sys.executable, "-m", "ms_deform_attn.benchmark", "--rounds", "1", "--queries", "encoder")
+        found.append(Case("profile of the kernels", ("ncu", *kernels, *output, *benchmark)))
+    return found
+
+
+def run(step: Step, todo: Iterable[Case], folder: Path, seconds: float) -> list[str]:
+    """Run the cases of a step that have not succeeded yet. Returns what failed or was left, for people.
+
+    Args:
+        step: its name, for the records.
+        todo: the cases.
+        folder: for the results.
+        seconds: time for all of them; none starts without half a minute left.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    record, log = folder / "cases.jsonl", folder / "output.log"
+    lines = record.read_text().splitlines() if record.exists() else []
+    done = {line["case"] for line in map(json.loads, lines) if line["exit"] == 0}
+    end, problems = time.monotonic() + seconds, []
+    for case in todo:
+        remaining = end - time.monotonic()
+        if case.name in done:
+            continue
+        if remaining < min(30, seconds / 2):
+            problems.append(f"not run, for want of time: {case.name}")
+            continue
+        print(f"[{step}] {case.name} …", end=" ", flush=True)
+        started = time.monotonic()
+        with log.open("ab") as file:
+            file.write(f"\n=== {case.name}: {' '.join(case.command)}\n".encode())
+            file.flush()
+            code, why = _run(case.command, file, min(case.seconds, remaining))
+        taken = round(time.monotonic() - started, 1)
+        with record.open("a") as file:
+            file.write(json.dumps({"step": step, "case": case.name, "exit": code, "seconds": taken}) + "\n")
+        print(f"{taken:.0f} s{'' if code == 0 else ', ' + why}", flush=True)
+        if code:
+            problems.append(f"{case.name}: {why}; see {log}")
+    return problems
+
+
+def _run(command: tuple[str, ...], output: Any, seconds: float) -> tuple[int, str]:
+    """The exit status of a command, and what it means."""
+    try:
+        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, timeout=seconds, check=False).returncode
+    except subprocess.TimeoutExpired:
+        return 124, f"stopped after {seconds:.0f} s"
+    except OSError as error:
+        return 127, str(error)
+    return code, f"failed with status {code}"
 
 
 def outlook(measurements: Iterable[Mapping[str, Any]], steps: int) -> list[str]:
     """Ratio of the two models' speeds, and the time of a schedule.
 
     Args:
-        measurements: lines of the output; later lines replace earlier ones of the same case.
+        measurements: lines of `models.jsonl`; later lines replace earlier ones of the same case.
         steps: of the schedule, with a batch of 16.
 
     Returns:
@@ -80,27 +205,35 @@ def outlook(measurements: Iterable[Mapping[str, Any]], steps: int) -> list[str]:
 
 
 def main(
-    output: tyro.conf.Positional[Path],
-    repeat: Annotated[int, tyro.conf.arg(help="Repetitions after the first; the median is kept.")] = 10,
+    folder: tyro.conf.Positional[Path],
+    steps: tuple[Step, ...] = get_args(Step),
+    minutes: float = 8,
+    kernels: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=FILE ...")] = (),
+    dry_run: bool = False,
 ) -> int:
-    """Measure the R50 models on a GPU; each measurement is appended to a file, a line of json each."""
-    if not torch.cuda.is_available():
-        raise UserError("no GPU that torch can use")
-    failed = []
-    todo = cases()
-    for number, arguments in enumerate(todo, start=1):
-        command = [sys.executable, "-m", "dimaskdino.benchmarks.model", *arguments]
-        command += ["--repeat", str(repeat), "--output", str(output)]
-        print(f"[{number}/{len(todo)}] {' '.join(arguments[1:])}", flush=True)
-        try:
-            subprocess.run(command, check=True, timeout=LIMIT_SECONDS)
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            failed.append(f"{' '.join(arguments)}: {error}")
-    measurements = map(json.loads, output.read_text().splitlines()) if output.exists() else []
+    """Measure and test on a GPU, in steps that can be interrupted and resumed.
+
+    Example: python -m dimaskdino.benchmarks.gpu_check build/gpu --steps operator models
+
+    Args:
+        folder: For the results.
+        steps: What to run, in this order.
+        minutes: Time for each step. What is left runs with the next call.
+        kernels: Other versions of csrc/cuda.cu to time beside it.
+        dry_run: Run the same commands on the CPU, with small inputs and without compiling the models.
+    """
+    if not torch.cuda.is_available() and not dry_run:
+        raise UserError("no GPU that torch can use; --dry-run tries the commands on the CPU")
+    if dry_run:
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1"}
+    problems = []
+    for step in steps:
+        problems += run(step, cases(step, folder, kernels, dry_run), folder, 60 * minutes)
+    measured = folder / "models.jsonl"
+    measurements = map(json.loads, measured.read_text().splitlines()) if measured.exists() else []
     schedule = load_config(CONFIGS / f"{MODEL}.yaml").schedule
-    lines = [f"written: {output}", *outlook(measurements, schedule.steps), *(f"failed: {line}" for line in failed)]
-    print("\n".join(lines))
-    return 1 if failed else 0
+    print("\n".join([f"results: {folder}", *([] if dry_run else outlook(measurements, schedule.steps)), *problems]))
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,11 @@
 
 Builds what can be built, compares every implementation with a float64 reference, then times them side by side: one
 call of each in turn, many rounds, medians. On a GPU the original kernel of Deformable DETR, as the source distribution
-of mmcv carries it, takes part with --mmcv FOLDER, and deformops where it is installed.
+of mmcv carries it, takes part with --mmcv FOLDER, deformops where it is installed, and other versions of the kernels'
+source with --kernels NAME=FILE:
+
+    git show HEAD~1:ops/ms_deform_attn/csrc/cuda.cu > build/before.cu
+    python -m ms_deform_attn.benchmark --kernels before=build/before.cu
 """
 
 import argparse
@@ -11,30 +15,33 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ms_deform_attn import backend, build, ms_deform_attn, ms_deform_attn_reference
-from ms_deform_attn.build import compiler, prepare
-from ms_deform_attn.functional import available
+from ms_deform_attn.build import cache_folder, compiler, prepare
+from ms_deform_attn.functional import available, register
 
 LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))  # of an image of 800 × 1333 pixels
 HEADS, HEAD_DIM, POINTS = 8, 32, 4
+SLEEP_CYCLES = 2_000_000  # of a GPU, about a millisecond
 OFFSET = 2.0  # standard deviation of a sample's distance from its query's own cell, in cells
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+QueryKind = Literal["encoder", "decoder"]  # the feature cells themselves, or 300
 
 
 @dataclass(frozen=True)
 class Workload:
     """A call's sizes and where it samples."""
 
-    queries: Literal["encoder", "decoder"]  # the feature cells themselves, or 300
+    queries: QueryKind
     locations: Literal["near", "uniform"]  # around the query's own place, or anywhere
     batch: int
     dtype: Literal["float32", "bfloat16"]
@@ -54,7 +61,8 @@ class Workload:
         weights = torch.rand(samples, generator=g).flatten(-2).softmax(-1).view(samples)
         value = torch.randn(self.batch, len(cells), HEADS, HEAD_DIM, generator=g)
         dtype = getattr(torch, self.dtype)
-        return value.to(device, dtype), locations.to(device), weights.to(device, dtype)
+        # as the model calls it: locations and weights stay float32 when the values are bfloat16
+        return value.to(device, dtype), locations.to(device), weights.to(device)
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,22 @@ def _deformops() -> Function:
     from deformops.registry import msda
 
     shapes, starts = _shape_tensors()
-    return lambda value, locations, weights: msda(value, shapes, starts, locations, weights.flatten(-2))
+    return lambda value, locations, weights: msda(value, shapes, starts, locations, weights.flatten(-2).to(value.dtype))
+
+
+def _other_kernels(device: str, name: str, source: Path) -> Function:
+    """Another version of the kernels' source, as operators of its own name."""
+    text = source.read_text()
+    for direction in ("forward", "backward"):
+        text = text.replace(f'm.impl("{direction}"', f'm.impl("{name}_{direction}"')
+    renamed = cache_folder() / "versions" / f"{name}{source.suffix}"
+    renamed.parent.mkdir(parents=True, exist_ok=True)
+    renamed.write_text(text)
+    register(f"{name}_forward", f"{name}_backward")
+    torch.ops.load_library(str(build(device, source=renamed)))
+    operator = getattr(torch.ops.ms_deform_attn, f"{name}_forward")
+    flat = [side for shape in LEVELS for side in shape]
+    return lambda value, locations, weights: operator(value, flat, locations, weights)
 
 
 def _shape_tensors() -> tuple[Tensor, Tensor]:
@@ -139,11 +162,15 @@ def _shape_tensors() -> tuple[Tensor, Tensor]:
     return shapes, torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
 
 
-def _implementations(device: str, mmcv: Path | None) -> Iterator[tuple[str, Function]]:
+def _implementations(
+    device: str, mmcv: Path | None = None, versions: Mapping[str, Path] = MappingProxyType({})
+) -> Iterator[tuple[str, Function]]:
     yield "reference", _own("reference")
     for name in ("cpu",) if device == "cpu" else ("cuda", "triton"):
         if available(name):
             yield name, _own(name)
+    for name, source in versions.items():
+        yield name, _other_kernels(device, name, source)
     if device == "cuda" and mmcv is not None:
         yield "original", _original(mmcv)
     if device == "cuda":
@@ -172,13 +199,17 @@ def _errors(workload: Workload, device: str, implementations: dict[str, Function
 
 
 def _time(calls: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each call, taken in turn so that a slow moment of the machine meets all of them."""
+    """Median milliseconds of each call, taken in turn so that a slow moment of the machine meets all of them.
+
+    A GPU is kept busy until the host has queued the whole call, so that it never waits for the host.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 2):  # two to warm up
         for name, call in calls.items():
             if device == "cuda":
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 torch.cuda.synchronize()
+                torch.cuda._sleep(SLEEP_CYCLES)
                 start.record()
                 call()
                 end.record()
@@ -264,35 +295,41 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=None, help="calls of each implementation (10; on a GPU 50)")
     parser.add_argument("--mmcv", type=Path, help="unpacked source distribution of mmcv, for the original kernel")
+    parser.add_argument(
+        "--kernels", action="append", default=[], metavar="NAME=FILE", help="another version of the kernels' source"
+    )
+    parser.add_argument("--queries", choices=get_args(QueryKind), help="only these workloads")
     parser.add_argument("--output", type=Path, help="folder for the results: a JSON file named after the device")
     arguments = parser.parse_args()
     device = arguments.device
     if compiler(device):
         print(f"kernels: {build(device)}")
     rounds = arguments.rounds or (50 if device == "cuda" else 10)
-    implementations = dict(_implementations(device, arguments.mmcv))
+    versions = {name: Path(file) for name, _, file in (x.partition("=") for x in arguments.kernels)}
+    implementations = dict(_implementations(device, arguments.mmcv, versions))
     base = "original" if "original" in implementations else "reference"
     bandwidth = _bandwidth()
     print(f"{_device_name(device)}, torch {torch.__version__}; medians of {rounds} rounds; times faster than {base}")
-    rows = []
+    record = {
+        "device": _device_name(device),
+        "torch": torch.__version__,
+        "rounds": rounds,
+        "copy_bytes_per_second": bandwidth,
+        "rows": [],
+    }
     for queries, locations in (("encoder", "near"), ("encoder", "uniform"), ("decoder", "near")):
+        if arguments.queries not in (None, queries):
+            continue
         for batch in (1, 2):
             for dtype in ("float32", "bfloat16"):
                 workload = Workload(queries, locations, batch, dtype)
                 for row in measure(workload, device, implementations, rounds, bandwidth):
                     _print(row, base)
-                    rows.append(asdict(row))
-    if arguments.output:
-        record = {
-            "device": _device_name(device),
-            "torch": torch.__version__,
-            "rounds": rounds,
-            "copy_bytes_per_second": bandwidth,
-            "rows": rows,
-        }
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        name = re.sub(r"[^a-z0-9]+", "_", _device_name(device).lower())
-        (arguments.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+                    record["rows"].append(asdict(row))
+                    if arguments.output:  # what has been measured survives an interruption
+                        arguments.output.mkdir(parents=True, exist_ok=True)
+                        name = re.sub(r"[^a-z0-9]+", "_", _device_name(device).lower())
+                        (arguments.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -52,17 +52,17 @@ def architectures() -> str:
     return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
 
 
-def library_path(device: Device) -> Path | None:
+def library_path(device: Device, source: Path | None = None) -> Path | None:
     """The file that a build of the current source, torch and machine has; it need not exist.
 
-    None where torch itself cannot use such a device.
+    None where torch itself cannot use such a device. Another source can take the place of the operator's own.
     """
     if device == "cuda" and torch.version.cuda is None:
         return None
     target = _processor() if device == "cpu" else architectures()
     key = hashlib.sha256()
     for part in (
-        SOURCES[device].read_text(),
+        (source or SOURCES[device]).read_text(),
         torch.__version__,
         str(torch.compiled_with_cxx11_abi()),
         platform.platform(),
@@ -102,12 +102,13 @@ def prepare(device: Device) -> list[str]:
     return [f"-L{folder}" for folder in sorted(home.glob("targets/*/lib"))]
 
 
-def build(device: Device, verbose: bool = False) -> Path:
+def build(device: Device, verbose: bool = False, source: Path | None = None) -> Path:
     """Compile the kernels for a device of this machine, unless a build exists.
 
     Args:
         device: "cpu" or "cuda".
         verbose: show the compiler's commands and remarks.
+        source: the kernels' source, in place of the operator's own.
 
     Returns:
         The shared library.
@@ -115,7 +116,7 @@ def build(device: Device, verbose: bool = False) -> Path:
     Raises:
         RuntimeError: there is no compiler, or it failed, or torch was built without CUDA.
     """
-    target = library_path(device)
+    target = library_path(device, source)
     if target is None:
         raise RuntimeError(f"torch {torch.__version__} is built without CUDA: there is nothing to compile for a GPU")
     if target.exists():
@@ -139,7 +140,7 @@ def build(device: Device, verbose: bool = False) -> Path:
     try:
         cpp_extension.load(
             name=target.stem,
-            sources=[str(SOURCES[device])],
+            sources=[str(source or SOURCES[device])],
             extra_cflags=list(CPU_FLAGS) if device == "cpu" else ["-O3"],
             extra_cuda_cflags=[*CUDA_FLAGS, *(["-Xptxas=-v"] if verbose else [])],
             extra_ldflags=link_flags,

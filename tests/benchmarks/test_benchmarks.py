@@ -1,13 +1,17 @@
 """The clocks behind the tables of times: every moment belongs to one part, and nothing is left behind."""
 
+import json
+import sys
 import time
 from pathlib import Path
+from typing import get_args
 
+import pytest
 import torch
 from small import settings
 
 from dimaskdino.benchmarks.dataloader import measure as measure_loading
-from dimaskdino.benchmarks.gpu_check import BASELINE, MODEL, cases, outlook
+from dimaskdino.benchmarks.gpu_check import BASELINE, MODEL, Case, Step, cases, outlook, run
 from dimaskdino.benchmarks.model import PartClock, measure
 from dimaskdino.config import load_config
 from dimaskdino.modeling import Detector, ImageBatch
@@ -46,12 +50,44 @@ def test_measurements_name_their_parts(shapes_data):
     assert loading["images_per_second"] > 0
 
 
-def test_cases_of_the_gpu_check_are_configurations():
-    for file, *arguments in cases():
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_cases_of_the_gpu_check_are_configurations(dry_run, tmp_path):
+    found = [case for step in ("models", "compiled") for case in cases(step, tmp_path, dry_run=dry_run)]
+    for case in found:
+        file, *arguments = case.command[3:]
         overrides = [a for a in arguments if "=" in a]
-        assert load_config(ROOT / file, overrides).model.backbone.name == "resnet50"
+        assert load_config(file, overrides).model.backbone.name == "resnet50"
         assert arguments[len(overrides)] == "--task"
-    assert len({tuple(case) for case in cases()}) == len(cases())
+    everything = [case for step in get_args(Step) for case in cases(step, tmp_path, dry_run=dry_run)]
+    assert len({case.name for case in everything}) == len(everything) > 20
+
+
+def test_the_gpu_check_goes_on_after_failures_and_resumes(tmp_path, capsys):
+    def python(name: str, code: str, seconds: float = 60) -> Case:
+        return Case(name, (sys.executable, "-c", code), seconds)
+
+    flag = tmp_path / "mended"
+    todo = [
+        python("good", "print('something measured')"),
+        python("bad", f"import pathlib, sys; sys.exit(not pathlib.Path({str(flag)!r}).exists())"),
+        python("slow", "import time; time.sleep(60)", 0.5),
+        Case("absent", (str(tmp_path / "no such program"),)),
+        python("last", "print('the last one')"),
+    ]
+    problems = run("operator", todo, tmp_path / "out", 100)
+    assert [line.partition(":")[0] for line in problems] == ["bad", "slow", "absent"]
+    assert "failed with status 1" in problems[0]
+    assert "stopped after 0 s" in problems[1] or "stopped after 1 s" in problems[1]
+    log = (tmp_path / "out" / "output.log").read_text()
+    assert "something measured" in log
+    assert "the last one" in log
+    flag.touch()
+    assert [line.partition(":")[0] for line in run("operator", todo[:2], tmp_path / "out", 100)] == []
+    lines = [json.loads(line) for line in (tmp_path / "out" / "cases.jsonl").read_text().splitlines()]
+    assert [(line["case"], line["exit"]) for line in lines] == [
+        ("good", 0), ("bad", 1), ("slow", 124), ("absent", 127), ("last", 0), ("bad", 0),
+    ]  # fmt: skip
+    assert run("operator", [python("late", "")], tmp_path / "out", 0) == ["not run, for want of time: late"]
 
 
 def test_outlook_of_the_gpu_check():
