@@ -52,7 +52,7 @@ class DistributedContext:
 
     def sum(self, *values: float) -> Tensor:
         """Sum each value over all processes; the result stays on the device, so nothing waits for it."""
-        tensor = torch.tensor(values, dtype=torch.float32, device=self.device)
+        tensor = torch.tensor(values, dtype=torch.float32).to(self.device, non_blocking=True)
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor

@@ -76,6 +76,10 @@ class Targets:
         number = torch.arange(self.labels.shape[1], device=self.labels.device)
         return torch.stack([number < count for count in self.counts])
 
+    def pin_memory(self) -> "Targets":
+        """In memory that a GPU reads while the host goes on."""
+        return Targets(self.labels.pin_memory(), self.boxes.pin_memory(), self.masks.pin_memory(), self.counts)
+
     def to(self, device: torch.device | str) -> "Targets":
         moved = (x.to(device, non_blocking=True) for x in (self.labels, self.boxes, self.masks))
         return Targets(*moved, self.counts)

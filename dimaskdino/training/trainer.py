@@ -156,14 +156,17 @@ class Trainer:
         self.average = averaged(self.detector, config.train.average) if config.train.average else None
         self._resume()
         arrange(self.detector, config)
-        self.model: nn.Module = self.detector
-        if context.world_size > 1:
-            self.model = DistributedDataParallel(self.detector)
-        self._stop = StopRequest()
-        self._stopping = False  # some process received a signal; the same step for all of them
         # batch norm's statistics change in the forward pass, before it is known whether the loss is finite
         norms = [m for m in self.detector.modules() if isinstance(m, nn.BatchNorm2d)]
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        self.model: nn.Module = self.detector
+        if context.world_size > 1:
+            # all processes keep the statistics of the first, which are saved; other buffers are constant
+            self.model = DistributedDataParallel(
+                self.detector, broadcast_buffers=bool(self._statistics), gradient_as_bucket_view=True
+            )
+        self._stop = StopRequest()
+        self._stopping = False  # some process received a signal; the same step for all of them
 
     def _resume(self) -> None:
         state, remark = load_resume_point(self.folder.checkpoints)

@@ -1,5 +1,7 @@
 """What the model promises whatever its size: stages, trace, padding, denoising, settings, precision."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -310,3 +312,21 @@ def test_frozen_batch_norm_is_that_of_torchvision_in_the_dtype_of_its_input():
     half = ours(x.bfloat16())
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), theirs(x), rtol=2**-6, atol=2**-6)
+
+
+def test_the_detector_is_one_graph():
+    """torch.compile finds nothing to break it at. In a process without the type checks of the tests, which break it."""
+    script = (
+        "import torch\n"
+        "from dimaskdino.config import load_config\n"
+        "from dimaskdino.modeling import Detector, ImageBatch, Targets\n"
+        "images = ImageBatch.from_images([torch.zeros(3, 64, 96, dtype=torch.uint8)] * 2)\n"
+        "objects = torch.zeros(2, 5, dtype=torch.long), torch.rand(2, 5, 4), torch.zeros(2, 5, 64, 96).byte()\n"
+        "for name in ('shapes/dimaskdino_r18w32_2k', 'shapes/maskdino_r18'):\n"
+        "    detector = Detector(load_config(name, ['model.backbone.weights=null']).model)\n"
+        "    for targets in (None, Targets(*objects, (5, 3))):\n"
+        "        torch.compiler.reset()\n"
+        "        compiled = torch.compile(detector.train(targets is not None), fullgraph=True, backend='eager')\n"
+        "        assert compiled(images, targets).last.boxes.shape[0] == 2\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

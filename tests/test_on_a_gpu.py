@@ -1,0 +1,46 @@
+"""What only a GPU can show: predictions as on the CPU, trainings in every precision, batches in pinned memory."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from small import settings
+
+import dimaskdino
+from dimaskdino.data.dataloader import batches, training_dataset, training_loader
+from dimaskdino.modeling import ImageBatch
+from dimaskdino.runs.folder import RunFolder
+from dimaskdino.training.trainer import train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dimaskdino-shapes", "maskdino-shapes"])
+def test_predictions_are_those_of_the_cpu(name, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    detector = dimaskdino.load(name).detector.eval()
+    images = [torch.randint(256, (3, 90, 128), generator=torch.Generator().manual_seed(0))]
+    expected = detector(ImageBatch.from_images(images)).stages
+    found = detector.to("cuda")(ImageBatch.from_images(images, "cuda")).stages
+    for stage in expected:
+        torch.testing.assert_close(found[stage].boxes.cpu(), expected[stage].boxes, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found[stage].class_logits.cpu(), expected[stage].class_logits, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_training_runs_to_its_end(shapes_data: Path, tmp_path: Path, precision: str):
+    folder = RunFolder(tmp_path / "run")
+    train(settings(shapes_data, f"train.precision={precision}"), folder)
+    losses = [record["loss"] for record in folder.read_metrics() if "loss" in record]
+    assert len(losses) == 6
+    assert all(map(math.isfinite, losses))
+    assert folder.model.exists()
+
+
+def test_batches_lie_in_pinned_memory(shapes_data: Path):
+    config = settings(shapes_data)
+    batch = next(batches(training_loader(training_dataset(config), config, 0, 0, 1)))
+    assert all(image.is_pinned() for image in batch.images)
+    assert batch.targets.masks.is_pinned()
