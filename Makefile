@@ -4,18 +4,23 @@
 # make figures   draw the figures of README and docs from their records     make notebooks   build the chapters
 # make site   build the documentation site with the course, in build/site/html
 # make course-release   the chapters as assignments for nbgrader, in build/course
-# make benchmark   time the operator; on a machine with a GPU: make gpu-check   build, test and time its GPU
-#             kernels, and the R50 models
+# make benchmark   time the operator
+# make gpu-check   on a machine with a GPU: build, test and time the GPU kernels and the R50 models, results in build/gpu
+#             (docs/performance.md); make gpu-wheels   download what it needs on a machine without a package index
 # PYTHON=python3.12 make demo   with another Python (3.11 or newer)
 # TORCH_INDEX=URL make demo     PyTorch from this package index instead of the one chosen below
 
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
+GPU_OUT := build/gpu
+GPU_PYTHON := 3.12
+GPU_PACKAGES := pydantic pydantic-core annotated-types typing-inspection tyro docstring-parser typeguard \
+	pycocotools 'hotcoco<2' beartype
 # Without an NVIDIA driver on Linux: PyTorch's index of CPU builds, if it can be reached
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-all lint lab site notebooks course-release figures benchmark gpu-check
+.PHONY: demo test test-all lint lab site notebooks course-release figures benchmark gpu-check gpu-wheels
 
 .venv/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -78,11 +83,15 @@ benchmark: .venv/.installed
 	$(BIN)/python -m ms_deform_attn.benchmark --output ops/benchmarks/results
 	$(BIN)/python ops/benchmarks/table.py
 
-gpu-check: .venv/.dev
-	$(BIN)/python -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "no GPU that torch can use")'
-	$(BIN)/python -m ms_deform_attn build
-	$(BIN)/python -m pytest ops/tests
-	$(MAKE) benchmark
-	$(BIN)/python -m dimaskdino.benchmarks.gpu_check docs/measurements/gpu_speed.jsonl
-	if command -v compute-sanitizer; then compute-sanitizer --error-exitcode 1 --target-processes all \
-		$(BIN)/python -m pytest -q ops/tests -k 'odd_sizes or nowhere or borders'; fi
+# On a machine without a package index, whose Python has torch, the packages of build/wheels are added to it.
+gpu-wheels: .venv/.dev
+	@mkdir -p build && $(BIN)/python -m pip freeze --exclude-editable > build/versions.txt
+	$(BIN)/python -m pip download -q -c build/versions.txt --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
+		--platform manylinux2014_x86_64 $(foreach n,17 24 27 28 34,--platform manylinux_2_$(n)_x86_64) -d build/wheels \
+		$(GPU_PACKAGES)
+
+gpu-check:
+	@if [ -d build/wheels ]; then \
+		$(PYTHON) -m pip install -q --no-index --no-deps --upgrade --target build/gpu-site build/wheels/*.whl \
+		&& PYTHONPATH=build/gpu-site:ops:. $(PYTHON) -m dimaskdino.benchmarks.gpu_check $(GPU_OUT) $(GPU_ARGUMENTS); \
+	else $(MAKE) .venv/.dev && $(BIN)/python -m dimaskdino.benchmarks.gpu_check $(GPU_OUT) $(GPU_ARGUMENTS); fi

@@ -102,7 +102,10 @@ def _model_cases(folder: Path, compiled: bool, dry_run: bool) -> list[Case]:
     found = []
     for task, size, images, name, precision, *more in commands:
         settings = [f"train.precision={precision}", f"train.compile={str(compiled).lower()}", *more]
-        shape = ["--task", task, "--size", *("64 96" if dry_run else size).split(), "--images", images]
+        if dry_run:
+            shape = ["--task", task, "--size", "64", "96", "--images", str(min(int(images), 2)), "--objects", "2"]
+        else:
+            shape = ["--task", task, "--size", *size.split(), "--images", images]
         command = [sys.executable, "-m", "dimaskdino.benchmarks.model", str(CONFIGS / f"{name}.yaml"), *settings]
         command += [*shape, "--repeat", "1" if dry_run else "10", "--output", str(folder / "models.jsonl")]
         label = f"{task}, {images} of {size.replace(' ', 'x')}, {name.partition('_')[0]}, {precision}"

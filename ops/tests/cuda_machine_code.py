@@ -1,21 +1,30 @@
-"""The CUDA kernels as machine code for a GPU that is not here: `python ops/tests/cuda_machine_code.py 90`.
+"""The CUDA kernels as machine code for GPUs that are not here: `python ops/tests/cuda_machine_code.py 80 90`.
 
-Prints a line of json per kernel: its registers, the bytes that it keeps in memory for want of registers, and, of the
-loop over the samples, the instructions and the vector accesses per sample. The argument is the compute capability.
+Prints a line of json per compute capability and kernel: its registers, the bytes that it keeps in memory for want of
+registers, and, of the loop over the samples, the instructions and the atomic additions per sample. With --output the
+kernels that the model calls become the record behind the table in ops/README.md.
 """
 
+import argparse
 import collections
 import json
 import re
 import subprocess
-import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ms_deform_attn.build import CUDA_FLAGS, SOURCES, compiler
 from torch.utils import cpp_extension
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Zx0-9_.]*)([^;]*);")
+OF_THE_MODEL = {
+    "forward, fp32": "forward_kernel<float, float, 4, 8>",
+    "forward, bf16": "forward_kernel<c10::BFloat16, float, 8, 4>",
+    "backward, fp32": "backward_kernel<float, float, 4, 8, true, true>",
+    "backward, bf16": "backward_kernel<c10::BFloat16, float, 4, 8, true, true>",
+}
 BROADCAST = 6  # shuffles that hand a sample round
 
 
@@ -59,8 +68,8 @@ def loop_over_samples(code: list[tuple[str, str, str]]) -> dict[str, float | dic
     }
 
 
-def main(capability: str) -> None:
-    """Compile and list."""
+def kernels(capability: int) -> Iterator[dict[str, Any]]:
+    """Compile for a compute capability, and describe every kernel."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernels.cubin"
         includes = [f"-I{path}" for path in cpp_extension.include_paths("cuda")]
@@ -77,8 +86,36 @@ def main(capability: str) -> None:
         name = name.replace("(anonymous namespace)::", "").removeprefix("void ").partition("(")[0]
         resources = {key: int(n) for key, n in re.findall(r"(REG|STACK):(\d+)", used[symbol.strip()])}
         result = {"kernel": name.strip(), "registers": resources["REG"], "stack": resources["STACK"]}
-        print(json.dumps(result | loop_over_samples(INSTRUCTION.findall(body))), flush=True)
+        yield {"capability": capability} | result | loop_over_samples(INSTRUCTION.findall(body))
+
+
+def compiler_version() -> str:
+    """Of nvcc, in words."""
+    text = subprocess.run([compiler("cuda"), "--version"], capture_output=True, text=True, check=True).stdout
+    return f"nvcc {re.search(r'release ([0-9.]+)', text)[1]}"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("capabilities", type=int, nargs="+", help="such as 90 for Hopper")
+    parser.add_argument("--output", type=Path, help="file for the record")
+    arguments = parser.parse_args()
+    found = []
+    for capability in arguments.capabilities:
+        for kernel in kernels(capability):
+            found.append(kernel)
+            print(json.dumps(kernel), flush=True)
+    if arguments.output:
+        by_name = {(kernel["capability"], kernel["kernel"]): kernel for kernel in found}
+        chosen = [
+            {"name": name, **{k: v for k, v in by_name[capability, symbol].items() if k != "kinds"}}
+            for name, symbol in OF_THE_MODEL.items()
+            for capability in arguments.capabilities
+        ]
+        record = {"compiler": compiler_version(), "kernels": chosen}
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -1,45 +1,45 @@
 """The CUDA kernels as machine code: in registers, with few instructions per sample, adding in vectors."""
 
 import json
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
-from cuda_machine_code import cuobjdump
+from cuda_machine_code import OF_THE_MODEL, compiler_version, cuobjdump, kernels
 from ms_deform_attn.build import compiler
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(compiler("cuda") is None or torch.version.cuda is None, reason="no nvcc, or torch without CUDA"),
-    pytest.mark.skipif(cuobjdump() is None, reason="no program that lists machine code"),
-]
-
-SCRIPT = Path(__file__).with_name("cuda_machine_code.py")
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 # instructions per sample and group of lanes, head dimension 32
-MOST_INSTRUCTIONS = {
-    "forward_kernel<float, float, 4, 8>": 52,
-    "forward_kernel<c10::BFloat16, float, 8, 4>": 100,
-    "backward_kernel<float, float, 4, 8, true, true>": 135,
-    "backward_kernel<c10::BFloat16, float, 4, 8, true, true>": 150,
-}
+MOST_INSTRUCTIONS = {"forward, fp32": 52, "forward, bf16": 100, "backward, fp32": 150, "backward, bf16": 160}
 
 
+def test_the_tables_of_the_readme_are_those_of_the_records():
+    table = runpy.run_path(str(BENCHMARKS / "table.py"))
+    readme = table["README"].read_text()
+    assert table["updated"](readme) == readme
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiler("cuda") is None or torch.version.cuda is None, reason="no nvcc, or torch without CUDA")
+@pytest.mark.skipif(cuobjdump() is None, reason="no program that lists machine code")
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels(capability):
-    done = subprocess.run([sys.executable, SCRIPT, str(capability)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    kernels = {found["kernel"]: found for found in map(json.loads, done.stdout.splitlines())}
-    assert len(kernels) > 50
-    for name, found in kernels.items():
+    found = {kernel["kernel"]: kernel for kernel in kernels(capability)}
+    assert len(found) > 50
+    for name, kernel in found.items():
         if "double" not in name:
-            assert found["stack"] == 0, found
-            assert found["registers"] <= 64, found  # two blocks of 512 threads fit a multiprocessor
+            assert kernel["stack"] == 0, kernel
+            assert kernel["registers"] <= 64, kernel  # two blocks of 512 threads fit a multiprocessor
         if "backward" in name and ", 4, 8, true" in name:
             # four corners; from Hopper on one addition of four numbers each
-            assert sum(found["atomics"].values()) == (4 if capability >= 90 else 16), found
-            assert all(("x4" in kind) == (capability >= 90) for kind in found["atomics"]), found
-    if capability == 90:
-        for name, most in MOST_INSTRUCTIONS.items():
-            assert kernels[name]["instructions"] <= most, kernels[name]
+            assert sum(kernel["atomics"].values()) == (4 if capability >= 90 else 16), kernel
+            assert all(("x4" in kind) == (capability >= 90) for kind in kernel["atomics"]), kernel
+    for name, symbol in OF_THE_MODEL.items():
+        assert found[symbol]["instructions"] <= MOST_INSTRUCTIONS[name], found[symbol]
+    record = json.loads((BENCHMARKS / "machine_code.json").read_text())
+    if record["compiler"] == compiler_version():
+        recorded = {k["name"]: k for k in record["kernels"] if k["capability"] == capability}
+        for name, symbol in OF_THE_MODEL.items():
+            for key in ("registers", "stack", "instructions", "atomics"):
+                assert found[symbol][key] == recorded[name][key]
