@@ -308,7 +308,7 @@ def load(
             * a model of the course: `dimaskdino-shapes` or `maskdino-shapes`,
             * a model on the Hugging Face Hub: `owner/name` or `owner/name@revision`.
         device: `auto` takes a GPU if there is one, else the CPU; or any device of torch.
-        precision: precision of the forward pass: `fp32`, `bf16` or `fp16`.
+        precision: precision of the forward pass: `fp32`, `tf32`, `bf16` or `fp16`.
         overrides: `key=value` settings that differ from those stored with the model, such as
             `data.resize.shortest=640`.
         config: the configuration that a published checkpoint was trained with; by default inferred from the weights.

@@ -29,7 +29,7 @@ def test_predictions_are_those_of_the_cpu(name, monkeypatch):
         torch.testing.assert_close(found[stage].class_logits.cpu(), expected[stage].class_logits, rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_a_training_runs_to_its_end(shapes_data: Path, tmp_path: Path, precision: str):
     folder = RunFolder(tmp_path / "run")
     train(settings(shapes_data, f"train.precision={precision}"), folder)

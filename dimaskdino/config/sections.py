@@ -316,7 +316,9 @@ class Train(Section):
     accumulate: PositiveInt = Field(
         1, description="number of parts that each process splits its images into, to save memory"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
+        "fp32", description="fp32; on NVIDIA GPUs tf32: float32 with faster, coarser products; bf16 or fp16 by autocast"
+    )
     compile: bool = Field(False, description="compile the backbone and the pixel decoder with torch.compile")
     checkpoint_activations: bool = Field(
         False, description="recompute layers in the backward pass, to save memory for about a third more time"

@@ -83,6 +83,21 @@ def test_waiting_is_seen():
         torch.zeros(3, device=GPU) + torch.zeros(3)
 
 
+def test_tf32_lasts_until_the_next_precision(precision):
+    before = torch.get_float32_matmul_precision()
+    try:
+        with autocast(GPU, "tf32"):
+            assert not torch.is_autocast_enabled("cuda")
+        assert torch.get_float32_matmul_precision() == "high"  # for the backward pass
+        with autocast(torch.device("cpu"), "tf32"):
+            assert not torch.is_autocast_enabled("cpu")
+        with autocast(GPU, precision):
+            assert torch.is_autocast_enabled("cuda") == (precision == "bf16")
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_a_frozen_backbone_keeps_bfloat16_for_the_backward_pass(monkeypatch):
     """And nothing in float32: a ReLU after batch norm in float32 would keep twice the memory."""
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
