@@ -11,7 +11,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """The autocast context for a precision; does nothing for `fp32`.
 
-    On an NVIDIA GPU `tf32` lets the float32 matrix products of this process use TF32, whose mantissa has 10 bits and not
+    On an NVIDIA GPU `tf32` lets the float32 matrix products of this process use TF32, with a mantissa of 10 bits instead of
     23. That lasts until the next call for a GPU, so that it holds in the backward pass. Elsewhere `tf32` is `fp32`.
     PyTorch's convolutions use TF32 with every precision.
     """
