@@ -11,9 +11,9 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """The autocast context for a precision; does nothing for `fp32`.
 
-    On an NVIDIA GPU `tf32` lets the float32 matrix products of this process use TF32, with a mantissa of 10 bits instead of
-    23. That lasts until the next call for a GPU, so that it holds in the backward pass. Elsewhere `tf32` is `fp32`.
-    PyTorch's convolutions use TF32 with every precision.
+    On an NVIDIA GPU `tf32` lets float32 matrix products of this process use TF32, which keeps 10 of the 23 bits of the
+    mantissa. That lasts until the next call for a GPU, so that it holds in the backward pass. Elsewhere `tf32` is
+    `fp32`. PyTorch's convolutions use TF32 with every precision.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
