@@ -322,11 +322,10 @@ def test_the_detector_is_one_graph():
         "from dimaskdino.modeling import Detector, ImageBatch, Targets\n"
         "images = ImageBatch.from_images([torch.zeros(3, 64, 96, dtype=torch.uint8)] * 2)\n"
         "objects = torch.zeros(2, 5, dtype=torch.long), torch.rand(2, 5, 4), torch.zeros(2, 5, 64, 96).byte()\n"
-        "for name in ('shapes/dimaskdino_r18w32_2k', 'shapes/maskdino_r18'):\n"
-        "    detector = Detector(load_config(name, ['model.backbone.weights=null']).model)\n"
-        "    for targets in (None, Targets(*objects, (5, 3))):\n"
-        "        torch.compiler.reset()\n"
-        "        compiled = torch.compile(detector.train(targets is not None), fullgraph=True, backend='eager')\n"
-        "        assert compiled(images, targets).last.boxes.shape[0] == 2\n"
+        "detector = Detector(load_config('shapes/dimaskdino_r18w32_2k').model)\n"
+        "for targets in (None, Targets(*objects, (5, 3))):\n"
+        "    torch.compiler.reset()\n"
+        "    compiled = torch.compile(detector.train(targets is not None), fullgraph=True, backend='eager')\n"
+        "    assert compiled(images, targets).last.boxes.shape[0] == 2\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
