@@ -12,6 +12,7 @@ measurement of `dimaskdino.benchmarks.model`), the operator's measurements, and 
 import itertools
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -57,7 +58,8 @@ def cases(step: Step, folder: Path, versions: Iterable[str] = (), dry_run: bool 
     Args:
         step: its name.
         folder: for the results.
-        versions: NAME=FILE of other versions of the kernels, timed beside the operator's.
+        versions: NAME=FILE of other versions of the kernels, timed beside the operator's and those of
+            `ops/benchmarks/variants.py`.
         dry_run: the same commands on the CPU, with small inputs.
     """
     if step == "operator":
@@ -75,8 +77,12 @@ def _operator_cases(folder: Path, versions: Iterable[str], dry_run: bool) -> lis
     python = sys.executable
     device, backends = ("cpu", "cpu") if dry_run else ("cuda", "cuda or triton")
     benchmark = [python, "-m", "ms_deform_attn.benchmark", "--device", device, "--output", str(folder)]
+    if dry_run:
+        benchmark += ["--rounds", "1", "--queries", "decoder"]
+    else:
+        files = runpy.run_path("ops/benchmarks/variants.py")["write"](folder / "variants")
+        versions = [*versions, *(f"{name}={file}" for name, file in files.items())]
     benchmark += [x for version in versions for x in ("--kernels", version)]
-    benchmark += ["--rounds", "1", "--queries", "decoder"] if dry_run else []
     smoke = f"({backends}) and (definition or precision or odd_sizes) and not emulated"
     return [
         Case("build the kernels", (python, "-m", "ms_deform_attn", "build", device)),

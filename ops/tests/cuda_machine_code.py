@@ -25,7 +25,7 @@ OF_THE_MODEL = {
     "backward, fp32": "backward_kernel<float, float, 4, 8, true, true>",
     "backward, bf16": "backward_kernel<c10::BFloat16, float, 4, 8, true, true>",
 }
-BROADCAST = 6  # shuffles that hand a sample round
+SHUFFLES, LOADS = 6, 2  # that hand a sample round: between lanes, or from shared memory
 
 
 def cuobjdump() -> Path | None:
@@ -55,9 +55,10 @@ def loop_over_samples(code: list[tuple[str, str, str]]) -> dict[str, float | dic
     best: list[str] = []
     samples = 0
     for body in loops(code):
-        shuffles = sum(x.startswith("SHFL.IDX") for x in body)
-        if shuffles >= BROADCAST and (not best or len(body) < len(best)):
-            best, samples = body, shuffles // BROADCAST
+        shuffles, loads = (sum(x.startswith(kind) for x in body) for kind in ("SHFL.IDX", "LDS"))
+        handed = shuffles // SHUFFLES or loads // LOADS
+        if handed and (not best or len(body) < len(best)):
+            best, samples = body, handed
     if not best:
         return {}
     kinds = collections.Counter(x.split(".")[0] for x in best)
@@ -68,13 +69,13 @@ def loop_over_samples(code: list[tuple[str, str, str]]) -> dict[str, float | dic
     }
 
 
-def kernels(capability: int) -> Iterator[dict[str, Any]]:
+def kernels(capability: int, source: Path = SOURCES["cuda"]) -> Iterator[dict[str, Any]]:
     """Compile for a compute capability, and describe every kernel."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernels.cubin"
         includes = [f"-I{path}" for path in cpp_extension.include_paths("cuda")]
         command = [compiler("cuda"), *CUDA_FLAGS, *includes, f"-arch=sm_{capability}", "-cubin", "-o", file]
-        subprocess.run([*command, SOURCES["cuda"]], check=True)
+        subprocess.run([*command, source], check=True)
         listed = {
             option: subprocess.run([cuobjdump(), option, file], capture_output=True, text=True, check=True).stdout
             for option in ("-res-usage", "-sass")
@@ -99,11 +100,12 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("capabilities", type=int, nargs="+", help="such as 90 for Hopper")
+    parser.add_argument("--source", type=Path, default=SOURCES["cuda"], help="another version of csrc/cuda.cu")
     parser.add_argument("--output", type=Path, help="file for the record")
     arguments = parser.parse_args()
     found = []
     for capability in arguments.capabilities:
-        for kernel in kernels(capability):
+        for kernel in kernels(capability, arguments.source):
             found.append(kernel)
             print(json.dumps(kernel), flush=True)
     if arguments.output:

@@ -44,6 +44,8 @@ def translated(source: str, architecture: int) -> str:
     source, launches = LAUNCH.subn(r"emulation::launch(\2, \1, ", source)
     assert launches > 0
     assert "<<<" not in source
+    shared = r"emulation::shared<\1>(__COUNTER__, \3)"
+    source = re.sub(r"__shared__ ([\w<>, ]+?) (\w+)\[(.+?)\];", rf"\1* const \2 = {shared};", source)
     source = source.replace("__CUDA_ARCH__", "EMULATED_ARCHITECTURE").replace("at::empty(", "emulation::empty(")
     source, registered = re.subn(r"(TORCH_LIBRARY_IMPL\(\w+, )CUDA,", r"\1CPU,", source)
     assert registered == 1

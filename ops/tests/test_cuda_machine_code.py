@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import variants
 from cuda_machine_code import OF_THE_MODEL, compiler_version, cuobjdump, kernels
 from ms_deform_attn.build import compiler
 
@@ -20,9 +21,23 @@ def test_the_tables_of_the_readme_are_those_of_the_records():
     assert table["updated"](readme) == readme
 
 
+needs_compiler = pytest.mark.skipif(
+    compiler("cuda") is None or torch.version.cuda is None or cuobjdump() is None,
+    reason="no nvcc, torch without CUDA, or no program that lists machine code",
+)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(compiler("cuda") is None or torch.version.cuda is None, reason="no nvcc, or torch without CUDA")
-@pytest.mark.skipif(cuobjdump() is None, reason="no program that lists machine code")
+@needs_compiler
+@pytest.mark.parametrize("name", variants.VARIANTS)
+def test_other_versions_stay_in_registers(name, tmp_path):
+    found = {kernel["kernel"]: kernel for kernel in kernels(90, variants.write(tmp_path)[name])}
+    for symbol in OF_THE_MODEL.values():
+        assert found[symbol]["stack"] == 0, found[symbol]
+
+
+@pytest.mark.slow
+@needs_compiler
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels(capability):
     found = {kernel["kernel"]: kernel for kernel in kernels(capability)}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import emulated
 import pytest
+import variants
 from ms_deform_attn.build import SOURCES
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not emulated.possible(), reason="needs g++ on Linux")]
@@ -55,6 +56,21 @@ def test_under_a_sanitizer(check, tmp_path):
     done = run_tests(check, tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("check", ["", "races"])
+@pytest.mark.parametrize("name", variants.VARIANTS)
+def test_other_versions_of_the_kernels(name, check, tmp_path):
+    done = run_tests(check, tmp_path, variants.VARIANTS[name].source())
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_a_barrier_that_is_missing_is_found(tmp_path):
+    source = variants.VARIANTS["shared_memory"].source()
+    barrier = "__syncwarp();  // the samples before have been read"
+    assert barrier in source
+    done = run_tests("races", tmp_path, source.replace(barrier, ""))
+    assert "CUDA emulation: a race" in done.stdout + done.stderr
 
 
 # name, check that finds it, source, what is put in its place

@@ -16,11 +16,13 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -32,7 +34,6 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static
 
 struct uint3 {
   unsigned x, y, z;
@@ -41,6 +42,10 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct alignas(8) int2 {
+  int x, y;
+};
+inline int2 make_int2(int x, int y) { return {x, y}; }
 using std::floor, std::max, std::min;
 
 namespace c10::cuda {
@@ -66,7 +71,7 @@ enum class Status { ready, in_shuffle, at_barrier, ended };
 struct Shuffle {
   int place;  // in the source
   unsigned mask;
-  int width;
+  int width;  // 0: a barrier of the warp
   bool operator==(const Shuffle&) const = default;
 };
 
@@ -84,8 +89,17 @@ struct Thread {
   std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
 };
 
+// Memory of a block. It is kept until the launch ends, so that no two blocks have the same.
+struct Shared {
+  unsigned block;
+  int place;
+  std::unique_ptr<std::max_align_t[]> bytes;
+};
+
 struct Machine {
   std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<Shared> shared;
+  std::array<unsigned, MOST_THREADS / WARP> warp_phases{};
   Thread* current = nullptr;
   ucontext_t context{};
   jmp_buf place{};
@@ -130,6 +144,7 @@ EMULATION_CODE void life_of_a_thread() {  // it serves one launch after the othe
 EMULATION_CODE void resume(Thread& thread) {
   machine.current = &thread;
   emulated_thread.thread = thread.index.x;
+  emulated_thread.warp_phase = machine.warp_phases[thread.index.x / WARP];
 #if defined(__SANITIZE_ADDRESS__)
   thread.started = true;
   __sanitizer_start_switch_fiber(&machine.shadow, thread.stack.get(), STACK_BYTES);
@@ -174,6 +189,7 @@ inline bool complete_shuffle(Thread* const* lanes, int count) {
     if (lanes[i]->status == Status::at_barrier && first->shuffle.mask >> i & 1)
       fail("a shuffle waits for a lane that waits at a barrier");
   }
+  if (first->shuffle.width == 0) ++machine.warp_phases[first->index.x / WARP];
   for (int i = 0; i < count; ++i) {
     if (lanes[i]->status != Status::in_shuffle) continue;
     const int source = lanes[i]->source;
@@ -202,6 +218,7 @@ inline void run_block(unsigned size) {
     all[i]->lane = static_cast<int>(i % WARP);
   }
   emulated_thread.phase = 0;
+  machine.warp_phases = {};
   emulated_thread.stack_bytes = STACK_BYTES;
   for (;;) {
     for (unsigned first = 0; first < size; first += WARP) {
@@ -249,6 +266,7 @@ void launch(unsigned grid, unsigned block, size_t, c10::cuda::CUDAStream, Kernel
     machine.threads.clear();  // they stand in the middle of the kernel
     TORCH_CHECK(false, std::exchange(machine.error, {}));
   }
+  machine.shared.clear();
 }
 
 // ------------------------------------------------------------------------------------------ what kernels call
@@ -257,8 +275,8 @@ template <typename T>
 EMULATION_CODE T shuffle(int place, unsigned mask, T value, int source, int width) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   Thread& self = *machine.current;
-  if (width < 1 || width > WARP || (width & (width - 1))) fail("a shuffle of width " + std::to_string(width));
-  if (source / width != self.lane / width) fail("a shuffle from lane " + std::to_string(source) + ", of another group");
+  if (width > WARP || (width & (width - 1))) fail("a shuffle of width " + std::to_string(width));
+  if (width && source / width != self.lane / width) fail("a shuffle from lane " + std::to_string(source) + ", of another group");
   __builtin_memcpy(&self.value, &value, sizeof(T));
   self.shuffle = {place, mask, width};
   self.source = source;
@@ -275,6 +293,28 @@ EMULATION_CODE T add(T* to, T value) {
   const T before = *to;
   *to = before + value;
   return before;
+}
+
+// An array in shared memory, which holds NaN at first.
+template <typename T>
+EMULATION_CODE T* shared(int place, size_t count) {
+  static_assert(alignof(T) <= alignof(std::max_align_t));
+  auto* const stack = emulated_thread.stack;
+  emulated_thread.stack = nullptr;  // what follows is no kernel's
+  const auto found = std::find_if(machine.shared.begin(), machine.shared.end(), [&](const Shared& made) {
+    return made.block == block_index.x && made.place == place;
+  });
+  std::max_align_t* bytes;
+  if (found != machine.shared.end()) {
+    bytes = found->bytes.get();
+  } else {
+    const size_t units = count * sizeof(T) / sizeof(std::max_align_t) + 1;
+    machine.shared.push_back({block_index.x, place, std::make_unique<std::max_align_t[]>(units)});
+    bytes = machine.shared.back().bytes.get();
+    std::memset(bytes, 0xff, units * sizeof(std::max_align_t));
+  }
+  emulated_thread.stack = stack;
+  return reinterpret_cast<T*>(bytes);
 }
 
 // What memory from at::empty holds on a GPU is anybody's guess.
@@ -294,6 +334,8 @@ inline at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options)
   emulation::shuffle(__COUNTER__, mask, value, emulation::machine.current->lane / (width) * (width) + (source) % (width), width)
 #define __shfl_xor_sync(mask, value, other, width) \
   emulation::shuffle(__COUNTER__, mask, value, emulation::machine.current->lane ^ (other), width)
+
+#define __syncwarp() emulation::shuffle(__COUNTER__, 0xffffffffu, 0, emulation::machine.current->lane, 0)
 
 EMULATION_CODE void __syncthreads() {
   emulation::machine.current->status = emulation::Status::at_barrier;

@@ -1,6 +1,7 @@
 // Races between CUDA threads: the functions that the compiler calls at every memory access under -fsanitize=thread, in
 // the place of ThreadSanitizer's own. Two accesses to the same bytes in one launch are a race if they come from different
-// threads, at least one writes, not both are atomic, and no barrier of their common block lies between them.
+// threads, at least one writes, not both are atomic, and no barrier of their common block or warp lies between them.
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -14,10 +15,13 @@ namespace {
 enum Kind { READ, WRITE, ATOMIC };
 const char* const NAMES[] = {"read", "write", "atomic addition"};
 
+enum Scope { THREAD, WARP, BLOCK, GRID };
+constexpr unsigned WARP_SIZE = 32;
+
 struct Access {
   uint64_t launch = 0;
-  unsigned block = 0, thread = 0, phase = 0;
-  bool by_several = false;  // other threads made the same access in this phase
+  unsigned block = 0, thread = 0, phase = 0, warp_phase = 0;
+  Scope scope = THREAD;  // who made it since it was last certain to be over
   Kind kind = READ;
 };
 struct Granule {
@@ -27,16 +31,27 @@ constexpr uintptr_t BYTES = 2;  // of a granule: the smallest type in use
 std::unordered_map<uintptr_t, Granule> memory;
 uint64_t launch_of_memory = 0;
 
+// The smallest group that holds the threads of an access and the one that runs.
+Scope common(const Access& before, const EmulatedThread& now) {
+  Scope scope = GRID;
+  if (before.block == now.block) scope = BLOCK;
+  if (scope == BLOCK && before.thread / WARP_SIZE == now.thread / WARP_SIZE) scope = WARP;
+  if (scope == WARP && before.thread == now.thread) scope = THREAD;
+  return std::max(scope, before.scope);
+}
+
 bool ordered(const Access& before, const EmulatedThread& now) {
   if (before.launch != now.launch) return true;
-  if (before.block != now.block) return false;
-  return before.phase != now.phase || (before.thread == now.thread && !before.by_several);
+  const Scope scope = common(before, now);
+  if (scope == GRID) return false;
+  if (before.phase != now.phase) return true;
+  if (scope == BLOCK) return false;
+  return before.warp_phase != now.warp_phase || scope == THREAD;
 }
 
 void note(Access& last, const EmulatedThread& now, Kind kind) {
-  const bool same_phase = last.launch == now.launch && last.block == now.block && last.phase == now.phase;
-  const bool others = last.launch == now.launch && !(same_phase && last.thread == now.thread && !last.by_several);
-  last = {now.launch, now.block, now.thread, now.phase, others, kind};
+  const Scope scope = ordered(last, now) ? THREAD : common(last, now);
+  last = {now.launch, now.block, now.thread, now.phase, now.warp_phase, scope, kind};
 }
 
 [[noreturn]] void report(const void* address, const EmulatedThread& now, Kind kind, const Access& before) {

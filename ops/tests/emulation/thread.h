@@ -5,7 +5,8 @@
 
 struct EmulatedThread {
   uint64_t launch;
-  unsigned block, thread, phase;  // phase: barriers passed
+  unsigned block, thread;
+  unsigned phase, warp_phase;  // barriers passed by the block, and by the warp
   const char* stack;              // nullptr outside kernels
   size_t stack_bytes;
 };
