@@ -113,7 +113,8 @@ def test_the_scenes_of_the_chapters_are_those_of_their_command(tmp_path):
     for number in range(2):
         made, kept = (folder / "images" / "val" / f"{number:06}.jpg" for folder in (tmp_path / "made", shipped))
         with Image.open(made) as a, Image.open(kept) as b:
-            assert np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() < 1  # other processors round differently
+            # other processors round differently
+            assert np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() < 1
     contents = [
         json.loads((folder / "annotations" / "val.json").read_text()) for folder in (tmp_path / "made", shipped)
     ]
