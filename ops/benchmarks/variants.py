@@ -83,6 +83,26 @@ VARIANTS = {
             ("broadcast<GW>(own, i)", "received<GW>(weights, places, i)"),
         ),
     ),
+    "two_heads": Variant(
+        "a block reads both heads of a cache line, which holds two of 32 channels in bf16",
+        (
+            ("constexpr int GROUPS = THREADS / GW;", "constexpr int GROUPS = THREADS / GW / 2;  // queries"),
+            (
+                "const int group = threadIdx.x / GW;",
+                "const int group = threadIdx.x / GW % GROUPS, half = threadIdx.x / GW / GROUPS;\n"
+                "    const int pairs = (s.heads + 1) / 2;",
+            ),
+            ("head = static_cast<int>(bh % s.heads);", "head = static_cast<int>(bh % pairs) * 2 + half;"),
+            ("b = bh / s.heads;", "b = bh / pairs;"),
+            ("active = q < s.Q;", "active = q < s.Q && head < s.heads;"),
+            (
+                "active = x < levels.width[level] && y < levels.height[level];",
+                "active = x < levels.width[level] && y < levels.height[level] && head < s.heads;",
+            ),
+            ("walk_of<THREADS / gw()>", "walk_of<THREADS / gw() / 2>"),
+            ("grid_of(walk.blocks * s.B * s.heads)", "grid_of(walk.blocks * s.B * ((s.heads + 1) / 2))"),
+        ),
+    ),
 }
 
 
