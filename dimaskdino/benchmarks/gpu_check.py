@@ -116,6 +116,9 @@ def _model_cases(folder: Path, compiled: bool, dry_run: bool) -> list[Case]:
         command += [*shape, "--repeat", "1" if dry_run else "10", "--output", str(folder / "models.jsonl")]
         label = f"{task}, {images} of {size.replace(' ', 'x')}, {name.partition('_')[0]}, {precision}"
         found.append(Case(label + ", compiled" * compiled, tuple(command)))
+        if compiled and task == "inference":
+            without = [word for word in command if word != "train.compile=true"]
+            found.append(Case(label + ", CUDA graph", (*without, "--graphs")))
     return found
 
 
@@ -194,14 +197,12 @@ def outlook(measurements: Iterable[Mapping[str, Any]], steps: int) -> list[str]:
     Returns:
         Lines of text. The time on several GPUs is that of each one's share, without communication.
     """
-    latest = {
-        tuple(m[key] for key in ("task", "precision", "compiled", "config", "height", "images")): m["seconds"]
-        for m in measurements
-    }
+    keys = ("task", "precision", "compiled", "graphs", "config", "height", "images")
+    latest = {tuple(m[key] for key in keys): m["seconds"] for m in measurements}
     lines = []
-    for (task, precision, compiled, config, height, images), seconds in latest.items():
-        how = f"{precision}{', compiled' if compiled else ''}"
-        baseline = latest.get((task, precision, compiled, BASELINE, height, images))
+    for (task, precision, compiled, graphs, config, height, images), seconds in latest.items():
+        how = f"{precision}{', compiled' * compiled}{', CUDA graph' * graphs}"
+        baseline = latest.get((task, precision, compiled, graphs, BASELINE, height, images))
         if config == MODEL and baseline is not None:
             lines.append(
                 f"{task}, {how}, {images} of height {height}: {images / seconds:.1f} images/s, MaskDINO "

@@ -34,6 +34,7 @@ from dimaskdino.training.optimizer import build_optimizer
 from dimaskdino.training.trainer import arrange
 
 Task = Literal["inference", "training"]
+WARM_UP = 3  # a CUDA graph is recorded in the second repetition
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Timing:
         images: number of images per repetition.
         images_per_second: images / median.
         precision, compiled, parts_per_step: as `train.precision`, `train.compile` and `train.accumulate` were.
+        graphs: whether the whole detector was compiled, and replayed as a CUDA graph.
         synchronisations: number of times the CPU waited for the device in one repetition (CUDA).
         peak_memory_gib: of the process (CPU) or of the device's allocations (CUDA).
         gflop: floating-point operations of one repetition, forward only; deformable attention is included where
@@ -64,6 +66,7 @@ class Timing:
     images_per_second: float
     precision: str
     compiled: bool
+    graphs: bool
     parts_per_step: int
     synchronisations: int | None
     peak_memory_gib: float
@@ -90,14 +93,26 @@ def synthetic_sample(height: int, width: int, objects: int, classes: int, seed: 
     return Sample(image, labels, torch.from_numpy(masks), 0, "synthetic", (height, width))
 
 
-def measure(config: Config, task: Task, height: int, width: int, objects: int, repeat: int, images: int = 1) -> Timing:
-    """Time a task on synthetic images with random weights, after one repetition to warm up.
+def measure(
+    config: Config,
+    task: Task,
+    height: int,
+    width: int,
+    objects: int,
+    repeat: int,
+    images: int = 1,
+    graphs: bool = False,
+) -> Timing:
+    """Time a task on synthetic images with random weights, after three repetitions to warm up.
 
     `train.precision`, `train.compile`, `train.checkpoint_activations` and, in training, `train.accumulate` apply as in
     a real run, except for the loss scale of fp16.
     """
     detector, device, run = prepare(config, task, height, width, objects, images)
-    run()
+    if graphs:
+        detector.compile(mode="reduce-overhead")
+    for _ in range(WARM_UP):
+        run()
     times = []
     for _ in range(repeat):
         started = time.perf_counter()
@@ -106,7 +121,7 @@ def measure(config: Config, task: Task, height: int, width: int, objects: int, r
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     clocks = []
-    for _ in range(0 if config.train.compile else repeat):
+    for _ in range(0 if config.train.compile or graphs else repeat):
         with PartClock(detector, device) as clock:
             run(clock)
         clocks.append(clock.seconds)
@@ -122,10 +137,11 @@ def measure(config: Config, task: Task, height: int, width: int, objects: int, r
         images_per_second=images / statistics.median(times),
         precision=config.train.precision,
         compiled=config.train.compile,
+        graphs=graphs,
         parts_per_step=config.train.accumulate if task == "training" else 1,
         synchronisations=_count_synchronisations(run) if device.type == "cuda" else None,
         peak_memory_gib=_peak_memory(device),
-        gflop=count_gflop(run) if task == "inference" and not config.train.compile else None,
+        gflop=count_gflop(run) if task == "inference" and not (config.train.compile or graphs) else None,
         parameters=sum(p.numel() for p in detector.parameters()),
         device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         threads=torch.get_num_threads(),
@@ -284,6 +300,7 @@ def main(
     images: int = 1,
     objects: int = 7,
     repeat: int = 5,
+    graphs: bool = False,
     backend: Annotated[Literal["auto", "reference"], tyro.conf.arg(help="deformable-attention operator")] = "auto",
     output: Path | None = None,
 ) -> None:
@@ -296,7 +313,8 @@ def main(
         size: Height and width of the images.
         images: Number of images per repetition; a training step splits them into train.accumulate parts.
         objects: Number of objects per image.
-        repeat: Number of repetitions after the first; the median is reported.
+        repeat: Number of repetitions after the warm-up; the median is reported.
+        graphs: Compile the whole detector, and replay it as a CUDA graph: for inference at one size.
         backend: Deformable-attention operator.
         output: File to append the results to, one line of json each.
     """
@@ -307,12 +325,12 @@ def main(
         return
     ms_deform_attn.set_backend(backend)
     height, width = size or ((800, 1088) if task == "inference" else (512, 512))
-    result = measure(load_config(config, overrides), task, height, width, objects, repeat, images)
+    result = measure(load_config(config, overrides), task, height, width, objects, repeat, images, graphs)
     gflop = f", {result.gflop:.0f} GFLOP" if result.gflop else ""
+    how = f"{result.precision}{', compiled' * result.compiled}{', CUDA graph' * result.graphs}"
     print(
-        f"{config.stem}, {task}, {images} of {height}x{width}, {result.precision}"
-        f"{', compiled' if result.compiled else ''}: {result.seconds:.2f} s (from {result.fastest:.2f} to "
-        f"{result.slowest:.2f}, {repeat} times), {result.images_per_second:.2f} images/s, "
+        f"{config.stem}, {task}, {images} of {height}x{width}, {how}: {result.seconds:.2f} s (from "
+        f"{result.fastest:.2f} to {result.slowest:.2f}, {repeat} times), {result.images_per_second:.2f} images/s, "
         f"peak {result.peak_memory_gib:.1f} GiB{gflop}, {result.parameters / 1e6:.1f} M parameters; "
         f"{result.device}, {result.threads} threads, torch {result.torch}, {result.operator}"
     )
