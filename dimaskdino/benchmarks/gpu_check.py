@@ -235,7 +235,8 @@ def main(
     if not torch.cuda.is_available() and not dry_run:
         raise UserError("no GPU that torch can use; --dry-run tries the commands on the CPU")
     if dry_run:
-        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1"}
+        # one thread: two wait for each other on a machine that does something else
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     problems = []
     for step in steps:
         problems += run(step, cases(step, folder, kernels, dry_run), folder, 60 * minutes)
