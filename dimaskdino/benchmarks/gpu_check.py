@@ -52,7 +52,9 @@ class Case:
     seconds: float = 300
 
 
-def cases(step: Step, folder: Path, versions: Iterable[str] = (), dry_run: bool = False) -> list[Case]:
+def cases(
+    step: Step, folder: Path, versions: Iterable[str] = (), mmcv: Path | None = None, dry_run: bool = False
+) -> list[Case]:
     """The cases of a step, the most important first.
 
     Args:
@@ -60,10 +62,11 @@ def cases(step: Step, folder: Path, versions: Iterable[str] = (), dry_run: bool 
         folder: for the results.
         versions: NAME=FILE of other versions of the kernels, timed beside the operator's and those of
             `ops/benchmarks/variants.py`.
+        mmcv: unpacked source distribution of mmcv, for the original kernel in the comparison.
         dry_run: the same commands on the CPU, with small inputs.
     """
     if step == "operator":
-        return _operator_cases(folder, versions, dry_run)
+        return _operator_cases(folder, versions, mmcv, dry_run)
     if step == "tests":
         return _test_cases(folder, dry_run)
     return _model_cases(folder, compiled=step == "compiled", dry_run=dry_run)
@@ -73,7 +76,7 @@ def _pytest(*arguments: str) -> tuple[str, ...]:
     return sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments
 
 
-def _operator_cases(folder: Path, versions: Iterable[str], dry_run: bool) -> list[Case]:
+def _operator_cases(folder: Path, versions: Iterable[str], mmcv: Path | None, dry_run: bool) -> list[Case]:
     python = sys.executable
     device, backends = ("cpu", "cpu") if dry_run else ("cuda", "cuda or triton")
     benchmark = [python, "-m", "ms_deform_attn.benchmark", "--device", device, "--output", str(folder)]
@@ -82,6 +85,7 @@ def _operator_cases(folder: Path, versions: Iterable[str], dry_run: bool) -> lis
     else:
         files = runpy.run_path("ops/benchmarks/variants.py")["write"](folder / "variants")
         versions = [*versions, *(f"{name}={file}" for name, file in files.items())]
+        benchmark += ["--mmcv", str(mmcv)] if mmcv else []
     benchmark += [x for version in versions for x in ("--kernels", version)]
     smoke = f"({backends}) and (definition or precision or odd_sizes) and not emulated"
     return [
@@ -219,6 +223,7 @@ def main(
     steps: tuple[Step, ...] = get_args(Step),
     minutes: float = 8,
     kernels: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=FILE ...")] = (),
+    mmcv: Path | None = None,
     dry_run: bool = False,
 ) -> int:
     """Measure and test on a GPU, in steps that can be interrupted and resumed.
@@ -230,6 +235,7 @@ def main(
         steps: What to run, in this order.
         minutes: Time for each step. What is left runs with the next call.
         kernels: Other versions of csrc/cuda.cu to time beside it.
+        mmcv: Unpacked source distribution of mmcv, for the original kernel of Deformable DETR in the comparison.
         dry_run: Run the same commands on the CPU, with small inputs and without compiling the models.
     """
     if not torch.cuda.is_available() and not dry_run:
@@ -239,7 +245,7 @@ def main(
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     problems = []
     for step in steps:
-        problems += run(step, cases(step, folder, kernels, dry_run), folder, 60 * minutes)
+        problems += run(step, cases(step, folder, kernels, mmcv, dry_run), folder, 60 * minutes)
     measured = folder / "models.jsonl"
     measurements = map(json.loads, measured.read_text().splitlines()) if measured.exists() else []
     schedule = load_config(CONFIGS / f"{MODEL}.yaml").schedule
