@@ -66,6 +66,75 @@ _SHARED = """  const Work<GW> work(s, levels, walk);
   __shared__ int2 places[THREADS + THREADS / GW];
   const int mine_at = threadIdx.x / GW * (GW + 1) + work.lane;"""
 
+_ADDED_AT_ONCE = """            if (VALUE && at.weight[k] != acc_t(0)) {
+              acc_t part[VEC];
+#pragma unroll
+              for (int c = 0; c < VEC; ++c) part[c] = at.weight[k] * grad[c];
+              atomic_add<VEC>(row_of(sums, at.token[k], row_bytes_of_sums), part);
+            }
+"""
+
+_LISTS = """  const unsigned row_bytes_of_sums = static_cast<unsigned>(row) * sizeof(acc_t);
+  // The corners of the samples in hand, sorted into buckets by their tokens' last bits, and the gradients of the block.
+  constexpr int BUCKETS = 1024, GROUPS = THREADS / GW;
+  __shared__ int counts[BUCKETS];
+  __shared__ int corner_token[4 * THREADS];
+  __shared__ short corner_group[4 * THREADS];
+  __shared__ acc_t corner_weight[4 * THREADS];
+  __shared__ acc_t grads[THREADS * VEC];
+"""
+
+_ADDED_BY_BUCKET = """      if (VALUE) {
+        for (int i = threadIdx.x; i < BUCKETS; i += THREADS) counts[i] = 0;
+#pragma unroll
+        for (int c = 0; c < VEC; ++c) grads[threadIdx.x * VEC + c] = grad[c];
+        __syncthreads();
+        int token[4], rank[4];  // rank: in its bucket
+        acc_t weight[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const acc_t w = own.attention * (k >> 1 ? own.bottom : own.top) * (k & 1 ? own.right : own.left);
+          weight[k] = own.steps >= 0 ? w : acc_t(0);
+          token[k] = own.token + (k & 1 ? own.steps & 1 : 0) + (k >> 1 ? own.steps >> 1 : 0);
+          if (weight[k] != acc_t(0)) rank[k] = atomicAdd(&counts[token[k] % BUCKETS], 1);
+        }
+        __syncthreads();
+        for (int step = 1; step < BUCKETS; step *= 2) {  // counts become the ends of the buckets
+          int before[BUCKETS / THREADS];
+          for (int j = 0; j < BUCKETS / THREADS; ++j) {
+            const int i = threadIdx.x + j * THREADS;
+            before[j] = i >= step ? counts[i - step] : 0;
+          }
+          __syncthreads();
+          for (int j = 0; j < BUCKETS / THREADS; ++j) counts[threadIdx.x + j * THREADS] += before[j];
+          __syncthreads();
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          if (weight[k] == acc_t(0)) continue;
+          const int bucket = token[k] % BUCKETS, to = (bucket ? counts[bucket - 1] : 0) + rank[k];
+          corner_token[to] = token[k];
+          corner_weight[to] = weight[k];
+          corner_group[to] = static_cast<short>(threadIdx.x / GW);
+        }
+        __syncthreads();
+        for (int bucket = threadIdx.x / GW; bucket < BUCKETS; bucket += GROUPS) {
+          const int end = counts[bucket];
+          acc_t part[VEC] = {};
+          for (int i = bucket ? counts[bucket - 1] : 0; i < end; ++i) {
+            const int from = (corner_group[i] * GW + work.lane) * VEC, to = corner_token[i];
+#pragma unroll
+            for (int c = 0; c < VEC; ++c) part[c] += corner_weight[i] * grads[from + c];
+            if (i + 1 < end && corner_token[i + 1] == to) continue;
+            if (d < s.D) atomic_add<VEC>(row_of(sums, to, row_bytes_of_sums), part);
+#pragma unroll
+            for (int c = 0; c < VEC; ++c) part[c] = 0;
+          }
+        }
+        __syncthreads();
+      }
+      if (!SAMPLES || !work.active || work.lane >= count) continue;"""
+
 VARIANTS = {
     "threads_256": Variant(
         "smaller blocks end more evenly, and leave registers to more of them",
@@ -81,6 +150,14 @@ VARIANTS = {
             ("  const Work<GW> work(s, levels, walk);", _SHARED),
             ("      const int count = min(GW, s.samples - first);", _HANDED),
             ("broadcast<GW>(own, i)", "received<GW>(weights, places, i)"),
+        ),
+    ),
+    "block_sums": Variant(
+        "backward: what a block's queries add to the same cell is summed before it goes to global memory",
+        (
+            ("  const unsigned row_bytes_of_sums = static_cast<unsigned>(row) * sizeof(acc_t);\n", _LISTS),
+            (_ADDED_AT_ONCE, ""),
+            ("      if (!SAMPLES || !work.active || work.lane >= count) continue;", _ADDED_BY_BUCKET),
         ),
     ),
     "two_heads": Variant(
