@@ -240,6 +240,8 @@ def main(
     """
     if not torch.cuda.is_available() and not dry_run:
         raise UserError("no GPU that torch can use; --dry-run tries the commands on the CPU")
+    if not Path("ops", "tests").is_dir():
+        raise UserError("run this in the top folder of a checkout, which has the tests")
     if dry_run:
         # one thread: two wait for each other on a machine that does something else
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}

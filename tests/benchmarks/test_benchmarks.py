@@ -11,9 +11,10 @@ import torch
 from small import settings
 
 from dimaskdino.benchmarks.dataloader import measure as measure_loading
-from dimaskdino.benchmarks.gpu_check import BASELINE, MODEL, Case, Step, cases, outlook, run
+from dimaskdino.benchmarks.gpu_check import BASELINE, MODEL, Case, Step, cases, main, outlook, run
 from dimaskdino.benchmarks.model import PartClock, measure
 from dimaskdino.config import load_config
+from dimaskdino.errors import UserError
 from dimaskdino.modeling import Detector, ImageBatch
 
 ROOT = Path(__file__).parent.parent.parent
@@ -88,6 +89,15 @@ def test_the_gpu_check_goes_on_after_failures_and_resumes(tmp_path, capsys):
         ("good", 0), ("bad", 1), ("slow", 124), ("absent", 127), ("last", 0), ("bad", 0),
     ]  # fmt: skip
     assert run("operator", [python("late", "")], tmp_path / "out", 0) == ["not run, for want of time: late"]
+
+
+def test_the_gpu_check_says_what_it_needs(tmp_path, monkeypatch):
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no GPU that torch can use; --dry-run"):
+            main(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="top folder of a checkout"):
+        main(tmp_path, dry_run=True)
 
 
 def test_outlook_of_the_gpu_check():
