@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from machine_code import listing
 from ms_deform_attn.build import CUDA_FLAGS, SOURCES, compiler
 from torch.utils import cpp_extension
 
@@ -26,16 +27,6 @@ OF_THE_MODEL = {
     "backward, bf16": "backward_kernel<c10::BFloat16, float, 4, 8, true, true>",
 }
 SHUFFLES, LOADS = 6, 2  # that hand a sample round: between lanes, or from shared memory
-
-
-def cuobjdump() -> Path | None:
-    """The program that lists machine code, from Triton."""
-    try:
-        import triton
-    except ImportError:
-        return None
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return path if path.exists() else None
 
 
 def loops(code: list[tuple[str, str, str]]) -> list[list[str]]:
@@ -76,17 +67,14 @@ def kernels(capability: int, source: Path = SOURCES["cuda"]) -> Iterator[dict[st
         includes = [f"-I{path}" for path in cpp_extension.include_paths("cuda")]
         command = [compiler("cuda"), *CUDA_FLAGS, *includes, f"-arch=sm_{capability}", "-cubin", "-o", file]
         subprocess.run([*command, source], check=True)
-        listed = {
-            option: subprocess.run([cuobjdump(), option, file], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        }
-    used = dict(re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", listed["-res-usage"]))
-    for text in re.split(r"\n\s*Function : ", listed["-sass"])[1:]:
+        resources, listed = listing(file)
+    used = dict(re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", resources))
+    for text in re.split(r"\n\s*Function : ", listed)[1:]:
         symbol, _, body = text.partition("\n")
         name = subprocess.run(["c++filt", symbol.strip()], capture_output=True, text=True, check=True).stdout
         name = name.replace("(anonymous namespace)::", "").removeprefix("void ").partition("(")[0]
-        resources = {key: int(n) for key, n in re.findall(r"(REG|STACK):(\d+)", used[symbol.strip()])}
-        result = {"kernel": name.strip(), "registers": resources["REG"], "stack": resources["STACK"]}
+        used_by = {key: int(n) for key, n in re.findall(r"(REG|STACK):(\d+)", used[symbol.strip()])}
+        result = {"kernel": name.strip(), "registers": used_by["REG"], "stack": used_by["STACK"]}
         yield {"capability": capability} | result | loop_over_samples(INSTRUCTION.findall(body))
 
 

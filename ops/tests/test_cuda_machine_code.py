@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import variants
-from cuda_machine_code import OF_THE_MODEL, compiler_version, cuobjdump, kernels
+from cuda_machine_code import OF_THE_MODEL, compiler_version, kernels
+from machine_code import cuobjdump
 from ms_deform_attn.build import compiler
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

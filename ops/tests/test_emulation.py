@@ -10,6 +10,7 @@ import emulated
 import pytest
 import variants
 from ms_deform_attn.build import SOURCES
+from sanitizer import address_sanitizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not emulated.possible(), reason="needs g++ on Linux")]
 
@@ -25,10 +26,7 @@ def run_tests(
         (folder / "cuda.cu").write_text(source)
         environment |= {"EMULATED_SOURCE": str(folder / "cuda.cu"), "MS_DEFORM_ATTN_CACHE": str(folder)}
     if check == "memory":
-        # PyTorch's C++ exceptions need the C++ library to be there before the sanitizer
-        names = ("libasan.so", "libstdc++.so.6")
-        found = [subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip() for name in names]
-        environment |= {"LD_PRELOAD": ":".join(found), "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1"}
+        environment |= address_sanitizer("g++")
     command = [
         sys.executable,
         "-m",

@@ -15,6 +15,7 @@ from ms_deform_attn import flops, install_drop_in
 from ms_deform_attn.benchmark import Workload, _errors, _implementations, measure
 from ms_deform_attn.build import compiler
 from ms_deform_attn.functional import available
+from sanitizer import address_sanitizer
 
 SHAPES = [(5, 7), (3, 4), (1, 1)]
 DEVICES = {
@@ -462,13 +463,8 @@ def test_the_cuda_kernels_compile_and_load(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(compiler("cpu") is None or sys.platform != "linux", reason="needs a compiler with AddressSanitizer")
 def test_the_cpu_kernels_under_address_sanitizer(tmp_path):
-    # PyTorch's C++ exceptions need the C++ library to be there before the sanitizer
-    preloaded = [
-        subprocess.run([compiler("cpu"), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
-        for name in ("libasan.so", "libstdc++.so.6")
-    ]
-    sanitizer = ":".join(found.stdout.strip() for found in preloaded)
-    if not os.path.isabs(sanitizer):
+    sanitizer = address_sanitizer(compiler("cpu"))
+    if not sanitizer:
         pytest.skip("the compiler has no AddressSanitizer")
     script = (
         "import importlib, sys\n"
@@ -479,11 +475,7 @@ def test_the_cpu_kernels_under_address_sanitizer(tmp_path):
         "names = 'odd_sizes or nowhere or borders or leak or aligned or needed or definition or precision'\n"
         f"sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', '-k', f'({{names}}) and cpu', {__file__!r}]))\n"
     )
-    environment = os.environ | {
-        "MS_DEFORM_ATTN_CACHE": str(tmp_path),
-        "LD_PRELOAD": sanitizer,
-        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
-    }
+    environment = os.environ | {"MS_DEFORM_ATTN_CACHE": str(tmp_path)} | sanitizer
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert " passed" in run.stdout

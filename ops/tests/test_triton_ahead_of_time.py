@@ -7,12 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
-triton = pytest.importorskip("triton", reason="PyTorch without Triton")
+from machine_code import cuobjdump
 
 SCRIPT = Path(__file__).parent / "triton_variants.py"
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-pytestmark = pytest.mark.skipif(not CUOBJDUMP.exists(), reason="Triton without NVIDIA's tools")
+pytestmark = pytest.mark.skipif(cuobjdump() is None, reason="no Triton, or Triton without NVIDIA's tools")
 
 MOST_REGISTERS = 168  # of 255: three blocks of 128 threads fit a multiprocessor
 LITTLE_STACK = 16  # bytes: a value or two that wait in memory

@@ -9,7 +9,6 @@ import collections
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,11 +19,11 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
 import triton.language as tl
+from machine_code import listing
 from ms_deform_attn import triton_kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SIZES = {"N": "i32", "Q": "i32", "heads": "i32", "D": "i32", "blocks": "i32"}
 ACCUMULATED = ("location", "grad_value", "grad_location", "grad_attention")  # in fp32, or fp64 for fp64
 
@@ -65,12 +64,9 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], capa
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        listed = {
-            option: subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        }
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", listed["-res-usage"])}
-    atomics = collections.Counter(re.findall(r"\b(?:RED|REDG|ATOM|ATOMG)\.E\.ADD[A-Z0-9.x]*", listed["-sass"]))
+        resources, code = listing(Path(file.name))
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", resources)}
+    atomics = collections.Counter(re.findall(r"\b(?:RED|REDG|ATOM|ATOMG)\.E\.ADD[A-Z0-9.x]*", code))
     return {"registers": used["REG"], "stack": used["STACK"], "atomics": dict(atomics)}
 
 
