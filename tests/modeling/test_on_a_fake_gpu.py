@@ -24,11 +24,14 @@ def settings(request: pytest.FixtureRequest) -> Config:
     return load_config(request.param, ["model.backbone.weights=null"])
 
 
-@pytest.fixture(params=["fp32", "bf16"])
-def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    # autocast looks for a GPU
+@pytest.fixture(autouse=True)
+def _autocast_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True)
+
+
+@pytest.fixture(params=["fp32", "bf16"])
+def precision(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
@@ -98,10 +101,8 @@ def test_tf32_lasts_until_the_next_precision(precision):
         torch.set_float32_matmul_precision(before)
 
 
-def test_a_frozen_backbone_keeps_bfloat16_for_the_backward_pass(monkeypatch):
+def test_a_frozen_backbone_keeps_bfloat16_for_the_backward_pass():
     """And nothing in float32: a ReLU after batch norm in float32 would keep twice the memory."""
-    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True)
     name = "coco/instance-segmentation/dimaskdino_r50_4scale_bs16_12ep"
     backbone = build_backbone(load_config(name, ["model.backbone.weights=null"]).model.backbone)
     kept: dict[int, torch.Tensor] = {}
