@@ -83,15 +83,15 @@ benchmark: .venv/.installed
 	$(BIN)/python -m ms_deform_attn.benchmark --output ops/benchmarks/results
 	$(BIN)/python ops/benchmarks/table.py
 
-# On a machine without a package index, whose Python has torch, the packages of build/wheels are added to it.
+# WHEELS=build/wheels: on a machine without a package index, add these packages to a Python that has torch
 gpu-wheels: .venv/.dev
 	@mkdir -p build && $(BIN)/python -m pip freeze --exclude-editable > build/versions.txt
-	$(BIN)/python -m pip download -q -c build/versions.txt --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
-		--platform manylinux2014_x86_64 $(foreach n,17 24 27 28 34,--platform manylinux_2_$(n)_x86_64) -d build/wheels \
+	$(BIN)/python -m pip download -q -c build/versions.txt --no-deps --only-binary=:all: --implementation cp \
+		--python-version $(GPU_PYTHON) --platform manylinux2014_x86_64 $(foreach n,17 24 27 28 34,--platform manylinux_2_$(n)_x86_64) -d build/wheels \
 		$(GPU_PACKAGES)
 
 gpu-check:
-	@if [ -d build/wheels ]; then \
-		$(PYTHON) -m pip install -q --no-index --no-deps --upgrade --target build/gpu-site build/wheels/*.whl \
+	@if [ -n "$(WHEELS)" ]; then \
+		$(PYTHON) -m pip install -q --no-index --no-deps --upgrade --target build/gpu-site $(WHEELS)/*.whl \
 		&& PYTHONPATH=build/gpu-site:ops:. $(PYTHON) -m dimaskdino.benchmarks.gpu_check $(GPU_OUT) $(GPU_ARGUMENTS); \
 	else $(MAKE) .venv/.dev && $(BIN)/python -m dimaskdino.benchmarks.gpu_check $(GPU_OUT) $(GPU_ARGUMENTS); fi

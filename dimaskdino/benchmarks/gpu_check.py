@@ -33,6 +33,7 @@ MODEL = "dimaskdino_r50_4scale_bs16_12ep"
 BASELINE = "maskdino_r50_4scale_bs16_12ep"
 CONFIGS = configs_folder() / "coco" / "instance-segmentation"
 BATCH = 16
+LEAST_SECONDS = 30
 
 Step = Literal["operator", "models", "compiled", "tests"]
 
@@ -73,7 +74,7 @@ def cases(
 
 
 def _pytest(*arguments: str) -> tuple[str, ...]:
-    return sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments
+    return sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments
 
 
 def _operator_cases(folder: Path, versions: Iterable[str], mmcv: Path | None, dry_run: bool) -> list[Case]:
@@ -151,7 +152,7 @@ def run(step: Step, todo: Iterable[Case], folder: Path, seconds: float) -> list[
         step: its name, for the records.
         todo: the cases.
         folder: for the results.
-        seconds: time for all of them; none starts without half a minute left.
+        seconds: time for all of them; none starts with less than half a minute left.
     """
     folder.mkdir(parents=True, exist_ok=True)
     record, log = folder / "cases.jsonl", folder / "output.log"
@@ -162,7 +163,7 @@ def run(step: Step, todo: Iterable[Case], folder: Path, seconds: float) -> list[
         remaining = end - time.monotonic()
         if case.name in done:
             continue
-        if remaining < min(30, seconds / 2):
+        if remaining < LEAST_SECONDS:
             problems.append(f"not run, for want of time: {case.name}")
             continue
         print(f"[{step}] {case.name} …", end=" ", flush=True)
@@ -236,13 +237,15 @@ def main(
         minutes: Time for each step. What is left runs with the next call.
         kernels: Other versions of csrc/cuda.cu to time beside it.
         mmcv: Unpacked source distribution of mmcv, for the original kernel of Deformable DETR in the comparison.
-        dry_run: Run the same commands on the CPU, with small inputs and without compiling the models.
+        dry_run: Run the same commands on the CPU, with small inputs and without compiling the models; results in a
+            folder of their own, dry_run.
     """
     if not torch.cuda.is_available() and not dry_run:
         raise UserError("no GPU that torch can use; --dry-run tries the commands on the CPU")
     if not Path("ops", "tests").is_dir():
         raise UserError("run this in the top folder of a checkout, which has the tests")
     if dry_run:
+        folder = folder / "dry_run"  # what ran there has not run on a GPU
         # one thread: two wait for each other on a machine that does something else
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     problems = []

@@ -34,7 +34,6 @@ from dimaskdino.training.optimizer import build_optimizer
 from dimaskdino.training.trainer import arrange
 
 Task = Literal["inference", "training"]
-WARM_UP = 3  # a CUDA graph is recorded in the second repetition
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def measure(
     images: int = 1,
     graphs: bool = False,
 ) -> Timing:
-    """Time a task on synthetic images with random weights, after three repetitions to warm up.
+    """Time a task on synthetic images with random weights, after warming up.
 
     `train.precision`, `train.compile`, `train.checkpoint_activations` and, in training, `train.accumulate` apply as in
     a real run, except for the loss scale of fp16.
@@ -111,7 +110,7 @@ def measure(
     detector, device, run = prepare(config, task, height, width, objects, images)
     if graphs:
         detector.compile(mode="reduce-overhead")
-    for _ in range(WARM_UP):
+    for _ in range(3 if graphs else 1):  # a CUDA graph is recorded in the second repetition
         run()
     times = []
     for _ in range(repeat):
