@@ -11,12 +11,15 @@ from dimaskdino.benchmarks import company
 
 def test_busy_programs_are_busy_and_end():
     with company.busy_programs(2, 5):
-        time.sleep(1.0)
         mine = psutil.Process().children(recursive=True)
         busy = [child for child in mine if "while True" in " ".join(child.cmdline())]
         assert len(busy) == 2
+        # they are polite: beside the other tests it can take them a while to get their share
+        end = time.monotonic() + 60
+        while any(child.cpu_times().user < 0.2 for child in busy):
+            assert time.monotonic() < end, [child.cpu_times() for child in busy]
+            time.sleep(0.1)
         assert {child.nice() - psutil.Process().nice() for child in busy} == {5}
-        assert all(child.cpu_times().user > 0.2 for child in busy)
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in busy)
 
 
