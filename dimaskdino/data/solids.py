@@ -50,6 +50,12 @@ class Solid:
     colour: Callable[[Array], Array]
     gloss: float
 
+    def near(self, origins: Array, directions: Array) -> Array:
+        """Which rays (n,) meet a sphere around it; the others need no closer look."""
+        to = np.array([*self.centre, self.height / 2]) - origins
+        squared = 2 * self.radius**2 + (self.height / 2) ** 2
+        return _dot(to, to) - _dot(to, directions) ** 2 < squared
+
     def hit(self, origins: Array, directions: Array) -> tuple[Array, Array, Array]:
         """Distance (n,), FAR without a hit, normal (n, 3) and point in its own frame (n, 3) for rays (n, 3)."""
         o, d = self._inwards(origins - np.array([*self.centre, 0.0])), self._inwards(directions)
@@ -62,6 +68,10 @@ class Solid:
 
     def _outwards(self, v: Array) -> Array:
         return _turned(v, self.turn)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return np.einsum("ij,ij->i", a, b)
 
 
 def _turned(v: Array, angle: float) -> Array:
@@ -93,7 +103,7 @@ def _roots(a: Array, b: Array, c: Array) -> tuple[Array, Array, Array]:
 def _ball(solid: Solid, o: Array, d: Array) -> tuple[Array, Array]:
     r = solid.radius
     centred = o - np.array([0.0, 0.0, r])
-    t, _, real = _roots((d * d).sum(1), (centred * d).sum(1), (centred * centred).sum(1) - r * r)
+    t, _, real = _roots(_dot(d, d), _dot(centred, d), _dot(centred, centred) - r * r)
     normal = (centred + t[:, None] * d) / r
     return _first((t, real, normal))
 
@@ -113,9 +123,9 @@ def _block(solid: Solid, o: Array, d: Array) -> tuple[Array, Array]:
 
 def _side(o: Array, d: Array, radius: float, height: float, outwards: float) -> list[tuple[Array, Array, Array]]:
     """Both hits of a vertical tube; its normals point away from the axis (1) or towards it (−1)."""
-    a, b = (d[:, :2] ** 2).sum(1), (o[:, :2] * d[:, :2]).sum(1)
+    a, b = _dot(d[:, :2], d[:, :2]), _dot(o[:, :2], d[:, :2])
     found = []
-    *roots, real = _roots(a, b, (o[:, :2] ** 2).sum(1) - radius * radius)
+    *roots, real = _roots(a, b, _dot(o[:, :2], o[:, :2]) - radius * radius)
     for t in roots:
         point = o + t[:, None] * d
         normal = outwards * np.column_stack([point[:, :2] / radius, np.zeros(len(t))])
@@ -147,10 +157,10 @@ def _hoop(solid: Solid, o: Array, d: Array) -> tuple[Array, Array]:
 def _cone(solid: Solid, o: Array, d: Array) -> tuple[Array, Array]:
     slope = solid.radius / solid.height
     above = solid.height - o[:, 2]  # x² + y² = slope²·(height − z)²
-    a = (d[:, :2] ** 2).sum(1) - (slope * d[:, 2]) ** 2
-    b = (o[:, :2] * d[:, :2]).sum(1) + slope * slope * above * d[:, 2]
+    a = _dot(d[:, :2], d[:, :2]) - (slope * d[:, 2]) ** 2
+    b = _dot(o[:, :2], d[:, :2]) + slope * slope * above * d[:, 2]
     found = []
-    *roots, real = _roots(a, b, (o[:, :2] ** 2).sum(1) - (slope * above) ** 2)
+    *roots, real = _roots(a, b, _dot(o[:, :2], o[:, :2]) - (slope * above) ** 2)
     for t in roots:
         point = o + t[:, None] * d
         normal = np.column_stack([point[:, :2], slope * slope * (solid.height - point[:, 2])])
@@ -167,11 +177,16 @@ def noise(points: Array, seed: int) -> Array:
     whole = np.floor(points).astype(np.int64)
     part = points - whole
     part = part * part * (3 - 2 * part)
+    # per axis, for the lattice points below and above: their weight and their part of the hash
+    weights = [(1 - p, p) for p in part.T]
+    primes = np.array([73856093, 19349663, 83492791], np.uint64)
+    hashed = [
+        (w * prime, (w + np.uint64(1)) * prime) for w, prime in zip(whole.T.astype(np.uint64), primes, strict=True)
+    ]
     total = np.zeros(len(points))
-    for corner in np.ndindex(2, 2, 2):
-        weight = np.prod(np.where(np.array(corner), part, 1 - part), axis=1)
-        x, y, z = (whole + np.array(corner)).T.astype(np.uint64)
-        mixed = x * np.uint64(73856093) ^ y * np.uint64(19349663) ^ z * np.uint64(83492791) ^ np.uint64(seed * 97)
+    for x, y, z in np.ndindex(2, 2, 2):
+        weight = weights[0][x] * weights[1][y] * weights[2][z]
+        mixed = hashed[0][x] ^ hashed[1][y] ^ hashed[2][z] ^ np.uint64(seed * 97)
         mixed = (mixed ^ (mixed >> np.uint64(13))) * np.uint64(1274126177)
         total += weight * ((mixed ^ (mixed >> np.uint64(16))) & np.uint64(0xFFFF)) / 0xFFFF
     return total
@@ -237,10 +252,12 @@ def _nearest(solids: list[Solid], origins: Array, directions: Array) -> tuple[Ar
     t, which = np.full(len(origins), FAR), np.full(len(origins), -1)
     normals, points = np.zeros_like(origins), np.zeros_like(origins)
     for number, solid in enumerate(solids):
-        distance, normal, point = solid.hit(origins, directions)
-        nearer = distance < t
-        t[nearer], which[nearer] = distance[nearer], number
-        normals[nearer], points[nearer] = normal[nearer], point[nearer]
+        rows = np.flatnonzero(solid.near(origins, directions))
+        distance, normal, point = solid.hit(origins[rows], directions[rows])
+        nearer = distance < t[rows]
+        rows = rows[nearer]
+        t[rows], which[rows] = distance[nearer], number
+        normals[rows], points[rows] = normal[nearer], point[nearer]
     return t, which, normals, points
 
 
@@ -313,11 +330,11 @@ def _light(
     towards /= np.linalg.norm(towards, axis=1, keepdims=True)
     lit = np.zeros(len(points), bool)
     lit[seen] = _nearest(solids, points[seen] + 0.01 * normals[seen], towards[seen])[0] >= FAR
-    facing = np.maximum((normals * towards).sum(1), 0)
+    facing = np.maximum(_dot(normals, towards), 0)
     ambient = random.uniform(0.25, 0.45)
     half = towards - directions
     half /= np.linalg.norm(half, axis=1, keepdims=True)
-    highlight = lit * np.maximum((normals * half).sum(1), 0) ** 40
+    highlight = lit * np.maximum(_dot(normals, half), 0) ** 40
     return ambient * (0.7 + 0.3 * normals[:, 2]) + (1.15 - ambient) * facing * lit, highlight
 
 
