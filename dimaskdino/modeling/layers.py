@@ -1,12 +1,14 @@
 """Building blocks shared by several modules: embeddings, MLP, feed-forward block, attention."""
 
+import contextlib
 import itertools
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from ms_deform_attn import ms_deform_attn
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dimaskdino.modeling.structures import FeatureLevels
 
@@ -83,7 +85,50 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(C)
 
     def forward(self, x: Float[Tensor, "B Q C"]) -> Float[Tensor, "B Q C"]:
-        return self.norm(x + self.linear2(self.linear1(x).relu_()))
+        # in place, a gradient of this view would be copied as a whole
+        hidden = functional.relu(self.linear1(x), inplace=not torch.is_grad_enabled())
+        return self.norm(x + self.linear2(hidden))
+
+
+class MultiHeadAttention(nn.Module):
+    """MHA(q, k, v), arXiv 1706.03762, section 3.2.2, with the parameters of `nn.MultiheadAttention`.
+
+    Batches come first throughout. PyTorch's module puts them second for its projections, and copies them for that.
+    """
+
+    def __init__(self, C: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * C, C))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * C))
+        self.out_proj = nn.Linear(C, C)
+        nn.init.zeros_(self.out_proj.bias)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(
+        self,
+        query: Float[Tensor, "B Q C"],
+        key: Float[Tensor, "B R C"],
+        value: Float[Tensor, "B R C"],
+        attention_mask: Bool[Tensor, "Q R"] | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Float[Tensor, "B Q C"], Float[Tensor, "B Q R"] | None]:
+        """Attend; see `Attention.forward`."""
+        parts = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
+        q, k, v = (functional.linear(x, W, b).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x, W, b in parts)
+        allowed = None if attention_mask is None else ~attention_mask
+        # on a CPU the backward pass of narrow heads in bfloat16 takes ten times as long as in float32
+        slow = q.device.type == "cpu" and q.requires_grad
+        with torch.autocast(q.device.type, enabled=False) if slow else contextlib.nullcontext():
+            q, k, v = (x.float() if slow else x for x in (q, k, v))
+            attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        output = self.out_proj(attended.transpose(1, 2).flatten(2))
+        if not need_weights:
+            return output, None
+        logits = q @ k.mT / math.sqrt(q.shape[-1])
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -torch.inf)
+        return output, logits.softmax(-1).mean(1)
 
 
 class Attention(nn.Module):
@@ -91,7 +136,7 @@ class Attention(nn.Module):
 
     def __init__(self, C: int, heads: int) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(C, heads, batch_first=True)
+        self.attention = MultiHeadAttention(C, heads)
         self.norm = nn.LayerNorm(C)
 
     def forward(
@@ -113,7 +158,7 @@ class Attention(nn.Module):
             attention_mask: (Q, R) bool, True where attention is forbidden.
             need_weights: also return the attention (B, Q, R), mean over the heads.
         """
-        attended, attention = self.attention(query, key, value, attn_mask=attention_mask, need_weights=need_weights)
+        attended, attention = self.attention(query, key, value, attention_mask, need_weights)
         return self.norm(x + attended), attention
 
 
