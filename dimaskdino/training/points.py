@@ -19,16 +19,15 @@ def sample_masks(
 ) -> Float[Tensor, "R P"]:
     """Like `sample_maps` for uint8 masks: the mask `rows[r]` at `points[r]`, without copying whole masks."""
     _, H, W = masks.shape
-    x, y = points[..., 0] * W - 0.5, points[..., 1] * H - 0.5
-    x0, y0 = x.floor(), y.floor()
-    flat, start = masks.flatten(), (rows * (H * W))[:, None]
-    values = torch.zeros_like(x)
-    for cx, wx in ((x0, 1 - (x - x0)), (x0 + 1, x - x0)):
-        for cy, wy in ((y0, 1 - (y - y0)), (y0 + 1, y - y0)):
-            inside = (cx >= 0) & (cx < W) & (cy >= 0) & (cy < H)
-            index = cy.clamp(0, H - 1).long() * W + cx.clamp(0, W - 1).long()
-            values += wx * wy * inside * flat[start + index]
-    return values
+    # with a border of zeros every point has four corners
+    padded = functional.pad(masks, (1, 2, 1, 2))
+    x, y = ((points[..., axis] * size + 0.5).clamp(0, size + 1) for axis, size in enumerate((W, H)))
+    left, above = x.long(), y.long()
+    width = padded.shape[2]
+    first = rows[:, None] * (padded.shape[1] * width) + above * width + left
+    flat = padded.flatten()
+    upper, lower = (flat[i].float().lerp(flat[i + 1].float(), x - left) for i in (first, first + width))
+    return upper.lerp(lower, y - above)
 
 
 @torch.no_grad()
