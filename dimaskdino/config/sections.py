@@ -307,6 +307,9 @@ class Validation(Section):
     patience: PositiveInt | None = Field(
         None, description="end the training after this number of validations without a better one; null: never"
     )
+    stages: tuple[str, ...] = Field(
+        (), description="stages that are scored beside the last, such as [decoder.1], for AP over the training"
+    )
 
 
 class Train(Section):

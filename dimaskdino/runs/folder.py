@@ -323,7 +323,7 @@ class Metrics:
         self.stream.write(json.dumps(record | {"time": _now()}) + "\n")
         self.stream.flush()
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
-        numbers |= {f"validation/{name}": value for name, value in record.get("validation", {}).items()}
+        numbers |= _flat(record.get("validation", {}), "validation")
         numbers |= record.get("losses", {})
         if numbers:
             for tracker in self.trackers:
@@ -336,6 +336,18 @@ class Metrics:
         write_atomically(self.samples / f"step_{step:06d}.png", lambda path: Image.fromarray(pixels).save(path, "PNG"))
         for tracker in self.trackers:
             tracker.picture("samples", pixels, step)
+
+
+def _flat(record: dict[str, Any], name: str) -> dict[str, float]:
+    """The numbers of a record by their paths, such as `validation/box_AP`."""
+    numbers: dict[str, float] = {}
+    for key, value in record.items():
+        path = f"{name}/{key}"
+        if isinstance(value, dict):
+            numbers |= _flat(value, path)
+        elif value is not None:
+            numbers[path] = value
+    return numbers
 
 
 _VANISHED = "the process vanished; it was probably killed. Run the same command again to resume"

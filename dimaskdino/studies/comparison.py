@@ -12,6 +12,8 @@ decide nothing: Bouthillier et al., Accounting for Variance in Machine Learning 
 all comparisons that a study registers are adjusted together (Holm 1979).
 """
 
+import itertools
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +28,7 @@ from scipy.stats import t as student
 from dimaskdino.errors import UserError
 from dimaskdino.evaluation.bootstrap import CONFIDENCE, BootstrapAP
 from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, LayerwiseAP
+from dimaskdino.runs.folder import RunFolder
 
 ENOUGH_SEEDS = 3
 POWER = 0.8
@@ -41,37 +44,64 @@ class Quantity:
     Attributes:
         stage: `first` or `last` for those decoder layers, or a stage's name.
         what: box AP, mask AP, or the imbalance `AP_mask − AP_box`, in percent.
+        at: read where the box AP of the stage first reaches this value during the training, between validations; None
+            after the training. Models are then compared at equal AP, as a higher one narrows the imbalance by itself.
     """
 
     stage: str
     what: Literal["box", "mask", "imbalance"]
+    at: float | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Quantity":
-        """From `last.box`, `first.imbalance`, `decoder.0.mask`.
+        """From `last.box`, `first.imbalance`, `decoder.0.mask`, `first.imbalance@25`.
 
         Raises:
             ValueError: something else.
         """
-        stage, _, what = text.rpartition(".")
-        if not stage or what not in ("box", "mask", "imbalance"):
+        match = re.fullmatch(r"(.+)\.(box|mask|imbalance)(?:@(\d+(?:\.\d+)?))?", text)
+        if match is None:
             raise ValueError(
-                f"'{text}' is no quantity; expected STAGE.box, STAGE.mask or STAGE.imbalance, such as last.box"
+                f"'{text}' is no quantity; expected STAGE.box, STAGE.mask or STAGE.imbalance, such as last.box, or "
+                "with a box AP of the stage at which it is read, such as first.imbalance@25"
             )
-        return cls(stage, what)
+        return cls(match[1], match[2], None if match[3] is None else float(match[3]))
 
     def __str__(self) -> str:
-        return f"{self.stage}.{self.what}"
+        return f"{self.stage}.{self.what}" + ("" if self.at is None else f"@{self.at:g}")
 
     @property
     def label(self) -> str:
         """Label for tables and figures."""
         what = {"box": "box AP", "mask": "mask AP", "imbalance": "mask − box"}[self.what]
-        return f"{what}, {self.stage} layer" if self.stage in ("first", "last") else f"{what}, {self.stage}"
+        where = f"{self.stage} layer" if self.stage in ("first", "last") else self.stage
+        return f"{what}, {where}" + ("" if self.at is None else f", at {self.at:g} box AP")
 
     def stage_in(self, result: LayerwiseAP) -> str:
         """The name of its stage in a result."""
         return {"first": FIRST_LAYER, "last": next(reversed(result.stages))}.get(self.stage, self.stage)
+
+    def in_run(self, run: "EvaluatedRun") -> float | None:
+        """Its value in a run; None where the stage has none, or did not reach the AP at which it is read.
+
+        Raises:
+            UserError: the stage was not evaluated, or not scored during the training.
+        """
+        if self.at is None:
+            return self.of(run.result)
+        name = self.stage_in(run.result)
+        scored = [scores[name] for scores in run.validations if name in scores]
+        if not scored:
+            raise UserError(
+                f"{run.result.source}: '{self}' needs AP of {name} during the training; train with "
+                f"train.validation.every=100 'train.validation.stages=[{name}]'"
+            )
+        values = [
+            (ap["box"], ap["mask"] - ap["box"] if self.what == "imbalance" else ap[self.what])
+            for ap in scored
+            if ap["box"] is not None and (self.what == "box" or ap["mask"] is not None)
+        ]
+        return first_at(values, self.at)
 
     def of(self, result: LayerwiseAP) -> float | None:
         """Its value; None where the stage has none.
@@ -90,12 +120,12 @@ class Quantity:
 
     def by_seed(self, runs: Mapping[int, "EvaluatedRun"]) -> dict[int, float]:
         """Its value in each run that has one."""
-        values = {seed: self.of(run.result) for seed, run in runs.items()}
+        values = {seed: self.in_run(run) for seed, run in runs.items()}
         return {seed: value for seed, value in values.items() if value is not None}
 
     def drawn(self, run: "EvaluatedRun") -> Float[np.ndarray, " draws"] | None:
-        """Its value on the bootstrap resamples; None without them."""
-        if run.samples is None:
+        """Its value on the bootstrap resamples; None without them, and for values during the training."""
+        if run.samples is None or self.at is not None:
             return None
         name, samples = self.stage_in(run.result), run.samples.samples
         parts = [samples.get(f"{name}/{kind}") for kind in ("box", "mask")]
@@ -106,10 +136,18 @@ class Quantity:
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """The evaluation of one trained model: AP at every stage, and its bootstrap samples if there are any."""
+    """The evaluation of one trained model.
+
+    Attributes:
+        result: AP at every stage.
+        samples: its bootstrap samples if there are any.
+        validations: `box` and `mask` AP of the stages that were scored during the training, in its order, by their
+            names.
+    """
 
     result: LayerwiseAP
     samples: BootstrapAP | None = None
+    validations: tuple[Mapping[str, Mapping[str, float | None]], ...] = ()
 
     @classmethod
     def load(cls, run: Path) -> "EvaluatedRun":
@@ -119,9 +157,25 @@ class EvaluatedRun:
             UserError: the run was not evaluated, or the files are something else.
         """
         draws = run / "evaluation" / "bootstrap.npz"
+        result = LayerwiseAP.load(run / "evaluation" / "layers.json")
+        scored = [record["validation"] for record in RunFolder(run).read_metrics() if "validation" in record]
+        last = next(reversed(result.stages))
         return cls(
-            LayerwiseAP.load(run / "evaluation" / "layers.json"), BootstrapAP.load(draws) if draws.exists() else None
+            result,
+            BootstrapAP.load(draws) if draws.exists() else None,
+            tuple(one.get("stages", {}) | {last: {"box": one["box_AP"], "mask": one["mask_AP"]}} for one in scored),
         )
+
+
+def first_at(points: Sequence[tuple[float, float]], x: float) -> float | None:
+    """The second value where the first reaches x for the first time, linear between points; None if it never does.
+
+    None also if the first point lies above x: what happened before it is not known.
+    """
+    for (before, y0), (after, y1) in itertools.pairwise(points):
+        if before <= x <= after:
+            return y0 if after == before else y0 + (y1 - y0) * (x - before) / (after - before)
+    return None
 
 
 @dataclass(frozen=True)
@@ -407,7 +461,7 @@ def slope_within_rows(measured: Measured, of: Quantity, over: Quantity) -> float
     """
     products = squares = 0.0
     for runs in measured.values():
-        pairs = [(over.of(run.result), of.of(run.result)) for run in runs.values()]
+        pairs = [(over.in_run(run), of.in_run(run)) for run in runs.values()]
         x, y = (np.array(values, dtype=float) for values in zip(*pairs, strict=True))
         products += float(((x - x.mean()) * (y - y.mean())).sum())
         squares += float(((x - x.mean()) ** 2).sum())

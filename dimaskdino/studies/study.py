@@ -40,7 +40,8 @@ class Study(Section):
         title: for people.
         columns: datasets that the paper has numbers for, and the key of each below `Row.published` ("" if none).
         report: quantities to compare: `STAGE.box`, `STAGE.mask` or `STAGE.imbalance`; the stage may be `first` or
-            `last`, for the decoder layers.
+            `last`, for the decoder layers. `STAGE.imbalance@25` is read where the stage's box AP reaches 25 during the
+            training, which then has to score that stage (`train.validation`).
         seeds: seeds of the training. Their number is fixed before the first run; comparisons of fewer decide nothing.
         deviation: expected standard deviation over trainings by quantity, from a pilot, for the power of the plan.
         scales: the configuration that the settings change, by scale; absolute paths after `load_study`.

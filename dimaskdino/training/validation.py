@@ -1,4 +1,4 @@
-"""Scoring of the last stage during a training, and an average of the weights."""
+"""Scoring of the last and chosen stages during a training, and an average of the weights."""
 
 import contextlib
 import copy
@@ -29,7 +29,7 @@ PICTURE_WIDTH = 1000  # pixels
 
 
 class Validator:
-    """Box and mask AP of the last stage on images that are spread evenly over the validation split.
+    """Box and mask AP of the last and chosen stages on images that are spread evenly over the validation split.
 
     Args:
         config: all settings; `train.validation.images` bounds the time and memory.
@@ -50,19 +50,36 @@ class Validator:
         self.truth = read_truth(self.data.annotations_file, [self.data.images[p]["id"] for p in self.positions])
 
     def score(self, detector: Detector) -> dict[str, Any]:
-        """`box_AP`, `mask_AP` and the number of `images`. The detector's mode and weights stay as they are."""
+        """Score a detector, whose mode and weights stay as they are.
+
+        Returns:
+            `box_AP` and `mask_AP` of the last stage, the number of `images`, and with `train.validation.stages`
+            `stages`: the `box` and `mask` AP of each by its name, None for those without masks.
+
+        Raises:
+            UserError: the model has no such stage.
+        """
+        chosen = [*self.config.train.validation.stages, self.last]
         own = self.positions[self.context.rank :: self.context.world_size]
-        found: list[Detections] = []
+        found: dict[str, list[Detections]] = {name: [] for name in chosen}
         with self._model(detector) as model:
             for batch in batches(evaluation_loader(self.data, self.config, [own])):
-                found += detect_batch(model, batch, [self.last], self.data.category_ids)[self.last]
-        parts = [part for part in self.context.gather(Detections.joined(found) if found else None) if part]
+                for name, detections in detect_batch(model, batch, chosen, self.data.category_ids).items():
+                    found[name] += detections
+        scores = {name: self._average_precision(detections) for name, detections in found.items()}
+        last = scores.pop(self.last)
+        result = {"box_AP": last["box"] or 0.0, "mask_AP": last["mask"] or 0.0, "images": len(self.positions)}
+        return result | ({"stages": scores} if scores else {})
+
+    def _average_precision(self, own: Sequence[Detections]) -> dict[str, float | None]:
+        """Box and mask AP of all processes' detections; None without masks, or without objects."""
+        parts = [part for part in self.context.gather(Detections.joined(own) if own else None) if part]
         detections = Detections.joined(parts)
-        box, mask = (
-            average_precision(self.truth, rows, kind).AP or 0.0
-            for rows, kind in ((detections.boxes, "box"), (detections.masks, "mask"))
-        )
-        return {"box_AP": box, "mask_AP": mask, "images": len(self.positions)}
+        box = average_precision(self.truth, detections.boxes, "box").AP
+        return {
+            "box": box,
+            "mask": average_precision(self.truth, detections.masks, "mask").AP if detections.has_masks else None,
+        }
 
     def picture(self, detector: Detector) -> UInt8[np.ndarray, "h w 3"]:
         """A few validation images with their objects on the left and with detections on the right."""

@@ -5,6 +5,7 @@ import pytest
 from scipy.stats import nct, ttest_ind, ttest_rel
 from scipy.stats import t as student
 
+from dimaskdino.errors import UserError
 from dimaskdino.evaluation.bootstrap import BootstrapAP
 from dimaskdino.evaluation.coco_ap import AveragePrecision
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
@@ -15,6 +16,7 @@ from dimaskdino.studies.comparison import (
     compare,
     correlation_of_pairs,
     detectable,
+    first_at,
     planned_detectable,
     pooled_deviation,
     slope_within_rows,
@@ -206,3 +208,42 @@ def test_slope_within_rows_ignores_how_far_the_rows_are_apart():
     mask = Quantity.parse("last.mask")
     assert slope_within_rows(measured, mask, BOX) == pytest.approx((2 * 2 + 0) / (2 + 2))
     assert slope_within_rows({"b": {0: two(1, 2), 1: two(1, 3)}}, mask, BOX) is None
+
+
+def test_a_value_is_read_where_the_ap_is_reached_first():
+    points = [(0.0, 1.0), (20.0, 5.0), (40.0, 3.0), (30.0, -1.0), (50.0, -3.0)]
+    assert first_at(points, 20) == 5
+    assert first_at(points, 25) == pytest.approx(5 - 2 * 5 / 20)
+    assert first_at(points, 35) == pytest.approx(5 - 2 * 15 / 20)  # not where it falls back, or rises again
+    assert first_at(points, 45) == pytest.approx(-1 - 2 * 15 / 20)
+    assert first_at(points, 51) is None
+    assert first_at(points[1:], 10) is None  # reached before the first validation
+    assert first_at([], 10) is None
+
+
+def test_lag_at_equal_ap_by_hand():
+    """Both rows lag by 0.2 points per point of box AP, so that they are equal at equal AP, whatever they end with."""
+
+    def trained(*boxes):
+        during = tuple({"decoder.1": {"box": ap, "mask": 12 + 0.8 * ap}} for ap in boxes)
+        return EvaluatedRun(run(boxes[-1]).result, validations=during)
+
+    measured = {
+        "a": {0: trained(0, 10, 30), 1: trained(0, 14, 34)},
+        "b": {0: trained(0, 30, 50), 1: trained(0, 40, 60)},
+    }
+    lag = Quantity.parse("first.imbalance@25")
+    assert lag == Quantity("first", "imbalance", 25)
+    assert str(lag) == "first.imbalance@25"
+    assert lag.label == "mask − box, first layer, at 25 box AP"
+    for rows_of in measured.values():
+        assert lag.by_seed(rows_of) == pytest.approx({0: 12 - 0.2 * 25, 1: 12 - 0.2 * 25})
+    [found] = compare([Contrast("B − A", ("b",), ("a",), lag)], measured, seeds=2)
+    assert found.difference == pytest.approx(0)
+    assert found.over_images is None
+    assert Quantity.parse("first.mask@25").by_seed(measured["a"]) == pytest.approx({0: 32, 1: 32})
+    assert Quantity.parse("first.imbalance@32").by_seed(measured["a"]) == pytest.approx({1: 12 - 0.2 * 32})
+    with pytest.raises(UserError, match=r"train\.validation\.stages="):
+        lag.in_run(run(30))
+    with pytest.raises(ValueError, match=r"first\.imbalance@25"):
+        Quantity.parse("first.imbalance@")

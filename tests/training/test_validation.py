@@ -18,6 +18,7 @@ from dimaskdino.modeling import Detector
 from dimaskdino.painting import GAP
 from dimaskdino.runs import trackers
 from dimaskdino.runs.folder import RunFolder
+from dimaskdino.studies.comparison import EvaluatedRun
 from dimaskdino.training.launch import main as launch
 from dimaskdino.training.trainer import Trainer, train
 from dimaskdino.training.validation import PICTURE_WIDTH, Best, Validator, averaged
@@ -55,6 +56,28 @@ def test_validation_gives_the_numbers_of_an_evaluation(shapes_data):
     last = f"decoder.{config.model.decoder.layers}"
     stage = evaluate_layers(model, stages=[last]).stages[last]
     assert (found["box_AP"], found["mask_AP"]) == (stage.box.AP, stage.mask.AP)
+
+
+def test_chosen_stages_are_scored_beside_the_last(shapes_data, tmp_path):
+    names = ["token_interaction.0", "decoder.1"]
+    changes = (*VALIDATED, f"train.validation.stages={json.dumps(names)}", "train.average=null")
+    folder = RunFolder(tmp_path / "run")
+    train(settings(shapes_data, *changes), folder)
+    found = validations(folder)[-1]["validation"]
+    expected = evaluate_layers(load_checkpoint(folder.path))
+    assert found["stages"] == {
+        name: {"box": stage.box.AP, "mask": stage.mask and stage.mask.AP}
+        for name, stage in expected.stages.items()
+        if name in names
+    }
+    assert found["stages"]["token_interaction.0"]["mask"] is None
+    expected.save(folder.path / "evaluation" / "layers.json")
+    scored = EvaluatedRun.load(folder.path).validations
+    assert len(scored) == 3
+    last = next(reversed(expected.stages))
+    assert scored[-1] == found["stages"] | {last: {"box": found["box_AP"], "mask": found["mask_AP"]}}
+    with pytest.raises(UserError, match=r"no stage 'decoder\.9'; it has first_selection"):
+        train(settings(shapes_data, *VALIDATED, "train.validation.stages=[decoder.9]"), RunFolder(tmp_path / "other"))
 
 
 def test_the_number_of_images_is_bounded_and_spread_over_the_split(shapes_data):
