@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -27,7 +27,7 @@ from dimaskdino.interop.fiftyone import to_fiftyone
 from dimaskdino.interop.supervision import to_supervision
 from dimaskdino.markdown import escape
 from dimaskdino.modeling import Instances
-from dimaskdino.modeling.precision import Precision
+from dimaskdino.modeling.precision import Precision, fast_precision
 from dimaskdino.painting import paint_instances
 from dimaskdino.resources import MODELS, find_model
 from dimaskdino.serialization import write_text
@@ -294,7 +294,7 @@ def load(
     source: str | Path,
     *,
     device: str | torch.device = "auto",
-    precision: Precision = "fp32",
+    precision: Precision | Literal["auto"] = "fp32",
     overrides: Iterable[str] = (),
     config: Config | None = None,
 ) -> Model:
@@ -308,7 +308,8 @@ def load(
             * a model of the course: `dimaskdino-shapes` or `maskdino-shapes`,
             * a model on the Hugging Face Hub: `owner/name` or `owner/name@revision`.
         device: `auto` takes a GPU if there is one, else the CPU; or any device of torch.
-        precision: precision of the forward pass: `fp32`, `tf32`, `bf16` or `fp16`.
+        precision: precision of the forward pass: `fp32`, `tf32`, `bf16` or `fp16`; or `auto`: `bf16` where the device
+            is faster with it, else `fp32`.
         overrides: `key=value` settings that differ from those stored with the model, such as
             `data.resize.shortest=640`.
         config: the configuration that a published checkpoint was trained with; by default inferred from the weights.
@@ -319,8 +320,9 @@ def load(
     Raises:
         UserError: there is no such model, it is truncated, or it does not fit its configuration.
     """
-    if precision not in get_args(Precision):
-        raise UserError(f"the precision is one of {', '.join(get_args(Precision))}, got '{precision}'")
+    known = ("auto", *get_args(Precision))
+    if precision not in known:
+        raise UserError(f"the precision is one of {', '.join(known)}, got '{precision}'")
     path = Path(source)
     if not path.exists():
         shipped = find_model(str(source))
@@ -330,8 +332,10 @@ def load(
             path = hub.download(source)
         elif not path.suffix and len(path.parts) == 1:
             raise UserError(f"no model '{source}': neither a path nor one of {', '.join(MODELS)}")
-    trained = load_checkpoint(path, find_device(device), overrides, config)
-    return Model(trained.detector, trained.config, trained.classes, trained.step, precision)
+    found = find_device(device)
+    trained = load_checkpoint(path, found, overrides, config)
+    chosen = fast_precision(found) if precision == "auto" else precision
+    return Model(trained.detector, trained.config, trained.classes, trained.step, chosen)
 
 
 def find_device(device: str | torch.device = "auto") -> torch.device:

@@ -296,8 +296,22 @@ def test_devices_and_precisions(shapes_data, tmp_path, pixels):
     half = dimaskdino.load(file, device="cpu", precision="bf16").predict(pixels, threshold=0)
     assert not torch.equal(exact.scores, half.scores)
     assert float((exact.scores - half.scores).abs().max()) < 0.05
+    with pytest.raises(UserError, match="one of auto, fp32, tf32, bf16, fp16, got 'half'"):
+        dimaskdino.load(file, precision="half")
     with pytest.raises(UserError, match="the device 'gpu' cannot be used here"):
         dimaskdino.load(file, device="gpu")
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [({}, "fp32"), ({"avx512_f": True, "avx512_bf16": False}, "fp32"), ({"amx_bf16": True}, "bf16")],
+)
+def test_the_automatic_precision_is_what_the_processor_is_fast_with(
+    known, expected, monkeypatch, shapes_data, tmp_path
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    file = trained_file(tmp_path / "model.safetensors", shapes_data)
+    assert dimaskdino.load(file, device="cpu", precision="auto").precision == expected
 
 
 def test_an_apple_gpu_that_is_not_there():

@@ -25,7 +25,13 @@ Settings = Annotated[
     ),
 ]
 Device = Annotated[str, arg(help="cpu, cuda, cuda:1, mps, or auto: a GPU if there is one.")]
-Precision = Annotated[str, arg(help="Precision of the forward pass: fp32, tf32 (NVIDIA GPUs), bf16 or fp16.")]
+Precision = Annotated[
+    str,
+    arg(
+        help="Precision of the forward pass: fp32, tf32 (NVIDIA GPUs), bf16, fp16, or auto: bf16 where the device is "
+        "faster with it."
+    ),
+]
 ModelSource = Annotated[
     str,
     arg(

@@ -8,6 +8,18 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def fast_precision(device: torch.device) -> Precision:
+    """`bf16` where the device computes with it faster than with float32, else `fp32`.
+
+    These are NVIDIA GPUs from compute capability 8.0 (Ampere), and x86 processors with AMX or AVX-512 for bfloat16.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # which older versions of PyTorch do not have
+    known = capabilities() if device.type == "cpu" else {}
+    return "bf16" if known.get("amx_bf16") or known.get("avx512_bf16") else "fp32"
+
+
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """The autocast context for a precision; does nothing for `fp32`.
 
