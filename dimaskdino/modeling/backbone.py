@@ -76,7 +76,7 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
         scale, shift = (values.to(x.dtype).view(-1, 1, 1) for values in (scale, shift))
-        return x * scale + shift
+        return torch.addcmul(shift, x, scale)
 
 
 class _ScaledResNet(models.ResNet):

@@ -98,15 +98,16 @@ def mask_guided_boxes(stage: Stage, exact: bool) -> Float[Tensor, "B Q 4"]:
     """
     assert stage.mask_embedding is not None
     assert stage.mask_features is not None
-    features = stage.mask_features.flatten(2)
-    h, w = stage.mask_features.shape[-2:]
+    # (B, h·w, C), as the features lie in memory: the other way round a product in bfloat16 copies them for every chunk
+    features = stage.mask_features.flatten(2).transpose(1, 2)
     columns, rows = [], []
     for start in range(0, stage.mask_embedding.shape[1], MASK_CHUNK):  # split would export as a sequence
-        mask = (stage.mask_embedding[:, start : start + MASK_CHUNK] @ features).unflatten(-1, (h, w))
-        columns.append(mask.amax(-2) > 0)
-        rows.append(mask.amax(-1) > 0)
-    x0, x1 = _extent(torch.cat(columns, dim=1), exact)
-    y0, y1 = _extent(torch.cat(rows, dim=1), exact)
+        embedding = stage.mask_embedding[:, start : start + MASK_CHUNK].transpose(1, 2)
+        mask = (features @ embedding).unflatten(1, stage.mask_features.shape[-2:])
+        columns.append(mask.amax(1) > 0)
+        rows.append(mask.amax(2) > 0)
+    x0, x1 = _extent(torch.cat(columns, dim=-1).transpose(1, 2), exact)
+    y0, y1 = _extent(torch.cat(rows, dim=-1).transpose(1, 2), exact)
     box = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dim=-1)
     return box.clamp(0, 1)
 

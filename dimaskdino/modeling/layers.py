@@ -13,6 +13,7 @@ from torch.nn import functional
 from dimaskdino.modeling.structures import FeatureLevels
 
 TEMPERATURE = 10000.0
+CACHED_TOKENS = 2048
 
 
 def inverse_sigmoid(x: Tensor, epsilon: float = 1e-5) -> Tensor:
@@ -85,9 +86,14 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(C)
 
     def forward(self, x: Float[Tensor, "B Q C"]) -> Float[Tensor, "B Q C"]:
+        # many tokens in parts, so that what lies between the layers stays in a CPU's cache
+        at_once = x.device.type != "cpu" or x.shape[1] <= CACHED_TOKENS or torch.compiler.is_compiling()
+        parts = (x,) if at_once else x.split(CACHED_TOKENS, dim=1)
+        return self.norm(x + torch.cat([self._between_residuals(part) for part in parts], dim=1))
+
+    def _between_residuals(self, x: Tensor) -> Tensor:
         # in place, a gradient of this view would be copied as a whole
-        hidden = functional.relu(self.linear1(x), inplace=not torch.is_grad_enabled())
-        return self.norm(x + self.linear2(hidden))
+        return self.linear2(functional.relu(self.linear1(x), inplace=not torch.is_grad_enabled()))
 
 
 class MultiHeadAttention(nn.Module):

@@ -1,6 +1,7 @@
 """Predictions of a stage to instances at the output size (section 8)."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -60,28 +61,106 @@ def postprocess(
         kept, index = queries.unique(return_inverse=True)
         image_scores, query_masks = scores[b, likely], None
         if masks and stage.mask_embedding is not None and stage.mask_features is not None:
-            logits = torch.einsum("qc,chw->qhw", stage.mask_embedding[b, kept], stage.mask_features[b])
-            query_masks, quality = _enlarge(logits.float(), padded_size, sizes[b], output_sizes[b])
+            features = stage.mask_features[b]
+            logits = (stage.mask_embedding[b, kept] @ features.flatten(1)).unflatten(1, features.shape[1:])
+            query_masks, quality = enlarge(logits.float(), padded_size, sizes[b], output_sizes[b])
             image_scores = image_scores * quality[index]
         order = image_scores.argsort(descending=True)
         results.append(Instances(boxes[order], image_scores[order], labels[order], query_masks, index[order]))
     return results
 
 
-def _enlarge(
+def enlarge(
     logits: Float[Tensor, "u h4 w4"], padded_size: tuple[int, int], size: tuple[int, int], output: tuple[int, int]
 ) -> tuple[Bool[Tensor, "u h w"], Float[Tensor, " u"]]:
     """Masks at the output size, and the mean probability inside each."""
     if not len(logits):
         return logits.new_zeros(0, *output, dtype=torch.bool), logits.new_zeros(0)
+    # a GPU prefers few large operations
+    function = enlarge_inside if logits.device.type == "cpu" else enlarge_whole
+    return function(logits, padded_size, size, output)
+
+
+def enlarge_whole(
+    logits: Float[Tensor, "u h4 w4"], padded_size: tuple[int, int], size: tuple[int, int], output: tuple[int, int]
+) -> tuple[Bool[Tensor, "u h w"], Float[Tensor, " u"]]:
+    """`enlarge`, whole masks at a time."""
     masks, quality = [], []
     for chunk in logits.split(MASK_CHUNK):
         enlarged = functional.interpolate(chunk[None], size=padded_size, mode="bilinear", align_corners=False)
         enlarged = enlarged[:, :, : size[0], : size[1]]
         if output != size:
             enlarged = functional.interpolate(enlarged, size=output, mode="bilinear", align_corners=False)
-        mask = enlarged[0] > 0
-        inside = (enlarged[0].sigmoid() * mask).sum((1, 2))
-        quality.append(inside / (mask.sum((1, 2)) + 1e-6))
-        masks.append(mask)
+        masks.append(enlarged[0] > 0)
+        quality.append(_quality(enlarged[0]))
     return torch.cat(masks), torch.cat(quality)
+
+
+def _quality(logits: Float[Tensor, "u h w"]) -> Float[Tensor, " u"]:
+    """Mean probability of the positive logits of each mask. Overwrites the logits."""
+    # sums of booleans, and their products with numbers, take several times as long on a CPU
+    probability = functional.threshold_(logits, 0, -torch.inf).sigmoid_()
+    total = probability.sum((1, 2))
+    return total / (probability.ceil_().sum((1, 2)) + 1e-6)
+
+
+def enlarge_inside(
+    logits: Float[Tensor, "u h4 w4"], padded_size: tuple[int, int], size: tuple[int, int], output: tuple[int, int]
+) -> tuple[Bool[Tensor, "u h w"], Float[Tensor, " u"]]:
+    """`enlarge`, each mask only where it can be positive, which is mostly a small part of the image."""
+    rows, columns = (
+        _resizings(logits.shape[1 + axis], padded_size[axis], size[axis], output[axis]) for axis in range(2)
+    )
+    ranges = zip(_reached(logits.amax(2) > 0, rows), _reached(logits.amax(1) > 0, columns), strict=True)
+    masks, quality = logits.new_zeros(len(logits), *output, dtype=torch.bool), logits.new_zeros(len(logits))
+    for i, (down, across) in enumerate(ranges):
+        if len(down) and len(across):
+            part = _resized(_resized(logits[i], rows, down).T, columns, across).T[None].contiguous()
+            masks[i, down.start : down.stop, across.start : across.stop] = part[0] > 0
+            quality[i] = _quality(part)[0]
+    return masks, quality
+
+
+class _Resizing(NamedTuple):
+    """One bilinear resizing along an axis to n values, each between two places: lower and upper (n,), part (n, 1)."""
+
+    lower: Tensor
+    upper: Tensor
+    part: Tensor
+
+    @classmethod
+    def of(cls, before: int, after: int) -> "_Resizing":
+        """With `align_corners=False`, as PyTorch does it."""
+        source = ((torch.arange(after) + 0.5) * (before / after) - 0.5).clamp(min=0)
+        lower = source.long()
+        return cls(lower, (lower + 1).clamp(max=before - 1), (source - lower)[:, None])
+
+    def only(self, wanted: slice) -> "_Resizing":
+        return _Resizing(*(values[wanted] for values in self))
+
+
+def _resizings(cells: int, padded: int, size: int, output: int) -> list[_Resizing]:
+    """Those of masks along one axis: cells to the padded image, and of that the first `size` to the output."""
+    first = _Resizing.of(cells, padded).only(slice(size))
+    return [first] if output == size else [first, _Resizing.of(size, output)]
+
+
+def _reached(occupied: Bool[Tensor, "u n"], steps: Sequence[_Resizing]) -> list[range]:
+    """For each mask the range of places to which its occupied cells contribute."""
+    for lower, upper, _ in steps:
+        occupied = occupied[:, lower] | occupied[:, upper]
+    some, n = occupied.any(1), occupied.shape[1]
+    first = torch.where(some, occupied.int().argmax(1), 0).tolist()
+    stop = torch.where(some, n - occupied.flip(1).int().argmax(1), 0).tolist()
+    return [range(a, b) for a, b in zip(first, stop, strict=True)]
+
+
+def _resized(x: Float[Tensor, "n m"], steps: Sequence[_Resizing], wanted: range) -> Float[Tensor, "n2 m"]:
+    """The rows `wanted` of x after some resizings of its first axis."""
+    *before, last = steps
+    lower, upper, part = last.only(slice(wanted.start, wanted.stop))
+    if before:
+        start = int(lower[0])
+        x = _resized(x, before, range(start, int(upper[-1]) + 1))
+        lower, upper = lower - start, upper - start
+    return x[lower].lerp(x[upper], part)

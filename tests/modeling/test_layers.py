@@ -5,7 +5,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dimaskdino.modeling import layers
 from dimaskdino.modeling.layers import FeedForward, MultiHeadAttention
+from dimaskdino.modeling.structures import FeatureLevels
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -62,3 +64,25 @@ def test_feed_forward_is_the_same_with_and_without_gradients():
     torch.testing.assert_close(block(x), expected, atol=0, rtol=0)
     with torch.no_grad():
         torch.testing.assert_close(block(x), expected, atol=0, rtol=0)
+
+
+def test_feed_forward_of_many_tokens_in_parts(monkeypatch):
+    torch.manual_seed(0)
+    block, x = FeedForward(8, 16), torch.randn(2, 11, 8, requires_grad=True)
+    whole = block(x)
+    [gradient] = torch.autograd.grad(whole.square().sum(), x)
+    monkeypatch.setattr(layers, "CACHED_TOKENS", 4)
+    parts = block(x)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(torch.autograd.grad(parts.square().sum(), x)[0], gradient)
+
+
+@pytest.mark.parametrize("B", [1, 3])
+def test_a_level_is_a_channels_last_map(B):
+    """Also by its strides, which is what PyTorch looks at for a batch of one image."""
+    levels = FeatureLevels(torch.arange(B * 26 * 4).view(B, 26, 4).float(), ((2, 3), (4, 5)), (8, 4))
+    level = levels.map(4)
+    assert level.stride()[1:] == (1, 5 * 4, 4)
+    assert level.stride(0) >= 4 * 5 * 4
+    assert torch.equal(level, levels.tokens[:, 6:].transpose(1, 2).reshape(B, 4, 4, 5))
+    assert nn.functional.interpolate(level, (8, 10), mode="bilinear").is_contiguous(memory_format=torch.channels_last)

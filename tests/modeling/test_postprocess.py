@@ -9,6 +9,7 @@ from torch.nn.functional import interpolate
 
 from dimaskdino.errors import UserError
 from dimaskdino.modeling import Stage, postprocess
+from dimaskdino.modeling.postprocess import enlarge_inside, enlarge_whole
 
 
 def synthetic_stage(B: int = 2, Q: int = 7, K: int = 3, C: int = 8) -> Stage:
@@ -43,6 +44,33 @@ def test_against_a_loop():
         assert found.labels.tolist() == [e[1] for e in expected]
         torch.testing.assert_close(found.boxes, torch.tensor([e[2] for e in expected]), atol=1e-3, rtol=1e-5)
         assert torch.equal(found.masks, torch.stack([e[3] for e in expected]))
+
+
+def discs(count: int, h: int, w: int) -> torch.Tensor:
+    """Mask logits of discs of all sizes and places, some empty, some beyond the border, and one that is everywhere."""
+    g = torch.Generator().manual_seed(1)
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    centre = torch.rand(count, 2, 1, 1, generator=g) * 1.2 - 0.1
+    distance = ((y - centre[:, 0] * h) ** 2 + (x - centre[:, 1] * w) ** 2) ** 0.5
+    radius = torch.rand(count, 1, 1, generator=g) * h / 2 - 1
+    logits = radius - distance + 0.2 * torch.randn(count, h, w, generator=g)
+    logits[0] = 1
+    return logits
+
+
+@pytest.mark.parametrize("output", [(60, 90), (120, 180), (37, 41), (7, 400)])
+@pytest.mark.parametrize("enlarge", [enlarge_inside, enlarge_whole])
+def test_masks_are_enlarged_as_pytorch_does_it(enlarge, output):
+    logits, padded, size = discs(60, 16, 24), (64, 96), (60, 90)
+    masks, quality = enlarge(logits, padded, size, output)
+    expected = interpolate(logits[None], padded, mode="bilinear", align_corners=False)[:, :, : size[0], : size[1]]
+    expected = interpolate(expected, output, mode="bilinear", align_corners=False)[0]
+    inside = expected > 0
+    areas = inside.sum((1, 2))
+    assert areas.min() == 0
+    assert areas[0] == math.prod(output)
+    assert torch.equal(masks, inside)
+    torch.testing.assert_close(quality, (expected.sigmoid() * inside).sum((1, 2)) / (areas + 1e-6))
 
 
 def test_only_the_detected_queries_masks_are_made():
