@@ -10,8 +10,12 @@ from dimaskdino import config
 
 def sample_maps(maps: Float[Tensor, "N C h w"], points: Float[Tensor, "N P 2"]) -> Float[Tensor, "N C P"]:
     """Bilinear values of maps at points (x, y) in [0, 1], zeros outside (align_corners=False)."""
-    grid = 2 * points.unsqueeze(1) - 1
-    return functional.grid_sample(maps, grid, padding_mode="zeros", align_corners=False).squeeze(2)
+    return _sample_grid(maps, 2 * points - 1)
+
+
+def _sample_grid(maps: Float[Tensor, "N C h w"], grid: Float[Tensor, "N P 2"]) -> Float[Tensor, "N C P"]:
+    """`sample_maps` at points in [−1, 1]."""
+    return functional.grid_sample(maps, grid.unsqueeze(1), padding_mode="zeros", align_corners=False).squeeze(2)
 
 
 def sample_masks(
@@ -34,9 +38,10 @@ def sample_masks(
 def uncertain_points(logits: Float[Tensor, "N h w"], settings: config.Loss) -> Float[Tensor, "N P 2"]:
     """Points where a mask is most uncertain (small |logit|), mixed with random ones (PointRend, arXiv 1912.08193)."""
     N, P = logits.shape[0], settings.points
-    candidates = torch.rand(N, int(settings.oversample * P), 2, device=logits.device)
-    certainty = sample_maps(logits.unsqueeze(1), candidates).squeeze(1).abs()
+    # many numbers, so they are drawn in [−1, 1], where they are sampled
+    candidates = torch.empty(N, int(settings.oversample * P), 2, device=logits.device).uniform_(-1, 1)
+    certainty = _sample_grid(logits.unsqueeze(1), candidates).squeeze(1).abs_()
     uncertain = int(settings.uncertain_fraction * P)
     rows = certainty.topk(uncertain, dim=1, largest=False, sorted=False).indices
-    chosen = candidates.gather(1, rows.unsqueeze(-1).expand(-1, -1, 2))
+    chosen = (candidates.gather(1, rows.unsqueeze(-1).expand(-1, -1, 2)) + 1) / 2
     return torch.cat([chosen, torch.rand(N, P - uncertain, 2, device=logits.device)], dim=1)
