@@ -23,6 +23,8 @@ from dimaskdino.serialization import write_atomically
 
 DRAWS = 1000
 CONFIDENCE = 0.95
+RECALLS = np.linspace(0, 1, 101)  # at which COCO reads the precision
+VALUES_AT_ONCE = 1 << 24
 _SEED = 0
 
 
@@ -78,7 +80,7 @@ def bootstrap(by_stage: Mapping[str, Detections], truth: COCO, draws: int = DRAW
     """AP on resampled images, for every stage and kind.
 
     Args:
-        by_stage: detections by stage name. A stage takes a few seconds for 200 images, up to ten minutes for 5,000.
+        by_stage: detections by stage name.
         truth: the annotations, from `read_truth`.
         draws: number of bootstrap resamples.
     """
@@ -115,10 +117,9 @@ def resampled_ap(
     """
     total, defined = np.zeros(weights.shape[1]), np.zeros(weights.shape[1])
     as_float = weights.astype(np.float32)  # counts stay far below 2²⁴, so sums are exact
-    for curve in _ranked(truth, detections, kind):
-        objects = curve.objects @ weights
-        precision = curve.mean_precision(as_float, objects)
-        total += np.where(objects > 0, precision, 0)
+    for ranked in _ranked(truth, detections, kind):
+        objects = ranked.objects @ weights
+        total += np.where(objects > 0, ranked.mean_precision(as_float, objects), 0)
         defined += objects > 0
     with np.errstate(invalid="ignore"):
         return 100 * total / defined
@@ -126,55 +127,82 @@ def resampled_ap(
 
 @dataclass(frozen=True)
 class _Ranked:
-    """Detections of one class at one IoU threshold, best first, without those that COCO ignores.
+    """Detections of one class, best first, at T IoU thresholds.
 
     Attributes:
         image: (n,) position of each detection's image.
-        hit: (n,) whether it matches an object.
+        hit: (T, n) whether it matches an object.
+        ignored: (T, n) whether COCO ignores it.
         objects: (images,) number of objects per image.
     """
 
     image: Int[np.ndarray, " n"]
-    hit: Bool[np.ndarray, " n"]
+    hit: Bool[np.ndarray, "T n"]
+    ignored: Bool[np.ndarray, "T n"]
     objects: Int[np.ndarray, " images"]
 
     def mean_precision(
         self, weights: Float[np.ndarray, "images draws"], objects: Int[np.ndarray, " draws"]
     ) -> Float[np.ndarray, " draws"]:
-        """Precision averaged over the recalls 0, 0.01, … 1, per resample.
+        """Precision averaged over the recalls 0, 0.01, … 1 and the IoU thresholds, per resample.
 
         Copies of an image add copies of its detections with the same score. Recall rises only at hits, and the best
         precision from there on is reached after the last copy, so the counts after every hit suffice.
         """
-        at = np.flatnonzero(self.hit)
-        if not len(at):
+        hit = self.hit & ~self.ignored
+        last = np.flatnonzero(hit.any(0))
+        if not len(last):
             return np.zeros(weights.shape[1])
-        # rows: hits; columns: images; number of detections of each image up to and including that hit
-        hits, others = (_running_counts(self.image, counted, at, len(weights)) for counted in (self.hit, ~self.hit))
-        true, false = hits @ weights, others @ weights
+        n = last[-1] + 1  # what comes after the last hit changes nothing
+        width = max(1, VALUES_AT_ONCE // n)
+        parts = []
+        for start in range(0, weights.shape[1], width):
+            part = slice(start, start + width)
+            copies = weights[self.image[:n], part]
+            seen = copies.cumsum(0)  # number of detections up to and including each one
+            parts.append(
+                np.mean(
+                    [
+                        self._at(np.flatnonzero(h), i, copies, seen, objects[part])
+                        for h, i in zip(hit[:, :n], self.ignored[:, :n], strict=True)
+                    ],
+                    axis=0,
+                )
+            )
+        return np.concatenate(parts)
+
+    @staticmethod
+    def _at(
+        at: Int[np.ndarray, " hits"],
+        ignored: Bool[np.ndarray, " n"],
+        copies: Float[np.ndarray, "n draws"],
+        seen: Float[np.ndarray, "n draws"],
+        objects: Int[np.ndarray, " draws"],
+    ) -> Float[np.ndarray, " draws"]:
+        """Mean precision at one threshold, at which the detections `at` are hits."""
+        counted = seen[at]
+        if ignored.any():
+            counted = counted - (copies * ignored[:, None]).cumsum(0)[at]
+        true = copies[at].cumsum(0).astype(np.float64)
         with np.errstate(invalid="ignore", divide="ignore"):
-            precision = np.nan_to_num(true / (true + false))
-            recall = true.astype(np.float64) / objects
+            precision, recall = np.nan_to_num(true / counted), true / objects
         best = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
-        wanted = np.linspace(0, 1, 101)
-        result = np.zeros(weights.shape[1])
-        for draw in range(weights.shape[1]):
-            reached = np.searchsorted(recall[:, draw], wanted, side="left")
-            result[draw] = best[reached[reached < len(at)], draw].sum() / len(wanted)
-        return result
+        reached = _recalls_reached(recall)
+        newly = np.diff(reached, axis=0, prepend=0)  # that are reached at this hit for the first time
+        return np.einsum("hd,hd->d", best, newly) / len(RECALLS)
 
 
-def _running_counts(image: np.ndarray, counted: np.ndarray, at: np.ndarray, images: int) -> np.ndarray:
-    """(len(at), images): number of counted detections of each image at or before the positions `at`."""
-    counts = np.zeros((len(at), images), np.float32)
-    where = np.searchsorted(at, np.flatnonzero(counted), side="left")  # the first of `at` that comes after
-    inside = where < len(at)
-    np.add.at(counts, (where[inside], image[np.flatnonzero(counted)[inside]]), 1)
-    return counts.cumsum(0)
+def _recalls_reached(recall: Float[np.ndarray, "hits draws"]) -> Int[np.ndarray, "hits draws"]:
+    """How many of the recalls that COCO reads a recall reaches; those of its floating-point numbers."""
+    steps = len(RECALLS) - 1
+    above = np.append(RECALLS, np.inf)
+    count = np.nan_to_num(recall * steps).astype(np.int64).clip(0, steps)  # right, or one too low or too high
+    count += above[count + 1] <= recall
+    return np.where(RECALLS[count] <= recall, count + 1, count)
 
 
 def _ranked(truth: COCO, detections: list[dict[str, Any]], kind: Kind) -> list[_Ranked]:
-    """Ranked detections of every class at every IoU threshold, matched by hotcoco."""
+    """Ranked detections of every class, matched by hotcoco."""
     evaluation = COCOeval(truth, truth.load_res(detections), IOU_TYPE[kind])
     evaluation.params.area_rng, evaluation.params.area_rng_lbl = [[0.0, 1e10]], ["all"]
     evaluation.evaluate()
@@ -199,5 +227,5 @@ def _ranked(truth: COCO, detections: list[dict[str, Any]], kind: Kind) -> list[_
             )[:, order]
             for key in ("dtMatched", "dtIgnore")
         )
-        ranked += [_Ranked(image[order][~i], h[~i], objects) for h, i in zip(hit, ignored, strict=True)]
+        ranked.append(_Ranked(image[order], hit, ignored, objects))
     return ranked

@@ -7,7 +7,14 @@ import pytest
 from crowded import crowded_truth, detections
 
 from dimaskdino.errors import UserError
-from dimaskdino.evaluation.bootstrap import BootstrapAP, bootstrap, image_draws, resampled_ap
+from dimaskdino.evaluation.bootstrap import (
+    RECALLS,
+    BootstrapAP,
+    _recalls_reached,
+    bootstrap,
+    image_draws,
+    resampled_ap,
+)
 from dimaskdino.evaluation.coco_ap import average_precision, read_truth
 
 
@@ -40,6 +47,24 @@ def test_weights_are_copies_of_images(kind, tmp_path):
         copied, copied_rows = with_copies(file, rows, column, tmp_path)
         assert ap == pytest.approx(average_precision(read_truth(copied), copied_rows, kind).AP, abs=1e-4)
     assert len(set(measured.round(3))) == 7
+
+
+def test_recalls_are_reached_as_coco_compares_them():
+    """At every fraction of up to 400 objects, among them those that are equal to a recall but for rounding."""
+    for objects in range(1, 401):
+        recall = np.arange(objects + 1)[:, None] / objects
+        expected = np.searchsorted(RECALLS, recall.ravel(), side="right")
+        assert (_recalls_reached(recall).ravel() == expected).all(), objects
+    assert _recalls_reached(np.full((1, 1), np.nan)) == 0
+
+
+@pytest.mark.parametrize("values", [1, 100, 1 << 24])
+def test_resamples_in_parts(values, tmp_path, monkeypatch):
+    file = crowded_truth(tmp_path)
+    rows, weights = detections(file).masks, image_draws(30, 20)
+    whole = resampled_ap(read_truth(file), rows, "mask", weights)
+    monkeypatch.setattr("dimaskdino.evaluation.bootstrap.VALUES_AT_ONCE", values)
+    np.testing.assert_allclose(resampled_ap(read_truth(file), rows, "mask", weights), whole, rtol=1e-12)
 
 
 def test_draws_are_the_same_every_time_and_as_many_as_there_are_images():
