@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 
 from dimaskdino.benchmarks.model import Task
@@ -168,7 +169,9 @@ def main(
             f"{row['case']}, {row['precision']}, {row['threads']} threads: {before['seconds']:.2f} s before, "
             f"{now['seconds']:.2f} s now, {before['seconds'] / now['seconds']:.2f}×"
         )
-    save({"commit": commit, "rounds": rounds, "cases": found}, output)
+    able = torch.cpu.get_capabilities()
+    instructions = [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if able.get(name)]
+    save({"commit": commit, "rounds": rounds, "instructions": instructions, "cases": found}, output)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ class MultiHeadAttention(nn.Module):
         parts = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
         q, k, v = (functional.linear(x, W, b).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x, W, b in parts)
         allowed = None if attention_mask is None else ~attention_mask
-        # on a CPU the backward pass of narrow heads in bfloat16 takes ten times as long as in float32
+        # on a CPU the backward pass of narrow heads takes several times as long in bfloat16 as in float32
         slow = q.device.type == "cpu" and q.requires_grad
         with torch.autocast(q.device.type, enabled=False) if slow else contextlib.nullcontext():
             q, k, v = (x.float() if slow else x for x in (q, k, v))

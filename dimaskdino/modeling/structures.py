@@ -122,7 +122,7 @@ class FeatureLevels:
         """The level with this stride as a map."""
         level = self.strides.index(stride)
         tokens = self.tokens.split(self.sizes, dim=1)[level]
-        # in this order the strides are those of a channels-last map, for which a resize is nine times as fast on a CPU
+        # in this order the strides are those of a channels-last map, which a CPU resizes several times as fast
         return tokens.unflatten(1, self.shapes[level]).permute(0, 3, 1, 2)
 
     def centres(self) -> Float[Tensor, "N 2"]:
