@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 4 · De-Imbalance: residual double-selection
 #
-# **Question.** Forty tokens may enter the decoder. The image has eleven hundred. Which ones, and who decides?
+# **Question.** Forty tokens may enter the decoder. The image has more than five hundred. Which ones, and who decides?
 #
 # Where do the decoder's queries come from? MaskDINO takes the feature tokens that look most like an object, all at
 # once. This is bad for boxes in two ways: a token describes its own location rather than the extent of its object
@@ -27,9 +27,9 @@
 # *Prerequisites*: chapters 1 and 3. *Time*: 60 minutes.
 
 # %% tags=["parameters"]
-model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
+model: str = "notebooks/models/solids"  # a trained model: a run folder or a file
 images: int = 6  # images to look at
-overrides: list = []  # settings that differ from those of the training, such as data.root
+overrides: list = ["data.root=notebooks/scenes"]  # settings that differ from those of the training
 
 # %%
 
@@ -102,8 +102,9 @@ checks.check_mask_to_box(mask_to_box)
 # ## Token interaction
 #
 # Self-attention among the selected tokens, averaged over the heads. The tokens are sorted by the object that they
-# lie on, white lines between objects, background first. Bright blocks on the diagonal are tokens that attend to others
-# of their own object.
+# lie on, white lines between objects, background first. Blocks on the diagonal that are brighter than their
+# surroundings are tokens that attend to others of their own object; bright columns are tokens to which all others
+# attend. Which of the two do you see?
 
 # %%
 draw_interaction(looks[0])
@@ -175,7 +176,8 @@ if checks.check_recall(recall):
 #
 # Mean IoU of the objects' best detections, before and after each step. The first stage is the first selection, the
 # next are the token-interaction layers, *decoder input* is $T_{s2}$, and *layer 1* is after the residual, $Q_{bal}$.
-# The masks of the first selection and those of the decoder's input come from the same mask features.
+# The masks of the first selection and those of the decoder's input come from the same mask features. Compare with care:
+# after the second selection half of the tokens are left, and the best of fewer boxes is worse.
 
 # %%
 tracks = [track_objects(look) for look in looks]

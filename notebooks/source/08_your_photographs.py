@@ -17,13 +17,13 @@
 # *Prerequisites*: chapters 1, 5 and 6; PyTorch modules. *Time*: 75 minutes.
 
 # %% tags=["parameters"]
-model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
-config: str = "configs/shapes/dimaskdino_r18w32_2k.yaml"  # the configuration that it fits
-folder: str = "runs/course/round_or_angular"  # where data and runs of this chapter go
+model: str = "notebooks/models/solids"  # a trained model: a run folder or a file
+config: str = "configs/solids/dimaskdino_r18w16.yaml"  # the configuration that it fits
+folder: str = "runs/course/rolls_or_stays"  # where data and runs of this chapter go
 train_images: int = 60  # how many training images to make
 val_images: int = 40  # how many validation images
 steps: int = 60  # training steps of the fine-tuning
-overrides: list = []  # settings for model and configuration that differ
+overrides: list = ["data.root=notebooks/scenes"]  # settings for model and configuration that differ
 
 # %%
 import json
@@ -38,12 +38,12 @@ from torch import nn
 
 from dimaskdino import load
 from dimaskdino.cli.data import check as data_check
-from dimaskdino.config import Shapes, load_config
+from dimaskdino.config import SOLIDS, Shapes, load_config
 from dimaskdino.course import begin, checks
 from dimaskdino.course.questions import Choice
 from dimaskdino.data.coco import CocoDataset, Sample
 from dimaskdino.data.dataloader import batches, training_dataset, training_loader
-from dimaskdino.data.shapes import CLASSES, scene
+from dimaskdino.data.shapes import generate, scene
 from dimaskdino.evaluation.layerwise_ap import evaluate_layers
 from dimaskdino.inspection.objects import track_objects
 from dimaskdino.modeling import ImageBatch
@@ -90,20 +90,22 @@ def box_and_area(mask):
 checks.check_annotation(box_and_area)
 
 # %% [markdown]
-# The data of this chapter ask a new question about familiar scenes: is a shape *round* or *angular*? There are two
-# classes and a few dozen images, as many as one labels in an afternoon.
+# The data of this chapter ask a new question about familiar scenes: if somebody pushes the table, does an object *roll*
+# away or *stay*? There are two classes and a few dozen images, as many as one labels in an afternoon. (The scenes are
+# rendered here and now, since no photographs of yours are at hand.)
 
 # %%
-ROUND = ("disk", "ring")
+ROLLS = ("ball", "can", "hoop")
 
 
 def write_split(split: str, count: int):
     """Images and annotations of one split."""
+    size = lesson.trained.config.data.resize.shortest
     (folder / "data" / "images" / split).mkdir(parents=True, exist_ok=True)
     (folder / "data" / "annotations").mkdir(exist_ok=True)
     images, annotations = [], []
     for number in range(count):
-        pixels, labels, masks = scene(Shapes(size=lesson.trained.config.data.resize.shortest, seed=1), split, number)
+        pixels, labels, masks = scene(Shapes(kinds=SOLIDS, size=size, seed=2), split, number)
         file = f"{number:03}.png"
         Image.fromarray(pixels).save(folder / "data" / "images" / split / file)
         images.append({"id": number, "file_name": file, "height": pixels.shape[0], "width": pixels.shape[1]})
@@ -111,11 +113,11 @@ def write_split(split: str, count: int):
             code = coco_mask.encode(np.asfortranarray(mask))
             annotations.append({
                 "id": len(annotations) + 1, "image_id": number, "iscrowd": 0,
-                "category_id": 1 if CLASSES[label] in ROUND else 2,
+                "category_id": 1 if SOLIDS[label] in ROLLS else 2,
                 "segmentation": {"size": code["size"], "counts": code["counts"].decode()},
                 "bbox": coco_mask.toBbox(code).tolist(), "area": int(coco_mask.area(code)),
             })  # fmt: skip
-    categories = [{"id": 1, "name": "round"}, {"id": 2, "name": "angular"}]
+    categories = [{"id": 1, "name": "rolls"}, {"id": 2, "name": "stays"}]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "data" / "annotations" / f"{split}.json").write_text(json.dumps(content))
 
@@ -162,12 +164,12 @@ kinds = {
     "augmentation=strong": ("data.augmentation=strong",),
     "copy_paste=1": ("data.copy_paste=1",),
 }
-draw_samples([sample for name, changes in kinds.items() for sample in augmented(name, *changes)], ["round", "angular"])
+draw_samples([sample for name, changes in kinds.items() for sample in augmented(name, *changes)], ["rolls", "stays"])
 
 # %% [markdown]
 # ## Fine-tuning
 #
-# A model that has seen many shapes already knows edges, overlaps and extents. `train.weights` starts from it;
+# A model that has seen many scenes already knows edges, shadows, overlaps and extents. `train.weights` starts from it;
 # parameters that depend on the classes are re-initialised. Everything else is an ordinary training, in a separate
 # process.
 
@@ -244,14 +246,14 @@ plot_trainings(groups, record["steps"])
 #
 # ### Exercise 8.2, to discuss
 #
-# The fine-tuned model has seen the *images* of this generator before, only with other names. What would you expect of
+# The fine-tuned model has seen *scenes* of this kind before, only with other names. What would you expect of
 # photographs instead? Which parts of the model would you then start from weights trained on photographs?
 #
 # <details><summary>A model answer</summary>
 #
-# Little: what it knows about edges and textures comes from drawings, and the head start shrinks to the general layout
-# of boxes and masks. Start the backbone from weights trained on photographs, the pixel decoder and the decoder too if
-# they come from the same model; only what depends on the classes has to be new.
+# Little: what it knows about edges and textures comes from rendered tables, and the head start shrinks to the general
+# layout of boxes and masks. Start the backbone from weights trained on photographs, the pixel decoder and the decoder
+# too if they come from the same model; only what depends on the classes has to be new.
 #
 # </details>
 #
@@ -315,12 +317,12 @@ if solved:
 # that changes nothing, and use `dimaskdino train`: it can be interrupted and keeps records.)
 
 # %%
+scenes = folder / "scenes"  # of the five classes that the model knows
+if not scenes.exists():
+    generate(scenes, Shapes(kinds=SOLIDS, train=40, val=1, size=lesson.trained.config.data.resize.shortest, seed=3))
 if solved:
     detector.token_optimization = GatedTokenOptimization(bato, 0.5)
-    settings = load_config(
-        config,
-        [*changes, f"model.classes={len(lesson.trained.classes)}", f"data.root={lesson.trained.config.data.root}"],
-    )
+    settings = load_config(config, [*changes, f"model.classes={len(SOLIDS)}", f"data.root={scenes}"])
     detector.train()
     optimizer = build_optimizer(detector, settings.optimizer)
     parts = batches(training_loader(training_dataset(settings), settings, first_step=0, rank=0, world=1))

@@ -209,7 +209,7 @@ def parameters_of(source, model, baseline, folder):
     both = {"model": str(model), "images": 2}
     return {
         "00_detr": {"steps": 5},
-        "01_imbalance": both | {"baseline": str(baseline)},
+        "01_imbalance": both | {"baseline": str(baseline), "solids": str(model)},
         "06_training": {"model": str(model)},
         "02_evaluation": {"model": str(model)},
         "07_ablations": {},

@@ -1,7 +1,11 @@
 """Rendered scenes: intersections against marching along the ray, masks, light, and the same scene each time."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from dimaskdino.config import SOLIDS, Shapes
 from dimaskdino.data import solids
@@ -101,3 +105,18 @@ def test_rendered_data_are_a_dataset_like_the_drawn_ones(tmp_path):
     assert len(data[0].labels) >= 1
     with pytest.raises(ValueError, match="all drawn or all solids"):
         Shapes(kinds=("disk", "ball"))
+
+
+def test_the_scenes_of_the_chapters_are_those_of_their_command(tmp_path):
+    shipped = Path(__file__).parents[2] / "notebooks" / "scenes"
+    generate(tmp_path / "made", Shapes(kinds=SOLIDS, train=1, val=2, size=160, seed=1), processes=0)
+    for number in range(2):
+        made, kept = (folder / "images" / "val" / f"{number:06}.jpg" for folder in (tmp_path / "made", shipped))
+        with Image.open(made) as a, Image.open(kept) as b:
+            assert np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() < 1  # other processors round differently
+    contents = [
+        json.loads((folder / "annotations" / "val.json").read_text()) for folder in (tmp_path / "made", shipped)
+    ]
+    found, kept = ([x["category_id"] for x in content["annotations"] if x["image_id"] < 2] for content in contents)
+    assert found == kept
+    assert len(contents[1]["images"]) == 16
