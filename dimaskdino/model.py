@@ -305,7 +305,7 @@ def load(
 
             * a run folder, such as `runs/demo`, or a folder that `Model.save` wrote,
             * a file: `model.safetensors`, a resume point `.pt`, a published checkpoint `.pth` or `.pkl`,
-            * a model of the course: `dimaskdino-shapes` or `maskdino-shapes`,
+            * a model of the course: `dimaskdino-shapes`, `maskdino-shapes` or `dimaskdino-solids`,
             * a model on the Hugging Face Hub: `owner/name` or `owner/name@revision`.
         device: `auto` takes a GPU if there is one, else the CPU; or any device of torch.
         precision: precision of the forward pass: `fp32`, `tf32`, `bf16` or `fp16`; or `auto`: `bf16` where the device

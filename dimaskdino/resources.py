@@ -16,7 +16,7 @@ _FOLDERS = {
     "notebooks": (_PACKAGE / "_data" / "notebooks", _PACKAGE.parent / "notebooks" / "runs"),
 }
 # the course's models by the name that `dimaskdino.load` takes
-MODELS = {"dimaskdino-shapes": "dimaskdino", "maskdino-shapes": "maskdino"}
+MODELS = {"dimaskdino-shapes": "dimaskdino", "maskdino-shapes": "maskdino", "dimaskdino-solids": "solids"}
 
 
 def _folder(kind: str) -> Path:

@@ -9,17 +9,14 @@ from pathlib import Path
 
 import records
 import study_blocks
-import torch
 
 import dimaskdino
 from dimaskdino import viz
-from dimaskdino.config import Shapes
-from dimaskdino.data.coco import Sample
-from dimaskdino.data.shapes import scene
+from dimaskdino.data.coco import CocoDataset
 from dimaskdino.inspection.objects import track_objects
 
 FOLDER = Path(__file__).parent / "figures"
-OBJECTS_IMAGE = 28  # of the validation images of the shapes: one that shows the lag of boxes
+SCENE = 0  # of the rendered scenes: one that shows the lag of boxes
 
 
 def first_and_last() -> viz.style.Figure:
@@ -33,20 +30,10 @@ def layers() -> viz.style.Figure:
 
 
 def objects() -> viz.style.Figure:
-    """One image at three stages of the course's DI-MaskDINO; notes the IoUs in measurements/objects_figure.json."""
-    image, labels, masks = scene(Shapes(), "val", OBJECTS_IMAGE)
-    size = (image.shape[0], image.shape[1])
-    sample = Sample(
-        torch.from_numpy(image).permute(2, 0, 1),
-        torch.tensor(labels),
-        torch.stack([torch.from_numpy(mask) for mask in masks]),
-        0,
-        "",
-        size,
-    )
-    model = dimaskdino.load("dimaskdino-shapes", device="cpu")
+    """A rendered scene at three stages of the model for them; notes the IoUs in measurements/objects_figure.json."""
+    model = dimaskdino.load("dimaskdino-solids", device="cpu")
     stages = ["first_selection", "decoder.1", model.stages[-1]]
-    look = model.inspect(sample)
+    look = model.inspect(CocoDataset(records.ROOT / "notebooks" / "scenes", "val")[SCENE])
     track = track_objects(look, stages, threshold=0.3)
     found = {
         stage: {
@@ -55,7 +42,7 @@ def objects() -> viz.style.Figure:
         }
         for i, stage in enumerate(stages)
     }
-    record = {"classes": [look.classes[label] for label in labels], "stages": found}
+    record = {"classes": [look.classes[label] for label in look.sample.labels.tolist()], "stages": found}
     (records.MEASUREMENTS / "objects_figure.json").write_text(json.dumps(record, indent=1) + "\n")
     return viz.draw_object_stages(look, stages, track)
 

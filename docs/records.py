@@ -82,7 +82,7 @@ def objects() -> str:
     means = {stage: {k: sum(v) / len(v) for k, v in ious.items()} for stage, ious in record["stages"].items()}
     first, layer = means["first_selection"], means["decoder.1"]
     return (
-        "*One image of the built-in data that shows the lag, the shipped DI-MaskDINO, one colour per object: at the\n"
+        "*A rendered scene that shows the lag, and the DI-MaskDINO that ships for them, one colour per object: at the\n"
         f"first selection the masks fit (mean IoU {first['mask_iou']:.2f}), the boxes not yet "
         f"({first['box_iou']:.2f});\n"
         f"after the first layer both do ({layer['mask_iou']:.2f} and {layer['box_iou']:.2f}).*"
@@ -132,8 +132,17 @@ def golden() -> str:
 
 
 def shipped() -> str:
-    """AP of every stage of the two shipped models."""
-    models = course_models()
+    """AP of every stage of the two shipped models of the shapes."""
+    return _stages(course_models())
+
+
+def solids() -> str:
+    """AP of every stage of the shipped model of the rendered scenes."""
+    return _stages({"DI-MaskDINO": LayerwiseAP.load(ROOT / "notebooks/models/solids/evaluation/layers.json")})
+
+
+def _stages(models: Mapping[str, LayerwiseAP]) -> str:
+    """A table of box and mask AP of some models at the stages of DI-MaskDINO."""
     head = "| stage | " + " | ".join(f"{name} box | mask | mask − box" for name in models) + " |"
     lines = [head, "|---" * (1 + 3 * len(models)) + "|"]
     for stage in models["DI-MaskDINO"].stages:
@@ -260,6 +269,31 @@ def company() -> str:
     lines.append(
         f"Two trainings at once on {record['cores']} cores: {steps} s per step, {times} times the step of one alone."
     )
+    return "\n".join(lines)
+
+
+def versions() -> str:
+    """An earlier commit and this version in turns, and what part of the processor's peak inference reaches."""
+    record = _json("versions.json")
+    lines = [
+        f"Commit {record['commit']} and this version in turns, PyTorch {record['versions']['packages']['torch']}, "
+        f"one processor with {', '.join(record['instructions'])}:",
+        "",
+        "| | precision | threads | before | now | times as fast | memory before, now | part of the peak |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in record["cases"]:
+        before, now = row["before"], row["now"]
+        spans = (f"{r['seconds']:.2f} s ({r['fastest']:.2f} to {r['slowest']:.2f})" for r in (before, now))
+        memory = f"{before['peak_memory_gib']:.1f}, {now['peak_memory_gib']:.1f} GiB"
+        part = f"{row['gflop'] / now['seconds'] / row['peak_gflops']:.0%}" if row["gflop"] else "–"
+        lines.append(
+            f"| {row['case']} | {row['precision']} | {row['threads']} | {' | '.join(spans)} | "
+            f"{before['seconds'] / now['seconds']:.2f} | {memory} | {part} |"
+        )
+    peaks = {(row["precision"], row["threads"]): row["peak_gflops"] for row in record["cases"]}
+    told = ", ".join(f"{peak:,.0f} in {kind} with {n}" for (kind, n), peak in sorted(peaks.items()))
+    lines += ["", f"Peak: one matrix product of 3,072², in GFLOP/s: {told} threads."]
     return "\n".join(lines)
 
 
@@ -390,6 +424,7 @@ BLOCKS = {
         headlines,
         golden,
         shipped,
+        solids,
         demo,
         table_4,
         speed,
@@ -399,6 +434,7 @@ BLOCKS = {
         bad_inputs,
         memory,
         company,
+        versions,
         photographs,
         runtimes,
         diagnostics,

@@ -88,6 +88,7 @@ result.save("out.png")
 assert result.to_coco()[0]["segmentation"]["size"] == [96, 128]
 seen = model.inspect("photo.jpg")
 assert seen.trace.T_s2.indices.shape == (1, 40)
+assert dimaskdino.load("dimaskdino-solids").classes == ["ball", "block", "can", "cone", "hoop"]
 assert dimaskdino.load_config("shapes/dimaskdino_r18").model.classes == 5
 assert dimaskdino.__version__ == sys.argv[2]
 here = Path(sys.argv[1]).resolve()
