@@ -45,14 +45,15 @@ def examples(images: int = 6) -> dict[str, Example]:
     """The explorers of the chapters, by name."""
     lesson, baseline = begin("notebooks/models/dimaskdino"), begin("notebooks/models/maskdino")
     looks = lesson.looks(images)
+    scenes = begin("notebooks/models/solids", ["data.root=notebooks/scenes"]).looks(images)
     runs = {"MaskDINO": baseline.layerwise_ap(), "DI-MaskDINO": lesson.layerwise_ap()}
     return {
         "architecture": Example(explore_architecture(looks), "00_detr", "place"),
-        "layers": Example(explore_layers(looks), "01_imbalance", "stage"),
+        "layers": Example(explore_layers(scenes), "01_imbalance", "stage"),
         "true boxes": Example(explore_true_boxes(lesson.samples(images)), "01_imbalance", "formula"),
         "curves": Example(explore_curves(runs), "01_imbalance", "names"),
         "sampling": Example(explore_sampling(looks), "03_deformable_attention", "query"),
-        "selection": Example(explore_selection(looks), "04_de_imbalance", "k1"),
+        "selection": Example(explore_selection(scenes), "04_de_imbalance", "k1"),
         "guidance": Example(explore_guidance(looks), "05_bato", "token"),
     }
 
