@@ -45,7 +45,7 @@ from dimaskdino.viz import (
 from dimaskdino.viz.explorers import explore_architecture, explore_curves, explore_layers, explore_true_boxes
 
 lesson = begin(model, overrides)
-looks = begin(solids, [*overrides, f"data.root={scenes}"]).looks(images)
+looks = begin(solids, [f"data.root={scenes}", *overrides]).looks(images)
 tracks = [track_objects(look) for look in looks]
 lags = [float((track.mask_iou[0] - track.box_iou[0]).mean()) for track in tracks]
 shown = looks[lags.index(max(lags))]

@@ -28,8 +28,9 @@
 
 # %% tags=["parameters"]
 model: str = "notebooks/models/solids"  # a trained model: a run folder or a file
+scenes: str = "notebooks/scenes"  # images that it has not seen, in COCO format
 images: int = 6  # images to look at
-overrides: list = ["data.root=notebooks/scenes"]  # settings that differ from those of the training
+overrides: list = []  # settings that differ from those of the training
 
 # %%
 
@@ -41,7 +42,7 @@ from dimaskdino.modeling.layers import inverse_sigmoid, sine_boxes
 from dimaskdino.viz import draw_architecture, draw_interaction, draw_selection, plot_mean_ious
 from dimaskdino.viz.explorers import explore_selection
 
-lesson = begin(model, overrides)
+lesson = begin(model, [f"data.root={scenes}", *overrides])
 looks = lesson.looks(images)
 trace = looks[0].trace
 k1, k2 = lesson.trained.config.model.selection.k[:2]

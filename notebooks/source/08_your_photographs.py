@@ -23,7 +23,7 @@ folder: str = "runs/course/rolls_or_stays"  # where data and runs of this chapte
 train_images: int = 60  # how many training images to make
 val_images: int = 40  # how many validation images
 steps: int = 60  # training steps of the fine-tuning
-overrides: list = ["data.root=notebooks/scenes"]  # settings for model and configuration that differ
+overrides: list = []  # settings for model and configuration that differ
 
 # %%
 import json
@@ -54,7 +54,7 @@ from dimaskdino.training.recipe import Machine, propose
 from dimaskdino.viz import draw_architecture, draw_samples, plot_layerwise_ap, plot_losses, plot_trainings
 from dimaskdino.viz.explorers import explore_layers
 
-lesson = begin(model, overrides)
+lesson = begin(model, ["data.root=notebooks/scenes", *overrides])
 folder = Path(folder).resolve()
 
 # %%
@@ -154,7 +154,7 @@ def augmented(name: str, *changes: str, count: int = 4):
     loader = training_loader(training_dataset(settings), settings, first_step=0, rank=0, world=1)
     batch = next(batches(loader))
     for image, labels, masks in zip(batch.images[:count], batch.targets.labels, batch.targets.masks, strict=False):
-        there = masks.flatten(1).any(1)
+        there = masks.flatten(1).any(1).bool()
         yield Sample(image, labels[there], masks[there], 0, name, tuple(image.shape[-2:]))
 
 
@@ -323,6 +323,7 @@ if not scenes.exists():
 if solved:
     detector.token_optimization = GatedTokenOptimization(bato, 0.5)
     settings = load_config(config, [*changes, f"model.classes={len(SOLIDS)}", f"data.root={scenes}"])
+    torch.manual_seed(0)  # of the points at which the loss compares masks, and of the denoising queries
     detector.train()
     optimizer = build_optimizer(detector, settings.optimizer)
     parts = batches(training_loader(training_dataset(settings), settings, first_step=0, rank=0, world=1))
