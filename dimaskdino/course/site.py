@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
-from nbconvert import SlidesExporter
 from nbformat import NotebookNode
 
 from dimaskdino.course.frames import Example, examples, write_page
+from dimaskdino.course.slides import write_slides
 from dimaskdino.errors import UserError
 from dimaskdino.progress import progress_bar
 from dimaskdino.runs.processes import project_root
@@ -29,25 +29,6 @@ def with_alternative_texts(notebook: NotebookNode) -> NotebookNode:
             alt = output.get("metadata", {}).get("image/png", {}).get("alt")
             if alt:
                 cell.metadata["mystnb"] = {"image": {"alt": alt}}
-    return made
-
-
-def with_slides(notebook: NotebookNode) -> NotebookNode:
-    """The notebook with its cells as slides: one for each heading, and one below it for each figure."""
-    made = nbformat.from_dict(notebook)
-    for cell in made.cells:
-        kind = "-"
-        if cell.cell_type == "markdown":
-            kind = (
-                "slide"
-                if cell.source.startswith(("# ", "## "))
-                else "subslide"
-                if "\n### " in f"\n{cell.source}"
-                else "-"
-            )
-        elif any("image/png" in output.get("data", {}) for output in cell.outputs):
-            kind = "subslide"
-        cell.metadata["slideshow"] = {"slide_type": kind}
     return made
 
 
@@ -82,15 +63,13 @@ def build(root: Path, output: Path, notebooks: list[Path], shown: dict[str, Exam
     known |= {path.resolve(): path.name for path in notebooks}
     for name, path in guides.items():
         (source / f"{name}.md").write_text(_with_site_links(path.read_text(), path.parent, known))
-    slides = SlidesExporter(reveal_scroll=True)
     for path in progress_bar(notebooks, "chapters"):
         executed = with_alternative_texts(nbformat.read(path, as_version=4))
         for cell in executed.cells:
             if cell.cell_type == "markdown":
                 cell.source = _with_site_links(cell.source, path.parent, known)
         nbformat.write(executed, source / path.name)
-        text, _ = slides.from_notebook_node(with_slides(executed))
-        (html / "slides" / f"{path.stem}.html").write_text(text)
+        write_slides(executed, html / "slides" / f"{path.stem}.html")
     if shown:
         write_page(source / "explorers.md", source / "_static" / "explorers", shown, {path.stem for path in notebooks})
     # plain HTML: Sphinx knows nothing of the slides and would drop links to them

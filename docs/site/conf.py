@@ -1,5 +1,8 @@
 """Sphinx's settings of the documentation site; `python -m dimaskdino.course.site` uses them."""
 
+from docutils import nodes
+from latex2mathml.converter import convert
+
 import dimaskdino
 
 project = "DI-MaskDINO"
@@ -23,5 +26,18 @@ autodoc_member_order = "bysource"
 napoleon_use_rtype = False
 nb_execution_mode = "off"  # the chapters were executed before
 nb_merge_streams = True
-myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_enable_extensions = ["dollarmath"]
+html_math_renderer = "mathml"  # which needs no script
 myst_heading_anchors = 3
+
+
+def setup(app):
+    def renderer(display, before="", after=""):
+        def visit(translator, node):
+            translator.body.append(f"{before}{convert(node.astext().strip(), display=display)}{after}")
+            raise nodes.SkipNode
+
+        return visit, None
+
+    block = renderer("block", '<div class="math" style="margin: 1em 0">', "</div>")
+    app.add_html_math_renderer("mathml", renderer("inline"), block)

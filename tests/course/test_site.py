@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("myst_nb", reason="pip install -e '.[site]' for the site")
 
 from dimaskdino.course.frames import Example
-from dimaskdino.course.site import build, with_alternative_texts, with_slides
+from dimaskdino.course.site import build, with_alternative_texts
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.viz.explorers import explore_curves
 
@@ -29,11 +29,6 @@ def executed():
 def test_pictures_keep_their_alternative_texts():
     made = with_alternative_texts(executed())
     assert made.cells[4].metadata["mystnb"]["image"]["alt"] == "What it shows"
-
-
-def test_headings_and_figures_begin_slides():
-    kinds = [cell.metadata["slideshow"]["slide_type"] for cell in with_slides(executed()).cells]
-    assert kinds == ["slide", "-", "slide", "subslide", "subslide", "-"]
 
 
 def test_guides_and_reference_build_without_warnings_and_with_links_that_lead_somewhere(tmp_path):
@@ -60,7 +55,8 @@ def test_guides_and_reference_build_without_warnings_and_with_links_that_lead_so
 
 @pytest.mark.slow
 def test_a_chapter_becomes_a_page_and_slides(tmp_path):
-    index = build(ROOT, tmp_path / "site", [ROOT / "notebooks" / "07_ablations.ipynb"])
+    chapters = [ROOT / "notebooks" / f"{name}.ipynb" for name in ("04_de_imbalance", "07_ablations")]
+    index = build(ROOT, tmp_path / "site", chapters)
     page, slides = index.parent / "07_ablations.html", index.parent / "slides" / "07_ablations.html"
     course = (index.parent / "course.html").read_text()
     assert 'href="07_ablations.html"' in course
@@ -68,3 +64,8 @@ def test_a_chapter_becomes_a_page_and_slides(tmp_path):
     assert page.read_text().count("<img") >= 2
     assert page.read_text().count('alt="Figure: What each module brings') == 1
     assert "reveal" in slides.read_text()
+    # with formulas, and without a network
+    formulas = index.parent / "04_de_imbalance.html"
+    assert "<msub><mi>T</mi>" in formulas.read_text()
+    for file in index.parent.rglob("*.html"):
+        assert not re.search(r"<(?:script|link|img)\b[^>]*https?://", file.read_text()), file
