@@ -231,6 +231,45 @@ def check_samples(function: Callable[[int, int, int, int], int]) -> CheckResult:
     return _run(function, cases, lambda q, heads, levels, points: q * heads * levels * points * 4, hint)
 
 
+def check_attended(function: Callable[..., Tensor], look: Look, detector: Detector) -> CheckResult:
+    """Chapter 3, to build: what the queries of the first decoder layer read, on a real image.
+
+    Args:
+        function: the student's, from (maps, boxes, offsets, scores) to (Q, C).
+        look: an image and what the model made of it.
+        detector: the model; the first layer's `value_proj` makes the maps.
+    """
+    layer, T_i = detector.decoder.layers[0].cross_attention, look.trace.T_i
+    boxes, (locations, weights) = look.trace.references[0][0], (x[0] for x in look.trace.sampling[0])
+    with torch.no_grad():
+        value = layer.value_proj(T_i.tokens).unflatten(-1, (layer.heads, -1))
+    levels = zip(value[0].split(T_i.sizes), T_i.shapes, strict=True)
+    maps = [part.permute(1, 2, 0).unflatten(2, shape) for part, shape in levels]
+    centre, unit = boxes[:, None, None, None, :2], boxes[:, None, None, None, 2:] * (0.5 / layer.points)
+    offsets, scores = (locations - centre) / unit, weights.log()
+
+    def read(locations: Tensor, weights: Tensor) -> Tensor:
+        return ms_deform_attn_reference(value, T_i.shapes, locations[None], weights[None])[0]
+
+    hint = "a place is the box's centre + offset · size / (2 · points); softmax over the levels and points of a head"
+    answer = _called(function, (maps, boxes, offsets, scores), hint)
+    if answer is None:
+        return CheckResult(False)
+    expected = read(locations, weights)
+    problem = _difference(answer, expected)
+    if problem is None:
+        return _right(function, f"reads what the model's {len(expected)} queries read")
+    if _difference(answer, read(centre + offsets, weights)) is None:
+        return _wrong(function, "the offsets are in parts of the image; they count in parts of the box", hint)
+    if _difference(answer, read(locations, scores.softmax(-1))) is None:
+        return _wrong(function, "softmax over the points of each level; all levels of a head share one", hint)
+    if isinstance(answer, Tensor) and answer.shape == expected.shape:
+        far = (answer - expected).norm(dim=-1).argmax()
+        worst = [round(float(x), 2) for x in boxes[far]]
+        problem += f"; the query with the box {worst} (cx, cy, w, h) is farthest from the model's"
+    return _wrong(function, problem, hint)
+
+
 def check_select(function: Callable[[Tensor, int], Tensor]) -> CheckResult:
     """Chapter 4: indices (k,) of the tokens whose best class scores highest, from class logits (N, K)."""
     cases = [(_random(9, 3, seed=i), k) for i, k in enumerate((1, 4, 9))]

@@ -32,6 +32,7 @@ import time
 
 import ms_deform_attn
 import torch
+from torch.nn import functional
 
 from dimaskdino.course import begin, checks
 from dimaskdino.course.questions import Number
@@ -108,6 +109,40 @@ def bilinear(values, x: float, y: float) -> float:
 
 
 checks.check_bilinear(bilinear)
+
+# %% [markdown]
+# ### Build it: what a query reads
+#
+# *About 25 minutes, harder than the exercises.* The whole sum for the first decoder layer, compared with the model on a
+# real image. Given are, for $Q$ queries,
+#
+# * `maps`: for each level the values as maps `(heads, D, h, w)`, since every head has $D$ channels of its own;
+# * `boxes` `(Q, 4)`: the references `(cx, cy, w, h)`, relative to the image;
+# * `offsets` `(Q, heads, levels, points, 2)`: as the linear layer gives them, in units of half a box divided by the
+#   number of points;
+# * `scores` `(Q, heads, levels, points)`: the weights before the softmax, which is taken over all points of a head.
+#
+# `functional.grid_sample(map, grid, align_corners=False)` reads maps `(N, D, h, w)` at places `(N, Q, points, 2)`
+# between −1 and 1, bilinearly and with zeros outside: the heads can take the place of $N$.
+
+
+# %%
+def attended(maps, boxes, offsets, scores):
+    """What each query reads with all its heads, (Q, heads · D)."""
+    # solution
+    unit = boxes[:, None, None, None, 2:] * (0.5 / offsets.shape[3])
+    places = boxes[:, None, None, None, :2] + offsets * unit
+    weights = scores.flatten(2).softmax(-1).view(scores.shape)
+    total = 0
+    for level, values in enumerate(maps):
+        grid = 2 * places[:, :, level].transpose(0, 1) - 1
+        read = functional.grid_sample(values, grid, align_corners=False)  # (heads, D, Q, points)
+        total = total + (read * weights[:, :, level].transpose(0, 1)[:, None]).sum(-1)
+    return total.permute(2, 0, 1).flatten(1)
+    # end
+
+
+checks.check_attended(attended, looks[0], lesson.trained.detector)
 
 # %% [markdown]
 # ## What a point costs

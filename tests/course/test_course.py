@@ -16,6 +16,7 @@ from papermill import execute_notebook
 from PIL import Image
 from small import FILE, RUN, trained_file
 from small import MODEL as SMALL_MODEL
+from torch.nn import functional
 from torchvision.ops import box_iou
 
 from dimaskdino import load
@@ -286,7 +287,7 @@ WRONG = {
 }
 
 
-BUILT = (checks.check_second_selection, checks.check_guided_tokens)
+BUILT = (checks.check_attended, checks.check_second_selection, checks.check_guided_tokens)
 
 
 def test_what_students_build_is_compared_with_the_model(shapes_data, tmp_path, capsys):
@@ -305,7 +306,22 @@ def test_what_students_build_is_compared_with_the_model(shapes_data, tmp_path, c
         x = bato.attention(T_i, T_i + position, mask + box, mask)[0]
         return (bato.ffn(x) if ffn else x) + residual
 
+    def attended(maps, boxes, offsets, scores, unit=None, over_all=True):
+        unit = boxes[:, None, None, None, 2:] * (0.5 / offsets.shape[3]) if unit is None else unit
+        places = boxes[:, None, None, None, :2] + offsets * unit
+        weights = scores.flatten(2).softmax(-1).view(scores.shape) if over_all else scores.softmax(-1)
+        total = 0
+        for level, values in enumerate(maps):
+            read = functional.grid_sample(values, 2 * places[:, :, level].transpose(0, 1) - 1, align_corners=False)
+            total = total + (read * weights[:, :, level].transpose(0, 1)[:, None]).sum(-1)
+        return total.permute(2, 0, 1).flatten(1)
+
     cases = (
+        (checks.check_attended, attended, {}, "reads what the model's 12 queries read"),
+        (checks.check_attended, attended, {"unit": 1.0}, "they count in parts of the box"),
+        (checks.check_attended, attended, {"over_all": False}, "all levels of a head share one"),
+        (checks.check_attended, lambda *given: 2 * attended(*given), {}, "is farthest from the model's"),
+        (checks.check_attended, lambda *_: torch.zeros(3), {}, "expected the shape (12, 32), got (3,)"),
         (checks.check_second_selection, second_selection, {}, "keeps the same 12 tokens as the model"),
         (checks.check_second_selection, second_selection, {"best_first": False}, "the right tokens in another order"),
         (checks.check_second_selection, lambda T_s1, *_: T_s1.scores[0].topk(12).indices, {}, "before the interaction"),
