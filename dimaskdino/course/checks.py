@@ -7,12 +7,13 @@ import contextlib
 import copy
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from hotcoco import COCO
 from ms_deform_attn import ms_deform_attn_reference
 from pycocotools import mask as coco_mask
 from scipy.optimize import linear_sum_assignment
@@ -20,15 +21,22 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import box_iou, generalized_box_iou
 
+from dimaskdino import config
 from dimaskdino.config import Section, load_config
+from dimaskdino.data.coco import CocoDataset
 from dimaskdino.errors import UserError
+from dimaskdino.evaluation.coco_ap import average_precision, precision_curves
+from dimaskdino.evaluation.detections import Detections
+from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER
 from dimaskdino.inspection.look import Look
 from dimaskdino.inspection.objects import mask_iou
 from dimaskdino.modeling import Detector
 from dimaskdino.modeling.de_imbalance import mask_guided_boxes
 from dimaskdino.modeling.layers import sine_positions
-from dimaskdino.modeling.structures import Stage
+from dimaskdino.modeling.structures import Stage, Targets
 from dimaskdino.studies.study import Study
+from dimaskdino.training.matcher import matching_costs
+from dimaskdino.training.points import sample_maps, sample_masks
 
 
 @dataclass(frozen=True)
@@ -427,6 +435,54 @@ def check_cheapest(function: Callable[[Tensor], tuple[Tensor, bool]]) -> CheckRe
     )
 
 
+def check_matching_cost(
+    function: Callable[..., Tensor], stage: Stage, targets: Targets, settings: config.Loss
+) -> CheckResult:
+    """Chapter 6, to build: the cost of every query for every object of a real image.
+
+    Args:
+        function: the student's, from (logits, boxes, masks, labels, true_boxes, true_masks, giou) to (Q, M).
+        stage: predictions for a batch of this image.
+        targets: its objects.
+        settings: weights of the costs, and number of points.
+    """
+    labels, true_boxes = targets.labels[0, : targets.counts[0]], targets.boxes[0, : targets.counts[0]]
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(_seed)
+        points = torch.rand(1, settings.points, 2)  # the first that `matching_costs` draws, too
+
+        def cost(**weights: float) -> Tensor:
+            torch.manual_seed(_seed)
+            chosen = config.Weights(**(dict.fromkeys(config.Weights.model_fields, 0.0) | weights))
+            return matching_costs([stage], targets, settings.model_copy(update={"cost": chosen}))[0][0]
+
+        weights = settings.cost.model_dump()
+        parts = {name: cost(**{name: weight}) for name, weight in weights.items()}
+        masks = stage.mask_embedding[0] @ sample_maps(stage.mask_features, points)[0]  # type: ignore[index, arg-type]
+        rows = torch.arange(len(labels))
+        true_masks = sample_masks(targets.masks[0], rows, points.expand(len(labels), -1, -1))
+        giou = -cost(giou=1.0)
+    expected = sum(parts.values())
+    hint = (
+        "p = logits.sigmoid()[:, labels]; softplus(x) − t·x is the cross-entropy of x = masks; cdist(…, p=1) for boxes"
+    )
+    given = (stage.class_logits[0], stage.boxes[0], masks, labels, true_boxes, true_masks, giou)
+    answer = _called(function, given, hint)
+    if answer is None:
+        return CheckResult(False)
+    problem = _difference(answer, expected)
+    if problem is None:
+        return _right(function, f"gives the model's {len(expected)} × {len(labels)} costs")
+    for name, part in parts.items():
+        if _difference(answer, expected - part) is None:
+            return _wrong(function, f"everything but the {name} cost is there", hint)
+        if isinstance(answer, Tensor) and answer.shape == expected.shape:
+            factor = float(((answer - expected) * part).sum() / part.square().sum()) + 1
+            if _difference(answer, expected + (factor - 1) * part) is None:
+                return _wrong(function, f"the {name} cost counts {factor:.2g} times", hint)
+    return _wrong(function, problem, hint)
+
+
 def check_giou(function: Callable[[Tensor, Tensor], float]) -> CheckResult:
     """Chapter 6: generalised IoU of two boxes, xyxy, as a number."""
     hint = "the hull runs from the smaller of the two left ends to the larger of the two right ends"
@@ -485,6 +541,51 @@ def check_interpolated(function: Callable[[np.ndarray, np.ndarray], np.ndarray])
 
     hint = "for each recall r the best of precision[recall >= r], 0 if there is none"
     return _run(function, cases, expected, hint)
+
+
+def check_average_precision(
+    function: Callable[..., float], found: Mapping[str, Detections], truth: COCO, data: CocoDataset, label: str
+) -> CheckResult:
+    """Chapter 2, to build: box AP of one class at the first and the last stage and after the first layer.
+
+    Args:
+        function: the student's, from a list of (IoUs (D, M), scores (D,)), one per image, best first, to AP in percent.
+        found: detections of every stage.
+        truth: the annotations, from `read_truth`.
+        data: the same split.
+        label: the class.
+    """
+    number = data.classes.index(label)
+    stages, shown = list(found), []
+    for stage in dict.fromkeys((stages[0], FIRST_LAYER, stages[-1])):
+        rows = [row for row in found[stage].boxes if row["category_id"] == data.category_ids[number]]
+        by_image: dict[int, list[dict[str, Any]]] = {}
+        for row in sorted(rows, key=lambda row: -row["score"]):
+            by_image.setdefault(row["image_id"], []).append(row)
+        images = []
+        for i in range(len(data)):
+            sample = data[i]
+            mine = by_image.get(sample.image_id, [])
+            xywh = torch.tensor([row["bbox"] for row in mine], dtype=torch.float64).view(-1, 4)
+            corners = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1)
+            iou = box_iou(corners, sample.boxes[sample.labels == number].double())
+            images.append((iou, np.array([row["score"] for row in mine])))
+        hint = "sort the detections of all images together by their scores; then ten thresholds, 0.5 to 0.95"
+        answer = _called(function, (images,), hint)
+        if answer is None:
+            return CheckResult(False)
+        measured = average_precision(truth, found[stage].boxes, "box")
+        expected = measured.per_class[label]
+        problem = _difference(answer, expected)
+        if problem and _difference(answer * 100, expected) is None:
+            return _wrong(function, f"{stage}: AP is in percent", hint)
+        at_half = 100 * float(precision_curves(truth, found[stage].boxes, "box", 0.5)[number].mean())
+        if problem and _difference(answer, at_half) is None:
+            return _wrong(function, f"{stage}: this is AP at the threshold 0.5 alone", hint)
+        if problem:
+            return _wrong(function, f"{stage}: {problem}", hint)
+        shown.append(f"{expected:.1f} at {stage}")
+    return _right(function, f"gives {', '.join(shown)}")
 
 
 def check_settings(function: Callable[[], Sequence[str]], row: str, study: Study) -> CheckResult:

@@ -144,6 +144,31 @@ library = precision_curves(truth, found[stage].boxes, "box", threshold)[number]
 print(f"by the library {100 * library.mean():.2f}")
 
 # %% [markdown]
+# ### Build it: AP at every layer
+#
+# *About 20 minutes.* COCO's AP of a class averages over ten thresholds, 0.50, 0.55, … 0.95. Write it with your three
+# functions, and let the check compare it with the library's on the model's detections of three stages. `images` is a
+# list with one pair for each image: the IoUs `(D, M)` of its detections with its objects, best detection first, and
+# their scores `(D,)`. An image can be without objects, or without detections.
+
+
+# %%
+def average_precision(images) -> float:
+    """AP in percent."""
+    # solution
+    objects = sum(iou.shape[1] for iou, _ in images)
+    order = np.argsort(-np.concatenate([scores for _, scores in images]), kind="stable")
+    values = []
+    for least in np.linspace(0.5, 0.95, 10):
+        right = np.concatenate([np.array(right_ones(iou, least), bool) for iou, _ in images])
+        values.append(interpolated(*precision_recall(right[order], objects)).mean())
+    return 100 * float(np.mean(values))
+    # end
+
+
+checks.check_average_precision(average_precision, found, truth, lesson.data, label)
+
+# %% [markdown]
 # ## Loose and strict
 #
 # The same class at three thresholds. First your guess: from IoU ≥ 0.5 to IoU ≥ 0.9, which lose more AP?

@@ -24,6 +24,7 @@ overrides: list = []  # settings that differ from those of the training, such as
 # %%
 import torch
 from scipy.optimize import linear_sum_assignment
+from torch.nn import functional
 
 from dimaskdino.course import begin, checks
 from dimaskdino.data.dataloader import collate, training_dataset
@@ -159,6 +160,34 @@ def dice_loss(p, t):
 
 
 checks.check_dice_loss(dice_loss)
+
+# %% [markdown]
+# ### Build it: the matching cost
+#
+# *About 25 minutes, harder than the exercises.* The whole of $C(q, o)$ for an image, compared with the model's. Given
+# are, of $Q$ queries, class `logits` `(Q, K)`, `boxes` `(Q, 4)` and mask logits at $P$ points `masks` `(Q, P)`; of $M$
+# objects `labels` `(M,)`, `true_boxes` `(M, 4)` and the values of their masks at the same points `true_masks` `(M, P)`;
+# and `giou` `(Q, M)`, since exercise 6.2 was enough of that. With $p$, the probability of the object's class,
+#
+# $$C_{class} = 0.25\,(1 - p)^2 \big(-\log(p + 10^{-8})\big) - 0.75\,p^2 \big(-\log(1 - p + 10^{-8})\big),$$
+#
+# $C_{mask}$ the binary cross-entropy averaged over the points and $C_{dice}$ that of exercise 6.3, for every pair.
+
+
+# %%
+def matching_cost(logits, boxes, masks, labels, true_boxes, true_masks, giou):
+    """Costs (Q, M)."""
+    # solution
+    p, P = logits.sigmoid()[:, labels], masks.shape[1]
+    c_class = -0.25 * (1 - p) ** 2 * (p + 1e-8).log() + 0.75 * p**2 * (1 - p + 1e-8).log()
+    c_mask = (functional.softplus(masks).sum(1, keepdim=True) - masks @ true_masks.T) / P
+    inside = masks.sigmoid()
+    c_dice = 1 - (2 * inside @ true_masks.T + 1) / (inside.sum(1, keepdim=True) + true_masks.sum(1) + 1)
+    return 4 * c_class + 5 * c_mask + 5 * c_dice + 5 * torch.cdist(boxes, true_boxes, p=1) - 2 * giou
+    # end
+
+
+checks.check_matching_cost(matching_cost, predictions.last, targets, settings.loss)
 
 # %% [markdown]
 # ## Denoising

@@ -20,11 +20,16 @@ from torch.nn import functional
 from torchvision.ops import box_iou
 
 from dimaskdino import load
+from dimaskdino.config import Shapes
 from dimaskdino.course import begin, checks
 from dimaskdino.course.build import for_reading, notebooks_of, repository, with_solutions, without_solutions
 from dimaskdino.data.coco import CocoDataset
+from dimaskdino.data.dataloader import collate, training_dataset
+from dimaskdino.data.shapes import generate
 from dimaskdino.errors import UserError
-from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
+from dimaskdino.evaluation.coco_ap import read_truth
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, detect_layers
+from dimaskdino.modeling import ImageBatch
 from dimaskdino.modeling.layers import inverse_sigmoid, sine_boxes
 from dimaskdino.runs import RunFolder
 from dimaskdino.studies.study import load_study
@@ -287,7 +292,13 @@ WRONG = {
 }
 
 
-BUILT = (checks.check_attended, checks.check_second_selection, checks.check_guided_tokens)
+BUILT = (
+    checks.check_attended,
+    checks.check_second_selection,
+    checks.check_guided_tokens,
+    checks.check_matching_cost,
+    checks.check_average_precision,
+)
 
 
 def test_what_students_build_is_compared_with_the_model(shapes_data, tmp_path, capsys):
@@ -338,6 +349,74 @@ def test_what_students_build_is_compared_with_the_model(shapes_data, tmp_path, c
         printed = capsys.readouterr().out
         assert words in printed
         assert bool(result) == printed.startswith("✓")
+
+
+def test_the_matching_cost_that_students_build_is_compared_with_the_models(shapes_data, tmp_path, capsys):
+    model = load(trained_file(tmp_path / "model.safetensors", shapes_data))
+    batch = collate([training_dataset(model.config)[0]])
+    with torch.no_grad():
+        stage = model.detector(ImageBatch.from_images(batch.images)).last
+
+    def cost(logits, boxes, masks, labels, true_boxes, true_masks, giou, dice=5, l1=5):
+        p, inside = logits.sigmoid()[:, labels], masks.sigmoid()
+        c_class = -0.25 * (1 - p) ** 2 * (p + 1e-8).log() + 0.75 * p**2 * (1 - p + 1e-8).log()
+        c_mask = functional.softplus(masks).mean(1, keepdim=True) - masks @ true_masks.T / masks.shape[1]
+        c_dice = 1 - (2 * inside @ true_masks.T + 1) / (inside.sum(1, keepdim=True) + true_masks.sum(1) + 1)
+        boxes = torch.cdist(boxes, true_boxes, p=1)
+        return 4 * c_class + 5 * c_mask + dice * c_dice + l1 * boxes - 2 * giou
+
+    objects = batch.targets.counts[0]
+    cases = (
+        (cost, f"gives the model's 12 × {objects} costs"),
+        (partial(cost, dice=0), "everything but the dice cost is there"),
+        (partial(cost, l1=10), "the l1 cost counts 2 times"),
+        (lambda *given: cost(*given) + 1, "expected"),
+        (lambda *given: cost(*given).T, "expected"),
+        (lambda *_: None, "returns nothing yet"),
+    )
+    for seed in (0, 3):
+        for function, words in cases:
+            with checks.other_cases(seed):
+                right = checks.check_matching_cost(function, stage, batch.targets, model.config.loss)
+            printed = capsys.readouterr().out
+            assert words in printed
+            assert bool(right) == printed.startswith("✓")
+
+
+def test_the_average_precision_that_students_build_is_compared_with_the_librarys(tmp_path, capsys):
+    generate(tmp_path / "data", Shapes(train=1, val=8), processes=0)
+    model = load("dimaskdino-shapes", device="cpu", overrides=[f"data.root={tmp_path / 'data'}"])
+    data, found = CocoDataset(tmp_path / "data", "val"), detect_layers(model)
+    truth = read_truth(data.annotations_file)
+
+    def ap(images, thresholds=np.linspace(0.5, 0.95, 10), together=True):  # noqa: B008
+        objects, values = sum(iou.shape[1] for iou, _ in images), []
+        order = np.argsort(-np.concatenate([scores for _, scores in images]), kind="stable")
+        for threshold in thresholds:
+            right = []
+            for iou, _ in images:
+                free = set(range(iou.shape[1]))
+                for row in iou.tolist():
+                    best = max(free, key=row.__getitem__, default=None)
+                    right.append(best is not None and row[best] >= threshold)
+                    free -= {best} if right[-1] else set()
+            hits = np.cumsum(np.array(right)[order] if together else right)
+            precision, recall = hits / np.arange(1, len(right) + 1), hits / objects
+            values.append(np.mean([precision[recall >= r].max(initial=0) for r in np.linspace(0, 1, 101)]))
+        return 100 * np.mean(values)
+
+    cases = (
+        (ap, "at decoder.4"),
+        (lambda images: ap(images) / 100, "AP is in percent"),
+        (partial(ap, thresholds=[0.5]), "the threshold 0.5 alone"),
+        (partial(ap, together=False), "first_selection: expected"),
+        (lambda images: None, "returns nothing yet"),
+    )
+    for function, words in cases:
+        right = checks.check_average_precision(function, found, truth, data, "disk")
+        printed = capsys.readouterr().out
+        assert words in printed
+        assert bool(right) == printed.startswith("✓")
 
 
 @pytest.mark.parametrize("check", WRONG, ids=lambda c: c.__name__)
