@@ -169,7 +169,7 @@ checks.check_samples(cells_read)
 # PyTorch's `grid_sample` level by level (the kit's `reference`), and kernels that compute addresses once and read
 # all channels of a cell together (the kit's operator, [ops/README.md](../ops/README.md)).
 
-# %%
+# %% tags=["varies"]
 shapes = [(32, 32), (16, 16), (8, 8)]
 generator = torch.Generator().manual_seed(0)
 value = torch.randn(1, sum(h * w for h, w in shapes), 4, 16, generator=generator)
