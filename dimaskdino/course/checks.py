@@ -557,29 +557,28 @@ def check_average_precision(
     """
     number = data.classes.index(label)
     stages, shown = list(found), []
+    samples = (data[i] for i in range(len(data)))
+    true_boxes = {sample.image_id: sample.boxes[sample.labels == number].double() for sample in samples}
     for stage in dict.fromkeys((stages[0], FIRST_LAYER, stages[-1])):
-        rows = [row for row in found[stage].boxes if row["category_id"] == data.category_ids[number]]
-        by_image: dict[int, list[dict[str, Any]]] = {}
+        rows = found[stage].boxes
+        by_image: dict[int, list[dict[str, Any]]] = {image: [] for image in true_boxes}
         for row in sorted(rows, key=lambda row: -row["score"]):
-            by_image.setdefault(row["image_id"], []).append(row)
+            if row["category_id"] == data.category_ids[number]:
+                by_image[row["image_id"]].append(row)
         images = []
-        for i in range(len(data)):
-            sample = data[i]
-            mine = by_image.get(sample.image_id, [])
-            xywh = torch.tensor([row["bbox"] for row in mine], dtype=torch.float64).view(-1, 4)
-            corners = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1)
-            iou = box_iou(corners, sample.boxes[sample.labels == number].double())
-            images.append((iou, np.array([row["score"] for row in mine])))
+        for image, boxes in true_boxes.items():
+            xywh = torch.tensor([row["bbox"] for row in by_image[image]], dtype=torch.float64).view(-1, 4)
+            iou = box_iou(torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1), boxes)
+            images.append((iou, np.array([row["score"] for row in by_image[image]])))
         hint = "sort the detections of all images together by their scores; then ten thresholds, 0.5 to 0.95"
         answer = _called(function, (images,), hint)
         if answer is None:
             return CheckResult(False)
-        measured = average_precision(truth, found[stage].boxes, "box")
-        expected = measured.per_class[label]
+        expected = average_precision(truth, rows, "box").per_class[label]
         problem = _difference(answer, expected)
         if problem and _difference(answer * 100, expected) is None:
             return _wrong(function, f"{stage}: AP is in percent", hint)
-        at_half = 100 * float(precision_curves(truth, found[stage].boxes, "box", 0.5)[number].mean())
+        at_half = 100 * float(precision_curves(truth, rows, "box", 0.5)[number].mean())
         if problem and _difference(answer, at_half) is None:
             return _wrong(function, f"{stage}: this is AP at the threshold 0.5 alone", hint)
         if problem:

@@ -87,11 +87,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "B Q C"]) -> Float[Tensor, "B Q C"]:
         # many tokens in parts, so that what lies between the layers stays in a CPU's cache
-        at_once = x.device.type != "cpu" or x.shape[1] <= CACHED_TOKENS or torch.compiler.is_compiling()
-        parts = (x,) if at_once else x.split(CACHED_TOKENS, dim=1)
-        return self.norm(x + torch.cat([self._between_residuals(part) for part in parts], dim=1))
+        if x.device.type != "cpu" or x.shape[1] <= CACHED_TOKENS or torch.compiler.is_compiling():
+            return self.norm(x + self._change(x))
+        return self.norm(x + torch.cat([self._change(part) for part in x.split(CACHED_TOKENS, dim=1)], dim=1))
 
-    def _between_residuals(self, x: Tensor) -> Tensor:
+    def _change(self, x: Tensor) -> Tensor:
         # in place, a gradient of this view would be copied as a whole
         return self.linear2(functional.relu(self.linear1(x), inplace=not torch.is_grad_enabled()))
 
