@@ -31,6 +31,7 @@ from nbformat import NotebookNode
 from papermill import execute_notebook
 from PIL import Image
 
+from dimaskdino.course.glossary import link_first_uses, symbols_of, terms_of
 from dimaskdino.errors import UserError
 from dimaskdino.runs.notebooks import kernel_config
 from dimaskdino.runs.processes import project_root
@@ -112,12 +113,28 @@ def online(address: str, name: str) -> list[NotebookNode]:
     return [nbformat.v4.new_markdown_cell(badges), nbformat.v4.new_code_cell(_SET_UP.replace("{address}", address))]
 
 
+def read_source(source: Path) -> NotebookNode:
+    """A chapter as a notebook without outputs, with its solutions between their marks.
+
+    The first use of each term links to the glossary of the first chapter.
+    """
+    notebook = jupytext.read(source, fmt="py:percent")
+    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
+    explained = min(source.parent.glob("*.py"))
+    if source != explained:
+        prose = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
+        terms = terms_of(explained), symbols_of(explained)
+        linked = link_first_uses([cell.source for cell in prose], *terms, f"{explained.stem}.ipynb")
+        for cell, text in zip(prose, linked, strict=True):
+            cell.source = text
+    return notebook
+
+
 def notebooks_of(source: Path, address: str | None = None) -> tuple[NotebookNode, NotebookNode]:
     """The student's and the solved notebook of a source, without outputs."""
     versions = []
     for edit in (without_solutions, with_solutions):
-        notebook = jupytext.read(source, fmt="py:percent")
-        notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
+        notebook = read_source(source)
         if address and edit is without_solutions:
             notebook.cells[1:1] = online(address, source.stem)
         for number, cell in enumerate(notebook.cells):

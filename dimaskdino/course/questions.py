@@ -79,22 +79,29 @@ class Number(Question):
         self._unanswered()
         mistakes = mistakes or {}
         with style():
-            figure = NotebookFigure(figsize=(8, 1.5 + 0.22 * len(mistakes)), layout="constrained")
+            figure = NotebookFigure(figsize=(8, 1.9 + 0.22 * len(mistakes)), layout="constrained")
             axes = figure.subplots()
             axes.axhline(0, color=GREY, linewidth=1)
+            values = [self.low, self.high, truth, *mistakes]
+            margin, middle = 0.05 * (max(values) - min(values)), (max(values) + min(values)) / 2
             for number, (value, text) in enumerate(mistakes.items(), start=1):
                 axes.plot(value, 0, "x", color=GREY, markersize=8)
+                side = "right" if value > middle else "left"  # so that the text stays within the axes
                 axes.annotate(
-                    text, (value, 0), (0, -14 - 14 * number), textcoords="offset points", color=GREY, fontsize=9
+                    text,
+                    (value, 0),
+                    (0, -14 - 14 * number),
+                    textcoords="offset points",
+                    color=GREY,
+                    fontsize=9,
+                    ha=side,
                 )
             axes.plot(truth, 0, "o", color=ORANGE, markersize=12, label=f"measured: {truth:.1f}")
             if self.answer is not None:
                 axes.plot(self.answer, 0, "D", color=BLUE, markersize=10, label=f"your answer: {self.answer:.1f}")
-            values = [self.low, self.high, truth, *mistakes]
-            margin = 0.05 * (max(values) - min(values))
             axes.set(xlim=(min(values) - margin, max(values) + margin), yticks=[], title=self.text)
             axes.spines["left"].set_visible(False)
-            axes.legend(loc="upper right", ncols=2, fontsize=9)
+            figure.legend(loc="outside lower center", ncols=2, fontsize=9)
         return figure
 
 

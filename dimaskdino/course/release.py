@@ -17,11 +17,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import jupytext
 import nbformat
 from nbformat import NotebookNode
 
-from dimaskdino.course.build import BEGIN, END, KERNEL
+from dimaskdino.course.build import BEGIN, END, read_source
 from dimaskdino.errors import UserError
 from dimaskdino.runs.processes import project_root
 from dimaskdino.serialization import write_text
@@ -43,8 +42,7 @@ def graded(source: Path, seed: int) -> NotebookNode:
     Raises:
         UserError: an exercise has no check.
     """
-    notebook = jupytext.read(source, fmt="py:percent")
-    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
+    notebook = read_source(source)
     cells, exercise = [], 0
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"
@@ -62,9 +60,10 @@ def graded(source: Path, seed: int) -> NotebookNode:
                 [
                     f"# Exercise {exercise}, graded",
                     "### BEGIN HIDDEN TESTS",
-                    "import importlib",
-                    "import dimaskdino.course.checks",
-                    "checks = importlib.reload(dimaskdino.course.checks)  # as installed",
+                    "import importlib, sys",
+                    "for name in [n for n in sys.modules if n.startswith('dimaskdino.course.checks')]:",
+                    "    del sys.modules[name]  # whatever became of it, the one below is as installed",
+                    "checks = importlib.import_module('dimaskdino.course.checks')",
                     f"with checks.other_cases({seed + exercise}):",
                     f"    assert {check}",
                     "### END HIDDEN TESTS",

@@ -99,7 +99,8 @@ def _with_site_links(markdown: str, folder: Path, known: Mapping[Path, str]) -> 
         if "://" in target or not path:
             return match[0]
         found = known.get((folder / path).resolve())
-        return text if found is None else f"[{text}]({found}{hash_mark}{anchor})"
+        # MyST writes anchors in small letters, notebooks as the heading has them
+        return text if found is None else f"[{text}]({found}{hash_mark}{anchor.lower()})"
 
     return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)]+)\)", link, markdown)
 

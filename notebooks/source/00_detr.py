@@ -13,9 +13,12 @@
 #
 # * say what a token, a query, a box, a mask and a feature level are;
 # * explain why a set of answers needs a matching, and compute one;
+# * write attention with several heads;
 # * read the table of symbols that the other chapters use.
 #
-# *Prerequisites*: what a neural network and its training are. *Time*: 30 minutes.
+# Exercises say how hard they are and how long they take; each chapter has a longer one, *Build it*, in which you write
+# a part of the model. *Prerequisites*: what a neural network and its training are. *Time*: 60 minutes, a good half of
+# them for the exercises.
 
 # %% tags=["parameters"]
 steps: int = 400  # training steps of the toy
@@ -31,6 +34,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from dimaskdino.course import checks
+from dimaskdino.course.questions import Number
 from dimaskdino.painting import CYCLE
 from dimaskdino.viz import draw_architecture
 from dimaskdino.viz.explorers import Explorer
@@ -75,7 +79,7 @@ images, labels, boxes = pictures(4)
 # %% [markdown]
 # ### Exercise 0.1
 #
-# To draw a box one needs its corners. Turn `(cx, cy, w, h)` into `(x0, y0, x1, y1)`.
+# *Easy, 3 minutes.* To draw a box one needs its corners. Turn `(cx, cy, w, h)` into `(x0, y0, x1, y1)`.
 
 
 # %%
@@ -162,7 +166,7 @@ print(f"{sum(p.numel() for p in toy.parameters()):,} parameters")
 #
 # ### Exercise 0.2
 #
-# Find the cheapest assignment of a cost matrix (queries × objects) by trying all of them:
+# *Medium, 8 minutes.* Find the cheapest assignment of a cost matrix (queries × objects) by trying all of them:
 # `itertools.permutations(range(queries), objects)` gives every way to choose a query for each object.
 
 
@@ -181,7 +185,11 @@ checks.check_cheapest_assignment(cheapest)
 # %% [markdown]
 # For six queries there are 120 ways; for 300 queries and ten objects more than $10^{24}$. The *Hungarian algorithm*
 # finds the best one without trying all: `scipy.optimize.linear_sum_assignment`. Then come the losses: cross entropy for
-# the classes, the distance of the matched boxes.
+# the classes, the distance of the matched boxes. Before it is trained, a guess:
+
+# %%
+speaking = Number("After the training, how many of the six queries answer with an object, on average?", 0, 6)
+speaking
 
 
 # %%
@@ -227,6 +235,14 @@ def curve(values):
 
 
 curve(np.array(errors) * SIDE)
+
+# %%
+with torch.no_grad():
+    many = toy(pictures(256)[0])[0].argmax(-1)
+speaking.reveal(
+    float((many < len(COLOURS)).sum(1).float().mean()),
+    {6: "then three of them would repeat another's answer, which costs"},
+)
 
 # %% [markdown]
 # ## What it found, and where it looked
@@ -279,10 +295,35 @@ answers = [(found[0, q], CYCLE[q]) for q in range(len(toy.queries)) if logits[0,
 draw(images[0], answers, title="All answers of picture 1")
 
 # %% [markdown]
+# ### Build it: attention with several heads
+#
+# *Medium, 20 minutes.* The layers of the toy do not compare whole vectors. Each of their **heads** compares a part of
+# $C / heads$ numbers, with weights of its own, so that one query can look for several things at once. Write it, and the
+# check compares it with the last layer of the toy that was just trained. Given are, for $Q$ queries and $N$ tokens,
+#
+# * `x` `(Q, C)` and `tokens` `(N, C)`;
+# * `ask(x)`, `key(tokens)` and `value(tokens)`: the linear layers before the comparison, the numbers of all heads one
+#   after the other: `.view(n, heads, C // heads)` separates them;
+# * `out`: the linear layer that mixes what the heads have read, `(Q, C)` again.
+
+
+# %%
+def attend(x, tokens, ask, key, value, out, heads):
+    """What the queries read (Q, C), and the weights of each head (heads, Q, N)."""
+    # solution
+    q, k, v = (part.view(len(part), heads, -1).transpose(0, 1) for part in (ask(x), key(tokens), value(tokens)))
+    weights = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)
+    return out((weights @ v).transpose(0, 1).flatten(1)), weights
+    # end
+
+
+checks.check_attend(attend, toy.layers[-1].multihead_attn)
+
+# %% [markdown]
 # ### Exercise 0.3, to discuss
 #
-# Before the training two queries often answer with the same object. What in the loss makes them stop? And what would
-# happen without the self-attention among the queries?
+# *5 minutes.* Before the training two queries often answer with the same object. What in the loss makes them stop? And
+# what would happen without the self-attention among the queries?
 #
 # <details><summary>A model answer</summary>
 #
@@ -326,14 +367,24 @@ draw_architecture()
 #
 # ## Glossary
 #
+# * **AP**: average precision, how well detections of all objects are found and ranked, in percent (chapter 2).
 # * **backbone**: the network that turns an image into feature maps, here a ResNet.
+# * **ceiling**: what true objects would score if they went through the steps of a prediction (chapter 1).
 # * **decoder input**: the queries before the first decoder layer, stage `decoder.0`.
+# * **denoising query**: a true object with noise; training adds some to the queries (chapter 6).
 # * **feature level**: a feature map of one resolution; its *stride* is the number of input pixels per cell.
+# * **feature token**: the vector of one place of a feature level.
+# * **guiding token**: one of the best queries, from which BATO improves the feature tokens (chapter 5).
+# * **imbalance**: mask AP minus box AP at one stage, in points (chapter 1).
 # * **IoU**: intersection over union of two boxes or masks, 1 if they are equal (chapter 1).
-# * **AP**: average precision, how well detections of all objects are found and ranked (chapter 2).
 # * **logit**: a score before the sigmoid or softmax.
+# * **mask**: for every pixel, whether it belongs to the object.
+# * **matching**: which query is judged by which object, one query for each (chapter 6).
+# * **query**: a vector that asks the tokens and answers with one object or nothing.
 # * **reference point, reference box**: where a query starts to look (chapter 3).
+# * **selection**: keeping the tokens whose best class scores highest (chapter 4).
 # * **stage**: a point of the model that predicts, from `first_selection` to the last decoder layer.
+# * **token interaction**: self-attention among the selected tokens (chapter 4).
 #
 # ---
 #

@@ -18,7 +18,7 @@
 # * tell a lag of the model from one that a formula makes.
 #
 # *Prerequisites*: what a box, a mask and a neural network are; [chapter 0](00_detr.ipynb) if queries and attention are
-# new to you. *Time*: 50 minutes.
+# new to you. *Time*: 75 minutes.
 
 # %% tags=["parameters"]
 model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
@@ -29,6 +29,7 @@ images: int = 6  # images to look at
 overrides: list = []  # settings that differ from those of the training, such as data.root
 
 # %%
+import torch
 
 from dimaskdino.course import begin, checks
 from dimaskdino.course.questions import Curve, Number
@@ -163,7 +164,7 @@ explore_true_boxes(lesson.samples(images))
 #
 # ### Exercise 1.1
 #
-# Write the imbalance as a function of the two APs.
+# *Easy, 1 minute.* Write the imbalance as a function of the two APs.
 
 
 # %%
@@ -221,7 +222,8 @@ explore_architecture(looks)
 #
 # ### Exercise 1.2
 #
-# IoU of two boxes `(x0, y0, x1, y1)`, as a number. No library function: `max` and `min` are enough.
+# *Medium, 6 minutes.* IoU of two boxes `(x0, y0, x1, y1)`, as a number. No library function: `max` and `min` are
+# enough.
 
 
 # %%
@@ -241,7 +243,7 @@ checks.check_box_iou(box_iou)
 # %% [markdown]
 # ### Exercise 1.3
 #
-# IoU of two masks, tensors `(h, w)` of booleans.
+# *Easy, 3 minutes.* IoU of two masks, tensors `(h, w)` of booleans.
 
 
 # %%
@@ -255,10 +257,36 @@ def mask_iou(a, b):
 checks.check_mask_iou(mask_iou)
 
 # %% [markdown]
+# ### Build it: from detections to a figure
+#
+# *Medium, 15 minutes.* The figures above follow each object through the stages. Make their numbers, from the detections
+# of a stage with a score of at least 0.3: for each object, of the detections **of its class**, take the one with the
+# largest sum of box IoU and mask IoU, and say both. If no detection has its class, both are 0. Use your two functions;
+# a loop is fast enough.
+
+
+# %%
+def best_detections(boxes, masks, labels, true_boxes, true_masks, true_labels):
+    """IoU of the box and of the mask of each object's best detection, two tensors (M,)."""
+    # solution
+    found = []
+    for true_box, true_mask, true_label in zip(true_boxes, true_masks, true_labels, strict=True):
+        pairs = [(0.0, 0.0)]
+        for box, mask, label in zip(boxes, masks, labels, strict=True):
+            if label == true_label:
+                pairs.append((float(box_iou(box, true_box)), float(mask_iou(mask, true_mask))))
+        found.append(max(pairs, key=sum))
+    return torch.tensor(found).T.unbind()
+    # end
+
+
+checks.check_best_detections(best_detections, looks)
+
+# %% [markdown]
 # ### Exercise 1.4, to discuss
 #
-# A box that is one pixel too wide on each side: how much IoU does that cost an object of 8 × 8 pixels, how much one
-# of 64 × 64? What does that say about comparing box AP with mask AP for small objects?
+# *5 minutes.* A box that is one pixel too wide on each side: how much IoU does that cost an object of 8 × 8 pixels, how
+# much one of 64 × 64? What does that say about comparing box AP with mask AP for small objects?
 #
 # <details><summary>A model answer</summary>
 #

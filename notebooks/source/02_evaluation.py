@@ -13,7 +13,7 @@
 # * compute AP at one threshold and explain what the mean over thresholds adds;
 # * read a table of AP per stage without being misled by it.
 #
-# *Prerequisites*: chapter 1 (IoU). *Time*: 60 minutes.
+# *Prerequisites*: chapter 1 (IoU). *Time*: 75 minutes.
 
 # %% tags=["parameters"]
 model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
@@ -52,7 +52,8 @@ draw_architecture("heads")
 #
 # ### Exercise 2.1
 #
-# Given IoUs `(D, M)` of detections, already in the order of their scores, with objects: which detections are right?
+# *Medium, 10 minutes.* Given IoUs `(D, M)` of detections, already in the order of their scores, with objects: which
+# detections are right?
 
 
 # %%
@@ -82,7 +83,7 @@ checks.check_right_ones(right_ones)
 #
 # ### Exercise 2.2
 #
-# Precision and recall after each detection.
+# *Easy, 5 minutes.* Precision and recall after each detection.
 
 
 # %%
@@ -104,7 +105,7 @@ checks.check_precision_recall(precision_recall)
 #
 # ### Exercise 2.3
 #
-# The 101 values.
+# *Medium, 8 minutes.* The 101 values.
 
 
 # %%
@@ -146,7 +147,7 @@ print(f"by the library {100 * library.mean():.2f}")
 # %% [markdown]
 # ### Build it: AP at every layer
 #
-# *About 20 minutes.* COCO's AP of a class averages over ten thresholds, 0.50, 0.55, … 0.95. Write it with your three
+# *Medium, 20 minutes.* COCO's AP of a class averages over ten thresholds, 0.50, 0.55, … 0.95. Write it with your three
 # functions, and let the check compare it with the library's on the model's detections of three stages. `images` is a
 # list with one pair for each image: the IoUs `(D, M)` of its detections with its objects, best detection first, and
 # their scores `(D,)`. An image can be without objects, or without detections.
@@ -219,8 +220,8 @@ plot_layerwise_ap({"DI-MaskDINO": result})
 # %% [markdown]
 # ### Exercise 2.4, to discuss
 #
-# A detector gives every detection the score 1. What happens to its AP? And is a detector with AP 40 for boxes and 40
-# for masks "balanced", if the masks' AP50 is 70 and the boxes' 60?
+# *5 minutes.* A detector gives every detection the score 1. What happens to its AP? And is a detector with AP 40 for
+# boxes and 40 for masks "balanced", if the masks' AP50 is 70 and the boxes' 60?
 #
 # <details><summary>A model answer</summary>
 #

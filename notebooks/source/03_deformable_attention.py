@@ -19,7 +19,7 @@
 # * count what full and deformable attention cost;
 # * read a figure of sampling points.
 #
-# *Prerequisites*: attention, as in chapter 0. *Time*: 45 minutes.
+# *Prerequisites*: attention, as in chapter 0. *Time*: 60 minutes.
 
 # %% tags=["parameters"]
 model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
@@ -90,7 +90,7 @@ explore_sampling(looks)
 #
 # ### Exercise 3.1
 #
-# The value of a map `(h, w)` at `(x, y)`, relative to its width and height.
+# *Medium, 10 minutes.* The value of a map `(h, w)` at `(x, y)`, relative to its width and height.
 
 
 # %%
@@ -113,7 +113,7 @@ checks.check_bilinear(bilinear)
 # %% [markdown]
 # ### Build it: what a query reads
 #
-# *About 25 minutes, harder than the exercises.* The whole sum for the first decoder layer, compared with the model on a
+# *Hard, 25 minutes.* The whole sum for the first decoder layer, compared with the model on a
 # real image. Given are, for $Q$ queries,
 #
 # * `maps`: for each level the values as maps `(heads, D, h, w)`, since every head has $D$ channels of its own;
@@ -149,7 +149,7 @@ checks.check_attended(attended, looks[0], lesson.trained.detector)
 #
 # ### Exercise 3.2
 #
-# How many cells does one layer read for `Q` queries? (A cell that is read twice counts twice.)
+# *Easy, 2 minutes.* How many cells does one layer read for `Q` queries? (A cell that is read twice counts twice.)
 
 
 # %%
@@ -204,8 +204,8 @@ print(f"largest difference: {(found - expected).abs().max():.1e}")
 # %% [markdown]
 # ### Exercise 3.3, to discuss
 #
-# The derivative of the sum with respect to a *location* is made of differences between neighbouring cells. What
-# happens to it when a location crosses the line between two cell centres? What does that mean for a query that
+# *5 minutes.* The derivative of the sum with respect to a *location* is made of differences between neighbouring cells.
+# What happens to it when a location crosses the line between two cell centres? What does that mean for a query that
 # starts far from its object?
 #
 # <details><summary>A model answer</summary>

@@ -33,10 +33,10 @@ images: int = 6  # images to look at
 overrides: list = []  # settings that differ from those of the training
 
 # %%
-
 import torch
 
 from dimaskdino.course import begin, checks
+from dimaskdino.course.questions import Number
 from dimaskdino.inspection.objects import token_owners, track_objects
 from dimaskdino.modeling.layers import inverse_sigmoid, sine_boxes
 from dimaskdino.viz import draw_architecture, draw_interaction, draw_selection, plot_mean_ious
@@ -63,7 +63,7 @@ draw_architecture("first_selection", "token_interaction", "decoder_1")
 #
 # ### Exercise 4.1
 #
-# The same for one image: indices of the `k` tokens whose best class scores highest, best first.
+# *Easy, 3 minutes.* The same for one image: indices of the `k` tokens whose best class scores highest, best first.
 
 
 # %%
@@ -82,7 +82,7 @@ checks.check_select(select)
 #
 # ### Exercise 4.2
 #
-# The box `(cx, cy, w, h)` around a mask `(h, w)`, relative to the map's width and height.
+# *Medium, 8 minutes.* The box `(cx, cy, w, h)` around a mask `(h, w)`, relative to the map's width and height.
 
 
 # %%
@@ -113,6 +113,13 @@ draw_interaction(looks[0])
 # %% [markdown]
 # ## The second selection
 #
+# Half of the tokens go. Do all objects keep one? Guess before you look.
+
+# %%
+kept = Number("Percentage of the objects on whose mask a token of the second selection lies", 0, 100, 5)
+kept
+
+# %% [markdown]
 # Left, $T_{s1}$ with the boxes that the masks gave; right, what is left of it after token interaction, with the
 # refined boxes. Black are the true boxes.
 
@@ -129,7 +136,7 @@ explore_selection(looks)
 # %% [markdown]
 # ### Build it: the second selection
 #
-# *About 20 minutes, harder than the exercises.* Write the whole step from its pieces, and let the check compare it with
+# *Hard, 20 minutes.* Write the whole step from its pieces, and let the check compare it with
 # the model on a real image. Given are $T_{s1}$ (`content` (1, k1, C), `boxes` (1, k1, 4)) and
 #
 # * `block.position(sine_boxes(boxes, C))`, the position of each token from its box;
@@ -155,8 +162,8 @@ checks.check_second_selection(second_selection, looks[0], lesson.trained.detecto
 # %% [markdown]
 # ### Exercise 4.3
 #
-# The second selection throws half of the tokens away. Does it lose objects? `owners` says for each token the number of
-# the object that it lies on, −1 for none. What part of the objects owns at least one token?
+# *Easy, 4 minutes.* The second selection throws half of the tokens away. Does it lose objects? `owners` says for each
+# token the number of the object that it lies on, −1 for none. What part of the objects owns at least one token?
 
 
 # %%
@@ -171,6 +178,14 @@ if checks.check_recall(recall):
     for i, look in enumerate(looks):
         parts = [recall(token_owners(look, tokens), len(look.sample.labels)) for tokens in look.trace.T_s]
         print(f"image {i + 1}: objects with a token in T_s1 {parts[0]:.0%}, in T_s2 {parts[1]:.0%}")
+
+# %%
+owned = [{int(o) for o in token_owners(look, look.trace.T_s2)} - {-1} for look in looks]
+objects = sum(len(look.sample.labels) for look in looks)
+kept.reveal(
+    100 * sum(map(len, owned)) / objects,
+    {50: "half of the tokens go, but most objects have several", 100: "a token beside a small object can speak for it"},
+)
 
 # %% [markdown]
 # ## Do the boxes improve?
@@ -187,8 +202,8 @@ plot_mean_ious(tracks)
 # %% [markdown]
 # ### Exercise 4.4, to discuss
 #
-# Token interaction sees only the selected tokens. What could go wrong if an object has *no* token in $T_{s1}$? And
-# what would you expect of $k_1 = k_2$? Table 8 of the paper (chapter 7) has the answer for COCO.
+# *5 minutes.* Token interaction sees only the selected tokens. What could go wrong if an object has *no* token in
+# $T_{s1}$? And what would you expect of $k_1 = k_2$? Table 8 of the paper (chapter 7) has the answer for COCO.
 #
 # <details><summary>A model answer</summary>
 #

@@ -21,7 +21,7 @@
 # * compute its attention and a mask by hand;
 # * see which object a feature token is told about.
 #
-# *Prerequisites*: chapters 1 to 4. *Time*: 45 minutes.
+# *Prerequisites*: chapters 1 to 4. *Time*: 60 minutes.
 
 # %% tags=["parameters"]
 model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
@@ -85,7 +85,8 @@ explore_guidance(looks)
 # %% [markdown]
 # ### Exercise 5.1
 #
-# Cross-attention with one head: `N` feature tokens `(N, C)` ask, `G` guiding tokens `(G, C)` give keys and values.
+# *Easy, 5 minutes.* Cross-attention with one head: `N` feature tokens `(N, C)` ask, `G` guiding tokens `(G, C)` give
+# keys and values.
 #
 # $$\text{softmax}\big(q k^\top / \sqrt{C}\big)\, v$$
 
@@ -104,8 +105,9 @@ checks.check_cross_attention(cross_attention)
 # %% [markdown]
 # ### Build it: the tokens after BATO
 #
-# *About 15 minutes.* Eq. 7 and 8 from their pieces, compared with the model on a real image: `bato.attention(x, query,
-# key, value)` attends, adds `x` and normalises, and returns the weights as well; `bato.ffn` is the feed-forward block.
+# *Medium, 15 minutes.* Eq. 7 and 8 from their pieces, compared with the model on a real image: `bato.attention(x,
+# query, key, value)` attends, adds `x` and normalises, and returns the weights as well; `bato.ffn` is the feed-forward
+# block.
 
 
 # %%
@@ -128,8 +130,9 @@ checks.check_guided_tokens(guided_tokens, looks[0], lesson.trained.detector)
 #
 # ### Exercise 5.2
 #
-# From the attention `(N, G)` and the owners of feature tokens `(N,)` and guiding tokens `(G,)`, −1 for none: the part
-# of its attention that a token of an object gives to guiding tokens of its own, averaged over those tokens.
+# *Medium, 8 minutes.* From the attention `(N, G)` and the owners of feature tokens `(N,)` and guiding tokens `(G,)`, −1
+# for none: the part of its attention that a token of an object gives to guiding tokens of its own, averaged over those
+# tokens.
 
 
 # %%
@@ -179,7 +182,7 @@ draw_mask_features(looks[0], best)
 # %% [markdown]
 # ### Exercise 5.3
 #
-# A mask from an embedding `(C,)` and mask features `(C, h, w)`, as probabilities.
+# *Easy, 3 minutes.* A mask from an embedding `(C,)` and mask features `(C, h, w)`, as probabilities.
 
 
 # %%
@@ -195,8 +198,8 @@ checks.check_mask_probability(mask_probability)
 # %% [markdown]
 # ### Exercise 5.4, to discuss
 #
-# BATO could take its guidance from $T_{s1}$ or $T_{s2}$ instead of $Q_{bal}$ (table 5, chapter 7). What do the
-# guiding tokens gain from one decoder layer? And why would BATO not be run after *every* layer?
+# *5 minutes.* BATO could take its guidance from $T_{s1}$ or $T_{s2}$ instead of $Q_{bal}$ (table 5, chapter 7). What do
+# the guiding tokens gain from one decoder layer? And why would BATO not be run after *every* layer?
 #
 # <details><summary>A model answer</summary>
 #

@@ -14,7 +14,7 @@
 # * compute the losses of boxes and masks;
 # * explain what denoising queries see and what they must not see.
 #
-# *Prerequisites*: chapters 1 and 4; what a loss and a gradient are. *Time*: 60 minutes.
+# *Prerequisites*: chapters 1 and 4; what a loss and a gradient are. *Time*: 120 minutes.
 
 # %% tags=["parameters"]
 model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
@@ -22,15 +22,17 @@ image: int = 0  # number of a training image
 overrides: list = []  # settings that differ from those of the training, such as data.root
 
 # %%
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch.nn import functional
 
 from dimaskdino.course import begin, checks
+from dimaskdino.course.questions import Number
 from dimaskdino.data.dataloader import collate, training_dataset
 from dimaskdino.modeling import ImageBatch
-from dimaskdino.training.criterion import criterion
-from dimaskdino.training.matcher import match, matching_costs
+from dimaskdino.training.criterion import criterion, stage_losses
+from dimaskdino.training.matcher import Matches, match, matching_costs
 from dimaskdino.viz import draw_architecture, draw_denoising, draw_matching, plot_loss_terms, plot_losses
 from dimaskdino.viz.explorers import explore_matching
 
@@ -76,7 +78,23 @@ draw_matching(sample.image, targets.boxes[0], stage.boxes[0], cost, pairs)
 explore_matching(predictions, targets, sample, settings.loss)
 
 # %% [markdown]
-# Every stage is matched separately. Do objects keep their queries?
+# Every stage is matched separately. Do objects keep their queries? A guess first, about twelve images:
+
+# %%
+faithful = Number("Percentage of the objects with the same query after the first and the last layer", 0, 100, 5)
+faithful
+
+# %%
+more = collate([data[i] for i in range(12)])
+with torch.no_grad():
+    stages = lesson.trained.detector(ImageBatch.from_images(more.images)).stages
+first, last = match([stages["decoder.1"], list(stages.values())[-1]], more.targets, settings.loss)
+same = [set(zip(*(x.tolist() for x in (m.image, m.target, m.query)), strict=True)) for m in (first, last)]
+chance = 100 / predictions.last.boxes.shape[1]
+faithful.reveal(100 * len(same[0] & same[1]) / len(same[0]), {chance: "by chance: one query is as good as any other"})
+
+# %% [markdown]
+# And in the image above, layer by layer:
 
 # %%
 decoder = [stage for name, stage in predictions.stages.items() if name.startswith("decoder.")]
@@ -87,8 +105,8 @@ for stage, matches in zip(decoder, match(decoder, targets, settings.loss), stric
 # %% [markdown]
 # ### Exercise 6.1
 #
-# Why not simply give every object its cheapest query? Write that: for a cost matrix `(Q, M)` the cheapest query of
-# each object, and whether one query was taken twice.
+# *Easy, 4 minutes.* Why not simply give every object its cheapest query? Write that: for a cost matrix `(Q, M)` the
+# cheapest query of each object, and whether one query was taken twice.
 
 
 # %%
@@ -123,8 +141,8 @@ plot_loss_terms({name: float(value) for name, value in losses.terms.items()})
 #
 # ### Exercise 6.2
 #
-# Generalised IoU of two boxes `(x0, y0, x1, y1)`. IoU is 0 for all boxes that do not touch, so it has no gradient
-# there. GIoU subtracts the fraction of their hull, the smallest box around both, that neither covers:
+# *Medium, 8 minutes.* Generalised IoU of two boxes `(x0, y0, x1, y1)`. IoU is 0 for all boxes that do not touch, so it
+# has no gradient there. GIoU subtracts the fraction of their hull, the smallest box around both, that neither covers:
 #
 # $$GIoU = IoU - \frac{|hull| - |union|}{|hull|}$$
 
@@ -146,7 +164,7 @@ checks.check_giou(giou)
 # %% [markdown]
 # ### Exercise 6.3
 #
-# Dice loss of one mask, from probabilities `p` and true values `t` at the same points:
+# *Easy, 3 minutes.* Dice loss of one mask, from probabilities `p` and true values `t` at the same points:
 #
 # $$1 - \frac{2\sum pt + 1}{\sum p + \sum t + 1}$$
 
@@ -164,7 +182,7 @@ checks.check_dice_loss(dice_loss)
 # %% [markdown]
 # ### Build it: the matching cost
 #
-# *About 25 minutes, harder than the exercises.* The whole of $C(q, o)$ for an image, compared with the model's. Given
+# *Hard, 25 minutes.* The whole of $C(q, o)$ for an image, compared with the model's. Given
 # are, of $Q$ queries, class `logits` `(Q, K)`, `boxes` `(Q, 4)` and mask logits at $P$ points `masks` `(Q, P)`; of $M$
 # objects `labels` `(M,)`, `true_boxes` `(M, 4)` and the values of their masks at the same points `true_masks` `(M, P)`;
 # and `giou` `(Q, M)`, since exercise 6.2 was enough of that. With $p$, the probability of the object's class,
@@ -204,6 +222,48 @@ denoising = lesson.trained.detector.denoising(targets, matching=predictions.last
 draw_denoising(sample.image, targets.boxes[0], denoising, targets.labels.shape[1])
 
 # %% [markdown]
+# ### Build it: a training step
+#
+# *Hard, 30 minutes.* Everything of this chapter at once, for a batch of one image. The check runs two of your steps on
+# a copy of the model, and the package's on another, with the same random numbers. Given are
+#
+# * `detector(images, targets)`: predictions with `stages` and, for the denoising queries, `denoising` (both map names
+#   to stages) and `denoising_groups`;
+# * `match(stages, targets, settings)`: the matches of each stage of a list;
+# * `Matches.from_lists([(queries, objects)], targets.boxes.device)`: pairs that are known without matching, from two
+#   NumPy arrays. Denoising query $gM + j$ is the noised object $j$ in group $g$, with $M$ objects;
+# * `stage_losses(pairs, targets, settings)`, from a list of (stage, matches): for each the *sums* of its losses by
+#   term. Call it once, with the stages before the denoising ones, so that the random points are the package's.
+#
+# Each term has its weight, `getattr(settings.weights, term)`. Losses are divided by the number of objects, those of the
+# denoising queries also by the number of groups. Then: no old gradients, backward, gradients clipped to `clip_norm`,
+# and a step.
+
+
+# %%
+def training_step(detector, optimizer, images, targets, settings, clip_norm):
+    """One step; the loss before it, a number."""
+    # solution
+    predictions = detector(images, targets)
+    stages, M, groups = list(predictions.stages.values()), targets.counts[0], predictions.denoising_groups
+    pairs = list(zip(stages, match(stages, targets, settings), strict=True))
+    known = Matches.from_lists([(np.arange(groups * M), np.tile(np.arange(M), groups))], targets.boxes.device)
+    pairs += [(stage, known) for stage in predictions.denoising.values()]
+    total = 0
+    for (_, matches), sums in zip(pairs, stage_losses(pairs, targets, settings), strict=True):
+        divisor = M * groups if matches is known else M
+        total = total + sum(getattr(settings.weights, term) * value for term, value in sums.items()) / divisor
+    optimizer.zero_grad()
+    total.backward()
+    torch.nn.utils.clip_grad_norm_(detector.parameters(), clip_norm)
+    optimizer.step()
+    return total.item()
+    # end
+
+
+checks.check_training_step(training_step, lesson.trained.detector, images, targets, settings)
+
+# %% [markdown]
 # ## A training, from its records
 #
 # Every run folder has a `metrics.jsonl`. These are the losses of the model of this course (nothing is drawn for a model
@@ -219,8 +279,8 @@ plot_losses({"DI-MaskDINO": records}) if records else print("no records")
 #
 # ### Exercise 6.4, to discuss
 #
-# The loss weights are 5 for $L_1$ and 2 for GIoU. Table 3 of the paper lowers them on purpose, to see how much
-# imbalance a model tolerates. What would you expect of MaskDINO, what of DI-MaskDINO? Chapter 7 has the numbers.
+# *5 minutes.* The loss weights are 5 for $L_1$ and 2 for GIoU. Table 3 of the paper lowers them on purpose, to see how
+# much imbalance a model tolerates. What would you expect of MaskDINO, what of DI-MaskDINO? Chapter 7 has the numbers.
 #
 # <details><summary>A model answer</summary>
 #

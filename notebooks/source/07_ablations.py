@@ -14,16 +14,18 @@
 # * compute the uncertainty of a difference, and the power of a study before it is run;
 # * find a second explanation for a result.
 #
-# *Prerequisites*: chapters 1, 2, 4 and 5; mean and standard deviation. *Time*: 75 minutes.
+# *Prerequisites*: chapters 1, 2, 4 and 5; mean and standard deviation. *Time*: 90 minutes.
 
 # %% tags=["parameters"]
 results: str = "notebooks/studies"  # a study folder: runs/ROW_SEED/evaluation/layers.json
 
 # %%
 import os
+import statistics
 from pathlib import Path
 
 from IPython.display import Markdown
+from scipy import stats
 
 from dimaskdino.course import checks
 from dimaskdino.course.questions import Choice
@@ -63,7 +65,8 @@ for row in modules.rows:
 #
 # ### Exercise 7.1
 #
-# Which settings give triple selection on the shapes, 80, then 60, then 40 tokens? Write a list of `key=value` texts.
+# *Easy, 3 minutes.* Which settings give triple selection on the shapes, 80, then 60, then 40 tokens? Write a list of
+# `key=value` texts.
 
 
 # %%
@@ -128,9 +131,9 @@ explore_studies(labels, {study.title: columns_of(study) for study in studies})
 #
 # ### Exercise 7.2
 #
-# From the APs `a` and `b` of the runs of two rows: the difference of the means, $\bar b - \bar a$, and its standard
-# error, $\sqrt{s_a^2 / n_a + s_b^2 / n_b}$, where $s$ is the standard deviation (with $n - 1$) of a row and $n$ its
-# number of runs.
+# *Medium, 8 minutes.* From the APs `a` and `b` of the runs of two rows: the difference of the means, $\bar b - \bar a$,
+# and its standard error, $\sqrt{s_a^2 / n_a + s_b^2 / n_b}$, where $s$ is the standard deviation (with $n - 1$) of a
+# row and $n$ its number of runs.
 
 
 # %%
@@ -198,6 +201,42 @@ Markdown(report.markdown())
 #
 # Which of the paper's signs could you defend with these runs?
 #
+# ### Build it: the verdict
+#
+# *Hard, 25 minutes.* From the runs to the verdicts, over trainings alone: for each row after the first its difference
+# from the first, the 95 % interval, and the p-value adjusted for all rows. With the standard error $e$ of exercise 7.2
+# and $v_i = s_i^2 / n_i$, Welch's test has Student's t distribution with
+#
+# $$\nu = \frac{(v_a + v_b)^2}{v_a^2 / (n_a - 1) + v_b^2 / (n_b - 1)}$$
+#
+# degrees of freedom: the interval is $d \pm t_{0.975,\nu}\, e$, and $p = 2\,P(t_\nu > |d| / e)$; `scipy.stats.t` has
+# `ppf(q, df)` and `sf(x, df)`. Holm's method goes through the $m$ p-values from the smallest to the largest, multiplies
+# them by $m$, $m - 1$, … 1, lets none be smaller than one before it, and none larger than 1.
+
+
+# %%
+def verdicts(rows):
+    """(difference, low, high, adjusted p) of each row after the first; rows are lists of APs."""
+    # solution
+    first, *others = rows
+    found = []
+    for other in others:
+        difference, error = unpaired(first, other)
+        v = [statistics.variance(row) / len(row) for row in (first, other)]
+        df = sum(v) ** 2 / (v[0] ** 2 / (len(first) - 1) + v[1] ** 2 / (len(other) - 1))
+        half = stats.t.ppf(0.975, df) * error
+        found.append((difference, difference - half, difference + half, 2 * stats.t.sf(abs(difference) / error, df)))
+    adjusted, largest = {}, 0.0
+    for rank, i in enumerate(sorted(range(len(found)), key=lambda i: found[i][3])):
+        largest = min(1.0, max(largest, found[i][3] * (len(found) - rank)))
+        adjusted[i] = largest
+    return [(*interval, adjusted[i]) for i, (*interval, _) in enumerate(found)]
+    # end
+
+
+checks.check_verdicts(verdicts, report, box)
+
+# %% [markdown]
 # ### Where a measurement misleads
 #
 # The table says that the modules, above all BATO, narrow the lag of the first layer. Look at it class by class before
@@ -224,8 +263,8 @@ plot_study_layers(by_label, "Table 4 in miniature, every stage")
 # %% [markdown]
 # ### Exercise 7.3, to discuss
 #
-# Three seeds, a difference of 2 points, a standard error of 1.5. What would you write in a paper? What would you do
-# with one more hour of computing: another seed of the same rows, or a longer training with one seed?
+# *5 minutes.* Three seeds, a difference of 2 points, a standard error of 1.5. What would you write in a paper? What
+# would you do with one more hour of computing: another seed of the same rows, or a longer training with one seed?
 #
 # <details><summary>A model answer</summary>
 #
@@ -238,8 +277,8 @@ plot_study_layers(by_label, "Table 4 in miniature, every stage")
 #
 # ### Exercise 7.4, to discuss
 #
-# Table 3 weakens the box losses to a tenth. MaskDINO loses 2.8 points of box AP, De-Imbalance 0.8. Is that evidence
-# that De-Imbalance *mends* the imbalance, or that it makes training more robust? How could one tell?
+# *5 minutes.* Table 3 weakens the box losses to a tenth. MaskDINO loses 2.8 points of box AP, De-Imbalance 0.8. Is that
+# evidence that De-Imbalance *mends* the imbalance, or that it makes training more robust? How could one tell?
 #
 # <details><summary>A model answer</summary>
 #

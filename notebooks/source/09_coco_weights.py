@@ -126,8 +126,8 @@ figure
 # %% [markdown]
 # ### Exercise 9.1
 #
-# Detections are the best `n` pairs of query and class, so one query can be detected as two classes. From class logits
-# `(Q, K)`: the queries of the best `n` pairs, best first.
+# *Medium, 5 minutes.* Detections are the best `n` pairs of query and class, so one query can be detected as two
+# classes. From class logits `(Q, K)`: the queries of the best `n` pairs, best first.
 
 
 # %%
@@ -144,8 +144,8 @@ checks.check_best_queries(best_queries)
 # %% [markdown]
 # ### Exercise 9.2, to discuss
 #
-# Compare with the shapes model: does token interaction stay within objects when an image has thirty of them? Are the
-# sampling points of a small object as far apart, relative to its box, as those of a large one?
+# *5 minutes.* Compare with the shapes model: does token interaction stay within objects when an image has thirty of
+# them? Are the sampling points of a small object as far apart, relative to its box, as those of a large one?
 #
 # <details><summary>A model answer</summary>
 #

@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -16,23 +15,13 @@ from papermill import execute_notebook
 from PIL import Image
 from small import FILE, RUN, trained_file
 from small import MODEL as SMALL_MODEL
-from torch.nn import functional
-from torchvision.ops import box_iou
 
 from dimaskdino import load
-from dimaskdino.config import Shapes
-from dimaskdino.course import begin, checks
+from dimaskdino.course import begin
 from dimaskdino.course.build import for_reading, notebooks_of, repository, with_solutions, without_solutions
-from dimaskdino.data.coco import CocoDataset
-from dimaskdino.data.dataloader import collate, training_dataset
-from dimaskdino.data.shapes import generate
 from dimaskdino.errors import UserError
-from dimaskdino.evaluation.coco_ap import read_truth
-from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, detect_layers
-from dimaskdino.modeling import ImageBatch
-from dimaskdino.modeling.layers import inverse_sigmoid, sine_boxes
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.runs import RunFolder
-from dimaskdino.studies.study import load_study
 
 NOTEBOOKS = Path(__file__).parent.parent.parent / "notebooks"
 SOURCES = sorted((NOTEBOOKS / "source").glob("*.py"))
@@ -162,6 +151,32 @@ def test_notebooks_are_what_their_source_makes(source):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_exercises_say_how_hard_they_are_and_fit_into_the_chapters_time(source):
+    text = "\n".join(cell.source for cell in notebooks_of(source)[0].cells if cell.cell_type == "markdown")
+    stated = int(re.search(r"\*Time\*: (\d+) minutes", text)[1])
+    minutes = []
+    for title, label in re.findall(r"^### ((?:Exercise|Build it).*)\n\n\*([^*]*)\*", text, re.M):
+        form = r"(\d+) minutes?\." if "to discuss" in title else r"(?:Easy|Medium|Hard), (\d+) minutes?\."
+        assert re.fullmatch(form, label), title
+        minutes.append(int(re.fullmatch(form, label)[1]))
+    assert len(minutes) == text.count("### Exercise") + text.count("### Build it")
+    assert sum(minutes) <= 0.75 * stated
+    title = text.splitlines()[0].removeprefix("# ")
+    guide = (NOTEBOOKS.parent / "docs" / "instructors.md").read_text()
+    [row] = [row for row in re.findall(r"^\| (\w+)[^|]* \| (\d+) \| ", guide, re.M) if row[0] == title.split()[0]]
+    assert int(row[1]) == stated
+
+
+@pytest.mark.parametrize("source", SOURCES[:-1], ids=lambda p: p.stem)
+def test_chapters_have_a_part_to_build_an_explorer_and_a_question(source):
+    text = source.read_text()
+    assert text.count("### Build it") >= 1
+    assert re.search(r"^(explore_\w+|Explorer)\(", text, re.M)
+    assert re.search(r"= (Number|Choice|Curve)\(", text)
+    assert ".reveal(" in text
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
 def test_chapters_are_stored_with_their_outputs(source):
     """Every cell that shows something has its output; nothing of the machine that made it is in them."""
     for notebook in stored(source):
@@ -263,194 +278,3 @@ def test_the_last_chapter_shows_a_published_checkpoint(shapes_data, tmp_path):
     }
     _, printed = execute(NOTEBOOKS / "09_coco_weights.ipynb", tmp_path, parameters)
     assert "7 classes: class 1, class 2" in printed
-
-
-WRONG = {
-    checks.check_corners: lambda cx, cy, w, h: (cx - w, cy - h, cx + w, cy + h),
-    checks.check_cheapest_assignment: lambda cost: tuple(cost.argmin(0).tolist()),
-    checks.check_imbalance: lambda box, mask: box - mask,
-    checks.check_box_iou: lambda a, b: torch.tensor(1.0),
-    checks.check_mask_iou: lambda a, b: (a & b).sum() / a.sum(),
-    checks.check_bilinear: lambda values, x, y: float(values[int(y * len(values)), int(x * len(values[0]))]),
-    checks.check_samples: lambda q, heads, levels, points: q * heads * levels * points,
-    checks.check_select: lambda logits, k: logits.sum(-1).topk(k).indices,
-    checks.check_mask_to_box: lambda mask: torch.zeros(4),
-    checks.check_recall: lambda owners, objects: len(owners) / objects,
-    checks.check_cross_attention: lambda q, k, v: (q @ k.T).softmax(dim=1) @ v,
-    checks.check_mask_probability: lambda embedding, features: torch.einsum("c,chw->hw", embedding, features),
-    checks.check_own_share: lambda attention, tokens, guides: float((attention * (tokens[:, None] == guides)).mean()),
-    checks.check_cheapest: lambda cost: (cost.argmin(dim=0), False),
-    checks.check_giou: lambda a, b: float(box_iou(a[None], b[None])),
-    checks.check_dice_loss: lambda p, t: 1 - 2 * (p * t).sum() / (p.sum() + t.sum()),
-    checks.check_right_ones: lambda iou, threshold: (iou.amax(1) >= threshold).tolist(),
-    checks.check_precision_recall: lambda right, objects: (np.cumsum(right) / len(right), np.cumsum(right) / objects),
-    checks.check_unpaired: lambda a, b: (sum(b) / len(b) - sum(a) / len(a), 0.0),
-    checks.check_annotation: lambda mask: ([0, 0, 1, 1], int(mask.sum())),
-    checks.check_gate: lambda before, after, gate: gate * after,
-    checks.check_best_queries: lambda logits, n: logits.amax(1).topk(min(n, len(logits))).indices,
-    checks.check_interpolated: lambda precision, recall: np.interp(np.linspace(0, 1, 101), recall, precision),
-}
-
-
-BUILT = (
-    checks.check_attended,
-    checks.check_second_selection,
-    checks.check_guided_tokens,
-    checks.check_matching_cost,
-    checks.check_average_precision,
-)
-
-
-def test_what_students_build_is_compared_with_the_model(shapes_data, tmp_path, capsys):
-    model = load(trained_file(tmp_path / "model.safetensors", shapes_data))
-    look = model.inspect(CocoDataset(shapes_data, "val")[0])
-
-    def second_selection(T_s1, block, heads, k, interact=True, best_first=True):
-        x, boxes = T_s1.content, T_s1.boxes
-        for layer in block.layers:
-            x = layer(x, block.position(sine_boxes(boxes, x.shape[-1])), False)[0] if interact else x
-            boxes = (block.box(x) + inverse_sigmoid(boxes)).sigmoid()
-        rows = heads.label(block.norm(x)).amax(-1).topk(k, dim=1).indices[0]
-        return rows if best_first else rows.flip(0)
-
-    def guided_tokens(T_i, position, mask, box, bato, ffn=True, residual=0.0):
-        x = bato.attention(T_i, T_i + position, mask + box, mask)[0]
-        return (bato.ffn(x) if ffn else x) + residual
-
-    def attended(maps, boxes, offsets, scores, unit=None, over_all=True):
-        unit = boxes[:, None, None, None, 2:] * (0.5 / offsets.shape[3]) if unit is None else unit
-        places = boxes[:, None, None, None, :2] + offsets * unit
-        weights = scores.flatten(2).softmax(-1).view(scores.shape) if over_all else scores.softmax(-1)
-        total = 0
-        for level, values in enumerate(maps):
-            read = functional.grid_sample(values, 2 * places[:, :, level].transpose(0, 1) - 1, align_corners=False)
-            total = total + (read * weights[:, :, level].transpose(0, 1)[:, None]).sum(-1)
-        return total.permute(2, 0, 1).flatten(1)
-
-    cases = (
-        (checks.check_attended, attended, {}, "reads what the model's 12 queries read"),
-        (checks.check_attended, attended, {"unit": 1.0}, "they count in parts of the box"),
-        (checks.check_attended, attended, {"over_all": False}, "all levels of a head share one"),
-        (checks.check_attended, lambda *given: 2 * attended(*given), {}, "is farthest from the model's"),
-        (checks.check_attended, lambda *_: torch.zeros(3), {}, "expected the shape (12, 32), got (3,)"),
-        (checks.check_second_selection, second_selection, {}, "keeps the same 12 tokens as the model"),
-        (checks.check_second_selection, second_selection, {"best_first": False}, "the right tokens in another order"),
-        (checks.check_second_selection, lambda T_s1, *_: T_s1.scores[0].topk(12).indices, {}, "before the interaction"),
-        (checks.check_second_selection, lambda *_: torch.arange(3), {}, "expected 12 rows, got the shape (3,)"),
-        (checks.check_guided_tokens, guided_tokens, {}, "gives the model's 85 tokens"),
-        (checks.check_guided_tokens, guided_tokens, {"ffn": False}, "the feed-forward block is missing"),
-        (checks.check_guided_tokens, guided_tokens, {"residual": 1.0}, "is farthest from the model's"),
-        (checks.check_guided_tokens, lambda *_: None, {}, "returns nothing yet"),
-    )
-    for check, function, changes, words in cases:
-        changed = partial(function, **changes)
-        changed.__name__ = "mine"
-        result = check(changed, look, model.detector)
-        printed = capsys.readouterr().out
-        assert words in printed
-        assert bool(result) == printed.startswith("✓")
-
-
-def test_the_matching_cost_that_students_build_is_compared_with_the_models(shapes_data, tmp_path, capsys):
-    model = load(trained_file(tmp_path / "model.safetensors", shapes_data))
-    batch = collate([training_dataset(model.config)[0]])
-    with torch.no_grad():
-        stage = model.detector(ImageBatch.from_images(batch.images)).last
-
-    def cost(logits, boxes, masks, labels, true_boxes, true_masks, giou, dice=5, l1=5):
-        p, inside = logits.sigmoid()[:, labels], masks.sigmoid()
-        c_class = -0.25 * (1 - p) ** 2 * (p + 1e-8).log() + 0.75 * p**2 * (1 - p + 1e-8).log()
-        c_mask = functional.softplus(masks).mean(1, keepdim=True) - masks @ true_masks.T / masks.shape[1]
-        c_dice = 1 - (2 * inside @ true_masks.T + 1) / (inside.sum(1, keepdim=True) + true_masks.sum(1) + 1)
-        boxes = torch.cdist(boxes, true_boxes, p=1)
-        return 4 * c_class + 5 * c_mask + dice * c_dice + l1 * boxes - 2 * giou
-
-    objects = batch.targets.counts[0]
-    cases = (
-        (cost, f"gives the model's 12 × {objects} costs"),
-        (partial(cost, dice=0), "everything but the dice cost is there"),
-        (partial(cost, l1=10), "the l1 cost counts 2 times"),
-        (lambda *given: cost(*given) + 1, "expected"),
-        (lambda *given: cost(*given).T, "expected"),
-        (lambda *_: None, "returns nothing yet"),
-    )
-    for seed in (0, 3):
-        for function, words in cases:
-            with checks.other_cases(seed):
-                right = checks.check_matching_cost(function, stage, batch.targets, model.config.loss)
-            printed = capsys.readouterr().out
-            assert words in printed
-            assert bool(right) == printed.startswith("✓")
-
-
-def test_the_average_precision_that_students_build_is_compared_with_the_librarys(tmp_path, capsys):
-    generate(tmp_path / "data", Shapes(train=1, val=8), processes=0)
-    model = load("dimaskdino-shapes", device="cpu", overrides=[f"data.root={tmp_path / 'data'}"])
-    data, found = CocoDataset(tmp_path / "data", "val"), detect_layers(model)
-    truth = read_truth(data.annotations_file)
-
-    def ap(images, thresholds=np.linspace(0.5, 0.95, 10), together=True):  # noqa: B008
-        objects, values = sum(iou.shape[1] for iou, _ in images), []
-        order = np.argsort(-np.concatenate([scores for _, scores in images]), kind="stable")
-        for threshold in thresholds:
-            right = []
-            for iou, _ in images:
-                free = set(range(iou.shape[1]))
-                for row in iou.tolist():
-                    best = max(free, key=row.__getitem__, default=None)
-                    right.append(best is not None and row[best] >= threshold)
-                    free -= {best} if right[-1] else set()
-            hits = np.cumsum(np.array(right)[order] if together else right)
-            precision, recall = hits / np.arange(1, len(right) + 1), hits / objects
-            values.append(np.mean([precision[recall >= r].max(initial=0) for r in np.linspace(0, 1, 101)]))
-        return 100 * np.mean(values)
-
-    cases = (
-        (ap, "at decoder.4"),
-        (lambda images: ap(images) / 100, "AP is in percent"),
-        (partial(ap, thresholds=[0.5]), "the threshold 0.5 alone"),
-        (partial(ap, together=False), "first_selection: expected"),
-        (lambda images: None, "returns nothing yet"),
-    )
-    for function, words in cases:
-        right = checks.check_average_precision(function, found, truth, data, "disk")
-        printed = capsys.readouterr().out
-        assert words in printed
-        assert bool(right) == printed.startswith("✓")
-
-
-@pytest.mark.parametrize("check", WRONG, ids=lambda c: c.__name__)
-def test_checks_explain_what_is_wrong(check, capsys):
-    assert not check(WRONG[check])
-    printed = capsys.readouterr().out
-    assert printed.startswith("✗")
-    assert "Hint: " in printed
-    assert "expected" in printed
-
-
-@pytest.mark.parametrize("check", WRONG, ids=lambda c: c.__name__)
-def test_checks_take_whatever_a_student_writes(check, capsys):
-    def stops(*arguments):
-        raise KeyError("oh")
-
-    assert not check(lambda *arguments: None)
-    assert not check(lambda *arguments: ...)
-    assert not check(stops)
-    assert not check(lambda *arguments: "text")
-    printed = capsys.readouterr().out
-    assert printed.count("returns nothing yet") == 2
-    assert "stopped with KeyError: 'oh'" in printed
-    assert "got str" in printed or "got 'text'" in printed
-
-
-def test_settings_that_differ_are_named(capsys):
-    study = load_study(NOTEBOOKS.parent / "configs" / "ablations" / "table_7.yaml")
-    assert checks.check_settings(lambda: ["model.selection.k=[80, 60, 40]"], "triple", study)
-    for wrong, words in (
-        (lambda: ["model.selection.k=[80, 40]"], "model.selection.k is (80, 40)"),
-        (lambda: ["model.selektion.k=[80, 40]"], "did you mean"),
-        (lambda: "model.selection.k=[80, 60, 40]", "expected a list of texts"),
-        (lambda: ..., "returns nothing yet"),
-    ):
-        assert not checks.check_settings(wrong, "triple", study)
-        assert words in capsys.readouterr().out

@@ -20,12 +20,13 @@ def test_an_answer_is_committed_with_the_button_and_stays():
 
 def test_a_number_is_shown_beside_the_truth_and_mistakes(capsys):
     question = Number("How many?", 0, 10)
-    unanswered = question.reveal(4.5).axes[0]
+    unanswered = question.reveal(4.5)
     assert "Answer the question first" in capsys.readouterr().out
-    assert [text.get_text() for text in unanswered.get_legend().get_texts()] == ["measured: 4.5"]
+    assert [text.get_text() for text in unanswered.legends[0].get_texts()] == ["measured: 4.5"]
     question.commit(7)
-    axes = question.reveal(4.5, {0.0: "too small", 40.0: "too large"}).axes[0]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["measured: 4.5", "your answer: 7.0"]
+    figure = question.reveal(4.5, {0.0: "too small", 40.0: "too large"})
+    axes = figure.axes[0]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["measured: 4.5", "your answer: 7.0"]
     assert {text.get_text() for text in axes.texts} == {"too small", "too large"}
     assert axes.get_xlim()[1] > 40
 
