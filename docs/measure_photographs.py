@@ -120,7 +120,7 @@ if __name__ == "__main__":
         "registered": SEEDS,
         "comparisons": comparisons(compared),
         "peers": [peer(folder) for folder in arguments.peers],
-        "times": json.loads(arguments.times.read_text())["seconds"] if arguments.times else {},
+        "times": json.loads(arguments.times.read_text()) if arguments.times else {},
     }
     file.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written: {file}")

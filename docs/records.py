@@ -180,26 +180,6 @@ def table_4() -> str:
     return "\n".join(lines)
 
 
-def speed() -> str:
-    """The latest measurement of each kind of the R50 model on a CPU."""
-    latest = {}
-    for line in (MEASUREMENTS / "speed.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        operator = "compiled" if "compiled" in record["operator"] else "no compiler"
-        latest[record["task"], record["height"], record["width"], operator] = record
-    lines = [
-        "| | operator | median | fastest to slowest | peak memory | threads | torch |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for (task, height, width, operator), r in latest.items():
-        what = "inference" if task == "inference" else "training step"
-        lines.append(
-            f"| {what} {height}×{width} | {operator} | {r['seconds']:.1f} s | {r['fastest']:.1f} to "
-            f"{r['slowest']:.1f} s | {r['peak_memory_gib']:.1f} GiB | {r['threads']} | {r['torch']} |"
-        )
-    return "\n".join(lines)
-
-
 def evaluation_size() -> str:
     """Time of layer-wise AP at COCO's size."""
     record = [json.loads(line) for line in (MEASUREMENTS / "coco_size.jsonl").read_text().splitlines()][-1]
@@ -297,16 +277,57 @@ def versions() -> str:
     return "\n".join(lines)
 
 
+def detectors() -> str:
+    """Detectors with a ResNet-50 on the same image."""
+    record = _json("detectors.json")
+    height, width = record["size"]
+    lines = [
+        f"One image of {height}×{width}, {record['detections']} detections with masks, {record['rounds']} rounds in "
+        f"turns; PyTorch {record['versions']['packages']['torch']}:",
+        "",
+        "| | precision | threads | seconds | GFLOP | seconds per 100 GFLOP | part of the peak | memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        span = f"{row['seconds']:.2f} ({row['fastest']:.2f} to {row['slowest']:.2f})"
+        each = f"{100 * row['seconds'] / row['gflop']:.2f}"
+        part = f"{row['gflop'] / row['seconds'] / row['peak_gflops']:.0%}"
+        lines.append(
+            f"| {row['model']} | {row['precision']} | {row['threads']} | {span} | {row['gflop']:.0f} | {each} | {part} "
+            f"| {row['peak_memory_gib']:.1f} GiB |"
+        )
+    return "\n".join(lines)
+
+
+def starting() -> str:
+    """Seconds until an import or a help text is there."""
+    lines = ["| | median | fastest to slowest | aim |", "|---|---|---|---|"]
+    for name, row in _json("starting.json")["commands"].items():
+        aim = "–" if row["aim"] is None else f"{row['aim']:.1f} s"
+        span = f"{row['fastest']:.2f} to {row['slowest']:.2f} s"
+        lines.append(f"| {name} | {row['seconds']:.2f} s | {span} | {aim} |")
+    return "\n".join(lines)
+
+
+def explorers() -> str:
+    """Seconds from a control to the new picture."""
+    record = _json("explorers.json")
+    lines = ["| explorer | median | slowest | changes |", "|---|---|---|---|"]
+    for name, row in record["explorers"].items():
+        lines.append(f"| {name} | {row['median']:.2f} s | {row['slowest']:.2f} s | {row['changes']} |")
+    return "\n".join(lines)
+
+
 def runtimes() -> str:
     """Seconds per photograph of an exported model in each runtime."""
     record = _json("runtimes.json")
     images, versions = record["images"], record["packages"]
     lines = [
         f"{record['backbone']}, {record['shortest']} to {record['longest']} pixels, {record['threads']} threads, "
-        f"{images} photographs one at a time, in turns; ONNX Runtime {versions['onnxruntime']}, OpenVINO "
+        f"{images} images one at a time, in turns; ONNX Runtime {versions['onnxruntime']}, OpenVINO "
         f"{versions['openvino'].split('-')[0]}, PyTorch {record['versions']['packages']['torch']}:",
         "",
-        "| | median | fastest to slowest | photographs with equal scores |",
+        "| | median | fastest to slowest | images with equal scores |",
         "|---|---|---|---|",
     ]
     for name, row in record["runtimes"].items():
@@ -354,12 +375,17 @@ def _beside_other_models(record: dict[str, Any], groups: Mapping[str, list[dict[
         cells = [title[peer["model"]], 1, f"{peer['parameters'] / 1e6:.1f} M", f"{peer['steps']:,}"]
         cells += [_number(peer["box"]), _number(peer["mask"]), f"{peer['lines']} lines of Python"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    seconds = ", ".join(f"{TIMED[model]} {value:.2f}" for model, value in record["times"].items())
-    return "\n".join([*lines, "", f"Seconds per training step, in turns on an otherwise idle machine: {seconds}."])
+    if times := record["times"]:
+        seconds = ", ".join(f"{TIMED[model]} {value:.2f}" for model, value in times["seconds"].items())
+        memory = ", ".join(f"{TIMED[model]} {value / 2**30:.1f}" for model, value in times["peak_memory"].items())
+        lines += ["", f"Seconds per training step, in turns on an otherwise idle machine: {seconds}. GiB: {memory}."]
+    return "\n".join(lines)
 
 
 def _registered(record: dict[str, Any]) -> str:
     """The comparison of the two models, or what it still lacks."""
+    if not record["rows"]:
+        return ""
     counts = {model: len(runs) for model, runs in record["rows"].items()}
     if len(counts) < 2 or min(counts.values()) < record["registered"]:
         done = " and ".join(f"{count} of {model}" for model, count in counts.items()) or "none"
@@ -427,7 +453,6 @@ BLOCKS = {
         solids,
         demo,
         table_4,
-        speed,
         evaluation_size,
         loading,
         faults,
@@ -435,6 +460,9 @@ BLOCKS = {
         memory,
         company,
         versions,
+        detectors,
+        starting,
+        explorers,
         photographs,
         runtimes,
         diagnostics,

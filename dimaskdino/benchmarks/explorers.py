@@ -6,8 +6,13 @@ From the change of a control to the new picture, in this process, without drawin
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+import tyro
+
+from dimaskdino.benchmarks.record import save
 from dimaskdino.course.frames import examples
 from dimaskdino.viz.architecture import FLOWS
 from dimaskdino.viz.explorers import Explorer
@@ -48,11 +53,19 @@ def explorers() -> dict[str, tuple[Explorer, list[tuple[str, Any]]]]:
     return {name: (explorer, changes[name]) for name, explorer in made.items()}
 
 
-def main() -> None:
+def main(output: Path | None = None) -> None:
+    """Time every explorer.
+
+    Args:
+        output: File for the record, json.
+    """
+    found = {}
     for name, (explorer, changes) in explorers().items():
         times = seconds(explorer, changes)
-        print(f"{name:<10} median {statistics.median(times):.2f} s, slowest {max(times):.2f} s of {len(times)}")
+        found[name] = {"median": statistics.median(times), "slowest": max(times), "changes": len(times)}
+        print(f"{name:<12} median {found[name]['median']:.2f} s, slowest {max(times):.2f} s of {len(times)}")
+    save({"explorers": found, "threads": torch.get_num_threads()}, output)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

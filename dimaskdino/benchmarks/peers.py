@@ -14,7 +14,9 @@ import resource
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -345,10 +347,31 @@ def train(
     print(json.dumps(result, indent=1))
 
 
+def _model(name: str, settings: Config) -> nn.Module:
+    return (_Kit(settings) if name == "kit" else PEERS[name](settings)).train()
+
+
+def _some_batches(settings: Config) -> list[Batch]:
+    source = batches(training_loader(training_dataset(settings), settings, 0, 0, 1))
+    chosen = [next(source) for _ in range(TIMED_STEPS)]
+    source.close()
+    return chosen
+
+
+def peak_memory(name: str, run: str) -> int:
+    """Bytes that this process held at most after some training steps of a model."""
+    settings = load_config(run)
+    model = _model(name, settings)
+    optimizer = USUAL.optimizer(model)
+    for batch in _some_batches(settings):
+        step_of(model, optimizer, batch, USUAL.clip_norm)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def measure(
     run: Positional[str], names: Sequence[Name] = ("mask_rcnn", "mask2former"), output: Path | None = None
 ) -> None:
-    """Time a training step of the kit's model and of each peer, in turns on the same batches.
+    """Time a training step of the kit's model and of each peer, in turns on the same batches, and measure memory.
 
     Args:
         run: run folder or configuration of the kit.
@@ -356,12 +379,13 @@ def measure(
         output: json file to write.
     """
     settings = load_config(run)
-    models = {"kit": _Kit(settings).train(), **{name: PEERS[name](settings).train() for name in names}}
+    memory = {}
+    for name in ("kit", *names):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            memory[name] = process.submit(peak_memory, name, run).result()
+    models = {name: _model(name, settings) for name in ("kit", *names)}
     optimizers = {name: USUAL.optimizer(model) for name, model in models.items()}
-    loader = training_loader(training_dataset(settings), settings, 0, 0, 1)
-    source = batches(loader)
-    chosen = [next(source) for _ in range(TIMED_STEPS)]
-    source.close()
+    chosen = _some_batches(settings)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for number in range(ROUNDS + 1):
         for name, model in models.items():
@@ -372,6 +396,7 @@ def measure(
                     seconds[name].append(time.perf_counter() - started)
     result = {
         "seconds": {name: median(values) for name, values in seconds.items()},
+        "peak_memory": memory,
         "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
         "batch": settings.train.batch_size,
         "size": settings.data.jitter.size,

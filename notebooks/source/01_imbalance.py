@@ -261,8 +261,8 @@ checks.check_mask_iou(mask_iou)
 #
 # *Medium, 15 minutes.* The figures above follow each object through the stages. Make their numbers, from the detections
 # of a stage with a score of at least 0.3: for each object, of the detections **of its class**, take the one with the
-# largest sum of box IoU and mask IoU, and say both. If no detection has its class, both are 0. Use your two functions;
-# a loop is fast enough.
+# largest sum of box IoU and mask IoU, and return both. If no detection has its class, both are 0. Use your two
+# functions; a loop is fast enough.
 
 
 # %%

@@ -1,9 +1,9 @@
 """Measure the operator: `python -m ms_deform_attn.benchmark`.
 
 Builds what can be built, compares every implementation with a float64 reference, then times them side by side: one
-call of each in turn, many rounds, medians. On a GPU the original kernel of Deformable DETR, as the source distribution
-of mmcv carries it, takes part with --mmcv FOLDER, deformops where it is installed, and other versions of the kernels'
-source with --kernels NAME=FILE:
+call of each in turn, many rounds, medians. The module of transformers takes part where it is installed. So do on a GPU
+the original kernel of Deformable DETR, as the source distribution of mmcv carries it, with --mmcv FOLDER, deformops
+where it is installed, and other versions of the kernels' source with --kernels NAME=FILE:
 
     git show HEAD~1:ops/ms_deform_attn/csrc/cuda.cu > build/before.cu
     python -m ms_deform_attn.benchmark --kernels before=build/before.cu
@@ -141,6 +141,19 @@ def _deformops() -> Function:
     return lambda value, locations, weights: msda(value, shapes, starts, locations, weights.flatten(-2).to(value.dtype))
 
 
+def _transformers(device: str) -> Function:
+    """The module of transformers' Deformable DETR, which Mask2Former has too; bfloat16 is cast to float32.
+
+    Its locations would be rounded to bfloat16 too, and lie in other cells.
+    """
+    from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
+
+    module, (shapes, starts) = MultiScaleDeformableAttention(), _shape_tensors(device)
+    return lambda value, locations, weights: module(
+        value.float(), shapes, list(LEVELS), starts, locations, weights, 64
+    ).to(value.dtype)
+
+
 def _other_kernels(device: str, name: str, source: Path) -> Function:
     """Another version of the kernels' source, as operators of its own name."""
     text = source.read_text()
@@ -156,9 +169,9 @@ def _other_kernels(device: str, name: str, source: Path) -> Function:
     return lambda value, locations, weights: operator(value, flat, locations, weights)
 
 
-def _shape_tensors() -> tuple[Tensor, Tensor]:
-    """(levels, 2) shapes and (levels,) first tokens on the GPU, as the peers want them."""
-    shapes = torch.tensor(LEVELS, device="cuda")
+def _shape_tensors(device: str = "cuda") -> tuple[Tensor, Tensor]:
+    """(levels, 2) shapes and (levels,) first tokens, as the peers want them."""
+    shapes = torch.tensor(LEVELS, device=device)
     return shapes, torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
 
 
@@ -171,6 +184,10 @@ def _implementations(
             yield name, _own(name)
     for name, source in versions.items():
         yield name, _other_kernels(device, name, source)
+    try:
+        yield "transformers", _transformers(device)
+    except ImportError as error:
+        print(f"transformers does not take part: {error}")
     if device == "cuda" and mmcv is not None:
         yield "original", _original(mmcv)
     if device == "cuda":

@@ -98,4 +98,6 @@ def test_a_training_of_a_peer_leaves_its_record(shapes_data, tmp_path, capsys):
     assert 0 <= record["box"] <= 100
     assert (tmp_path / "peer" / "weights.pt").exists()
     peers.measure(str(tmp_path / "config.yaml"), ("mask_rcnn",), tmp_path / "time.json")
-    assert set(json.loads((tmp_path / "time.json").read_text())["seconds"]) == {"kit", "mask_rcnn"}
+    times = json.loads((tmp_path / "time.json").read_text())
+    assert set(times["seconds"]) == set(times["peak_memory"]) == {"kit", "mask_rcnn"}
+    assert min(times["peak_memory"].values()) > 100e6
