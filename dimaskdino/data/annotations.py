@@ -20,6 +20,7 @@ from pycocotools import mask as coco_mask
 from pydantic import BeforeValidator, TypeAdapter, ValidationError, ValidationInfo
 from typing_extensions import TypedDict
 
+from dimaskdino.collection import without_collection
 from dimaskdino.errors import UserError
 
 LARGEST_ID = 2**63 - 1
@@ -194,6 +195,7 @@ class Annotations:
         return {"images": self.images, "categories": self.categories, "annotations": self.annotations}
 
 
+@without_collection()
 def read_annotations(file: Path) -> Annotations:
     """Read a COCO annotations file.
 

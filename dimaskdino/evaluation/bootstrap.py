@@ -15,6 +15,7 @@ import numpy as np
 from hotcoco import COCO, COCOeval
 from jaxtyping import Bool, Float, Int
 
+from dimaskdino.collection import without_collection
 from dimaskdino.errors import UserError
 from dimaskdino.evaluation.coco_ap import IOU_TYPE, Kind
 from dimaskdino.evaluation.detections import Detections
@@ -201,6 +202,7 @@ def _recalls_reached(recall: Float[np.ndarray, "hits draws"]) -> Int[np.ndarray,
     return np.where(RECALLS[count] <= recall, count + 1, count)
 
 
+@without_collection()
 def _ranked(truth: COCO, detections: list[dict[str, Any]], kind: Kind) -> list[_Ranked]:
     """Ranked detections of every class, matched by hotcoco."""
     evaluation = COCOeval(truth, truth.load_res(detections), IOU_TYPE[kind])

@@ -9,6 +9,7 @@ import numpy as np
 from hotcoco import COCO, COCOeval
 from jaxtyping import Float
 
+from dimaskdino.collection import without_collection
 from dimaskdino.data.annotations import read_annotations
 
 Kind = Literal["box", "mask"]
@@ -100,6 +101,7 @@ def precision_curves(
     return evaluation.eval["precision"][row, ..., 0, -1][0].T
 
 
+@without_collection()
 def _accumulated(truth: COCO, detections: list[dict[str, Any]], kind: Kind) -> COCOeval:
     """COCO's evaluation.
 

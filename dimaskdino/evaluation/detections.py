@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dimaskdino.checkpoints.model_files import TrainedModel
+from dimaskdino.collection import without_collection
 from dimaskdino.errors import UserError
 from dimaskdino.modeling import Instances
 from dimaskdino.serialization import write_atomically, write_text
@@ -106,36 +107,35 @@ class Detections:
         return len(self.mask_index) == len(self.scores) > 0
 
     @property
+    @without_collection()
     def boxes(self) -> list[dict[str, Any]]:
         """Boxes in COCO's result format."""
         xyxy = self.xyxy.astype(np.float64)
         xywh = np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], axis=1).tolist()
-        return [row | {"bbox": box} for row, box in zip(self._rows(), xywh, strict=True)]
+        return [
+            {"image_id": image, "category_id": category, "score": score, "bbox": box}
+            for image, category, score, box in zip(*self._columns(), xywh, strict=True)
+        ]
 
     @property
+    @without_collection()
     def masks(self) -> list[dict[str, Any]]:
         """Masks in COCO's result format; none for a stage without masks."""
         if not self.has_masks:
             return []
-        ends = np.cumsum(self.mask_lengths)
+        ends = np.cumsum(self.mask_lengths).tolist()
         codes = self.mask_codes.tobytes()
         encoded = [
             {"size": size, "counts": codes[end - length : end]}
-            for size, length, end in zip(
-                self.mask_sizes.tolist(), self.mask_lengths.tolist(), ends.tolist(), strict=True
-            )
+            for size, length, end in zip(self.mask_sizes.tolist(), self.mask_lengths.tolist(), ends, strict=True)
         ]
         return [
-            row | {"segmentation": encoded[index]}
-            for row, index in zip(self._rows(), self.mask_index.tolist(), strict=True)
+            {"image_id": image, "category_id": category, "score": score, "segmentation": encoded[index]}
+            for image, category, score, index in zip(*self._columns(), self.mask_index.tolist(), strict=True)
         ]
 
-    def _rows(self) -> list[dict[str, Any]]:
-        columns = (self.image_ids.tolist(), self.categories.tolist(), self.scores.tolist())
-        return [
-            {"image_id": image, "category_id": category, "score": score}
-            for image, category, score in zip(*columns, strict=True)
-        ]
+    def _columns(self) -> tuple[list[int], list[int], list[float]]:
+        return self.image_ids.tolist(), self.categories.tolist(), self.scores.tolist()
 
 
 class DetectionStore(Mapping[str, Detections]):

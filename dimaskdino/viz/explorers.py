@@ -4,10 +4,8 @@ Each explorer is a drawing function and widgets for its arguments. Where widgets
 notebook, its figure stands there as a picture.
 """
 
-import gc
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import anywidget
@@ -23,6 +21,7 @@ from matplotlib.transforms import Bbox
 from scipy.optimize import linear_sum_assignment
 
 from dimaskdino import config
+from dimaskdino.collection import without_collection
 from dimaskdino.data.coco import Sample
 from dimaskdino.evaluation.coco_ap import Kind, precision_curves
 from dimaskdino.evaluation.detections import Detections
@@ -77,18 +76,6 @@ class Picture(anywidget.AnyWidget):
     clicked = traitlets.List(traitlets.Float()).tag(sync=True)
 
 
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Put garbage collection off: with PyTorch loaded a full one takes 0.4 s, which can wait until a picture is out."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
 class Explorer:
     """A figure and the widgets that change it.
 
@@ -116,7 +103,7 @@ class Explorer:
         return {name: control.value for name, control in self.controls.items()}
 
     def _update(self, change: Any = None) -> None:
-        with _without_collection():
+        with without_collection():  # until the picture is out
             self.figure = self.draw(**self.values)
             buffer = io.BytesIO()
             self.figure.set_dpi(80)
