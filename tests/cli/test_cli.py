@@ -1,10 +1,13 @@
 """The command line as a person uses it."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from golden import detector, read, state_dict
 from small import FILE, overrides
 
 from dimaskdino import load
+from dimaskdino.cli import main
 
 COMMAND = [sys.executable, "-m", "dimaskdino"]
 
@@ -25,6 +29,23 @@ def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProc
         env=os.environ | {"MPLBACKEND": "agg", "COLUMNS": "120"},
         check=False,
     )
+
+
+def here(*arguments: object, cwd: Path = Path()) -> subprocess.CompletedProcess:
+    """The same command in this process, which has PyTorch loaded: that takes most of the time of a short command."""
+    out, err, code = io.StringIO(), io.StringIO(), None
+    with (
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "argv", ["dimaskdino", *map(str, arguments)]),
+        mock.patch.dict(os.environ, {"COLUMNS": "120"}),
+    ):
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+    return subprocess.CompletedProcess(arguments, code or 0, out.getvalue(), err.getvalue())
 
 
 @pytest.mark.parametrize(
@@ -70,7 +91,7 @@ def test_train_evaluate_predict_and_status(shapes_data, tmp_path):
     assert (tmp_path / "mine" / "evaluation" / "layers.png").stat().st_size > 5000
 
     images = shapes_data / "images" / "val"
-    predicted = run("predict", "mine", images, "--stage", "decoder.1", "--threshold", "0", cwd=tmp_path)
+    predicted = here("predict", "mine", images, "--stage", "decoder.1", "--threshold", "0", cwd=tmp_path)
     assert predicted.returncode == 0, predicted.stderr
     assert len(list((tmp_path / "predictions").glob("*.png"))) == 4
     written = json.loads((tmp_path / "predictions" / "predictions.json").read_text())
@@ -78,33 +99,33 @@ def test_train_evaluate_predict_and_status(shapes_data, tmp_path):
     assert len(written["annotations"]) == 4 * 60  # 12 queries, 5 classes
     assert {"score", "bbox", "segmentation"} <= set(written["annotations"][0])
 
-    status = run("status", "mine", cwd=tmp_path)
+    status = here("status", "mine", cwd=tmp_path)
     assert "state finished" in status.stdout
     assert "decoder.2" in status.stdout
 
-    wrong = run("predict", "mine", images, "--stage", "decoder.9", cwd=tmp_path)
+    wrong = here("predict", "mine", images, "--stage", "decoder.9", cwd=tmp_path)
     assert wrong.returncode == 1
     assert "no stage 'decoder.9'; it has first_selection" in wrong.stderr
-    assert "does not exist" in run("predict", "mine", "nowhere.jpg", cwd=tmp_path).stderr
+    assert "does not exist" in here("predict", "mine", "nowhere.jpg", cwd=tmp_path).stderr
 
 
 def test_data_commands(tmp_path):
     made = run("data", "shapes", "shapes", "--train", "3", "--val", "2", "--size", "64", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     assert "data.root=shapes" in made.stdout
-    checked = run("data", "check", "shapes", "val", cwd=tmp_path)
+    checked = here("data", "check", "shapes", "val", cwd=tmp_path)
     assert checked.returncode == 0
     assert "val: 2 images, 0 of them without objects" in checked.stdout
     assert "0 problems" in checked.stdout
     (tmp_path / "shapes" / "images" / "val" / "000001.jpg").write_bytes(b"no image")
-    broken = run("data", "check", "shapes", "val", cwd=tmp_path)
+    broken = here("data", "check", "shapes", "val", cwd=tmp_path)
     assert broken.returncode == 1
     assert "000001.jpg cannot be read" in broken.stderr
-    assert run("data", "check", "shapes", "val", "--no-read", cwd=tmp_path).returncode == 0
+    assert here("data", "check", "shapes", "val", "--no-read", cwd=tmp_path).returncode == 0
     (tmp_path / "shapes" / "images" / "val" / "000001.jpg").unlink()
-    lacking = run("data", "check", "shapes", "test", cwd=tmp_path)
+    lacking = here("data", "check", "shapes", "test", cwd=tmp_path)
     assert "shapes has no annotations of the split 'test', only of train, val" in lacking.stderr
-    lacking = run("data", "check", "shapes", "val", "--no-read", cwd=tmp_path)
+    lacking = here("data", "check", "shapes", "val", "--no-read", cwd=tmp_path)
     assert lacking.returncode == 1
     assert "the image shapes/images/val/000001.jpg does not exist" in lacking.stderr
 
@@ -117,23 +138,23 @@ def test_convert_accounts_for_every_key(tmp_path):
         *("model.bato.guiding_tokens=12", "model.denoising.queries=30"),
     ]
     config = FILE.parents[1] / "coco" / "instance-segmentation" / "dimaskdino_r50_4scale_bs16_12ep.yaml"
-    done = run("convert", tmp_path / "published.pth", tmp_path / "ours.safetensors", "--config-file", config, *changes)
+    done = here("convert", tmp_path / "published.pth", tmp_path / "ours.safetensors", "--config-file", config, *changes)
     assert done.returncode == 0, done.stderr
     assert "ignored, not part of the model: criterion.empty_weight" in done.stdout
     ours, recorded = load(tmp_path / "ours.safetensors").detector.state_dict(), detector("di_small").state_dict()
     assert all(torch.equal(ours[key], value) for key, value in recorded.items())
 
-    refused = run("convert", tmp_path / "published.pth", tmp_path / "other.safetensors", "--config", config)
+    refused = here("convert", tmp_path / "published.pth", tmp_path / "other.safetensors", "--config", config)
     assert refused.returncode == 1
     assert "trained for 7 classes, the configuration says 80" in refused.stderr
     assert not (tmp_path / "other.safetensors").exists()
-    told = run("convert", tmp_path / "published.pth", tmp_path / "told.safetensors")
+    told = here("convert", tmp_path / "published.pth", tmp_path / "told.safetensors")
     assert "DI-MaskDINO, resnet50, 4 levels, 3 decoder layers, 7 classes" in told.stdout
     assert "the published values are used: model.selection.k=[600, 300]" in told.stdout
     (tmp_path / "published.pth").write_bytes((tmp_path / "published.pth").read_bytes()[:1000])
     assert (
         "cannot be read as a checkpoint"
-        in run("convert", tmp_path / "published.pth", tmp_path / "x.safetensors").stderr
+        in here("convert", tmp_path / "published.pth", tmp_path / "x.safetensors").stderr
     )
 
 

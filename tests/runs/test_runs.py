@@ -14,6 +14,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+import psutil
 import pytest
 from jupyter_client.manager import start_new_kernel
 from small import FILE, overrides, settings, trained_file
@@ -62,12 +63,18 @@ def test_status_is_read_without_writing(tmp_path):
 
 
 def test_a_forked_helper_does_not_keep_the_run_alive(tmp_path):
-    process = running_elsewhere(tmp_path, "os.fork() or (time.sleep(20), os._exit(0))")
-    process.kill()
-    process.communicate()
-    assert RunFolder(tmp_path).status()["state"] == "failed"
-    with RunFolder(tmp_path).running():
-        assert RunFolder(tmp_path).status()["state"] == "running"
+    process = running_elsewhere(tmp_path, "os.fork() or (time.sleep(60), os._exit(0))")
+    [helper] = psutil.Process(process.pid).children()
+    try:
+        process.kill()
+        process.wait()
+        assert RunFolder(tmp_path).status()["state"] == "failed"
+        with RunFolder(tmp_path).running():
+            assert RunFolder(tmp_path).status()["state"] == "running"
+        assert helper.is_running()
+    finally:
+        helper.kill()
+        process.stdout.close()
 
 
 @pytest.mark.parametrize(
