@@ -224,8 +224,8 @@ draw_denoising(sample.image, targets.boxes[0], denoising, targets.labels.shape[1
 # %% [markdown]
 # ### Build it: a training step
 #
-# *Hard, 30 minutes.* Everything of this chapter at once, for a batch of one image. The check runs two of your steps on
-# a copy of the model, and the package's on another, with the same random numbers. Given are
+# *Hard, 30 minutes.* Everything of this chapter at once, for a batch of one image. The check runs your step on a copy
+# of the model, and the package's on another, with the same random numbers. Given are
 #
 # * `detector(images, targets)`: predictions with `stages` and, for the denoising queries, `denoising` (both map names
 #   to stages) and `denoising_groups`;

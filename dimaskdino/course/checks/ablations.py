@@ -30,7 +30,6 @@ from dimaskdino.studies.study import Study
 def check_settings(function: Callable[[], Sequence[str]], row: str, study: Study) -> CheckResult:
     """Chapter 7: `key=value` settings that make the shapes configuration into one row of a study."""
     wanted = next(r for r in study.rows if r.name == row)
-    name = getattr(function, "__name__", "your function")
     hint = "`dimaskdino config keys` lists every setting; the rows of configs/ablations/*.yaml are examples"
     answer = called(function, (), hint)
     if answer is None:
@@ -40,13 +39,10 @@ def check_settings(function: Callable[[], Sequence[str]], row: str, study: Study
             raise UserError(f"expected a list of texts such as 'model.decoder.layers=3', got {answer!r}")
         differing = _differing(load_config(study.scales["shapes"], answer), study.config(wanted, "shapes"))
     except UserError as error:
-        print(f"✗ {name}: {error}\n  Hint: {hint}")
-        return CheckResult(False)
+        return wrong(function, str(error), hint)
     if differing:
-        print(f"✗ {name}: expected '{wanted.label}'; not so yet: {'; '.join(differing)}\n  Hint: {hint}")
-        return CheckResult(False)
-    print(f"✓ {name} gives the model '{wanted.label}'.")
-    return CheckResult(True)
+        return wrong(function, f"expected '{wanted.label}'; not so yet: {'; '.join(differing)}", hint)
+    return right(function, f"gives the model '{wanted.label}'")
 
 
 def _differing(answer: Section, expected: Section, prefix: str = "") -> list[str]:
