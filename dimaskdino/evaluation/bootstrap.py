@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from dimaskdino.collection import without_collection
 from dimaskdino.errors import UserError
-from dimaskdino.evaluation.coco_ap import IOU_TYPE, Kind
+from dimaskdino.evaluation.coco_ap import IOU_TYPE, Kind, Results
 from dimaskdino.evaluation.detections import Detections
 from dimaskdino.progress import progress_bar
 from dimaskdino.serialization import write_atomically
@@ -90,7 +90,7 @@ def bootstrap(by_stage: Mapping[str, Detections], truth: COCO, draws: int = DRAW
     samples = {}
     for name in progress_bar(by_stage, "bootstrap"):
         detections = by_stage[name]
-        samples[f"{name}/box"] = resampled_ap(truth, detections.boxes, "box", weights)
+        samples[f"{name}/box"] = resampled_ap(truth, detections.box_table, "box", weights)
         if detections.has_masks:
             samples[f"{name}/mask"] = resampled_ap(truth, detections.masks, "mask", weights)
     return BootstrapAP(hashlib.sha256(repr(ids).encode()).hexdigest(), samples)
@@ -102,13 +102,13 @@ def image_draws(images: int, draws: int) -> Int[np.ndarray, "images draws"]:
 
 
 def resampled_ap(
-    truth: COCO, detections: list[dict[str, Any]], kind: Kind, weights: Int[np.ndarray, "images draws"]
+    truth: COCO, detections: Results, kind: Kind, weights: Int[np.ndarray, "images draws"]
 ) -> Float[np.ndarray, " draws"]:
     """AP in percent of datasets in which each image occurs `weights` times.
 
     Args:
         truth: the annotations; the rows of `weights` follow the order of the image ids.
-        detections: in COCO's result format.
+        detections: in COCO's result format, boxes also as `Detections.box_table`.
         kind: boxes or masks.
         weights: number of copies of each image, one column per dataset.
 
@@ -203,7 +203,7 @@ def _recalls_reached(recall: Float[np.ndarray, "hits draws"]) -> Int[np.ndarray,
 
 
 @without_collection()
-def _ranked(truth: COCO, detections: list[dict[str, Any]], kind: Kind) -> list[_Ranked]:
+def _ranked(truth: COCO, detections: Results, kind: Kind) -> list[_Ranked]:
     """Ranked detections of every class, matched by hotcoco."""
     evaluation = COCOeval(truth, truth.load_res(detections), IOU_TYPE[kind])
     evaluation.params.area_rng, evaluation.params.area_rng_lbl = [[0.0, 1e10]], ["all"]

@@ -13,6 +13,7 @@ from dimaskdino.collection import without_collection
 from dimaskdino.data.annotations import read_annotations
 
 Kind = Literal["box", "mask"]
+Results = list[dict[str, Any]] | Float[np.ndarray, "n 7"]  # boxes or masks as COCO's results, or boxes as a table
 IOU_TYPE: dict[Kind, str] = {"box": "bbox", "mask": "segm"}  # COCO's names
 
 
@@ -56,7 +57,7 @@ class AverageRecall:
     per_class: dict[str, float | None]
 
 
-def average_precision(truth: COCO, detections: list[dict[str, Any]], kind: Kind) -> AveragePrecision:
+def average_precision(truth: COCO, detections: Results, kind: Kind) -> AveragePrecision:
     """AP of detections against annotations, by hotcoco: the numbers of pycocotools, much faster."""
     evaluation = _accumulated(truth, detections, kind)
     precision = evaluation.eval["precision"][..., -1]
@@ -102,7 +103,7 @@ def precision_curves(
 
 
 @without_collection()
-def _accumulated(truth: COCO, detections: list[dict[str, Any]], kind: Kind) -> COCOeval:
+def _accumulated(truth: COCO, detections: Results, kind: Kind) -> COCOeval:
     """COCO's evaluation.
 
     Its `eval` has `precision` (IoU thresholds, recalls, classes, areas: all s m l, at most 1, 10 and 100 detections)

@@ -107,11 +107,17 @@ class Detections:
         return len(self.mask_index) == len(self.scores) > 0
 
     @property
+    def box_table(self) -> Float[np.ndarray, "n 7"]:
+        """Boxes as COCO's result arrays have them: image id, x, y, width, height, score, category id."""
+        xyxy = self.xyxy.astype(np.float64)
+        columns = (self.image_ids[:, None], xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2])
+        return np.concatenate([*columns, self.scores[:, None], self.categories[:, None]], axis=1, dtype=np.float64)
+
+    @property
     @without_collection()
     def boxes(self) -> list[dict[str, Any]]:
         """Boxes in COCO's result format."""
-        xyxy = self.xyxy.astype(np.float64)
-        xywh = np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], axis=1).tolist()
+        xywh = self.box_table[:, 1:5].tolist()
         return [
             {"image_id": image, "category_id": category, "score": score, "bbox": box}
             for image, category, score, box in zip(*self._columns(), xywh, strict=True)

@@ -211,7 +211,7 @@ def score_layers(
     for name in progress_bar(by_stage, "scoring"):
         detections = by_stage[name]
         scored[name] = StageAP(
-            average_precision(truth, detections.boxes, "box"),
+            average_precision(truth, detections.box_table, "box"),
             average_precision(truth, detections.masks, "mask") if detections.has_masks else None,
         )
     return LayerwiseAP(scored, len(truth.dataset["images"]), source, limits)

@@ -75,7 +75,7 @@ class Validator:
         """Box and mask AP of all processes' detections; None without masks, or without objects."""
         parts = [part for part in self.context.gather(Detections.joined(own) if own else None) if part]
         detections = Detections.joined(parts)
-        box = average_precision(self.truth, detections.boxes, "box").AP
+        box = average_precision(self.truth, detections.box_table, "box").AP
         return {
             "box": box,
             "mask": average_precision(self.truth, detections.masks, "mask").AP if detections.has_masks else None,
