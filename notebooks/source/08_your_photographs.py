@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 8 · Your photographs and your own idea
 #
-# **Question.** You have sixty pictures of your own and an idea. How far is it to a model that knows your objects, and
+# **Question.** You have forty pictures of your own and an idea. How far is it to a model that knows your objects, and
 # to an answer about the idea?
 #
 # Two things that you will want next: your own objects, and your own change of the model. Both are short. The data need
@@ -20,9 +20,9 @@
 model: str = "notebooks/models/solids"  # a trained model: a run folder or a file
 config: str = "configs/solids/dimaskdino_r18w16.yaml"  # the configuration that it fits
 folder: str = "runs/course/rolls_or_stays"  # where data and runs of this chapter go
-train_images: int = 60  # how many training images to make
-val_images: int = 40  # how many validation images
-steps: int = 60  # training steps of the fine-tuning
+train_images: int = 40  # how many training images to make
+val_images: int = 30  # how many validation images
+steps: int = 30  # training steps of the fine-tuning
 seeds: int = 3  # trainings with and without your own module
 overrides: list = []  # settings for model and configuration that differ
 
