@@ -209,3 +209,23 @@ def test_a_whole_chapter_is_clicked_through(chapter, lab, browser, shapes_data):
         assert image.get_attribute("alt") != before
     page.screenshot(path=Path(os.environ.get("SCREENSHOTS", folder)) / f"chapter_{chapter}.png")
     page.close()
+
+
+def test_a_term_leads_to_the_glossary(lab, browser):
+    """The link opens chapter 0, at its glossary where the chapter is open already: JupyterLab scrolls no other."""
+    address, folder = lab
+    for chapter in ("00_detr", "04_de_imbalance"):
+        shutil.copy(ROOT / "notebooks" / f"{chapter}.ipynb", folder / f"{chapter}.ipynb")
+    page = browser.new_page(viewport={"width": 1500, "height": 1000})
+    page.goto(f"{address}/lab/tree/04_de_imbalance.ipynb?reset")
+    link, glossary = page.get_by_role("link", name="feature tokens").first, page.locator("h2[data-jupyter-id=Glossary]")
+    link.click(timeout=60_000)
+    glossary.wait_for(timeout=60_000)
+    page.locator(".lm-TabBar-tabLabel", has_text="04_de").click()
+    link.click()
+    page.wait_for_function(
+        "() => document.querySelector('h2[data-jupyter-id=Glossary]').getBoundingClientRect().top < 1000",
+        timeout=20_000,
+    )
+    page.screenshot(path=Path(os.environ.get("SCREENSHOTS", folder)) / "glossary.png")
+    page.close()
