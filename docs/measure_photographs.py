@@ -6,7 +6,6 @@ the registered comparison of the two models. The photographs are not in the repo
 """
 
 import argparse
-import datetime
 import inspect
 import itertools
 import json
@@ -39,16 +38,16 @@ def counted(settings: Config, split: str) -> dict[str, int]:
 def measured(run: Path) -> dict[str, Any]:
     """The record of a run."""
     settings, folder = load_config(run), RunFolder(run)
-    status = folder.status()
-    start, end = (datetime.datetime.strptime(status[key], "%Y-%m-%dT%H:%M:%S%z") for key in ("started", "ended"))
     versions = json.loads((run / "versions.json").read_text())
     losses = [record for record in folder.read_metrics() if "loss" in record]
+    steps = np.diff([0, *(record["step"] for record in losses)])
+    seconds = float(sum(n * record["seconds_per_step"] for n, record in zip(steps, losses, strict=True)))
     parts = itertools.groupby(losses, lambda record: (record["step"] - 1) // LOSS_STEPS)
     layers = LayerwiseAP.load(run / "evaluation" / "layers.json")
     return {
         "seed": settings.train.seed,
         "start": str(settings.train.weights),
-        "minutes": round((end - start).total_seconds() / 60, 1),
+        "minutes": round(seconds / 60, 1),
         "threads": versions["cpu_threads"],
         "torch": versions["packages"]["torch"],
         "parameters": sum(p.numel() for p in load_checkpoint(run).detector.parameters()),
@@ -81,6 +80,12 @@ def peer(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in result.items() if key != "versions"} | {"lines": lines}
 
 
+def probe(folder: Path) -> dict[str, Any]:
+    """A short training of a peer with another rate."""
+    result = json.loads((folder / "result.json").read_text())
+    return {key: result[key] for key in ("model", "lr", "steps", "box", "mask")}
+
+
 def comparisons(rows: dict[str, list[Path]]) -> list[dict[str, Any]]:
     """The registered contrasts of the two models."""
     contrasts = [
@@ -107,6 +112,7 @@ if __name__ == "__main__":
     parser.add_argument("--dimaskdino", type=Path, nargs="*", default=[], help="runs of the comparison")
     parser.add_argument("--maskdino", type=Path, nargs="*", default=[], help="runs of the comparison")
     parser.add_argument("--peers", type=Path, nargs="*", default=[], help="folders of trained peers")
+    parser.add_argument("--probes", type=Path, nargs="*", default=[], help="short trainings of peers with other rates")
     parser.add_argument("--times", type=Path, help="what 'peers time' wrote")
     arguments = parser.parse_args()
     compared = {"DI-MaskDINO": arguments.dimaskdino, "MaskDINO": arguments.maskdino}
@@ -120,6 +126,7 @@ if __name__ == "__main__":
         "registered": SEEDS,
         "comparisons": comparisons(compared),
         "peers": [peer(folder) for folder in arguments.peers],
+        "probes": [probe(folder) for folder in arguments.probes],
         "times": json.loads(arguments.times.read_text()) if arguments.times else {},
     }
     file.write_text(json.dumps(content, indent=1) + "\n")

@@ -20,8 +20,7 @@ ROOT = Path(__file__).parent.parent
 MEASUREMENTS = ROOT / "docs" / "measurements"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MODELS = {"MaskDINO": "maskdino", "DI-MaskDINO": "dimaskdino"}
-TIMED = {"kit": "DI-MaskDINO", "mask_rcnn": "Mask R-CNN", "mask2former": "Mask2Former"}
-VERDICTS = {"yes": "shown", "no": "opposite shown", "cannot tell": "cannot be told"}
+PEERS = {"mask_rcnn": "Mask R-CNN (torchvision)", "mask2former": "Mask2Former (transformers)"}
 
 
 def course_models() -> dict[str, LayerwiseAP]:
@@ -358,28 +357,46 @@ def photographs() -> str:
             f"and {val['images']} for validation ({record['source']}). {record['backbone']}, {record['size']} pixels, "
             f"{record['batch']} images per step; AP of the last layer, mean ± standard deviation over trainings."
         )
-        tables = (_beside_other_models(record, groups), _registered(record), _stages_of(groups))
+        tables = (_beside_other_models(record, groups), _probes(record), _registered(record), _stages_of(groups))
         parts += [about, *filter(None, tables)]
     return "\n\n".join(parts)
 
 
 def _beside_other_models(record: dict[str, Any], groups: Mapping[str, list[dict[str, Any]]]) -> str:
-    lines = ["| | trainings | parameters | steps | box AP | mask AP | typed by the user |", "|---" * 7 + "|"]
+    head = ["", "trainings", "parameters", "steps", "seconds per step", "memory", "box AP", "mask AP", "typed"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    times = record["times"]
+
+    def cost(model: str) -> list[str]:
+        if model not in times.get("seconds", {}):
+            return ["–", "–"]
+        return [f"{times['seconds'][model]:.2f}", f"{times['peak_memory'][model] / 2**30:.1f} GiB"]
+
     for label, runs in groups.items():
         last = list(runs[0]["stages"])[-1]
         cells = [label, len(runs), f"{runs[0]['parameters'] / 1e6:.1f} M", f"{record['steps']:,}"]
+        cells += cost("kit" if label.startswith("DI-MaskDINO") else label)
         cells += [_mean(runs, last, "box"), _mean(runs, last, "mask"), "four commands"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     for peer in record["peers"]:
-        title = {"mask_rcnn": "Mask R-CNN (torchvision)", "mask2former": "Mask2Former (transformers)"}
-        cells = [title[peer["model"]], 1, f"{peer['parameters'] / 1e6:.1f} M", f"{peer['steps']:,}"]
-        cells += [_number(peer["box"]), _number(peer["mask"]), f"{peer['lines']} lines of Python"]
+        cells = [PEERS[peer["model"]], 1, f"{peer['parameters'] / 1e6:.1f} M", f"{peer['steps']:,}"]
+        cells += [*cost(peer["model"]), _number(peer["box"]), _number(peer["mask"]), f"{peer['lines']} lines of Python"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    if times := record["times"]:
-        seconds = ", ".join(f"{TIMED[model]} {value:.2f}" for model, value in times["seconds"].items())
-        memory = ", ".join(f"{TIMED[model]} {value / 2**30:.1f}" for model, value in times["peak_memory"].items())
-        lines += ["", f"Seconds per training step, in turns on an otherwise idle machine: {seconds}. GiB: {memory}."]
+    if times:
+        lines += [
+            "",
+            "Seconds and memory are those of training steps on an otherwise idle machine, models in turns.",
+        ]
     return "\n".join(lines)
+
+
+def _probes(record: dict[str, Any]) -> str:
+    """Short trainings of the peers with other rates."""
+    lines = ["| short training | rate | steps | box AP | mask AP |", "|---|---|---|---|---|"]
+    for one in sorted(record["probes"], key=lambda one: (one["model"], one["lr"])):
+        cells = [PEERS[one["model"]], f"{one['lr']:g}", str(one["steps"]), _number(one["box"]), _number(one["mask"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if record["probes"] else ""
 
 
 def _registered(record: dict[str, Any]) -> str:
@@ -394,7 +411,7 @@ def _registered(record: dict[str, Any]) -> str:
     for found in record["comparisons"]:
         interval = f"{found['joint']['low']:+.1f} to {found['joint']['high']:+.1f}".replace("-", "−")
         cells = [found["label"], _number(found["difference"], True), interval, show_p(found["adjusted_p"])]
-        cells += [" / ".join(map(str, found["runs"].values())), VERDICTS[found["agrees"]]]
+        cells += [" / ".join(map(str, found["runs"].values())), study_blocks.SIGNS[found["agrees"]]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

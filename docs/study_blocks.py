@@ -38,10 +38,13 @@ def main_comparison(row: str) -> Comparison:
     return next(c for c in comparisons if (c.contrast.plus, c.contrast.minus, c.contrast.quantity) == wanted)
 
 
+SIGNS = {"yes": "**shown**", "no": "**opposite**", "cannot tell": "cannot be told"}
+
+
 def verdict(study: str, found: Comparison) -> str:
     """The verdict of the rule in study.md on the sign that the paper has on COCO."""
     published = report(study).published_difference("COCO", found.contrast)
-    return {"yes": "**shown**", "no": "**opposite**", "cannot tell": "cannot be told"}[found.agrees(published)]
+    return SIGNS[found.agrees(published)]
 
 
 def share_of_the_formula() -> float:
@@ -195,8 +198,17 @@ def claims() -> str:
         )
         there = source.published_difference("COCO", found.contrast)
         here = f"{_number(found.difference)} ({_interval(found)})"
-        lines.append(f"| {text} | {_number(there)} | {here} | not run | {verdict(study, found)} |")
+        photographs = _on_photographs() if (study, plus) == ("table_4", "di_bato") else "not run"
+        lines.append(f"| {text} | {_number(there)} | {here} | {photographs} | {verdict(study, found)} |")
     return "\n".join(lines)
+
+
+def _on_photographs() -> str:
+    """The registered difference of box AP on photographs, DI-MaskDINO − MaskDINO, and its verdict."""
+    record = json.loads((ROOT / "docs" / "measurements" / "photographs.json").read_text())["animals"]
+    found = next(c for c in record["comparisons"] if c["quantity"] == "last.box")
+    low, high = (_number(found["joint"][end]) for end in ("low", "high"))
+    return f"{_number(found['difference'])} ({low} to {high}): {SIGNS[found['agrees']]}"
 
 
 def _contrasts(comparisons: Any) -> str:

@@ -11,12 +11,12 @@ time.
 
 import json
 import resource
+import subprocess
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -289,7 +289,7 @@ def score(peer: nn.Module, settings: Config) -> dict[str, float | None]:
                 found.append(Detections.of(image_id, instances, data.category_ids))
     joined, truth = Detections.joined(found), read_truth(data.annotations_file)
     return {
-        "box": average_precision(truth, joined.boxes, "box").AP,
+        "box": average_precision(truth, joined.box_table, "box").AP,
         "mask": average_precision(truth, joined.masks, "mask").AP,
     }
 
@@ -358,14 +358,24 @@ def _some_batches(settings: Config) -> list[Batch]:
     return chosen
 
 
-def peak_memory(name: str, run: str) -> int:
-    """Bytes that this process held at most after some training steps of a model."""
+def memory(name: Positional[str], run: Positional[str]) -> None:
+    """Print the bytes that a process holds at most in some training steps of a model.
+
+    Args:
+        name: the peer, or `kit`.
+        run: run folder or configuration of the kit.
+    """
     settings = load_config(run)
     model = _model(name, settings)
     optimizer = USUAL.optimizer(model)
     for batch in _some_batches(settings):
         step_of(model, optimizer, batch, USUAL.clip_norm)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def _memory_of(name: str, run: str) -> int:
+    command = [sys.executable, "-m", "dimaskdino.benchmarks.peers", "memory", name, run]
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
 
 
 def measure(
@@ -379,10 +389,8 @@ def measure(
         output: json file to write.
     """
     settings = load_config(run)
-    memory = {}
-    for name in ("kit", *names):
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            memory[name] = process.submit(peak_memory, name, run).result()
+    # first: a process inherits the peak of the one that started it, which is small as long as it has no models
+    memory_of = {name: _memory_of(name, run) for name in ("kit", *names)}
     models = {name: _model(name, settings) for name in ("kit", *names)}
     optimizers = {name: USUAL.optimizer(model) for name, model in models.items()}
     chosen = _some_batches(settings)
@@ -396,7 +404,7 @@ def measure(
                     seconds[name].append(time.perf_counter() - started)
     result = {
         "seconds": {name: median(values) for name, values in seconds.items()},
-        "peak_memory": memory,
+        "peak_memory": memory_of,
         "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
         "batch": settings.train.batch_size,
         "size": settings.data.jitter.size,
@@ -407,4 +415,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"train": train, "time": measure})
+    tyro.extras.subcommand_cli_from_dict({"train": train, "time": measure, "memory": memory})
