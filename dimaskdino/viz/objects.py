@@ -23,7 +23,7 @@ def draw_objects(look: Look, track: ObjectTrack, stage: str, threshold: float = 
     """Draw the true objects, the detections of one stage, and box and mask IoU of every object per stage."""
     objects = len(look.sample.labels)
     with style():
-        figure = NotebookFigure(figsize=(15, 4.9), layout="constrained")
+        figure = NotebookFigure(figsize=(13.5, 4.4), layout="constrained")
         truth, detected, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.25])
         draw_image(look, truth, "1 true object" if objects == 1 else f"{objects} true objects")
         for number, (x0, y0, x1, y1) in enumerate(look.sample.boxes.tolist()):
@@ -43,7 +43,7 @@ def draw_objects(look: Look, track: ObjectTrack, stage: str, threshold: float = 
         if stage in track.stages:
             right.axvline(track.stages.index(stage), color="black", linewidth=0.8, linestyle=":")
         right.set(ylim=(-0.03, 1.03), ylabel="IoU with the true object", title="— ■ box    - - ○ mask")
-        right.set_xticks(list(place), [short_name(name) for name in track.stages])
+        right.set_xticks(list(place), [short_name(name) for name in track.stages], fontsize=9)
         if objects:
             right.legend(loc="lower right", fontsize=9)
     return figure
