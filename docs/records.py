@@ -185,11 +185,13 @@ def evaluation_size() -> str:
     one = record["one_stage"]
     worst = max(one[kind]["largest_difference"] for kind in one)
     ours, theirs = (sum(one[kind][key] for kind in one) for key in ("seconds", "pycocotools_seconds"))
+    draws = sum(one[kind]["bootstrap_seconds"] for kind in one)
     return (
         f"{record['images']:,} images × {record['stages']} stages × {record['detections']} detections: box and mask AP "
         f"of all stages in {record['score_seconds']:.0f} s with {record['peak_memory_gib']:.1f} GiB of memory and "
         f"{record['gigabytes_on_disk']:.1f} GB on disk. One stage takes {ours:.1f} s, with pycocotools {theirs:.0f} s "
-        f"in the same run; the largest difference of a summary number is {worst:g}."
+        f"in the same run; the largest difference of a summary number is {worst:g}. A bootstrap of one stage takes "
+        f"{draws:.0f} s."
     )
 
 
