@@ -1,6 +1,7 @@
 """A chapter as slides that need no network: reveal.js lies beside them, and formulas are MathML."""
 
 import importlib.resources
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ _TEMPLATE = """
 {%- endblock footer_js -%}
 """
 
+_LINK = re.compile(r"\]\((\w+)\.(?:ipynb|md)\b")  # to a source of the site
+
 
 def with_slides(notebook: NotebookNode) -> NotebookNode:
     """The notebook with its cells as slides: one for each heading, and one below it for each figure."""
@@ -54,11 +57,14 @@ def with_slides(notebook: NotebookNode) -> NotebookNode:
 
 
 def write_slides(notebook: NotebookNode, file: Path) -> None:
-    """Write a chapter as slides, and reveal.js into the folder `reveal` beside them."""
+    """Write a chapter as slides, and reveal.js into the folder `reveal` beside them.
+
+    The pages of the site, to which its links lead, are one folder above.
+    """
     made = with_slides(notebook)
     for cell in made.cells:
         if cell.cell_type == "markdown":
-            cell.source = with_formulas(cell.source)
+            cell.source = with_formulas(_LINK.sub(r"](../\1.html", cell.source))
     exporter = SlidesExporter(
         reveal_url_prefix="reveal",
         reveal_theme="white",  # its fonts are files; others load theirs from a server

@@ -40,3 +40,13 @@ def test_slides_need_no_network(tmp_path):
     for css in tmp_path.rglob("*.css"):
         if css.name in ("reveal.css", "white.css") or "source-sans" in css.name:
             assert not re.search(r"""(?:url\(|@import )["']?https?:""", css.read_text()), css
+
+
+def test_links_lead_to_the_pages_of_the_site(tmp_path):
+    notebook = executed()
+    notebook.cells.append(
+        nbformat.v4.new_markdown_cell("[$T_i$](00_detr.ipynb#symbols), [why](study.md), [x](https://a.org/b.md)")
+    )
+    write_slides(notebook, tmp_path / "chapter.html")
+    links = re.findall(r'<a href="([^"#][^"]*)"', (tmp_path / "chapter.html").read_text())
+    assert links == ["../00_detr.html#symbols", "../study.html", "https://a.org/b.md"]
