@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import study_blocks
 
+from dimaskdino.benchmarks.detectors import LABELS
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.studies.report import paper_tables, show_p
 
@@ -20,7 +21,6 @@ ROOT = Path(__file__).parent.parent
 MEASUREMENTS = ROOT / "docs" / "measurements"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MODELS = {"MaskDINO": "maskdino", "DI-MaskDINO": "dimaskdino"}
-PEERS = {"mask_rcnn": "Mask R-CNN (torchvision)", "mask2former": "Mask2Former (transformers)"}
 
 
 def course_models() -> dict[str, LayerwiseAP]:
@@ -320,7 +320,7 @@ def explorers() -> str:
 
 
 def runtimes() -> str:
-    """Seconds per photograph of an exported model in each runtime."""
+    """Seconds per image of an exported model in each runtime."""
     record = _json("runtimes.json")
     images, versions = record["images"], record["packages"]
     lines = [
@@ -381,14 +381,11 @@ def _beside_other_models(record: dict[str, Any], groups: Mapping[str, list[dict[
         cells += [_mean(runs, last, "box"), _mean(runs, last, "mask"), "four commands"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     for peer in record["peers"]:
-        cells = [PEERS[peer["model"]], 1, f"{peer['parameters'] / 1e6:.1f} M", f"{peer['steps']:,}"]
+        cells = [LABELS[peer["model"]], 1, f"{peer['parameters'] / 1e6:.1f} M", f"{peer['steps']:,}"]
         cells += [*cost(peer["model"]), _number(peer["box"]), _number(peer["mask"]), f"{peer['lines']} lines of Python"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     if times:
-        lines += [
-            "",
-            "Seconds and memory are those of training steps on an otherwise idle machine, models in turns.",
-        ]
+        lines += ["", "Seconds and memory are those of training steps on an otherwise idle machine, models in turns."]
     return "\n".join(lines)
 
 
@@ -396,7 +393,7 @@ def _probes(record: dict[str, Any]) -> str:
     """Short trainings of the peers with other rates."""
     lines = ["| short training | rate | steps | box AP | mask AP |", "|---|---|---|---|---|"]
     for one in sorted(record["probes"], key=lambda one: (one["model"], one["lr"])):
-        cells = [PEERS[one["model"]], f"{one['lr']:g}", str(one["steps"]), _number(one["box"]), _number(one["mask"])]
+        cells = [LABELS[one["model"]], f"{one['lr']:g}", str(one["steps"]), _number(one["box"]), _number(one["mask"])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if record["probes"] else ""
 

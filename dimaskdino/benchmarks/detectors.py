@@ -24,7 +24,7 @@ from tyro.conf import Positional
 
 from dimaskdino.benchmarks.model import count_gflop, prepare, synthetic_sample
 from dimaskdino.benchmarks.record import save
-from dimaskdino.benchmarks.versions import R50, peak
+from dimaskdino.benchmarks.versions import R50, peak, summary
 from dimaskdino.config import load_config
 from dimaskdino.errors import UserError
 from dimaskdino.modeling import ImageBatch
@@ -140,13 +140,7 @@ def compare(
                 seen[name].append(json.loads(done.stdout.splitlines()[-1]))
         for name, runs in seen.items():
             row = {"model": LABELS[name], "precision": precision, "threads": count}
-            row |= {"peak_gflops": statistics.median(peaks), "gflop": runs[0]["gflop"]}
-            row |= {
-                "seconds": statistics.median(run["seconds"] for run in runs),
-                "fastest": min(run["fastest"] for run in runs),
-                "slowest": max(run["slowest"] for run in runs),
-                "peak_memory_gib": max(run["peak_memory_gib"] for run in runs),
-            }
+            row |= {"peak_gflops": statistics.median(peaks), "gflop": runs[0]["gflop"], **summary(runs)}
             found.append(row)
             print(
                 f"{row['model']}, {precision}, {count} threads: {row['seconds']:.2f} s, {row['gflop']:.0f} GFLOP, "

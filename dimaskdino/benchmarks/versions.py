@@ -133,13 +133,14 @@ def compare(before: Path, cases: Sequence[Case], threads: Sequence[int], rounds:
                 "threads": count,
                 "peak_gflops": statistics.median(peaks),
                 "gflop": seen["now"][0]["gflop"],
-                **{version: _summary(runs) for version, runs in seen.items()},
+                **{version: summary(runs) for version, runs in seen.items()},
             }
         )
     return found
 
 
-def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Median, fastest and slowest seconds and the largest memory of some processes that measured the same."""
     return {
         "seconds": statistics.median(run["seconds"] for run in runs),
         "fastest": min(run["fastest"] for run in runs),
