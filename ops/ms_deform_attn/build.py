@@ -149,7 +149,7 @@ def build(device: Device, verbose: bool = False, source: Path | None = None) -> 
             verbose=verbose,
         )
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(folder / target.name, target)
+        os.replace(next(folder.glob(f"{target.stem}*{target.suffix}")), target)  # a second build has _v1 in its name
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return target

@@ -141,6 +141,7 @@ def test_kernels_equal_the_reference(name, B, Q, heads, D, points, shapes, dtype
         (129, 2, 8, 1, [(2, 3)]),
         (1, 5, 71, 8, SHAPES),
         (1, 48, 32, 4, SHAPES),  # as many queries as cells: taken in tiles
+        (2, 3, 71, 1, SHAPES),  # fewer samples than cells: these are read where they lie
     ],
 )
 def test_odd_sizes(name, B, Q, D, points, shapes):
@@ -151,8 +152,9 @@ def test_odd_sizes(name, B, Q, D, points, shapes):
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize(("dtype", "roundings"), [(torch.float32, 64), (torch.bfloat16, 2), (torch.float16, 2)])
-def test_precision(name, dtype, roundings):
-    value, shapes, locations, weights = inputs(Q=50, D=32, dtype=dtype)
+@pytest.mark.parametrize("Q", [50, 9])  # each cell read often, and few cells read
+def test_precision(name, Q, dtype, roundings):
+    value, shapes, locations, weights = inputs(Q=Q, D=32, dtype=dtype)
     # sampled far enough from the lines between cell centres, where the gradient of a location jumps
     position = locations.double() * torch.tensor([[w, h] for h, w in shapes])[:, None]
     position = position.floor() + (position - position.floor()).clamp(0.1, 0.9) + 0.5
@@ -173,8 +175,10 @@ def test_encoder_scale_is_within_1e_5_of_float64(locations):
 
 
 @needs_cpu_kernels
-def test_the_number_of_threads_changes_nothing():
-    arguments = inputs(Q=300, D=32, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("Q", [300, 9])  # each cell read often, and few cells read
+def test_the_number_of_threads_changes_nothing(Q, dtype):
+    arguments = inputs(Q=Q, D=32, dtype=dtype)
     found, threads = [], torch.get_num_threads()
     try:
         for number in (1, 2, 3):
@@ -445,6 +449,20 @@ def test_benchmark_measures_every_implementation():
         assert set(row.milliseconds) == {"reference", "cpu"}
         assert all(ms > 0 for ms in row.milliseconds.values())
         assert max(row.error.values()) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiler("cpu") is None, reason="needs a C++ compiler")
+def test_two_versions_of_the_kernels_are_built_in_one_process(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from ms_deform_attn import build\n"
+        "for name in ('one', 'two'):\n"
+        "    source = Path(sys.argv[1], f'{name}.cpp')\n"
+        "    source.write_text(f'extern \"C\" int {name}() {{ return 1; }}')\n"
+        "    assert build('cpu', source=source).exists()\n"
+    )
+    environment = os.environ | {"MS_DEFORM_ATTN_CACHE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, check=True)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #ifdef __AVX512F__
@@ -72,6 +73,10 @@ inline Vec<double> load(const double* p) {
 }
 
 inline Vec<float> load(const at::BFloat16* p) {
+#ifdef __AVX512F__  // in one instruction, where the compiler's own conversion takes four
+  const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return Vec<float>(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16)));
+#else
   typedef uint16_t Half __attribute__((vector_size(32)));
   typedef uint32_t Full __attribute__((vector_size(64)));
   Half bits;
@@ -80,6 +85,7 @@ inline Vec<float> load(const at::BFloat16* p) {
   Vec<float> v;
   std::memcpy(&v, &wide, sizeof v);
   return v;
+#endif
 }
 
 inline Vec<float> load(const at::Half* p) {
@@ -168,10 +174,8 @@ std::vector<Level> levels_of(at::IntArrayRef shapes) {
   return levels;
 }
 
-// The order in which the forward pass visits queries. Where they are the feature cells themselves, neighbours sample
-// nearly the same cells: tiles find them in the cache again, while the rows of a wide level push them out before the
-// next row comes (8 % less time at encoder scale; the backward pass, whose sums a head at a time fit the cache, gains
-// nothing and visits the queries as they come).
+// The order in which queries are visited. Where they are the feature cells themselves, the queries of a tile sample
+// nearly the same cells of a head, and find them in the cache.
 std::vector<int32_t> visiting_order(const Sizes& s, const std::vector<Level>& levels) {
   constexpr int64_t tile = 16;
   std::vector<int32_t> order(s.Q);
@@ -301,11 +305,59 @@ at::Tensor empty_huge(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return tensor;
 }
 
+// What the next query of the same head reads and writes lies a row of all heads further on, which is too far for the
+// processor to expect it.
+template <int WRITE, typename T>
+inline void prefetch(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i, WRITE);
+}
+
+// Memory that a thread uses for one task after the other.
+template <typename T>
+struct Scratch {
+  at::Tensor memory;
+
+  T* first(int64_t n) {
+    if (!memory.defined() || memory.numel() < n)
+      memory = empty_huge({n}, at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value));
+    return memory.template mutable_data_ptr<T>();
+  }
+};
+
+// ---------------------------------------------------------------------------------------------- packing
+
+// The cells of one head lie a row of all heads apart: in caches, such cells compete for a few sets, and their pages for
+// the few places of the TLB. Where most cells are read several times, each task copies those of its head into memory of
+// its own first, next to each other, in the type in which sums are computed.
+bool worth_packing(const Sizes& s) { return s.Q * s.points >= s.N; }
+
+// n cells of D channels, `row` apart -> next to each other
+template <typename scalar_t, typename acc_t>
+void pack(const scalar_t* from, int64_t row, int64_t n, int64_t D, acc_t* to) {
+  constexpr int64_t L = LANES<acc_t>;
+  for (int64_t i = 0; i < n; ++i, from += row, to += D) {
+    int64_t d = 0;
+    for (; d + L <= D; d += L) store(to + d, load(from + d));
+    for (; d < D; ++d) to[d] = static_cast<acc_t>(from[d]);
+  }
+}
+
+// And back.
+template <typename acc_t, typename scalar_t>
+void unpack(const acc_t* from, int64_t row, int64_t n, int64_t D, scalar_t* to) {
+  constexpr int64_t L = LANES<acc_t>;
+  for (int64_t i = 0; i < n; ++i, from += D, to += row) {
+    int64_t d = 0;
+    for (; d + L <= D; d += L) store(to + d, load(from + d));
+    for (; d < D; ++d) to[d] = static_cast<scalar_t>(from[d]);
+  }
+}
+
 // ---------------------------------------------------------------------------------------------- forward
 
 // NV vectors of channels of one (query, head). One accumulator a corner: a single one would wait for itself.
-template <int NV, typename scalar_t, typename acc_t>
-inline void gather(const Samples<acc_t>* samples, int64_t n, const scalar_t* value, int64_t stride,
+template <int NV, typename cell_t, typename scalar_t, typename acc_t>
+inline void gather(const Samples<acc_t>* samples, int64_t n, const cell_t* value, int64_t stride,
                    scalar_t* output) {
   Vec<acc_t> acc[4][NV] = {};
   for (int64_t i = 0; i < n; ++i) {
@@ -314,7 +366,7 @@ inline void gather(const Samples<acc_t>* samples, int64_t n, const scalar_t* val
     if (!at.inside[lane]) continue;
     for (int k = 0; k < 4; ++k) {
       const acc_t w = at.weight[k][lane];
-      const scalar_t* cell = value + at.token[k][lane] * stride;
+      const cell_t* cell = value + at.token[k][lane] * stride;
       for (int v = 0; v < NV; ++v) acc[k][v] += w * load(cell + v * LANES<acc_t>);
     }
   }
@@ -322,8 +374,8 @@ inline void gather(const Samples<acc_t>* samples, int64_t n, const scalar_t* val
 }
 
 // The channels that do not fill a vector.
-template <typename scalar_t, typename acc_t>
-inline void gather_rest(const Samples<acc_t>* samples, int64_t n, const scalar_t* value,
+template <typename cell_t, typename scalar_t, typename acc_t>
+inline void gather_rest(const Samples<acc_t>* samples, int64_t n, const cell_t* value,
                         int64_t stride, scalar_t* output, int64_t channels) {
   acc_t acc[LANES<acc_t>] = {};
   for (int64_t i = 0; i < n; ++i) {
@@ -332,11 +384,36 @@ inline void gather_rest(const Samples<acc_t>* samples, int64_t n, const scalar_t
     if (!at.inside[lane]) continue;
     for (int k = 0; k < 4; ++k) {
       const acc_t w = at.weight[k][lane];
-      const scalar_t* cell = value + at.token[k][lane] * stride;
+      const cell_t* cell = value + at.token[k][lane] * stride;
       for (int64_t d = 0; d < channels; ++d) acc[d] += w * static_cast<acc_t>(cell[d]);
     }
   }
   for (int64_t d = 0; d < channels; ++d) output[d] = static_cast<scalar_t>(acc[d]);
+}
+
+// The queries [begin, end) of one (image, head). cells: of this head, `stride` apart.
+template <typename cell_t, typename scalar_t, typename acc_t>
+inline void forward_head(const Sizes& s, const cell_t* cells, int64_t stride, const int32_t* order, int64_t begin,
+                         int64_t end, int64_t head, const acc_t* location, const acc_t* attention, scalar_t* output,
+                         std::vector<Samples<acc_t>>& at) {
+  constexpr int64_t L = LANES<acc_t>;
+  constexpr int64_t ahead = 6;
+  const int64_t samples = s.levels * s.points;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t qh = order[i] * s.heads + head;
+    if (i + ahead < end) {
+      const int64_t soon = order[i + ahead] * s.heads + head;
+      prefetch<0>(location + soon * samples * 2, samples * 2);
+      prefetch<0>(attention + soon * samples, samples);
+      prefetch<1>(output + soon * s.D, s.D);
+    }
+    scalar_t* out = output + qh * s.D;
+    locate(location + qh * samples * 2, attention + qh * samples, samples, at.data());
+    int64_t d = 0;
+    for (; d + 2 * L <= s.D; d += 2 * L) gather<2>(at.data(), samples, cells + d, stride, out + d);
+    for (; d + L <= s.D; d += L) gather<1>(at.data(), samples, cells + d, stride, out + d);
+    if (d < s.D) gather_rest(at.data(), samples, cells + d, stride, out + d, s.D - d);
+  }
 }
 
 template <typename scalar_t, typename acc_t>
@@ -345,20 +422,26 @@ void forward_kernel(const Sizes& s, const std::vector<Level>& levels, const scal
   constexpr int64_t L = LANES<acc_t>;
   const int64_t row = s.heads * s.D, samples = s.levels * s.points;
   const auto order = visiting_order(s, levels);
-  at::parallel_for(0, s.B * s.Q, 16, [&](int64_t begin, int64_t end) ONE_COPY {
+  const bool packed = worth_packing(s);
+  at::parallel_for(0, s.B * s.heads * s.Q, 64, [&](int64_t begin, int64_t end) ONE_COPY {
     std::vector<Samples<acc_t>> at((samples + L - 1) / L);
     for (int64_t i = 0; i < samples; ++i) at[i / L].set_level(i % L, levels[i / s.points]);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / s.Q, bq = b * s.Q + order[task % s.Q];
-      for (int64_t head = 0; head < s.heads; ++head) {
-        const int64_t bqh = bq * s.heads + head;
-        const scalar_t* channels = value + b * s.N * row + head * s.D;
-        scalar_t* out = output + bqh * s.D;
-        locate(location + bqh * samples * 2, attention + bqh * samples, samples, at.data());
-        int64_t d = 0;
-        for (; d + 2 * L <= s.D; d += 2 * L) gather<2>(at.data(), samples, channels + d, row, out + d);
-        for (; d + L <= s.D; d += L) gather<1>(at.data(), samples, channels + d, row, out + d);
-        if (d < s.D) gather_rest(at.data(), samples, channels + d, row, out + d, s.D - d);
+    Scratch<acc_t> memory;
+    for (int64_t next; begin < end; begin = next) {
+      const int64_t bh = begin / s.Q, b = bh / s.heads, head = bh % s.heads;
+      next = std::min(end, (bh + 1) * s.Q);
+      const scalar_t* of_head = value + b * s.N * row + head * s.D;
+      const auto run = [&](const auto* cells, int64_t stride) {
+        forward_head(s, cells, stride, order.data(), begin - bh * s.Q, next - bh * s.Q, head,
+                     location + b * s.Q * s.heads * samples * 2, attention + b * s.Q * s.heads * samples,
+                     output + b * s.Q * row, at);
+      };
+      if (packed) {
+        acc_t* cells = memory.first(s.N * s.D);
+        pack(of_head, row, s.N, s.D, cells);
+        run(cells, s.D);
+      } else {
+        run(of_head, row);
       }
     }
   });
@@ -384,10 +467,10 @@ at::Tensor forward(const at::Tensor& value, at::IntArrayRef shapes, const at::Te
 
 // The samples of one query in one level: their value gradients are added to the cells, and the products of the cells
 // with the gradient of the output are kept for the gradients of locations and weights.
-template <int NV, bool VALUE, bool DOTS, typename scalar_t, typename acc_t>
+template <int NV, bool VALUE, bool DOTS, typename cell_t, typename scalar_t, typename acc_t>
 inline void scatter(const Samples<acc_t>* samples, Vec<acc_t> (*dots)[4], int64_t begin, int64_t end,
-                    const scalar_t* grad_output, const scalar_t* value, acc_t* grad_value,
-                    int64_t stride) {
+                    const scalar_t* grad_output, const cell_t* value, acc_t* grad_value, int64_t stride,
+                    int64_t grad_stride) {
   constexpr int L = LANES<acc_t>;
   Vec<acc_t> grad[NV];
   for (int v = 0; v < NV; ++v) grad[v] = load(grad_output + v * L);
@@ -395,10 +478,11 @@ inline void scatter(const Samples<acc_t>* samples, Vec<acc_t> (*dots)[4], int64_
     const auto& at = samples[i / L];
     const int lane = i % L;
     if (!at.inside[lane]) continue;
-    int64_t cell[4];
+    int64_t cell[4], grad_cell[4];
     acc_t w[4];
     for (int k = 0; k < 4; ++k) {
       cell[k] = at.token[k][lane] * stride;
+      grad_cell[k] = at.token[k][lane] * grad_stride;
       w[k] = at.weight[k][lane];
     }
     // all that is read first, then all that is written: the compiler cannot know that they do not overlap
@@ -415,17 +499,17 @@ inline void scatter(const Samples<acc_t>* samples, Vec<acc_t> (*dots)[4], int64_
     if (VALUE)
       for (int k = 0; k < 4; ++k)
         for (int v = 0; v < NV; ++v) {
-          acc_t* to = grad_value + cell[k] + v * L;
+          acc_t* to = grad_value + grad_cell[k] + v * L;
           store(to, load(to) + w[k] * grad[v]);
         }
   }
 }
 
 // The channels that do not fill a vector.
-template <bool VALUE, bool DOTS, typename scalar_t, typename acc_t>
+template <bool VALUE, bool DOTS, typename cell_t, typename scalar_t, typename acc_t>
 inline void scatter_rest(const Samples<acc_t>* samples, Vec<acc_t> (*dots)[4], int64_t begin, int64_t end,
-                         const scalar_t* grad_output, const scalar_t* value, acc_t* grad_value,
-                         int64_t stride, int64_t channels) {
+                         const scalar_t* grad_output, const cell_t* value, acc_t* grad_value, int64_t stride,
+                         int64_t grad_stride, int64_t channels) {
   constexpr int L = LANES<acc_t>;
   for (int64_t i = begin; i < end; ++i) {
     const auto& at = samples[i / L];
@@ -433,78 +517,141 @@ inline void scatter_rest(const Samples<acc_t>* samples, Vec<acc_t> (*dots)[4], i
     if (!at.inside[lane]) continue;
     for (int k = 0; k < 4; ++k) {
       const acc_t w = at.weight[k][lane];
-      const int64_t cell = at.token[k][lane] * stride;
+      const int64_t cell = at.token[k][lane] * stride, grad_cell = at.token[k][lane] * grad_stride;
       acc_t dot = 0;
       for (int64_t d = 0; d < channels; ++d) {
         const acc_t grad = static_cast<acc_t>(grad_output[d]);
         if (DOTS) dot += grad * static_cast<acc_t>(value[cell + d]);
-        if (VALUE) grad_value[cell + d] += w * grad;
+        if (VALUE) grad_value[grad_cell + d] += w * grad;
       }
       if (DOTS) dots[i / L][k][lane] += dot;
     }
   }
 }
 
-// A task owns one (image, head, level): the value gradients of that level's cells and the gradients of the locations
-// and weights that sample it belong to no other task, so no atomics are needed and the sums run in the same order
-// whatever the number of threads.
-template <bool VALUE, bool DOTS, typename scalar_t, typename acc_t>
-void backward_kernel(const Sizes& s, const std::vector<Level>& levels, const scalar_t* grad_output,
-                     const scalar_t* value, const acc_t* location, const acc_t* attention, acc_t* grad_value,
-                     acc_t* grad_location, acc_t* grad_attention) {
-  constexpr int64_t L = LANES<acc_t>;
-  const int64_t row = s.heads * s.D, samples = s.levels * s.points;
-  // Queries are taken in blocks, so that the samples of one level fill the lanes that compute them.
-  const int64_t block = std::max<int64_t>(1, 64 / std::max<int64_t>(1, s.points));
-  const int64_t vectors = (block * s.points + L - 1) / L;
-  at::parallel_for(0, s.B * s.heads * s.levels, 1, [&](int64_t begin, int64_t end) ONE_COPY {
-    std::vector<Samples<acc_t>> at(vectors);
-    std::vector<std::array<Vec<acc_t>, 4>> dot_storage(vectors);
+// The backward pass of one (image, head) and the samples of some levels. cells, grad_cells: from the first of these
+// levels on, `stride` and `grad_stride` apart.
+template <bool VALUE, bool DOTS, typename cell_t, typename scalar_t, typename acc_t>
+struct Backward {
+  static constexpr int64_t L = LANES<acc_t>;
+  const Sizes& s;
+  const std::vector<int32_t>& order;
+  const int64_t first_level, n;  // n: samples of a query
+  const int64_t block;           // queries whose samples are computed together, so that they fill the lanes
+  const int64_t vectors;
+  std::vector<Samples<acc_t>> at;
+  std::vector<std::array<Vec<acc_t>, 4>> dot_storage;
+  std::vector<acc_t> locations, weights;
+
+  Backward(const Sizes& s, const std::vector<Level>& levels, const std::vector<int32_t>& order, int64_t first_level,
+           int64_t last_level)
+      : s(s), order(order), first_level(first_level), n((last_level - first_level) * s.points),
+        block(std::max<int64_t>(1, 64 / std::max<int64_t>(1, n))), vectors((block * n + L - 1) / L), at(vectors),
+        dot_storage(vectors), locations(2 * vectors * L), weights(vectors * L) {
+    for (int64_t i = 0; i < block * n; ++i) {
+      auto level = levels[first_level + i % n / s.points];
+      level.start -= levels[first_level].start;
+      at[i / L].set_level(i % L, level);
+    }
+    for (int64_t i = block * n; i < vectors * L; ++i) at[i / L].set_level(i % L, levels[first_level]);
+  }
+
+  void run(int64_t b, int64_t head, const cell_t* cells, int64_t stride, acc_t* grad_cells, int64_t grad_stride,
+           const scalar_t* grad_output, const acc_t* location, const acc_t* attention, acc_t* grad_location,
+           acc_t* grad_attention) {
     const auto dots = reinterpret_cast<Vec<acc_t>(*)[4]>(dot_storage.data());
-    std::vector<acc_t> locations(2 * vectors * L), weights(vectors * L);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t level = task % s.levels, head = task / s.levels % s.heads, b = task / (s.levels * s.heads);
-      for (auto& vector : at)
-        for (int i = 0; i < L; ++i) vector.set_level(i, levels[level]);
-      const scalar_t* cells = value + b * s.N * row + head * s.D;
-      acc_t* grad_cells = VALUE ? grad_value + b * s.N * row + head * s.D : nullptr;
-      for (int64_t q0 = 0; q0 < s.Q; q0 += block) {
-        const int64_t queries = std::min(block, s.Q - q0);
-        const auto bqh = [&](int64_t j) { return (b * s.Q + q0 + j) * s.heads + head; };
-        const auto first_sample = [&](int64_t j) { return bqh(j) * samples + level * s.points; };
-        for (int64_t j = 0; j < queries; ++j) {
-          std::copy_n(location + 2 * first_sample(j), 2 * s.points, locations.data() + 2 * j * s.points);
-          std::copy_n(attention + first_sample(j), s.points, weights.data() + j * s.points);
-        }
-        locate(locations.data(), weights.data(), queries * s.points, at.data());
-        std::fill(dot_storage.begin(), dot_storage.end(), std::array<Vec<acc_t>, 4>{});
-        for (int64_t j = 0; j < queries; ++j) {
-          const scalar_t* grad = grad_output + bqh(j) * s.D;
-          const auto some = [&](auto scatter, int64_t d) {
-            scatter(at.data(), dots, j * s.points, (j + 1) * s.points, grad + d, cells + d,
-                    grad_cells + d, row);
-          };
-          int64_t d = 0;
-          for (; d + 2 * L <= s.D; d += 2 * L) some(scatter<2, VALUE, DOTS, scalar_t, acc_t>, d);
-          for (; d + L <= s.D; d += L) some(scatter<1, VALUE, DOTS, scalar_t, acc_t>, d);
-          if (d < s.D)
-            some([&](auto... arguments) { scatter_rest<VALUE, DOTS>(arguments..., s.D - d); }, d);
-        }
-        if (!DOTS) continue;
-        for (int64_t i = 0; i < queries * s.points; i += L) {
-          Vec<acc_t> x, y, a;
-          at[i / L].differentiate(dots[i / L], load(weights.data() + i), a, x, y);
-          store(weights.data() + i, a);
-          for (int lane = 0; lane < L; ++lane) {
-            locations[2 * (i + lane)] = x[lane];
-            locations[2 * (i + lane) + 1] = y[lane];
-          }
-        }
-        for (int64_t j = 0; j < queries; ++j) {
-          std::copy_n(locations.data() + 2 * j * s.points, 2 * s.points, grad_location + 2 * first_sample(j));
-          std::copy_n(weights.data() + j * s.points, s.points, grad_attention + first_sample(j));
+    const auto qh = [&](int64_t i) { return (b * s.Q + order[i]) * s.heads + head; };
+    const auto first_sample = [&](int64_t i) { return qh(i) * s.levels * s.points + first_level * s.points; };
+    for (int64_t q0 = 0; q0 < s.Q; q0 += block) {
+      const int64_t queries = std::min(block, s.Q - q0);
+      for (int64_t j = q0 + block; j < std::min(q0 + 2 * block, s.Q); ++j) {
+        const int64_t sample = first_sample(j);
+        prefetch<0>(location + 2 * sample, 2 * n);
+        prefetch<0>(attention + sample, n);
+        prefetch<0>(grad_output + qh(j) * s.D, s.D);
+        if (DOTS) {
+          prefetch<1>(grad_location + 2 * sample, 2 * n);
+          prefetch<1>(grad_attention + sample, n);
         }
       }
+      for (int64_t j = 0; j < queries; ++j) {
+        std::copy_n(location + 2 * first_sample(q0 + j), 2 * n, locations.data() + 2 * j * n);
+        std::copy_n(attention + first_sample(q0 + j), n, weights.data() + j * n);
+      }
+      locate(locations.data(), weights.data(), queries * n, at.data());
+      std::fill(dot_storage.begin(), dot_storage.end(), std::array<Vec<acc_t>, 4>{});
+      for (int64_t j = 0; j < queries; ++j) {
+        const scalar_t* grad = grad_output + qh(q0 + j) * s.D;
+        const auto some = [&](auto scatter, int64_t d) {
+          scatter(at.data(), dots, j * n, (j + 1) * n, grad + d, cells + d, grad_cells + d, stride, grad_stride);
+        };
+        int64_t d = 0;
+        for (; d + 2 * L <= s.D; d += 2 * L) some(scatter<2, VALUE, DOTS, cell_t, scalar_t, acc_t>, d);
+        for (; d + L <= s.D; d += L) some(scatter<1, VALUE, DOTS, cell_t, scalar_t, acc_t>, d);
+        if (d < s.D) some([&](auto... arguments) { scatter_rest<VALUE, DOTS>(arguments..., s.D - d); }, d);
+      }
+      if (!DOTS) continue;
+      for (int64_t i = 0; i < queries * n; i += L) {
+        Vec<acc_t> x, y, a;
+        at[i / L].differentiate(dots[i / L], load(weights.data() + i), a, x, y);
+        store(weights.data() + i, a);
+        for (int lane = 0; lane < L; ++lane) {
+          locations[2 * (i + lane)] = x[lane];
+          locations[2 * (i + lane) + 1] = y[lane];
+        }
+      }
+      for (int64_t j = 0; j < queries; ++j) {
+        std::copy_n(locations.data() + 2 * j * n, 2 * n, grad_location + 2 * first_sample(q0 + j));
+        std::copy_n(weights.data() + j * n, n, grad_attention + first_sample(q0 + j));
+      }
+    }
+  }
+};
+
+// Whether value gradients are added up where they are wanted: where few cells get any, and sums have their type.
+template <typename scalar_t, typename acc_t>
+bool adds_in_place(const Sizes& s) {
+  return std::is_same_v<scalar_t, acc_t> && !worth_packing(s);
+}
+
+// A task owns one (image, head), or one level of it where threads would be left without work: the value gradients of
+// its cells and the gradients of the locations and weights that sample them belong to no other task, so no atomics are
+// needed and the sums run in the same order whatever the number of threads.
+template <bool VALUE, bool DOTS, typename scalar_t, typename acc_t>
+void backward_kernel(const Sizes& s, const std::vector<Level>& levels, const scalar_t* grad_output,
+                     const scalar_t* value, const acc_t* location, const acc_t* attention, scalar_t* grad_value,
+                     acc_t* grad_location, acc_t* grad_attention) {
+  const int64_t row = s.heads * s.D, heads = s.B * s.heads, threads = at::get_num_threads();
+  const int64_t groups = heads % threads == 0 || heads >= 4 * threads ? 1 : s.levels;
+  const auto order = visiting_order(s, levels);
+  const bool packed = worth_packing(s), direct = adds_in_place<scalar_t, acc_t>(s);
+  at::parallel_for(0, heads * groups, 1, [&](int64_t begin, int64_t end) ONE_COPY {
+    Scratch<acc_t> cell_memory, grad_memory;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t group = task % groups, head = task / groups % s.heads, b = task / (groups * s.heads);
+      const int64_t level = group * s.levels / groups, next_level = (group + 1) * s.levels / groups;
+      const int64_t start = levels[level].start, end_token = next_level < s.levels ? levels[next_level].start : s.N;
+      const int64_t tokens = end_token - start;
+      const int64_t offset = (b * s.N + start) * row + head * s.D;
+      acc_t* gradients = nullptr;
+      if constexpr (VALUE && std::is_same_v<scalar_t, acc_t>) gradients = grad_value + offset;
+      if (VALUE && !direct) {
+        gradients = grad_memory.first(tokens * s.D);
+        std::fill_n(gradients, tokens * s.D, acc_t(0));
+      }
+      const auto run = [&](const auto* of_head, int64_t stride) {
+        Backward<VALUE, DOTS, std::decay_t<decltype(*of_head)>, scalar_t, acc_t>(s, levels, order, level, next_level)
+            .run(b, head, of_head, stride, gradients, direct ? row : s.D, grad_output, location, attention,
+                 grad_location, grad_attention);
+      };
+      if (DOTS && packed) {
+        acc_t* cells = cell_memory.first(tokens * s.D);
+        pack(value + offset, row, tokens, s.D, cells);
+        run(cells, s.D);
+      } else {
+        run(value + offset, row);
+      }
+      if (VALUE && !direct) unpack(gradients, row, tokens, s.D, grad_value + offset);
     }
   });
 }
@@ -521,12 +668,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
     constexpr auto acc_type = c10::CppTypeToScalarType<acc_t>::value;
     const auto g = grad_output.to(value.scalar_type()).contiguous(), v = value.contiguous(),
                loc = location.to(acc_type).contiguous(), att = attention.to(acc_type).contiguous();
-    grad_value = empty_huge(need_value ? v.sizes() : at::IntArrayRef{0}, v.options().dtype(acc_type)).zero_();
+    grad_value = empty_huge(need_value ? v.sizes() : at::IntArrayRef{0}, v.options());
+    if (need_value && adds_in_place<scalar_t, acc_t>(s)) grad_value.zero_();
     grad_location = empty_huge(need_samples ? loc.sizes() : at::IntArrayRef{0}, loc.options());
     grad_attention = empty_huge(need_samples ? att.sizes() : at::IntArrayRef{0}, att.options());
     const auto run = [&](auto kernel) {
       kernel(s, levels, g.const_data_ptr<scalar_t>(), v.const_data_ptr<scalar_t>(), loc.const_data_ptr<acc_t>(),
-             att.const_data_ptr<acc_t>(), grad_value.mutable_data_ptr<acc_t>(),
+             att.const_data_ptr<acc_t>(), grad_value.mutable_data_ptr<scalar_t>(),
              grad_location.mutable_data_ptr<acc_t>(), grad_attention.mutable_data_ptr<acc_t>());
     };
     if (need_value && need_samples) {
@@ -537,7 +685,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
       run(backward_kernel<false, true, scalar_t, acc_t>);
     }
   });
-  return {grad_value.to(value.scalar_type()), grad_location.to(location.scalar_type()),
+  return {grad_value, grad_location.to(location.scalar_type()),
           grad_attention.to(attention.scalar_type())};
 }
 
