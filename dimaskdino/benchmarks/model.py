@@ -140,7 +140,7 @@ def measure(
         parts_per_step=config.train.accumulate if task == "training" else 1,
         synchronisations=_count_synchronisations(run) if device.type == "cuda" else None,
         peak_memory_gib=_peak_memory(device),
-        gflop=count_gflop(run) if task == "inference" and not (config.train.compile or graphs) else None,
+        gflop=None if config.train.compile or graphs else count_gflop(run),
         parameters=sum(p.numel() for p in detector.parameters()),
         device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         threads=torch.get_num_threads(),
@@ -276,10 +276,14 @@ def _training(config: Config, detector: Detector, device: torch.device, samples:
 def count_gflop(run: Callable[[], Any]) -> float:
     """Floating-point operations of a call in units of 10⁹; a multiply-add counts as two."""
 
-    def deformable(value: Any, shapes: Any, location: Any, attention: Any, **_: Any) -> int:
+    def forward(value: Any, shapes: Any, location: Any, attention: Any, **_: Any) -> int:
         return ms_deform_attn.flops(torch.Size(location), value[3])
 
-    custom = {torch.ops.ms_deform_attn.forward: deformable}
+    def backward(gradient: Any, value: Any, shapes: Any, location: Any, *_: Any, **__: Any) -> int:
+        return 2 * ms_deform_attn.flops(torch.Size(location), value[3])  # as of a product: for each of its factors
+
+    operators = torch.ops.ms_deform_attn
+    custom = {operators.forward: forward, operators.backward: backward}
     with FlopCounterMode(display=False, custom_mapping=custom) as counter:
         run()
     return counter.get_total_flops() / 1e9

@@ -36,12 +36,16 @@ def sample_masks(
 
 @torch.no_grad()
 def uncertain_points(logits: Float[Tensor, "N h w"], settings: config.Loss) -> Float[Tensor, "N P 2"]:
-    """Points where a mask is most uncertain (small |logit|), mixed with random ones (PointRend, arXiv 1912.08193)."""
+    """Points where a mask is most uncertain (small |logit|), mixed with random ones (PointRend, arXiv 1912.08193).
+
+    All masks of a call choose from the same random points, as all masks of an image are matched at the same ones: each
+    mask's points are random as before, and one set of numbers is drawn instead of N.
+    """
     N, P = logits.shape[0], settings.points
-    # many numbers, so they are drawn in [−1, 1], where they are sampled
-    candidates = torch.empty(N, int(settings.oversample * P), 2, device=logits.device).uniform_(-1, 1)
-    certainty = _sample_grid(logits.unsqueeze(1), candidates).squeeze(1).abs_()
     uncertain = int(settings.uncertain_fraction * P)
+    # drawn in [−1, 1], where they are sampled
+    candidates = torch.empty(int(settings.oversample * P), 2, device=logits.device).uniform_(-1, 1)
+    certainty = _sample_grid(logits.unsqueeze(1), candidates.expand(N, -1, -1)).squeeze(1).abs_()
     rows = certainty.topk(uncertain, dim=1, largest=False, sorted=False).indices
-    chosen = (candidates.gather(1, rows.unsqueeze(-1).expand(-1, -1, 2)) + 1) / 2
-    return torch.cat([chosen, torch.rand(N, P - uncertain, 2, device=logits.device)], dim=1)
+    others = torch.rand(P - uncertain, 2, device=logits.device).expand(N, -1, -1)
+    return torch.cat([(candidates[rows] + 1) / 2, others], dim=1)

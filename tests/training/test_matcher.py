@@ -115,3 +115,11 @@ def test_uncertain_points_lie_where_the_mask_is_unsure():
     settings = config.Loss(points=1000, uncertain_fraction=1.0)
     x = uncertain_points(columns.contiguous(), settings)[0, :, 0]
     assert float((x - 0.5).abs().mean()) < 0.5 * float((torch.rand(1000) - 0.5).abs().mean())
+
+
+def test_each_mask_chooses_its_own_points():
+    columns = torch.linspace(-8, 8, 64).expand(64, 64)  # unsure in the middle columns, its transpose in the middle rows
+    points = uncertain_points(torch.stack([columns, columns.T]), config.Loss(points=1000, uncertain_fraction=0.75))
+    middle = ((points - 0.5).abs() < 0.13).float().mean(1)  # parts of the points in a quarter of the image
+    assert middle[0, 0] > 0.7 > 0.4 > middle[0, 1]
+    assert middle[1, 1] > 0.7 > 0.4 > middle[1, 0]
