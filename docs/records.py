@@ -275,6 +275,9 @@ def versions() -> str:
     peaks = {(row["precision"], row["threads"]): row["peak_gflops"] for row in record["cases"]}
     told = ", ".join(f"{peak:,.0f} in {kind} with {n}" for (kind, n), peak in sorted(peaks.items()))
     lines += ["", f"Peak: one matrix product of 3,072², in GFLOP/s: {told} threads."]
+    steps = [row for row in record["cases"] if row["case"].startswith("training") and row["precision"] == "fp32"]
+    half = [2 * row["gflop"] / row["before"]["seconds"] / row["peak_gflops"] for row in steps]
+    lines.append(f"Training steps in half the earlier time would be {min(half):.0%} to {max(half):.0%} of it in fp32.")
     return "\n".join(lines)
 
 
