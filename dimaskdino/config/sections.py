@@ -112,6 +112,7 @@ class BATO(Section):
     after: tuple[PositiveInt, ...] = Field(
         (1,), description="decoder layers after which BATO acts, with the same weights each time; published: the first"
     )
+    freeze: bool = Field(False, description="BATO keeps its initial weights")
 
     @field_validator("after")
     @classmethod

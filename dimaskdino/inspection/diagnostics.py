@@ -169,6 +169,14 @@ def effective_rank(attention: Float[Tensor, "*B N G"]) -> Float[Tensor, "*B"]:
     return torch.special.entr(p).sum(-1).exp()
 
 
+def attention_entropy(attention: Float[Tensor, "*B N G"]) -> Float[Tensor, "*B"]:
+    """Entropy of attention weights over its largest value, log G, as the mean over the N queries.
+
+    It is 1 where every query attends to all keys alike, and 0 where each attends to one.
+    """
+    return torch.special.entr(attention.float()).sum(-1).mean(-1) / math.log(attention.shape[-1])
+
+
 @dataclass(frozen=True)
 class GradientConflict:
     """Gradients of the box and the mask losses on shared parameters.
@@ -261,12 +269,14 @@ class Survey:
         matched: the matched query of each object at each stage.
         recall: the objects that the selections kept, as `selection_recall`.
         guidance_rank: (images,) effective rank of BATO's attention; empty without BATO.
+        guidance_entropy: (images,) its entropy relative to that of even attention; empty without BATO.
         conflict: by part of the model, one entry per batch.
     """
 
     matched: MatchedObjects
     recall: dict[str, Bool[Tensor, " N"]]
     guidance_rank: Float[Tensor, " images"]
+    guidance_entropy: Float[Tensor, " images"]
     conflict: dict[str, list[GradientConflict]]
 
 
@@ -293,7 +303,7 @@ def survey(model: TrainedModel, images: int, split: str | None = None, batch_siz
         update={"evaluation": model.config.evaluation.model_copy(update={"batch_size": batch_size})}
     )
     device = model.device
-    matched, recall, ranks, conflict = [], [], [], {}
+    matched, recall, guidance, conflict = [], [], [], {}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)  # matching looks at random points
         for batch in progress_bar(
@@ -307,12 +317,15 @@ def survey(model: TrainedModel, images: int, split: str | None = None, batch_siz
             with torch.no_grad():
                 matched.append(match_objects(predictions, targets, model.config.loss))
                 recall.append(selection_recall(predictions.trace.T_i, predictions.trace.T_s, targets))
-                if predictions.trace.guidance_attention is not None:
-                    ranks.append(effective_rank(predictions.trace.guidance_attention))
+                attention = predictions.trace.guidance_attention
+                if attention is not None:
+                    guidance.append(torch.stack([effective_rank(attention), attention_entropy(attention)]))
+    ranks, entropies = torch.cat(guidance, dim=1) if guidance else torch.zeros(2, 0)
     return Survey(
         MatchedObjects.joined(matched),
         {name: torch.cat([part[name] for part in recall]) for name in recall[0]},
-        torch.cat(ranks) if ranks else torch.zeros(0),
+        ranks,
+        entropies,
         conflict,
     )
 
@@ -346,6 +359,7 @@ def summary(result: LayerwiseAP, surveyed: Survey, calibrated: Mapping[str, Cali
         "query_stability": {stage: _mean([share]) for stage, share in query_stability(surveyed.matched).items()},
         "selection_recall": {name: float(kept.float().mean()) for name, kept in surveyed.recall.items()},
         "guidance_rank": float(surveyed.guidance_rank.mean()) if len(surveyed.guidance_rank) else None,
+        "guidance_entropy": float(surveyed.guidance_entropy.mean()) if len(surveyed.guidance_entropy) else None,
         "gradient_conflict": means,
         "calibration_error": {name: c.error for name, c in calibrated.items()},
     }

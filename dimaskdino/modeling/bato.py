@@ -44,6 +44,7 @@ class TokenOptimization(nn.Module):
             nn.Conv2d(C, C, kernel_size=3, padding=1, bias=False), group_norm(C), nn.ReLU(inplace=True)
         )
         reset_matrices(self)
+        self.requires_grad_(not model.bato.freeze)
 
     def forward(
         self,

@@ -254,10 +254,13 @@ def test_frozen_stages_stay_and_the_others_learn(name, stages):
     assert [torch.equal(after[s], before[s]) for s in STRIDES] == [True] * stages + [False] * (4 - stages)
 
 
-def test_frozen_parameters_are_not_optimized():
-    detector = Detector(small_model("model.backbone.freeze=2"))
+@pytest.mark.parametrize(
+    ("setting", "part"), [("model.backbone.freeze=2", "backbone"), ("model.bato.freeze=true", "token_optimization")]
+)
+def test_frozen_parameters_are_not_optimized(setting, part):
+    detector = Detector(small_model(setting))
     trained = {id(p) for group in build_optimizer(detector, Optimizer()).param_groups for p in group["params"]}
-    frozen = [p for p in detector.backbone.parameters() if not p.requires_grad]
+    frozen = [p for p in detector.get_submodule(part).parameters() if not p.requires_grad]
     assert frozen
     assert not trained & set(map(id, frozen))
     assert trained == {id(p) for p in detector.parameters() if p.requires_grad}
