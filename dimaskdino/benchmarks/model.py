@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import tyro
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from dimaskdino.benchmarks.record import report
@@ -34,6 +35,14 @@ from dimaskdino.training.optimizer import build_optimizer
 from dimaskdino.training.trainer import arrange
 
 Task = Literal["inference", "training"]
+_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+PRODUCTS = {
+    f"aten::{name}"
+    for name in (
+        *("mkldnn_convolution", "_slow_conv2d_forward", "_slow_conv2d_backward", "convolution_backward"),
+        *("mm", "addmm", "bmm", "baddbmm", _ATTENTION, f"{_ATTENTION}_backward"),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -48,8 +57,10 @@ class Timing:
         graphs: whether the whole detector was compiled, and replayed as a CUDA graph.
         synchronisations: number of times the CPU waited for the device in one repetition (CUDA).
         peak_memory_gib: of the process (CPU) or of the device's allocations (CUDA).
-        gflop: floating-point operations of one repetition, forward only; deformable attention is included where
-            its compiled kernels run.
+        gflop: floating-point operations of one repetition; deformable attention is included where its compiled kernels
+            run.
+        product_seconds: the time that convolutions, matrix products and attention take of a repetition, on the CPU: no
+            faster way to do everything else can bring the whole below it.
         operator: the deformable-attention implementation.
         parts: seconds per part: medians of further repetitions that synchronise at the borders between parts. Empty for
             a compiled model, which would be compiled once more with the clocks in it.
@@ -70,6 +81,7 @@ class Timing:
     synchronisations: int | None
     peak_memory_gib: float
     gflop: float | None
+    product_seconds: float | None
     parameters: int
     device: str
     threads: int
@@ -141,6 +153,7 @@ def measure(
         synchronisations=_count_synchronisations(run) if device.type == "cuda" else None,
         peak_memory_gib=_peak_memory(device),
         gflop=None if config.train.compile or graphs else count_gflop(run),
+        product_seconds=product_seconds(run) if device.type == "cpu" and not config.train.compile else None,
         parameters=sum(p.numel() for p in detector.parameters()),
         device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         threads=torch.get_num_threads(),
@@ -287,6 +300,13 @@ def count_gflop(run: Callable[[], Any]) -> float:
     with FlopCounterMode(display=False, custom_mapping=custom) as counter:
         run()
     return counter.get_total_flops() / 1e9
+
+
+def product_seconds(run: Callable[[], Any]) -> float:
+    """Seconds that a call spends in the kernels of convolutions, matrix products and attention, on the CPU."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        run()
+    return sum(kernel.self_cpu_time_total for kernel in profiled.key_averages() if kernel.key in PRODUCTS) / 1e6
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -133,6 +133,7 @@ def compare(before: Path, cases: Sequence[Case], threads: Sequence[int], rounds:
                 "threads": count,
                 "peak_gflops": statistics.median(peaks),
                 "gflop": seen["now"][0]["gflop"],
+                "product_seconds": statistics.median(run["product_seconds"] for run in seen["now"]),
                 **{version: summary(runs) for version, runs in seen.items()},
             }
         )

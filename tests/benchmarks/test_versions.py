@@ -52,3 +52,5 @@ def test_versions_take_turns(monkeypatch):
         assert 0 < row[version]["fastest"] <= row[version]["seconds"] <= row[version]["slowest"]
     # no program is faster than the processor
     assert row["gflop"] / row["now"]["fastest"] < 1.2 * row["peak_gflops"]
+    assert row["gflop"] / row["product_seconds"] < 1.2 * row["peak_gflops"]
+    assert row["product_seconds"] < row["now"]["slowest"]
