@@ -331,25 +331,14 @@ struct Scratch {
 // its own first, next to each other, in the type in which sums are computed.
 bool worth_packing(const Sizes& s) { return s.Q * s.points >= s.N; }
 
-// n cells of D channels, `row` apart -> next to each other
-template <typename scalar_t, typename acc_t>
-void pack(const scalar_t* from, int64_t row, int64_t n, int64_t D, acc_t* to) {
+// n cells of D channels, which lie `stride` apart.
+template <typename acc_t, typename from_t, typename to_t>
+void copy_cells(const from_t* from, int64_t from_stride, to_t* to, int64_t to_stride, int64_t n, int64_t D) {
   constexpr int64_t L = LANES<acc_t>;
-  for (int64_t i = 0; i < n; ++i, from += row, to += D) {
+  for (int64_t i = 0; i < n; ++i, from += from_stride, to += to_stride) {
     int64_t d = 0;
     for (; d + L <= D; d += L) store(to + d, load(from + d));
-    for (; d < D; ++d) to[d] = static_cast<acc_t>(from[d]);
-  }
-}
-
-// And back.
-template <typename acc_t, typename scalar_t>
-void unpack(const acc_t* from, int64_t row, int64_t n, int64_t D, scalar_t* to) {
-  constexpr int64_t L = LANES<acc_t>;
-  for (int64_t i = 0; i < n; ++i, from += D, to += row) {
-    int64_t d = 0;
-    for (; d + L <= D; d += L) store(to + d, load(from + d));
-    for (; d < D; ++d) to[d] = static_cast<scalar_t>(from[d]);
+    for (; d < D; ++d) to[d] = static_cast<to_t>(from[d]);
   }
 }
 
@@ -438,7 +427,7 @@ void forward_kernel(const Sizes& s, const std::vector<Level>& levels, const scal
       };
       if (packed) {
         acc_t* cells = memory.first(s.N * s.D);
-        pack(of_head, row, s.N, s.D, cells);
+        copy_cells<acc_t>(of_head, row, cells, s.D, s.N, s.D);
         run(cells, s.D);
       } else {
         run(of_head, row);
@@ -646,12 +635,12 @@ void backward_kernel(const Sizes& s, const std::vector<Level>& levels, const sca
       };
       if (DOTS && packed) {
         acc_t* cells = cell_memory.first(tokens * s.D);
-        pack(value + offset, row, tokens, s.D, cells);
+        copy_cells<acc_t>(value + offset, row, cells, s.D, tokens, s.D);
         run(cells, s.D);
       } else {
         run(value + offset, row);
       }
-      if (VALUE && !direct) unpack(gradients, row, tokens, s.D, grad_value + offset);
+      if (VALUE && !direct) copy_cells<acc_t>(gradients, s.D, grad_value + offset, row, tokens, s.D);
     }
   });
 }
