@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import records
-import torch
 from torch import nn
 
 from dimaskdino import load
@@ -63,8 +62,7 @@ def over_training(run: Path) -> list[dict[str, float]]:
     found = []
     for file in sorted((run / "checkpoints").glob("*.pt")):
         model = load(file, device="cpu")
-        with torch.random.fork_rng():
-            surveyed = survey(model, IMAGES)
+        surveyed = survey(model, IMAGES)
         found.append(
             {
                 "step": model.step,

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import study_blocks
+from formats import number, seconds, signed
+from photograph_blocks import mean_ap, photographs
 
-from dimaskdino.benchmarks.detectors import LABELS
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.studies.report import paper_tables, show_p
 
@@ -43,7 +43,7 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _lag(layers: Mapping[str, Mapping[str, float]], layer: str = "first") -> str:
-    return f"{layers[layer]['mask'] - layers[layer]['box']:.1f}".replace("-", "−")
+    return number(layers[layer]["mask"] - layers[layer]["box"])
 
 
 def start() -> str:
@@ -106,8 +106,9 @@ def headlines() -> str:
             f"* **The shipped models** (synthetic shapes, one training each): DI-MaskDINO reaches "
             f"{last['DI-MaskDINO']['box']:.1f} box and {last['DI-MaskDINO']['mask']:.1f} mask AP, MaskDINO "
             f"{last['MaskDINO']['box']:.1f} and {last['MaskDINO']['mask']:.1f}.",
-            f"* **On photographs**: {_mean(recipe, 'decoder.4', 'box')} box and {_mean(recipe, 'decoder.4', 'mask')} "
-            f"mask AP on {animals['val']['images']} images of animals, after {recipe[0]['minutes']:.0f} minutes of "
+            f"* **On photographs**: {mean_ap(recipe, 'decoder.4', 'box')} box and "
+            f"{mean_ap(recipe, 'decoder.4', 'mask')} mask AP on {animals['val']['images']} images of animals, after "
+            f"{recipe[0]['minutes']:.0f} minutes of "
             f"training on {recipe[0]['threads']} cores ({_counted(len(recipe), 'training')}).",
             f"* **Nothing is lost**: {survived} faults injected into real runs, from SIGKILL to a full disk, are "
             f"survived; {sum(_json('bad_inputs.json').values())} bad inputs are answered in one clear line each.",
@@ -149,7 +150,7 @@ def _stages(models: Mapping[str, LayerwiseAP]) -> str:
         for ap in models.values():
             found = ap.stages.get(stage)
             values = [found.box.AP, found.mask and found.mask.AP, found.imbalance] if found else [None] * 3
-            cells += [_number(values[0]), _number(values[1]), _number(values[2], sign=True)]
+            cells += [number(values[0]), number(values[1]), signed(values[2])]
         lines.append(f"| `{stage}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -173,8 +174,8 @@ def table_4() -> str:
             cells.append("–")
         else:
             found = study_blocks.main_comparison(row["name"])
-            low, high = (_number(end, sign=True) for end in (found.joint.low, found.joint.high))
-            cells.append(f"{_number(found.difference, sign=True)} ({low} to {high})")
+            low, high = (signed(end) for end in (found.joint.low, found.joint.high))
+            cells.append(f"{signed(found.difference)} ({low} to {high})")
         lines.append(f"| {row['label']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -226,7 +227,7 @@ def memory() -> str:
     lines = ["| | memory half-way | growth from there to the end |", "|---|---|---|"]
     for what, result in record.items():
         middle = result["mebibytes"][len(result["mebibytes"]) // 2]
-        growth = f"{result['growth']:+.1f}".replace("-", "−")
+        growth = signed(result["growth"])
         lines.append(f"| {result['times']} {what} | {middle:,.0f} MiB | {growth} MiB |")
     return "\n".join(lines)
 
@@ -296,8 +297,8 @@ def aims() -> str:
             aim = row["before"]["seconds"] / 2
         else:
             continue
-        seconds = " | ".join(f"{x:.2f} s".replace("-", "−") for x in (aim, products, aim - products, now - products))
-        lines.append(f"| {row['case']} | {row['precision']} | {row['threads']} | {seconds} |")
+        cells = " | ".join(map(seconds, (aim, products, aim - products, now - products)))
+        lines.append(f"| {row['case']} | {row['precision']} | {row['threads']} | {cells} |")
     return "\n".join(lines)
 
 
@@ -357,93 +358,6 @@ def runtimes() -> str:
     for name, row in record["runtimes"].items():
         span = f"{1000 * row['low']:.0f} to {1000 * row['high']:.0f} ms"
         lines.append(f"| {name} | {1000 * row['seconds']:.0f} ms | {span} | {row['equal']} of {images} |")
-    return "\n".join(lines)
-
-
-def _mean(runs: list[dict[str, Any]], stage: str, kind: str) -> str:
-    """Mean ± standard deviation of an AP over trainings."""
-    values = [run["stages"][stage][kind] for run in runs if run["stages"].get(stage, {}).get(kind) is not None]
-    if not values:
-        return "–"
-    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{spread}"
-
-
-def photographs() -> str:
-    """Trainings on photographs: beside other models, the registered comparison, and AP at every stage."""
-    parts = []
-    for name, record in _json("photographs.json").items():
-        train, val = record["train"], record["val"]
-        groups = {f"{model}, as compared": runs for model, runs in record["rows"].items()}
-        if record["recipe"]:
-            groups = {"DI-MaskDINO, as `dimaskdino new` starts it": record["recipe"], **groups}
-        about = (
-            f"**{name}**: {train['images']} images with {train['objects']:,} objects of {train['classes']} classes, "
-            f"and {val['images']} for validation ({record['source']}). {record['backbone']}, {record['size']} pixels, "
-            f"{record['batch']} images per step; AP of the last layer, mean ± standard deviation over trainings."
-        )
-        tables = (_beside_other_models(record, groups), _probes(record), _registered(record), _stages_of(groups))
-        parts += [about, *filter(None, tables)]
-    return "\n\n".join(parts)
-
-
-def _beside_other_models(record: dict[str, Any], groups: Mapping[str, list[dict[str, Any]]]) -> str:
-    head = ["", "trainings", "parameters", "steps", "seconds per step", "memory", "box AP", "mask AP", "typed"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    times = record["times"]
-
-    def cost(model: str) -> list[str]:
-        if model not in times.get("seconds", {}):
-            return ["–", "–"]
-        return [f"{times['seconds'][model]:.2f}", f"{times['peak_memory'][model] / 2**30:.1f} GiB"]
-
-    for label, runs in groups.items():
-        last = list(runs[0]["stages"])[-1]
-        cells = [label, len(runs), f"{runs[0]['parameters'] / 1e6:.1f} M", f"{record['steps']:,}"]
-        cells += cost("kit" if label.startswith("DI-MaskDINO") else label)
-        cells += [_mean(runs, last, "box"), _mean(runs, last, "mask"), "four commands"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    for peer in record["peers"]:
-        cells = [LABELS[peer["model"]], 1, f"{peer['parameters'] / 1e6:.1f} M", f"{peer['steps']:,}"]
-        cells += [*cost(peer["model"]), _number(peer["box"]), _number(peer["mask"]), f"{peer['lines']} lines of Python"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    if times:
-        lines += ["", "Seconds and memory are those of training steps on an otherwise idle machine, models in turns."]
-    return "\n".join(lines)
-
-
-def _probes(record: dict[str, Any]) -> str:
-    """Short trainings of the peers with other rates."""
-    lines = ["| short training | rate | steps | box AP | mask AP |", "|---|---|---|---|---|"]
-    for one in sorted(record["probes"], key=lambda one: (one["model"], one["lr"])):
-        cells = [LABELS[one["model"]], f"{one['lr']:g}", str(one["steps"]), _number(one["box"]), _number(one["mask"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if record["probes"] else ""
-
-
-def _registered(record: dict[str, Any]) -> str:
-    """The comparison of the two models, or what it still lacks."""
-    if not record["rows"]:
-        return ""
-    counts = {model: len(runs) for model, runs in record["rows"].items()}
-    if len(counts) < 2 or min(counts.values()) < record["registered"]:
-        done = " and ".join(f"{count} of {model}" for model, count in counts.items()) or "none"
-        return f"Registered are {record['registered']} trainings of each model; {done} are done: no verdict yet."
-    lines = ["| | difference | 95 % interval | adjusted p | trainings | verdict |", "|---" * 6 + "|"]
-    for found in record["comparisons"]:
-        interval = f"{found['joint']['low']:+.1f} to {found['joint']['high']:+.1f}".replace("-", "−")
-        cells = [found["label"], _number(found["difference"], True), interval, show_p(found["adjusted_p"])]
-        cells += [" / ".join(map(str, found["runs"].values())), study_blocks.SIGNS[found["agrees"]]]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _stages_of(groups: Mapping[str, list[dict[str, Any]]]) -> str:
-    lines = [f"| stage | {' | '.join(f'{label}: box | mask' for label in groups)} |"]
-    lines.append("|---" * (1 + 2 * len(groups)) + "|")
-    for stage in max((list(runs[0]["stages"]) for runs in groups.values()), key=len):
-        cells = [_mean(runs, stage, kind) for runs in groups.values() for kind in ("box", "mask")]
-        lines.append(f"| {stage} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -531,12 +445,8 @@ def _json(name: str) -> dict[str, Any]:
     return json.loads((MEASUREMENTS / name).read_text())
 
 
-def _number(value: float | None, sign: bool = False) -> str:
-    return "–" if value is None else f"{value:{'+' if sign else ''}.1f}".replace("-", "−")
-
-
 def _spread(values: Mapping[str, Any], sign: bool = False) -> str:
-    return f"{_number(values['mean'], sign)} ± {values['standard_deviation']:.1f}"
+    return f"{number(values['mean'], sign=sign)} ± {values['standard_deviation']:.1f}"
 
 
 if __name__ == "__main__":

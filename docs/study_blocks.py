@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from formats import number, signed
+
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.studies.comparison import (
     Comparison,
@@ -117,9 +119,9 @@ def study_equal_ap() -> str:
         return statistics.mean(rows[0]) - statistics.mean(rows[1])
 
     return (
-        f"Among runs of one row, a point of box AP at the first layer goes with {_number(slope, 2)} points of lag. The "
-        f"model with both modules is {_number(difference(box))} points ahead there, which would explain "
-        f"{_number(slope * difference(box))} of the {_number(difference(lag))} points by which its lag differs."
+        f"Among runs of one row, a point of box AP at the first layer goes with {signed(slope, 2)} points of lag. The "
+        f"model with both modules is {signed(difference(box))} points ahead there, which would explain "
+        f"{signed(slope * difference(box))} of the {signed(difference(lag))} points by which its lag differs."
     )
 
 
@@ -157,7 +159,7 @@ def study_pairs() -> str:
     values = {name: report("table_4").values(name, BOX) for name in report("table_4").measured}
     names = list(values)
     found = [correlation_of_pairs(values[a], values[b]) for i, a in enumerate(names) for b in names[:i]]
-    low, high = _number(min(found)), _number(max(found))
+    low, high = signed(min(found)), signed(max(found))
     return f"The correlations of the rows of table 4 over their seeds reach from {low} to {high}."
 
 
@@ -197,9 +199,9 @@ def claims() -> str:
             if (c.contrast.plus, c.contrast.minus, c.contrast.quantity) == ((plus,), (minus,), BOX)
         )
         there = source.published_difference("COCO", found.contrast)
-        here = f"{_number(found.difference)} ({_interval(found)})"
+        here = f"{signed(found.difference)} ({_interval(found)})"
         photographs = _on_photographs() if (study, plus) == ("table_4", "di_bato") else "not run"
-        lines.append(f"| {text} | {_number(there)} | {here} | {photographs} | {verdict(study, found)} |")
+        lines.append(f"| {text} | {signed(there)} | {here} | {photographs} | {verdict(study, found)} |")
     return "\n".join(lines)
 
 
@@ -207,8 +209,8 @@ def _on_photographs() -> str:
     """The registered difference of box AP on photographs, DI-MaskDINO − MaskDINO, and its verdict."""
     record = json.loads((ROOT / "docs" / "measurements" / "photographs.json").read_text())["animals"]
     found = next(c for c in record["comparisons"] if c["quantity"] == "last.box")
-    low, high = (_number(found["joint"][end]) for end in ("low", "high"))
-    return f"{_number(found['difference'])} ({low} to {high}): {SIGNS[found['agrees']]}"
+    low, high = (signed(found["joint"][end]) for end in ("low", "high"))
+    return f"{signed(found['difference'])} ({low} to {high}): {SIGNS[found['agrees']]}"
 
 
 def _contrasts(comparisons: Any) -> str:
@@ -219,26 +221,22 @@ def _contrasts(comparisons: Any) -> str:
     for title, c in comparisons:
         runs = " / ".join(map(str, c.runs.values()))
         label = f"{title}: {c.contrast.label}" if title else c.contrast.label
-        cells = [label, c.contrast.quantity.label, _number(c.difference), _interval(c)]
+        cells = [label, c.contrast.quantity.label, signed(c.difference), _interval(c)]
         cells += [show_p(c.adjusted_p), f"±{c.detectable:.1f}", runs]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _interval(found: Comparison) -> str:
-    return f"{_number(found.joint.low)} to {_number(found.joint.high)}"
+    return f"{signed(found.joint.low)} to {signed(found.joint.high)}"
 
 
 def _class_lag(stage: Any, kind: str) -> float:
     return stage.mask.per_class[kind] - stage.box.per_class[kind]
 
 
-def _number(value: float, digits: int = 1) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
 def _cells(values: Iterator[float] | Any, sign: bool = False) -> str:
-    return " | ".join(f"{value:{'+' if sign else ''}.1f}".replace("-", "−") for value in values)
+    return " | ".join(number(value, sign=sign) for value in values)
 
 
 def _ceilings() -> Mapping[str, Any]:

@@ -35,13 +35,17 @@ from dimaskdino.training.optimizer import build_optimizer
 from dimaskdino.training.trainer import arrange
 
 Task = Literal["inference", "training"]
-_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
-PRODUCTS = {
-    f"aten::{name}"
-    for name in (
-        *("mkldnn_convolution", "_slow_conv2d_forward", "_slow_conv2d_backward", "convolution_backward"),
-        *("mm", "addmm", "bmm", "baddbmm", _ATTENTION, f"{_ATTENTION}_backward"),
-    )
+PRODUCTS = {  # names in a profile on the CPU
+    "aten::mkldnn_convolution",
+    "aten::_slow_conv2d_forward",
+    "aten::_slow_conv2d_backward",
+    "aten::convolution_backward",
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
 }
 
 
@@ -59,8 +63,7 @@ class Timing:
         peak_memory_gib: of the process (CPU) or of the device's allocations (CUDA).
         gflop: floating-point operations of one repetition; deformable attention is included where its compiled kernels
             run.
-        product_seconds: the time that convolutions, matrix products and attention take of a repetition, on the CPU: no
-            faster way to do everything else can bring the whole below it.
+        product_seconds: the part of a repetition that convolutions, matrix products and attention take, on the CPU.
         operator: the deformable-attention implementation.
         parts: seconds per part: medians of further repetitions that synchronise at the borders between parts. Empty for
             a compiled model, which would be compiled once more with the clocks in it.
@@ -131,8 +134,8 @@ def measure(
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    clocks = []
-    for _ in range(0 if config.train.compile or graphs else repeat):
+    clocks, compiled = [], config.train.compile or graphs
+    for _ in range(0 if compiled else repeat):
         with PartClock(detector, device) as clock:
             run(clock)
         clocks.append(clock.seconds)
@@ -152,8 +155,8 @@ def measure(
         parts_per_step=config.train.accumulate if task == "training" else 1,
         synchronisations=_count_synchronisations(run) if device.type == "cuda" else None,
         peak_memory_gib=_peak_memory(device),
-        gflop=None if config.train.compile or graphs else count_gflop(run),
-        product_seconds=product_seconds(run) if device.type == "cpu" and not config.train.compile else None,
+        gflop=None if compiled else count_gflop(run),
+        product_seconds=None if compiled or device.type != "cpu" else product_seconds(run),
         parameters=sum(p.numel() for p in detector.parameters()),
         device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         threads=torch.get_num_threads(),

@@ -1,0 +1,16 @@
+"""How numbers are written in README and docs."""
+
+
+def number(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
+    """A rounded number with a true minus, and a plus if `sign`; a dash for None."""
+    return "–" if value is None else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def signed(value: float | None, digits: int = 1) -> str:
+    """A rounded number with its sign."""
+    return number(value, digits, sign=True)
+
+
+def seconds(value: float) -> str:
+    """Seconds to hundredths; what rounds to zero has no sign."""
+    return f"{number(round(value, 2) + 0.0, 2)} s"
