@@ -1,7 +1,8 @@
 """Record trainings on photographs: `python docs/measure_photographs.py animals --source WHERE --recipe RUN …`.
 
 Writes measurements/photographs.json: of each run its data, settings, time, loss and AP of every stage, the peers, and
-the registered comparison of the two models. The photographs are not in the repository. The runs were evaluated with
+the registered comparison of the two models. What the record has already stays, so runs may come from several machines:
+a run replaces the one with its seed. The photographs are not in the repository. The runs were evaluated with
 `--bootstrap`, so that intervals can be over other images too.
 """
 
@@ -86,6 +87,12 @@ def probe(folder: Path) -> dict[str, Any]:
     return {key: result[key] for key in ("model", "lr", "steps", "box", "mask")}
 
 
+def merged(before: list[dict[str, Any]], new: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+    """Records in the order of their keys; a new one replaces the one with the same keys."""
+    found = {tuple(record[key] for key in keys): record for record in [*before, *new]}
+    return [found[key] for key in sorted(found)]
+
+
 def comparisons(rows: dict[str, list[Path]]) -> list[dict[str, Any]]:
     """The registered contrasts of the two models."""
     contrasts = [
@@ -93,12 +100,8 @@ def comparisons(rows: dict[str, list[Path]]) -> list[dict[str, Any]]:
         for q in map(Quantity.parse, QUANTITIES)
     ]
     runs = {
-        name: {load_config(run).train.seed: EvaluatedRun.load(run) for run in found}
-        for name, found in rows.items()
-        if found
+        name: {load_config(run).train.seed: EvaluatedRun.load(run) for run in found} for name, found in rows.items()
     }
-    if len(runs) < 2:
-        return []
     found = compare(contrasts, runs, SEEDS)
     published = {"last.box": 1.0, "first.imbalance": -1.0}  # the paper's signs
     return [c.to_json() | {"agrees": c.agrees(published[str(c.contrast.quantity)])} for c in found]
@@ -118,16 +121,17 @@ if __name__ == "__main__":
     compared = {"DI-MaskDINO": arguments.dimaskdino, "MaskDINO": arguments.maskdino}
     file = records.MEASUREMENTS / "photographs.json"
     content = json.loads(file.read_text()) if file.exists() else {}
-    content[arguments.data] = {
-        "source": arguments.source,
-        **settings_of((arguments.recipe + arguments.dimaskdino)[0]),
-        "recipe": [measured(run) for run in arguments.recipe],
-        "rows": {name: [measured(run) for run in runs] for name, runs in compared.items() if runs},
-        "registered": SEEDS,
-        "comparisons": comparisons(compared),
-        "peers": [peer(folder) for folder in arguments.peers],
-        "probes": [probe(folder) for folder in arguments.probes],
-        "times": json.loads(arguments.times.read_text()) if arguments.times else {},
-    }
+    record = content.setdefault(arguments.data, {"recipe": [], "rows": {}, "comparisons": [], "peers": [], "probes": []})
+    runs = arguments.recipe + arguments.dimaskdino + arguments.maskdino
+    record.update({"source": arguments.source, "registered": SEEDS, **(settings_of(runs[0]) if runs else {})})
+    record["recipe"] = merged(record["recipe"], [measured(run) for run in arguments.recipe], "seed")
+    for name, found in compared.items():
+        if found:
+            record["rows"][name] = merged(record["rows"].get(name, []), [measured(run) for run in found], "seed")
+    if all(compared.values()):
+        record["comparisons"] = comparisons(compared)
+    record["peers"] = merged(record["peers"], [peer(folder) for folder in arguments.peers], "model")
+    record["probes"] = merged(record["probes"], [probe(folder) for folder in arguments.probes], "model", "lr")
+    record["times"] = json.loads(arguments.times.read_text()) if arguments.times else record.get("times", {})
     file.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written: {file}")
