@@ -121,7 +121,9 @@ if __name__ == "__main__":
     compared = {"DI-MaskDINO": arguments.dimaskdino, "MaskDINO": arguments.maskdino}
     file = records.MEASUREMENTS / "photographs.json"
     content = json.loads(file.read_text()) if file.exists() else {}
-    record = content.setdefault(arguments.data, {"recipe": [], "rows": {}, "comparisons": [], "peers": [], "probes": []})
+    record = content.setdefault(
+        arguments.data, {"recipe": [], "rows": {}, "comparisons": [], "peers": [], "probes": []}
+    )
     runs = arguments.recipe + arguments.dimaskdino + arguments.maskdino
     record.update({"source": arguments.source, "registered": SEEDS, **(settings_of(runs[0]) if runs else {})})
     record["recipe"] = merged(record["recipe"], [measured(run) for run in arguments.recipe], "seed")
