@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from formats import number, signed
+from formats import counted, number, signed
 from study_blocks import SIGNS
 
 from dimaskdino.benchmarks.detectors import LABELS
@@ -33,7 +33,8 @@ def photographs() -> str:
         if record["recipe"]:
             groups = {"DI-MaskDINO, as `dimaskdino new` starts it": record["recipe"], **groups}
         about = (
-            f"**{name}**: {train['images']} images with {train['objects']:,} objects of {train['classes']} classes, "
+            f"**{name}**: {train['images']} images with {train['objects']:,} objects of "
+            f"{counted(train['classes'], 'class', 'classes')}, "
             f"and {val['images']} for validation ({record['source']}). {record['backbone']}, {record['size']} pixels, "
             f"{record['batch']} images per step; AP of the last layer, mean ± standard deviation over trainings."
         )
@@ -64,6 +65,10 @@ def _beside_other_models(record: dict[str, Any], groups: Mapping[str, list[dict[
         lines.append(f"| {' | '.join(map(str, cells))} |")
     if times:
         lines += ["", "Seconds and memory are those of training steps on an otherwise idle machine, models in turns."]
+    else:
+        runs = [run for group in groups.values() for run in group]
+        minutes = " and ".join(f"{run['minutes']:.0f}" for run in runs)
+        lines += ["", f"Training took {minutes} minutes on {runs[0]['threads']} cores."]
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import study_blocks
-from formats import number, seconds, signed
+from formats import counted, number, seconds, signed
 from photograph_blocks import mean_ap, photographs
 
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
@@ -36,10 +36,6 @@ def first_and_last_layers() -> dict[str, dict[str, Mapping[str, Mapping[str, flo
         "Paper, BDD100K": {name: published[key] for name, key in MODELS.items()},
         "This kit, shapes": {name: ap.first_and_last() for name, ap in course_models().items()},  # type: ignore[misc]
     }
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{'one' if count == 1 else count} {noun}{'s' * (count != 1)}"
 
 
 def _lag(layers: Mapping[str, Mapping[str, float]], layer: str = "first") -> str:
@@ -98,6 +94,7 @@ def headlines() -> str:
     formula = study_blocks.share_of_the_formula()
     animals = _json("photographs.json")["animals"]
     recipe = animals["recipe"]
+    minutes = max(run["minutes"] for run in recipe)
     survived = sum(outcome == "survived" for outcome in _json("faults.json")["faults"].values())
     return "\n".join(
         [
@@ -107,9 +104,9 @@ def headlines() -> str:
             f"{last['DI-MaskDINO']['box']:.1f} box and {last['DI-MaskDINO']['mask']:.1f} mask AP, MaskDINO "
             f"{last['MaskDINO']['box']:.1f} and {last['MaskDINO']['mask']:.1f}.",
             f"* **On photographs**: {mean_ap(recipe, 'decoder.4', 'box')} box and "
-            f"{mean_ap(recipe, 'decoder.4', 'mask')} mask AP on {animals['val']['images']} images of animals, after "
-            f"{recipe[0]['minutes']:.0f} minutes of "
-            f"training on {recipe[0]['threads']} cores ({_counted(len(recipe), 'training')}).",
+            f"{mean_ap(recipe, 'decoder.4', 'mask')} mask AP on {animals['val']['images']} images of animals, after at "
+            f"most {minutes:.0f} minutes of training on {recipe[0]['threads']} cores "
+            f"({counted(len(recipe), 'training')}).",
             f"* **Nothing is lost**: {survived} faults injected into real runs, from SIGKILL to a full disk, are "
             f"survived; {sum(_json('bad_inputs.json').values())} bad inputs are answered in one clear line each.",
             f"* **Part of the lag is arithmetic**: {formula:.0f} % of the baseline's lag at its decoder's input come "

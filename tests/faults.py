@@ -29,7 +29,6 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 from scene import (
     LONG,
-    NARROW,
     RUN_60,
     NotPossible,
     Scene,
@@ -261,7 +260,7 @@ def listening(scene: Scene) -> None:
 
 @fault("a disk that fills up during a training")
 def full_disk(scene: Scene) -> None:
-    changes = (*RUN_60, *NARROW)
+    changes = RUN_60
     with scene.disk() as disk:
         run = RunFolder(disk.path / "run")
         trainer = process(run.path, scene.data, *changes)
@@ -277,7 +276,7 @@ def full_disk(scene: Scene) -> None:
 
 @fault("a disk with room for records and none for a checkpoint")
 def full_at_checkpoint(scene: Scene) -> None:
-    changes = ("schedule.steps=20", "train.checkpoint_every=10", *NARROW)
+    changes = ("schedule.steps=20", "train.checkpoint_every=10")
     with scene.disk() as disk:
         run = RunFolder(disk.path / "run")
         with disk.full(left=500_000):
@@ -294,12 +293,12 @@ def full_at_start(scene: Scene) -> None:
         run = RunFolder(disk.path / "run")
         with disk.full():
             fail(process(run.path, scene.data), "the disk is full; free some space and run the command again", code=1)
-        finish(process(run.path, scene.data, *NARROW))
+        finish(process(run.path, scene.data))
 
 
 @fault("a full disk while a model is exported")
 def full_export(scene: Scene) -> None:
-    finish(scene.start(*NARROW))
+    finish(scene.start())
     with scene.disk() as disk:
         target = disk.path / "exported"
         with disk.full(left=100_000):
@@ -364,7 +363,7 @@ def read_only_disk(scene: Scene) -> None:
 def read_only_run(scene: Scene) -> None:
     with scene.disk() as disk:
         run = RunFolder(disk.path / "run")
-        finish(process(run.path, scene.data, *NARROW))
+        finish(process(run.path, scene.data))
         with disk.read_only():
             assert "state finished" in finish(kit("status", run.path))
             finish(kit("export", run.path, scene.folder / "exported"))

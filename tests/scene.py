@@ -23,7 +23,6 @@ from dimaskdino.runs.processes import launch_command
 
 LONG = ("schedule.steps=5000", "schedule.drops=[4999]", "train.checkpoint_every=5000")
 RUN_60 = ("schedule.steps=60", "train.checkpoint_every=2")
-NARROW = ("model.backbone.width=8",)  # resume points of a few MB
 
 
 class NotPossible(Exception):

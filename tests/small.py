@@ -12,7 +12,7 @@ from dimaskdino.modeling import Detector
 
 FILE = Path(__file__).parent.parent / "configs" / "shapes" / "dimaskdino_r18.yaml"
 MODEL = (
-    "model.backbone.width=16",  # or checkpoints would take 135 MB
+    "model.backbone.width=8",  # or resume points would take 135 MB
     "model.hidden_dim=32",
     "model.pixel_decoder.layers=1",
     "model.pixel_decoder.ffn_dim=32",

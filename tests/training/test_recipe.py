@@ -153,6 +153,7 @@ def test_new_and_train(shapes_data, finished, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "model.classes=5  (" in printed
     assert f"next: dimaskdino train --run {run}" in printed
+    assert "note: the drops" not in printed  # those of the steps that are tried
     written = (run / "config.yaml").read_text()
     assert launch(str(run), str(run), ["schedule.steps=2", "schedule.drops=[1]"]) == 0
     assert RunFolder(run).status()["state"] == "finished"
