@@ -120,7 +120,7 @@ def read_pt(path: Path) -> Any:
             f"{path} cannot be read as a checkpoint: it is no file of torch.save, is truncated, or holds more than "
             "tensors and plain values, whose code is not run"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AssertionError) as error:
         raise UserError(f"{path} cannot be read as a checkpoint: it may be truncated ({_first_line(error)})") from None
 
 
@@ -142,6 +142,7 @@ def read_pkl(path: Path) -> Any:
         LookupError,
         AttributeError,
         OverflowError,
+        MemoryError,
         RecursionError,
         pickle.UnpicklingError,
     ) as error:

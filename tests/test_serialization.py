@@ -88,6 +88,7 @@ def test_everything_else_is_refused_in_one_line(name, tmp_path, capsys):
 
 @given(st.integers(0, 400), st.integers(0, 255))
 @example(place=10, value=128)  # a frame longer than the address space
+@example(place=76, value=142)  # bytes longer than the memory
 def test_damaged_pickles_are_refused_or_read(tmp_path_factory, place, value):
     file = tmp_path_factory.mktemp("pkl") / "x.pkl"
     raw = bytearray(pickle.dumps({"model": {"a": np.arange(50, dtype=np.float32)}}, 4))
@@ -114,6 +115,17 @@ def test_code_in_a_checkpoint_is_not_run_and_not_advertised(tmp_path, capsys):
         read_pt(tmp_path / "x.pt")
     assert "weights_only" not in str(caught.value)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("value", [28, 138])
+def test_damaged_files_of_an_old_torch_are_refused_or_read(value, tmp_path):
+    file = tmp_path / "x.pt"
+    torch.save({"model": {"a": torch.arange(50.0)}}, file, _use_new_zipfile_serialization=False)
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+        with contextlib.suppress(UserError):
+            read_pt(file)
 
 
 def test_a_truncated_checkpoint(tmp_path):
