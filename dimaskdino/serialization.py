@@ -103,6 +103,21 @@ class _ArrayUnpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
 
+DAMAGED = (  # what unpickling raises for damaged bytes
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    pickle.UnpicklingError,
+)
+
+
 def read_pt(path: Path) -> Any:
     """Read a file written by `torch.save`. No code in the file is run.
 
@@ -120,7 +135,7 @@ def read_pt(path: Path) -> Any:
             f"{path} cannot be read as a checkpoint: it is no file of torch.save, is truncated, or holds more than "
             "tensors and plain values, whose code is not run"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AssertionError) as error:
+    except DAMAGED as error:
         raise UserError(f"{path} cannot be read as a checkpoint: it may be truncated ({_first_line(error)})") from None
 
 
@@ -134,18 +149,7 @@ def read_pkl(path: Path) -> Any:
         return _plain(_ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load())
     except FileNotFoundError:
         raise UserError(f"the checkpoint {path} does not exist") from None
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        OverflowError,
-        MemoryError,
-        RecursionError,
-        pickle.UnpicklingError,
-    ) as error:
+    except DAMAGED as error:
         raise UserError(
             f"{path} cannot be read as a pickle of arrays: it may be truncated or hold more than arrays "
             f"({_first_line(error)})"
