@@ -302,9 +302,9 @@ def full_export(scene: Scene) -> None:
     with scene.disk() as disk:
         target = disk.path / "exported"
         with disk.full(left=100_000):
-            fail(kit("export", scene.run.path, target), "the disk is full; free some space", code=1)
+            fail(kit("share", scene.run.path, target), "the disk is full; free some space", code=1)
             assert not target.exists()
-        finish(kit("export", scene.run.path, target))
+        finish(kit("share", scene.run.path, target))
         assert RunFolder(target).model.exists()
 
 
@@ -366,7 +366,7 @@ def read_only_run(scene: Scene) -> None:
         finish(process(run.path, scene.data))
         with disk.read_only():
             assert "state finished" in finish(kit("status", run.path))
-            finish(kit("export", run.path, scene.folder / "exported"))
+            finish(kit("share", run.path, scene.folder / "exported"))
 
 
 # ---------------------------------------------------------------- damaged files
