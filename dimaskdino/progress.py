@@ -2,7 +2,9 @@
 
 import math
 import os
+import re
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any, TextIO, TypeVar
 
@@ -78,3 +80,43 @@ def progress_bar(
     known_width = not notebook and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     width = {"dynamic_ncols": True} if known_width else {"ncols": 100}
     return tqdm(iterable, description, total, **width, **options)
+
+
+class PipedBars:
+    """A stream for a pipe that receives bars with carriage returns, such as a notebook writes them, as lines.
+
+    Of a line that is overwritten the pipe gets a version every 30 seconds and the last one; other text at once.
+    """
+
+    def __init__(self, pipe: TextIO) -> None:
+        self._pipe, self._line, self._overwritten, self._passed_on = pipe, "", False, -math.inf
+
+    def write(self, text: str) -> int:
+        """Add text; what is complete, or has waited long enough, is passed on as lines."""
+        for part in re.split(r"([\r\n])", text):
+            if part == "\n":
+                if self._line.strip() or not self._overwritten:
+                    self._pass_on()
+                self._line, self._overwritten = "", False
+            elif part == "\r":
+                if self._line.strip() and time.monotonic() - self._passed_on >= PIPE_SECONDS:
+                    self._pass_on()
+                self._line, self._overwritten = "", True
+            else:
+                self._line += part
+        return len(text)
+
+    def _pass_on(self) -> None:
+        self._pipe.write(f"{self._line.rstrip()}\n")
+        self._passed_on = time.monotonic()
+
+    def flush(self) -> None:
+        """Flush the pipe; the line that has no end yet waits for it."""
+        self._pipe.flush()
+
+    def close(self) -> None:
+        """Pass on the line that has no end yet. The pipe stays open."""
+        if self._line.strip():
+            self._pass_on()
+        self._line = ""
+        self._pipe.flush()

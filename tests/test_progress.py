@@ -1,7 +1,11 @@
 """Progress in a pipe: lines of their own, as often as was asked for, and no carriage return."""
 
+import io
+
+from tqdm import tqdm
+
 from dimaskdino import progress
-from dimaskdino.progress import progress_bar
+from dimaskdino.progress import PipedBars, progress_bar
 
 
 def lines(text: str) -> list[str]:
@@ -49,3 +53,27 @@ def test_a_notebook_gets_one_bar_that_is_updated(monkeypatch):
     text = "".join(written)
     assert text.count("\r") >= 3
     assert text.count("\n") == 1
+
+
+def piped(*texts: str) -> str:
+    pipe = io.StringIO()
+    stream = PipedBars(pipe)
+    for text in texts:
+        stream.write(text)
+    stream.close()
+    return pipe.getvalue()
+
+
+def test_a_pipe_gets_a_notebooks_bars_as_lines_now_and_then(monkeypatch):
+    written = io.StringIO()
+    assert list(tqdm([1, 2, 3], "reading", file=written, mininterval=0)) == [1, 2, 3]
+    first, last = lines(piped(*written.getvalue()))
+    assert ("0/3" in first, "3/3" in last) == (True, True)
+    monkeypatch.setattr(progress, "PIPE_SECONDS", 0.0)
+    counts = [line.split("/3")[0][-1] for line in lines(piped(written.getvalue()))]
+    assert counts == ["0", "1", "2", "3", "3"]  # tqdm draws the last one twice
+
+
+def test_a_pipe_gets_a_notebooks_other_text_as_it_is():
+    assert piped("a warn", "ing\n\n", "and more") == "a warning\n\nand more\n"
+    assert piped("\r 10%\r 90%\r    \r") == " 10%\n"  # a bar that ends by taking itself back

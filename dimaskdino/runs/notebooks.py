@@ -7,15 +7,16 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from dimaskdino.config import load_config, parse_yaml
 from dimaskdino.errors import Stopped, UserError
 from dimaskdino.markdown import escape
-from dimaskdino.progress import progress_bar
+from dimaskdino.progress import PipedBars, progress_bar
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.runs.live import NOTEBOOK_FOLDER
 from dimaskdino.signals import STOP_SECONDS, stop_signals_interrupt
@@ -127,11 +128,11 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
     started = time.time()
     os.environ[NOTEBOOK_FOLDER] = str(folder.resolve())
     try:
-        with _TrainingProgress(folder, echo), stop_signals_interrupt():
+        with _TrainingProgress(folder, echo), _shown_errors(echo) as errors, stop_signals_interrupt():
             papermill.execute_notebook(
                 *(str(notebook), str(output), values),
                 progress_bar=not echo,
-                stderr_file=sys.stderr if echo else None,
+                stderr_file=errors,
                 kernel_name="python3",
                 config=kernel_config(),
             )
@@ -156,6 +157,16 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
         raise KeyboardInterrupt
     RunFolder(folder).note_failure(reason, started)
     raise UserError(f"{reason}\n{where}")
+
+
+@contextmanager
+def _shown_errors(echo: bool) -> Iterator[TextIO | PipedBars | None]:
+    """Where to show what a notebook writes to standard error."""
+    if not echo or sys.stderr.isatty():
+        yield sys.stderr if echo else None
+        return
+    with closing(PipedBars(sys.stderr)) as lines:
+        yield lines
 
 
 def _final_status(folder: RunFolder) -> dict[str, Any]:
