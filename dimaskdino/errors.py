@@ -35,6 +35,11 @@ def explain_os_error(error: OSError) -> str:
     return text if advice is None else f"{advice} ({text})"
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextlib.contextmanager
 def writing(path: Path | str) -> Iterator[None]:
     """Turn the operating system's errors while writing a file or folder into a `UserError` that names it.

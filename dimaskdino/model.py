@@ -21,6 +21,7 @@ from dimaskdino.data.images import SUFFIXES, ImageInput, to_image_tensor
 from dimaskdino.errors import UserError, writing
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.evaluation.predict import predict_images
+from dimaskdino.files import write_text
 from dimaskdino.inspection.look import Look, look_at
 from dimaskdino.interop import hub
 from dimaskdino.interop.fiftyone import to_fiftyone
@@ -30,7 +31,6 @@ from dimaskdino.modeling import Instances
 from dimaskdino.modeling.precision import Precision, fast_precision
 from dimaskdino.painting import paint_instances
 from dimaskdino.resources import MODELS, find_model
-from dimaskdino.serialization import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

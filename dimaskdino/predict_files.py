@@ -13,10 +13,10 @@ from pycocotools import mask as coco_mask
 
 from dimaskdino.data.images import SUFFIXES, find_files, to_image_tensor
 from dimaskdino.errors import UserError, writing
+from dimaskdino.files import write_text
 from dimaskdino.model import Model, Result
 from dimaskdino.painting import paint_instances
 from dimaskdino.progress import progress_bar
-from dimaskdino.serialization import write_text
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 

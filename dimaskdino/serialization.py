@@ -1,14 +1,10 @@
-"""Reading files of tensors from anywhere without running code in them, and writing files whole or not at all."""
+"""Reading files of tensors from anywhere without running code in them."""
 
 import collections
-import contextlib
 import io
-import json
-import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dimaskdino.errors import UserError, explain_os_error
+from dimaskdino.errors import UserError, first_line
 
 
 class _DType:
@@ -136,7 +132,7 @@ def read_pt(path: Path) -> Any:
             "tensors and plain values, whose code is not run"
         ) from None
     except DAMAGED as error:
-        raise UserError(f"{path} cannot be read as a checkpoint: it may be truncated ({_first_line(error)})") from None
+        raise UserError(f"{path} cannot be read as a checkpoint: it may be truncated ({first_line(error)})") from None
 
 
 def read_pkl(path: Path) -> Any:
@@ -152,7 +148,7 @@ def read_pkl(path: Path) -> Any:
     except DAMAGED as error:
         raise UserError(
             f"{path} cannot be read as a pickle of arrays: it may be truncated or hold more than arrays "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from None
 
 
@@ -182,90 +178,3 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor | np.ndarray) for x in state.values()):
         raise UserError(f"{path} holds no state dict (parameter names with tensors, at the top or under 'model')")
     return {name: torch.as_tensor(value) for name, value in state.items()}
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that readers see the old content or the new one, never a part.
-
-    The content is written beside the target, flushed to disk, then renamed. The folder is made if it does not exist.
-
-    Args:
-        path: the target.
-        write: writes the content to the path it is given.
-
-    Raises:
-        UserError: the file cannot be written, for example because the disk is full. An existing file is kept.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-        permissions = partial.stat().st_mode
-        write(partial)
-        with contextlib.suppress(OSError):  # file systems without permissions
-            partial.chmod(permissions)  # safetensors makes files that their owner alone can read
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    # a full disk surfaces as OSError from Python, as RuntimeError or SafetensorError from the writers
-    except (OSError, RuntimeError, SafetensorError) as error:
-        system_error = _system_error(partial, error)
-        _discard(partial)
-        why = explain_os_error(system_error) if system_error else _first_line(error)
-        kept = "; the file that was there is kept" if path.exists() else ""
-        raise UserError(f"cannot write {path}: {why}{kept}") from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def _discard(partial: Path) -> None:
-    """Delete a file, and free its space even if a writer still holds it open."""
-    with contextlib.suppress(OSError):
-        os.truncate(partial, 0)
-    with contextlib.suppress(OSError):
-        partial.unlink(missing_ok=True)
-
-
-def _system_error(path: Path, error: Exception) -> OSError | None:
-    """The operating system's reason for a failed write.
-
-    safetensors names its number in the message. torch's writer does not pass it on, so a write is tried.
-    """
-    if isinstance(error, OSError):
-        return error
-    if number := re.search(r"os error (\d+)", str(error)):
-        return OSError(int(number[1]), os.strerror(int(number[1])))
-    try:
-        with path.open("ab") as file:
-            file.write(bytes(1 << 16))
-    except OSError as reason:
-        return reason
-    return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def read_record(file: Path) -> dict[str, Any]:
-    """A small json file; empty if it is damaged or missing."""
-    try:
-        return parse_record(file.read_text(errors="replace"))
-    except OSError:
-        return {}
-
-
-def parse_record(text: str) -> dict[str, Any]:
-    """A json object; empty if the text is damaged or holds something else."""
-    with contextlib.suppress(ValueError, RecursionError):
-        content = json.loads(text)
-        if isinstance(content, dict):
-            return content
-    return {}

@@ -11,7 +11,7 @@ OPS = PACKAGE.parent / "ops" / "ms_deform_attn"
 # from the bottom to the top; packages on one line do not know each other
 LAYERS = (
     ("errors",),
-    ("resources", "markdown", "progress", "distributed", "serialization", "signals", "threads", "collection"),
+    ("resources", "markdown", "progress", "distributed", "files", "serialization", "signals", "threads", "collection"),
     ("config",),
     ("modeling",),
     ("checkpoints", "data"),

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dimaskdino.files import write_text
 from dimaskdino.runs.folder import environment
-from dimaskdino.serialization import write_text
 
 
 def report(result: dict[str, Any], output: Path | None, show: bool = True) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from dimaskdino.config import Config, parse_config
 from dimaskdino.errors import UserError
+from dimaskdino.files import write_atomically
 from dimaskdino.modeling import Detector, ImageBatch, Predictions
 from dimaskdino.modeling.precision import Precision, autocast
-from dimaskdino.serialization import read_pt, read_safetensors, write_atomically
+from dimaskdino.serialization import read_pt, read_safetensors
 from dimaskdino.threads import share_cores
 
 MODEL = "model.safetensors"

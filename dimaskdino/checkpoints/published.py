@@ -14,9 +14,10 @@ from dimaskdino import config
 from dimaskdino.checkpoints.model_files import TrainedModel, load_weights
 from dimaskdino.config import parse_config
 from dimaskdino.errors import UserError
+from dimaskdino.files import write_atomically
 from dimaskdino.modeling import Detector
 from dimaskdino.modeling.backbone_weights import recognise_resnet
-from dimaskdino.serialization import read_state_dict, write_atomically
+from dimaskdino.serialization import read_state_dict
 
 _PIXEL = r"sem_seg_head\.pixel_decoder"
 _HEAD = r"sem_seg_head\.predictor"

@@ -82,7 +82,6 @@ def status(run: Positional[Path]) -> int:
     Args:
         run: Run folder.
     """
-    from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
     from dimaskdino.runs.folder import RunFolder
 
     folder = RunFolder(run)
@@ -104,6 +103,8 @@ def status(run: Positional[Path]) -> int:
             print(f"advice at step {record['step']}: {record['advice']}")
     evaluation = run / "evaluation" / "layers.json"
     if evaluation.exists():
+        from dimaskdino.evaluation.layerwise_ap import LayerwiseAP  # with PyTorch
+
         result = LayerwiseAP.load(evaluation)
         print(f"AP on {result.images} images, {result.source}\n{result.table()}")
     written = [*run.rglob("*.ipynb"), *run.rglob("figures/*.png"), *run.rglob("layers.*"), folder.model, folder.best]

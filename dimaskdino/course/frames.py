@@ -11,7 +11,7 @@ import ipywidgets as widgets
 
 from dimaskdino.course.build import with_palette
 from dimaskdino.course.lesson import begin
-from dimaskdino.serialization import write_atomically
+from dimaskdino.files import write_atomically
 from dimaskdino.viz.explorers import (
     Explorer,
     explore_architecture,

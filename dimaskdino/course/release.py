@@ -22,8 +22,8 @@ from nbformat import NotebookNode
 
 from dimaskdino.course.build import BEGIN, END, read_source
 from dimaskdino.errors import UserError
+from dimaskdino.files import write_text
 from dimaskdino.runs.processes import project_root
-from dimaskdino.serialization import write_text
 
 _CONFIG = """c = get_config()
 c.CourseDirectory.course_id = "dimaskdino"

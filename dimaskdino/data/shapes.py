@@ -18,8 +18,8 @@ from dimaskdino.data import solids
 from dimaskdino.data.coco import encode_masks
 from dimaskdino.data.dataloader import without_worker_traceback
 from dimaskdino.errors import UserError, writing
+from dimaskdino.files import write_text
 from dimaskdino.progress import progress_bar
-from dimaskdino.serialization import write_text
 
 CLASSES = config.Shapes().kinds  # of the default data
 SPLITS = ("train", "val")

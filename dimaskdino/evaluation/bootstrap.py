@@ -19,8 +19,8 @@ from dimaskdino.collection import without_collection
 from dimaskdino.errors import UserError
 from dimaskdino.evaluation.coco_ap import IOU_TYPE, Kind, Results
 from dimaskdino.evaluation.detections import Detections
+from dimaskdino.files import write_atomically
 from dimaskdino.progress import progress_bar
-from dimaskdino.serialization import write_atomically
 
 DRAWS = 1000
 CONFIDENCE = 0.95

@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from dimaskdino.evaluation.coco_ap import IOU_TYPE, Kind
 from dimaskdino.evaluation.detections import Detections
-from dimaskdino.serialization import write_text
+from dimaskdino.files import write_text
 
 # TIDE's kinds (Bolya et al. 2020, arXiv 2008.08115), in the order in which they are shown
 KINDS = {

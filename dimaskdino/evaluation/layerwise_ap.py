@@ -17,9 +17,9 @@ from dimaskdino.errors import UserError
 from dimaskdino.evaluation.ceilings import Ceilings, ceilings
 from dimaskdino.evaluation.coco_ap import AveragePrecision, average_precision, read_truth
 from dimaskdino.evaluation.detections import Detections, DetectionStore, file_digest, fingerprint
+from dimaskdino.files import write_text
 from dimaskdino.modeling import ImageBatch, Predictions, Stage, postprocess
 from dimaskdino.progress import progress_bar
-from dimaskdino.serialization import write_text
 
 FIRST_LAYER = "decoder.1"
 

@@ -16,9 +16,9 @@ from torchvision.ops import box_convert
 
 from dimaskdino.checkpoints import TrainedModel
 from dimaskdino.errors import UserError
+from dimaskdino.files import write_atomically
 from dimaskdino.modeling import Detector, ImageBatch
 from dimaskdino.modeling.structures import PIXEL_MEAN, PIXEL_STD, SIZE_DIVISOR
-from dimaskdino.serialization import write_atomically
 
 OUTPUTS = ("boxes", "scores", "labels", "masks")
 OPSET = 20  # the first with bilinear grid sampling of any rank

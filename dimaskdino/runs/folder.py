@@ -24,15 +24,13 @@ from typing import Any, Literal, TextIO
 
 import filelock
 import numpy as np
-import torch
 from jaxtyping import UInt8
 from PIL import Image
 
-from dimaskdino.checkpoints.model_files import recorded_config
 from dimaskdino.config import Config, dump_config, load_config, read_tree
 from dimaskdino.errors import Stopped, UserError, explain_os_error, writing
+from dimaskdino.files import parse_record, read_record, write_atomically, write_text
 from dimaskdino.runs.trackers import Tracker, open_trackers
-from dimaskdino.serialization import parse_record, read_record, write_atomically, write_text
 
 State = Literal["running", "finished", "stopped", "failed"]
 LOCK_SECONDS = 5.0  # a reader of the status holds the lock for an instant
@@ -108,11 +106,12 @@ class RunFolder:
 
     def _config_before(self) -> Config | None:
         """The configuration of the run in this folder: config.yaml or, if that is damaged, the checkpoints' copy."""
-        try:
-            complete = Config.model_fields.keys() <= read_tree(self.path / "config.yaml").keys()
-            return load_config(self.path / "config.yaml") if complete else recorded_config(self.path)
-        except UserError:
-            return recorded_config(self.path)
+        with contextlib.suppress(UserError):
+            if Config.model_fields.keys() <= read_tree(self.path / "config.yaml").keys():
+                return load_config(self.path / "config.yaml")
+        from dimaskdino.checkpoints.model_files import recorded_config  # with PyTorch, which is rarely needed here
+
+        return recorded_config(self.path)
 
     def write_config(self, config: Config) -> None:
         """Write the configuration and the versions. A file that says the same, with comments perhaps, stays.
@@ -425,6 +424,8 @@ def versions() -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Python, packages, machine and devices, on which measurements depend."""
+    import torch  # here, so that a run folder is looked at without waiting for it
+
     packages = {}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

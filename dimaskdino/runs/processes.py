@@ -12,7 +12,6 @@ from typing import Any
 
 import psutil
 
-from dimaskdino.distributed import STORE
 from dimaskdino.errors import Stopped, UserError, writing
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.signals import STOP_SECONDS, child_environment
@@ -35,6 +34,8 @@ def launch_command(module: str, arguments: Sequence[str], processes: int) -> tup
     command = [sys.executable, "-m"]
     if processes == 1:
         return [*command, module, *arguments], {}
+    from dimaskdino.distributed import STORE  # with PyTorch, which a single process need not wait for
+
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))}
     meeting = Path(tempfile.mkdtemp(prefix="dimaskdino-"))
     torchrun = [

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import UInt8
 
-from dimaskdino.errors import UserError
-from dimaskdino.serialization import read_record, write_text
+from dimaskdino.errors import UserError, first_line
+from dimaskdino.files import read_record, write_text
 
 PROJECT = "dimaskdino"
 MOST_PARAMS = 100  # that MLflow takes at a time
@@ -136,7 +136,7 @@ class _Forgiving:
             action()
         except Exception as error:  # each package has errors of its own
             self._failed = True
-            print(f"note: {self._name} fails ({_first_line(error)}); the training goes on without it", file=sys.stderr)
+            print(f"note: {self._name} fails ({first_line(error)}); the training goes on without it", file=sys.stderr)
 
 
 TRACKERS = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WeightsAndBiases}
@@ -161,14 +161,10 @@ def open_trackers(names: Sequence[str], folder: Path, settings: Mapping[str, Any
         except (UserError, OSError):
             raise
         except Exception as error:  # each package has errors of its own
-            raise UserError(f"train.trackers: {name} cannot record ({_first_line(error)})") from error
+            raise UserError(f"train.trackers: {name} cannot record ({first_line(error)})") from error
         # what cannot be written to the run folder is an error of the run
         trackers.append(tracker if isinstance(tracker, TensorBoard) else _Forgiving(name, tracker))
     return trackers
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _imported(name: str) -> Any:

@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dimaskdino.files import write_text
 from dimaskdino.markdown import escape
-from dimaskdino.serialization import write_text
 from dimaskdino.studies.comparison import Comparison, Contrast, EvaluatedRun, Interval, Quantity, compare
 from dimaskdino.studies.study import Row, Study
 

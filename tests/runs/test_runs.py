@@ -40,6 +40,19 @@ def test_status_of_what_went_well_and_what_did_not(tmp_path):
     assert folder.status() | {"state": "failed", "reason": "division by zero"} == folder.status()
 
 
+def test_a_run_is_looked_at_without_waiting_for_pytorch(tmp_path):
+    folder = RunFolder(tmp_path)
+    with folder.running(), folder.metrics(0) as metrics:
+        metrics.write({"step": 1, "loss": 2.0})
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom dimaskdino.cli.training import status\n"
+        "status(Path(sys.argv[1]))\nprint('torch' in sys.modules)"
+    )
+    seen = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "step 1, loss 2.00" in seen.stdout
+    assert seen.stdout.endswith("False\n")
+
+
 def running_elsewhere(folder, child: str = "") -> subprocess.Popen:
     """A process that has a run in the folder, and has started it when this returns."""
     code = (
