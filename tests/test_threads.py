@@ -74,8 +74,11 @@ def test_a_number_that_the_user_chose_stays(busy, most):
     for control in (fixed, adapted):  # by OMP_NUM_THREADS, by torch.set_num_threads
         with control.share_cores():
             assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize(("environment", "expected"), [({"OMP_NUM_THREADS": "2"}, "True"), ({}, "False")])
+def test_the_environment_fixes_the_number(environment, expected):
     program = "from dimaskdino.threads import ThreadControl; print(ThreadControl().fixed)"
-    for environment, expected in (({"OMP_NUM_THREADS": "2"}, "True"), ({}, "False")):
-        clean = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        found = subprocess.run([sys.executable, "-c", program], env=clean | environment, capture_output=True, text=True)
-        assert found.stdout.strip() == expected
+    clean = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    found = subprocess.run([sys.executable, "-c", program], env=clean | environment, capture_output=True, text=True)
+    assert found.stdout.strip() == expected
