@@ -352,16 +352,16 @@ def pooled_deviation(values: Mapping[str, Mapping[int, float]], paired: bool) ->
 
     Args:
         values: by row and seed.
-        paired: without what the runs of a seed have in common (rows that lack a seed are left out).
+        paired: without what the runs of a seed have in common; of the seeds that all these rows have.
     """
     rows = [dict(found) for found in values.values() if len(found) > 1]
     if paired:
-        most = max((len(found) for found in rows), default=0)
-        table = np.array([[f[seed] for seed in sorted(f)] for f in rows if len(f) == most])
-        if len(table) < 2:
+        common = sorted(set.intersection(*map(set, rows))) if rows else []
+        if len(rows) < 2 or len(common) < 2:
             return None
+        table = np.array([[found[seed] for seed in common] for found in rows])
         rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
-        return float(((rest**2).sum() / ((len(table) - 1) * (most - 1))) ** 0.5)
+        return float(((rest**2).sum() / ((len(rows) - 1) * (len(common) - 1))) ** 0.5)
     return statistics.mean(statistics.variance(f.values()) for f in rows) ** 0.5 if rows else None
 
 

@@ -89,6 +89,8 @@ def test_pooled_deviation():
     values = {"a": {0: 0.0, 1: 1.0, 2: 2.0}, "b": {0: 0.0, 1: 3.0, 2: 6.0}, "c": {0: 5.0}}
     assert pooled_deviation(values, paired=False) == pytest.approx(((1 + 9) / 2) ** 0.5)
     assert pooled_deviation(values, paired=True) == pytest.approx((4 / 2) ** 0.5)
+    under_way = {"a": values["a"] | {3: 9.0}, "b": values["b"]}  # seed 3 is not compared yet
+    assert pooled_deviation(under_way, paired=True) == pytest.approx((4 / 2) ** 0.5)
     assert pooled_deviation({"c": {0: 5.0}}, paired=False) is None
     assert pooled_deviation({"a": values["a"]}, paired=True) is None
     effect = planned_detectable(B_MINUS_A, seeds=6, deviation=1.5, contrasts=1, paired=True)
