@@ -64,8 +64,8 @@ if __name__ == "__main__":
         path = FOLDER / f"{figure.__name__}.png"
         figure().savefig(path, dpi=130)
         print(f"written: {path}")
-    for name in study_blocks.NAMES:
-        report, folder = study_blocks.report(name), study_blocks.STUDIES / name
+    for scale, name in [(scale, name) for scale, names in study_blocks.REPORTS.items() for name in names]:
+        report, folder = study_blocks.report(name, scale), study_blocks.FOLDERS[scale] / name
         report.save(folder)
         for kind, drawn in viz.study_figures(report).items():
             drawn.savefig(folder / f"{kind}.png")

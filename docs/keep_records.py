@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dimaskdino.runs.folder import RunFolder
 
-FILES = ("config.yaml", "versions.json", "evaluation/layers.json", "evaluation/bootstrap.npz")
+FILES = ("config.yaml", "evaluation/layers.json", "evaluation/bootstrap.npz")
 EVERY = 100  # steps
 
 
@@ -20,6 +20,9 @@ def keep(run: Path, folder: Path) -> None:
     for name in FILES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(run / name, folder / name)
+    versions = json.loads((run / "versions.json").read_text())
+    del versions["command"]  # it has paths of one machine
+    (folder / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
     kept = [r for r in RunFolder(run).read_metrics() if "validation" in r or r["step"] % EVERY == 0]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
 

@@ -9,29 +9,36 @@ from typing import Any
 
 from formats import number, signed
 
-from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
+from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, LayerwiseAP
 from dimaskdino.studies.comparison import (
     Comparison,
+    EvaluatedRun,
     Quantity,
     correlation_of_pairs,
     planned_detectable,
+    pooled_deviation,
     slope_within_rows,
 )
 from dimaskdino.studies.report import StudyReport, show_p
-from dimaskdino.studies.study import find_study, load_study
+from dimaskdino.studies.study import Study, find_study, load_study
 
 ROOT = Path(__file__).parent.parent
 STUDIES = ROOT / "notebooks" / "studies"
-NAMES = [f"table_{number}" for number in range(3, 10)] + ["figure_1", "bato_layers", "undetached_selection"]
+FOLDERS = {"shapes": STUDIES, "miniature": STUDIES / "miniature"}
+REPORTS = {  # by scale
+    "shapes": [*(f"table_{number}" for number in range(3, 10)), "figure_1", "bato_layers", "undetached_selection"],
+    "miniature": [],  # of a study whose seeds are all there
+}
 SOLID, OPEN = ("disk", "rectangle", "triangle"), ("star", "ring")
 BOX = Quantity.parse("last.box")
+PILOT = (0, 1, 2)  # seeds
 LARGEST_DEVIATION = 1.5  # points of AP: differences between two rows of a seed in the second miniature
 
 
 @cache
-def report(name: str) -> StudyReport:
-    """A study's report from the committed runs."""
-    return StudyReport.of(load_study(find_study(name)), "shapes", STUDIES)
+def report(name: str, scale: str = "shapes") -> StudyReport:
+    """A study's report from the committed runs of a scale."""
+    return StudyReport.of(load_study(find_study(name)), scale, FOLDERS[scale])
 
 
 def main_comparison(row: str) -> Comparison:
@@ -144,7 +151,7 @@ def study_table_4() -> str:
 def study_others() -> str:
     """The contrasts of the other studies that have several runs, and which have a single one."""
     repeated, single = [], []
-    for name in NAMES:
+    for name in REPORTS["shapes"]:
         if name in ("table_4", "figure_1"):
             continue
         for found in report(name).comparisons:
@@ -179,19 +186,55 @@ def study_power() -> str:
 
 def study_reach() -> str:
     """What the second miniature can find if its trainings scatter as much as is allowed."""
-    study = load_study(find_study("box_formula"))
-    seeds, adjusted = len(study.seeds), len(study.registered)
-    [contrast, *_] = (c for c in study.registered if c.quantity == BOX)
-    found = planned_detectable(contrast, seeds, LARGEST_DEVIATION / 2**0.5, adjusted, paired=True)
+    seeds, adjusted = len(_box_formula().seeds), len(_box_formula().registered)
     tables = [report(f"table_{n}") for n in (5, 6, 7, 8, 9)]
     contrasts = [(table, c.contrast) for table in tables for c in table.comparisons if c.contrast.quantity == BOX]
     published = [abs(table.published_difference("COCO", contrast)) for table, contrast in contrasts]
     low, high = number(min(published)), number(max(published))
     return (
         f"If differences between two rows of a seed vary by {LARGEST_DEVIATION} points, {seeds} seeds find an effect "
-        f"of a module of ±{found:.1f} points of box AP with 80 % power, adjusted for {adjusted} comparisons. The "
-        f"differences in the paper's tables 5 to 9 are {low} to {high} points on COCO: out of reach, and not run."
+        f"of a module of ±{_effect_found(LARGEST_DEVIATION):.1f} points of box AP with 80 % power, adjusted for "
+        f"{adjusted} comparisons. The differences in the paper's tables 5 to 9 are {low} to {high} points on COCO: out "
+        "of reach, and not run."
     )
+
+
+def study_pilot() -> str:
+    """What the pilot of the second miniature was run for: its scatter, and a box AP at which to compare the lag."""
+    scatter = 2**0.5 * pooled_deviation({row: BOX.by_seed(runs) for row, runs in _pilot().items()}, paired=True)
+    return (
+        f"In the pilot the differences in box AP between rows of a seed have a standard deviation of {scatter:.2f} "
+        f"points, with which the study finds effects of ±{_effect_found(scatter):.1f}. The first layer of MaskDINO "
+        f"reaches at least {_reached():.1f} box AP before the last validation, so the lag is also compared at a box AP "
+        f"of {equal_ap()}."
+    )
+
+
+def equal_ap() -> int:
+    """The box AP at which the second miniature compares the lag, by its rule."""
+    return 5 * int(_reached() // 5)
+
+
+def _reached() -> float:
+    """Box AP that MaskDINO's first layer reaches in every training of the pilot before the last validation."""
+    runs = _pilot()["neither"].values()
+    return min(max(scores[FIRST_LAYER]["box"] for scores in run.validations[:-1]) for run in runs)
+
+
+def _pilot() -> dict[str, dict[int, EvaluatedRun]]:
+    measured = report("table_4", "miniature").measured
+    return {row: {seed: run for seed, run in runs.items() if seed in PILOT} for row, runs in measured.items()}
+
+
+def _box_formula() -> Study:
+    return load_study(find_study("box_formula"))
+
+
+def _effect_found(deviation: float) -> float:
+    """A module's effect on box AP that `box_formula` finds, if differences between rows of a seed vary so much."""
+    study = _box_formula()
+    [contrast, *_] = (c for c in study.registered if c.quantity == BOX)
+    return planned_detectable(contrast, len(study.seeds), deviation / 2**0.5, len(study.registered), paired=True)
 
 
 def claims() -> str:
@@ -272,5 +315,6 @@ BLOCKS = (
     study_pairs,
     study_power,
     study_reach,
+    study_pilot,
     claims,
 )

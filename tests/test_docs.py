@@ -5,12 +5,22 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import nbformat
 import pytest
+import torch
 from PIL import Image
+from small import FILE, MODEL
+
+from dimaskdino.config import load_config
+from dimaskdino.modeling import Detector, ImageBatch
+from dimaskdino.modeling.structures import Stage
+from dimaskdino.studies.study import find_study, load_study
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
+import measure_bato  # noqa: E402
 import measure_ceilings  # noqa: E402
 import records  # noqa: E402
 import study_blocks  # noqa: E402
@@ -38,11 +48,60 @@ def test_a_changed_number_is_noticed():
     assert records.rewritten(changed) == text
 
 
-@pytest.mark.parametrize("name", study_blocks.NAMES)
-def test_tables_of_studies_are_what_the_runs_say(name, tmp_path):
-    study_blocks.report(name).save(tmp_path)
+@pytest.mark.parametrize(
+    ("scale", "name"), [(scale, name) for scale, names in study_blocks.REPORTS.items() for name in names]
+)
+def test_tables_of_studies_are_what_the_runs_say(scale, name, tmp_path):
+    study_blocks.report(name, scale).save(tmp_path)
     for file in ("table.json", "table.md"):
-        assert (tmp_path / file).read_text() == (study_blocks.STUDIES / name / file).read_text(), "run `make figures`"
+        committed = study_blocks.FOLDERS[scale] / name / file
+        assert (tmp_path / file).read_text() == committed.read_text(), "run `make figures`"
+
+
+def test_the_studys_notebook_makes_every_number_of_the_page(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    cells = nbformat.read(ROOT / "docs" / "study.ipynb", as_version=4).cells
+    program = [cell.source for cell in cells if cell.cell_type == "code"]
+    exec("\n".join(program[:-1]), {})  # without the figures
+    page = (ROOT / "docs" / "study.md").read_text()
+    assert len(shown) == page.count("<!-- records:") > 0
+    assert all(text.data.split("\n\n", 1)[1] in page for text in shown)
+
+
+def test_the_lag_is_compared_where_the_pilots_rule_says():
+    levels = {quantity.at for quantity in load_study(find_study("box_formula")).quantities} - {None}
+    assert levels == {study_blocks.equal_ap()}
+
+
+def test_with_both_parts_left_out_bato_is_not_there():
+    settings = load_config(FILE, MODEL).model
+    torch.manual_seed(0)
+    detector = Detector(settings).eval()
+    plain = Detector(settings.model_copy(update={"bato": settings.bato.model_copy(update={"enabled": False})})).eval()
+    plain.load_state_dict({k: v for k, v in detector.state_dict().items() if not k.startswith("token_optimization.")})
+    images = ImageBatch.from_images([torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)], torch.device("cpu"))
+    with torch.no_grad():
+        wanted, found = plain(images).stages, {}
+        for name, parts in measure_bato.LEFT_OUT.items():
+            with measure_bato.without(SimpleNamespace(detector=detector), parts):
+                found[name] = detector(images).stages
+        after = detector(images).stages
+    for name, stage in wanted.items():
+        assert_same(found["both"][name], stage)
+        assert_same(found["nothing"][name], after[name])
+    assert_same(found["nothing"]["decoder.1"], wanted["decoder.1"])  # BATO acts after it
+    last = {name: stages["decoder.2"] for name, stages in found.items()}
+    torch.testing.assert_close(last["mask features"].class_logits, last["nothing"].class_logits)  # masks alone see them
+    assert not torch.allclose(last["mask features"].mask_logits(), last["nothing"].mask_logits())
+    assert not torch.allclose(last["tokens"].class_logits, last["nothing"].class_logits)
+
+
+def assert_same(found: Stage, expected: Stage) -> None:
+    torch.testing.assert_close(found.class_logits, expected.class_logits)
+    torch.testing.assert_close(found.boxes, expected.boxes)
+    if expected.has_masks:
+        torch.testing.assert_close(found.mask_logits(), expected.mask_logits())
 
 
 def test_the_record_of_ceilings_is_what_the_shapes_have(tmp_path):
