@@ -69,17 +69,24 @@ def progress_bar(
             are updated by hand.
         options: further arguments of `tqdm`, such as `unit`.
     """
-    notebook = type(sys.stderr).__module__.startswith("ipykernel")
-    terminal = sys.stderr.isatty() or notebook
-    pipe_seconds = math.inf if log_by_hand else PIPE_SECONDS
-    options.setdefault("mininterval", TERMINAL_SECONDS if terminal else pipe_seconds)
+    overwrites, pipe_seconds = can_overwrite(sys.stderr), math.inf if log_by_hand else PIPE_SECONDS
+    options.setdefault("mininterval", TERMINAL_SECONDS if overwrites else pipe_seconds)
     options.setdefault("maxinterval", 10 * options["mininterval"])
-    if not terminal:
+    if not overwrites:
         known = total is not None or hasattr(iterable, "__len__")
         return _Lines(iterable, description, total, bar_format=LINE if known else LINE_WITHOUT_TOTAL, **options)
-    known_width = not notebook and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    known_width = not _is_notebook(sys.stderr) and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     width = {"dynamic_ncols": True} if known_width else {"ncols": 100}
     return tqdm(iterable, description, total, **width, **options)
+
+
+def can_overwrite(stream: TextIO) -> bool:
+    """Whether a line can be written over what is there: in a terminal and a notebook, not in a pipe or a file."""
+    return stream.isatty() or _is_notebook(stream)
+
+
+def _is_notebook(stream: TextIO) -> bool:
+    return type(stream).__module__.startswith("ipykernel")
 
 
 class PipedBars:

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from dimaskdino.config import load_config, parse_yaml
 from dimaskdino.errors import Stopped, UserError
 from dimaskdino.markdown import escape
-from dimaskdino.progress import PipedBars, progress_bar
+from dimaskdino.progress import PipedBars, can_overwrite, progress_bar
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.runs.live import NOTEBOOK_FOLDER
 from dimaskdino.signals import STOP_SECONDS, stop_signals_interrupt
@@ -162,7 +162,7 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
 @contextmanager
 def _shown_errors(echo: bool) -> Iterator[TextIO | PipedBars | None]:
     """Where to show what a notebook writes to standard error."""
-    if not echo or sys.stderr.isatty():
+    if not echo or can_overwrite(sys.stderr):
         yield sys.stderr if echo else None
         return
     with closing(PipedBars(sys.stderr)) as lines:
