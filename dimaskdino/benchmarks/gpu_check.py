@@ -97,19 +97,22 @@ def _operator_cases(folder: Path, versions: Iterable[str], mmcv: Path | None, dr
 
 
 def _model_cases(folder: Path, compiled: bool, dry_run: bool) -> list[Case]:
-    """The paper's test size on both models, larger batches, a GPU's share of the recipe's batch, and all of it."""
+    """The paper's test size on both models, a GPU's share of the recipe's batch and all of it, larger batches."""
     commands = [
-        ("inference", "800 1333", "1", name, precision)
-        for name, precision in itertools.product((MODEL, BASELINE), ("fp32", "bf16"))
+        (task, size, images, name, precision)
+        for task, size, images, name in (
+            ("inference", "800 1333", "1", MODEL),
+            ("training", "1024 1024", "2", MODEL),
+            ("inference", "800 1333", "1", BASELINE),
+        )
+        for precision in ("fp32", "bf16")
     ]
     if not compiled:
+        commands.append(("training", "1024 1024", "16", MODEL, "bf16", "train.accumulate=4"))
+        commands.append(("training", "1024 1024", "16", MODEL, "fp32", "train.accumulate=8"))
         for size, images, precision in itertools.product(("800 1333", "1024 1024"), ("1", "8"), ("fp32", "bf16")):
             if (size, images) != ("800 1333", "1"):
                 commands.append(("inference", size, images, MODEL, precision))
-    commands += [("training", "1024 1024", "2", MODEL, precision) for precision in ("fp32", "bf16")]
-    if not compiled:
-        commands.append(("training", "1024 1024", "16", MODEL, "fp32", "train.accumulate=8"))
-        commands.append(("training", "1024 1024", "16", MODEL, "bf16", "train.accumulate=4"))
     found = []
     for task, size, images, name, precision, *more in commands:
         settings = [f"train.precision={precision}", f"train.compile={str(compiled).lower()}", *more]
@@ -139,6 +142,7 @@ def _test_cases(folder: Path, dry_run: bool) -> list[Case]:
         found.append(Case("tests under compute-sanitizer", (*sanitizer, *_pytest(*some))))
     if shutil.which("ncu"):
         kernels = ("--kernel-name", "regex:(forward|backward)_kernel", "--launch-count", "8", "--set", "full")
+        kernels += ("--clock-control", "none")  # the machine's settings are left alone
         output = ("--csv", "--page", "raw", "--log-file", str(folder / "profile.csv"))
         benchmark = (sys.executable, "-m", "ms_deform_attn.benchmark", "--rounds", "1", "--queries", "encoder")
         found.append(Case("profile of the kernels", ("ncu", *kernels, *output, *benchmark)))
