@@ -1,14 +1,18 @@
 """What only a GPU can show: predictions as on the CPU, trainings in every precision, batches in pinned memory."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from small import settings
+from torchvision.io import read_image
+from torchvision.ops import box_iou
 
 import dimaskdino
 from dimaskdino.data.dataloader import batches, training_dataset, training_loader
+from dimaskdino.evaluation.predict import predict_images
 from dimaskdino.modeling import ImageBatch
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.training.trainer import train
@@ -27,6 +31,20 @@ def test_predictions_are_those_of_the_cpu(name, monkeypatch):
     for stage in expected:
         torch.testing.assert_close(found[stage].boxes.cpu(), expected[stage].boxes, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(found[stage].class_logits.cpu(), expected[stage].class_logits, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+def test_the_best_detection_is_that_of_the_cpu_in_every_precision(shapes_data: Path, precision: str):
+    model = dimaskdino.load("dimaskdino-shapes")
+    model.detector.to("cpu")
+    images = [read_image(str(path)) for path in sorted((shapes_data / "val2017").glob("*.png"))]
+    expected = predict_images(model, images)
+    model.detector.to("cuda")
+    found = predict_images(replace(model, precision=precision), images)
+    for theirs, ours in zip(expected, found, strict=True):
+        for stage, best in theirs.items():
+            assert ours[stage].labels[0] == best.labels[0]
+            assert float(box_iou(ours[stage].boxes[:1].cpu(), best.boxes[:1])) > 0.9
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])

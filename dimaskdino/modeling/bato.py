@@ -70,6 +70,8 @@ class TokenOptimization(nn.Module):
         # F' = ReLU(GN(conv(F + the finest level of T_bal, enlarged)))
         finest = T_bal.map(min(T_bal.strides))
         refreshed = self.mask_features(mask_features + resize_to(finest, mask_features))
+        # under autocast a GPU normalises in float32; masks are products with F' in the dtype of F
+        refreshed = refreshed.to(mask_features.dtype)
         return TokenOptimizationOutput(T_bal, refreshed, value, key - value, indices, attention)
 
     def _guiding_tokens(self, guide: Guide, heads: PredictionHeads) -> tuple[Tensor, Tensor, Tensor | None]:
