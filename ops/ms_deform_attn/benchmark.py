@@ -218,13 +218,16 @@ def _errors(workload: Workload, device: str, implementations: dict[str, Function
 def _time(calls: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, float]:
     """Median milliseconds of each call, taken in turn so that a slow moment of the machine meets all of them.
 
-    A GPU is kept busy until the host has queued the whole call, so that it never waits for the host.
+    On a GPU every timed call follows another of the same implementation, so that each finds its own tensors in the
+    caches, whoever came before it; and the GPU is kept busy until the host has queued the whole call, so that it never
+    waits for the host.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 2):  # two to warm up
         for name, call in calls.items():
             if device == "cuda":
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                call()
                 torch.cuda.synchronize()
                 torch.cuda._sleep(SLEEP_CYCLES)
                 start.record()

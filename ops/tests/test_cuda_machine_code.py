@@ -34,7 +34,7 @@ needs_compiler = pytest.mark.skipif(
 def test_other_versions_stay_in_registers(name, tmp_path):
     found = {kernel["kernel"]: kernel for kernel in kernels(90, variants.write(tmp_path)[name])}
     for symbol in OF_THE_MODEL.values():
-        assert found[symbol]["stack"] <= (16 if name == "block_sums" else 0), found[symbol]
+        assert found[symbol]["stack"] == 0, found[symbol]
 
 
 @pytest.mark.slow
@@ -46,7 +46,7 @@ def test_kernels(capability):
     for name, kernel in found.items():
         if "double" not in name:
             assert kernel["stack"] == 0, kernel
-            assert kernel["registers"] <= 64, kernel  # two blocks of 512 threads fit a multiprocessor
+            assert kernel["registers"] <= 64, kernel  # eight blocks of 128 threads fit a multiprocessor
         if "backward" in name and ", 4, 8, true" in name:
             # four corners; from Hopper on one addition of four numbers each
             assert sum(kernel["atomics"].values()) == (4 if capability >= 90 else 16), kernel

@@ -20,7 +20,7 @@
 
 namespace {
 
-constexpr int THREADS = 512;
+constexpr int THREADS = 128;
 constexpr int MAX_LEVELS = 64;
 constexpr unsigned WHOLE_WARP = 0xffffffff;
 
@@ -222,7 +222,7 @@ struct Work {
 // ---------------------------------------------------------------------------------------------- forward
 
 template <typename scalar_t, typename acc_t, int VEC, int GW>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, 8)
     forward_kernel(const Sizes s, const __grid_constant__ Levels levels, const __grid_constant__ Walk walk,
                    const scalar_t* __restrict__ value, const acc_t* __restrict__ location,
                    const acc_t* __restrict__ attention, scalar_t* __restrict__ output) {
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(THREADS, 2)
 // ---------------------------------------------------------------------------------------------- backward
 
 template <typename scalar_t, typename acc_t, int VEC, int GW, bool VALUE, bool SAMPLES>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, 8)
     backward_kernel(const Sizes s, const __grid_constant__ Levels levels, const __grid_constant__ Walk walk,
                     const scalar_t* __restrict__ grad_output, const scalar_t* __restrict__ value,
                     const acc_t* __restrict__ location, const acc_t* __restrict__ attention,
