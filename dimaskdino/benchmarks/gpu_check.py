@@ -9,6 +9,7 @@ In the folder: `cases.jsonl` (how each case went), `output.log` (what they print
 measurement of `dimaskdino.benchmarks.model`), the operator's measurements, and `profile.csv`.
 """
 
+import importlib.util
 import itertools
 import json
 import os
@@ -74,7 +75,13 @@ def cases(
 
 
 def _pytest(*arguments: str) -> tuple[str, ...]:
-    return sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments
+    # pytest-benchmark, where it is installed, warns beside workers, and warnings are errors
+    return sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", *arguments
+
+
+def _pytest_at_once(*arguments: str) -> tuple[str, ...]:
+    """With four workers where pytest-xdist is installed: most of the time goes into compiling Triton kernels."""
+    return _pytest(*(("-n", "4") if importlib.util.find_spec("xdist") else ()), *arguments)
 
 
 def _operator_cases(folder: Path, versions: Iterable[str], mmcv: Path | None, dry_run: bool) -> list[Case]:
@@ -133,19 +140,19 @@ def _model_cases(folder: Path, compiled: bool, dry_run: bool) -> list[Case]:
 def _test_cases(folder: Path, dry_run: bool) -> list[Case]:
     quick = ("-k", "definition and reference") if dry_run else ("-k", "not emulated")
     found = [
-        Case("tests of the operator", _pytest("ops/tests/test_ms_deform_attn.py", *quick)),
-        Case("tests of the model", _pytest("tests/test_on_a_gpu.py")),
+        Case("tests of the operator", _pytest_at_once("ops/tests/test_ms_deform_attn.py", *quick)),
+        Case("tests of the model", _pytest_at_once("tests/test_on_a_gpu.py")),
     ]
-    if shutil.which("compute-sanitizer"):
-        sanitizer = ("compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all")
-        some = ("ops/tests/test_ms_deform_attn.py", "-k", "cuda and (odd_sizes or nowhere or borders)")
-        found.append(Case("tests under compute-sanitizer", (*sanitizer, *_pytest(*some))))
     if shutil.which("ncu"):
         kernels = ("--kernel-name", "regex:(forward|backward)_kernel", "--launch-count", "8", "--set", "full")
         kernels += ("--clock-control", "none")  # the machine's settings are left alone
         output = ("--csv", "--page", "raw", "--log-file", str(folder / "profile.csv"))
         benchmark = (sys.executable, "-m", "ms_deform_attn.benchmark", "--rounds", "1", "--queries", "encoder")
         found.append(Case("profile of the kernels", ("ncu", *kernels, *output, *benchmark)))
+    if shutil.which("compute-sanitizer"):
+        sanitizer = ("compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all")
+        some = ("ops/tests/test_ms_deform_attn.py", "-k", "cuda and (odd_sizes or nowhere or borders)")
+        found.append(Case("tests under compute-sanitizer", (*sanitizer, *_pytest(*some))))
     return found
 
 
