@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).parent.parent
 # the host reads a value, or a size that depends on values
 READING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal"}
+READING |= {"prod"}  # its gradient asks whether a factor is zero
 INDEXING = {"index", "index_put", "index_put_"}  # by a mask: by the places where it is true
 
 
@@ -45,7 +46,8 @@ class Waits(TorchDispatchMode):
         name = func.overloadpacket.__name__
         on_gpu = bool(args) and isinstance(args[0], torch.Tensor) and args[0].device.type == "cuda"
         by_mask = name in INDEXING and any(index is not None and index.dtype == torch.bool for index in args[1])
-        if on_gpu and (name in READING or by_mask):
+        from_host = name in ("index_put", "index_put_") and args[2].device.type != "cuda"  # x[i] = 1
+        if on_gpu and (name in READING or by_mask or from_host):
             self.lines[_line()] += 1
         if name in ("_to_copy", "copy_"):
             source = args[1] if name == "copy_" else args[0]

@@ -36,7 +36,7 @@ def criterion(predictions: Predictions, targets: Targets, settings: config.Loss,
         objects: divisor of the sums: number of objects in the global batch / number of processes; at least 1.
     """
     stages = list(predictions.stages.values())
-    n = torch.as_tensor(objects, dtype=torch.float32, device=targets.boxes.device).clamp(min=1)
+    n = (torch.ones((), device=targets.boxes.device) * objects).clamp(min=1)
     groups = predictions.denoising_groups
     with torch.autocast(targets.boxes.device.type, enabled=False):
         judged = list(zip(stages, match(stages, targets, settings), strict=True))
@@ -104,9 +104,12 @@ def label_losses(judged: Judged, targets: Targets) -> list[Tensor]:
         alike = [i for i, (stage, _) in enumerate(judged) if stage.class_logits.shape == shape]
         logits = torch.stack([judged[i][0].class_logits.float() for i in alike])
         wanted = torch.zeros_like(logits)
-        for one, i in zip(wanted, alike, strict=True):
-            m = judged[i][1]
-            one[m.image, m.query, targets.labels[m.image, m.target]] = 1
+        matches = [judged[i][1] for i in alike]
+        image, query, target = (torch.cat([getattr(m, key) for m in matches]) for key in ("image", "query", "target"))
+        place = torch.from_numpy(np.repeat(np.arange(len(matches)), [sum(m.counts) for m in matches]))
+        place = place.to(logits.device, non_blocking=True)
+        # the number 1 itself would be copied from the host, which waits for the copy
+        wanted[place, image, query, targets.labels[image, target]] = wanted.new_ones(())
         cross_entropy = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
         p = logits.sigmoid()
         wrong = wanted * (1 - p) + (1 - wanted) * p
