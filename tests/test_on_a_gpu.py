@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from small import settings
-from torchvision.io import read_image
 from torchvision.ops import box_iou
 
 import dimaskdino
 from dimaskdino.data.dataloader import batches, training_dataset, training_loader
+from dimaskdino.data.images import load_image
 from dimaskdino.evaluation.predict import predict_images
 from dimaskdino.modeling import ImageBatch
 from dimaskdino.runs.folder import RunFolder
@@ -37,7 +37,8 @@ def test_predictions_are_those_of_the_cpu(name, monkeypatch):
 def test_the_best_detection_is_that_of_the_cpu_in_every_precision(shapes_data: Path, precision: str):
     model = dimaskdino.load("dimaskdino-shapes")
     model.detector.to("cpu")
-    images = [read_image(str(path)) for path in sorted((shapes_data / "val2017").glob("*.png"))]
+    images = [load_image(path) for path in sorted((shapes_data / "images" / "val").iterdir())]
+    assert len(images) == 4
     expected = predict_images(model, images)
     model.detector.to("cuda")
     found = predict_images(replace(model, precision=precision), images)
