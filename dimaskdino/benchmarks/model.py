@@ -60,6 +60,9 @@ class Timing:
         precision, compiled, parts_per_step: as `train.precision`, `train.compile` and `train.accumulate` were.
         graphs: whether the whole detector was compiled, and replayed as a CUDA graph.
         synchronisations: number of times the CPU waited for the device in one repetition (CUDA).
+        kernels: number of kernels and copies on the device in one repetition (CUDA).
+        busy_seconds: the part of a repetition that they take together (CUDA); where it is much shorter than `seconds`,
+            the device waits for the CPU to launch them.
         peak_memory_gib: of the process (CPU) or of the device's allocations (CUDA).
         gflop: floating-point operations of one repetition; deformable attention is included where its compiled kernels
             run.
@@ -82,6 +85,8 @@ class Timing:
     graphs: bool
     parts_per_step: int
     synchronisations: int | None
+    kernels: int | None
+    busy_seconds: float | None
     peak_memory_gib: float
     gflop: float | None
     product_seconds: float | None
@@ -139,6 +144,7 @@ def measure(
         with PartClock(detector, device) as clock:
             run(clock)
         clocks.append(clock.seconds)
+    kernels = device_kernels(run) if device.type == "cuda" else None
     parts = {name: statistics.median(seconds[name] for seconds in clocks) for name in (clocks[0] if clocks else ())}
     return Timing(
         task=task,
@@ -154,6 +160,8 @@ def measure(
         graphs=graphs,
         parts_per_step=config.train.accumulate if task == "training" else 1,
         synchronisations=_count_synchronisations(run) if device.type == "cuda" else None,
+        kernels=None if kernels is None else len(kernels),
+        busy_seconds=None if kernels is None else sum(kernels),
         peak_memory_gib=_peak_memory(device),
         gflop=None if compiled else count_gflop(run),
         product_seconds=None if compiled or device.type != "cpu" else product_seconds(run),
@@ -310,6 +318,15 @@ def product_seconds(run: Callable[[], Any]) -> float:
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         run()
     return sum(kernel.self_cpu_time_total for kernel in profiled.key_averages() if kernel.key in PRODUCTS) / 1e6
+
+
+def device_kernels(run: Callable[[], Any]) -> list[float]:
+    """Seconds of every kernel and copy that a call runs on an NVIDIA GPU."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        run()
+        torch.cuda.synchronize()
+    events = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [event.time_range.elapsed_us() / 1e6 for event in events]
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -6,6 +6,8 @@ The records are the measurements in results/, and machine_code.json, which is wr
 
 import json
 import re
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -14,7 +16,8 @@ README = HERE.parent / "README.md"
 
 def table(record: dict) -> str:
     """One device's measurements in Markdown: medians in milliseconds and how many times faster than the slow one."""
-    names = list(record["rows"][0]["milliseconds"])
+    versions = record.get("versions", {})
+    names = [name for name in record["rows"][0]["milliseconds"] if name not in versions]
     base = "original" if "original" in names else "reference"
     header = ["samples", "batch", "type", "pass", *(f"{name} (ms)" for name in names), "ratio", "floor (ms)"]
     lines = [
@@ -26,14 +29,63 @@ def table(record: dict) -> str:
     ]
     for row in record["rows"]:
         w, ms = row["workload"], row["milliseconds"]
-        best = min(value for name, value in ms.items() if name != base)
+        best = min(ms[name] for name in names if name != base)
         cells = [f"{w['queries']}, {w['locations']}", str(w["batch"]), w["dtype"], row["direction"]]
-        cells += [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in ms.values()] + [
-            f"{ms[base] / best:.1f}×",
-            f"{row['floor_ms']:.2g}",
-        ]
+        cells += [_short(ms[name]) for name in names] + [f"{ms[base] / best:.1f}×", f"{row['floor_ms']:.2g}"]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    if base == "original":
+        lines += ["", _against_others(record)]
+    return "\n".join([*lines, *(_versions(record) if versions else ())])
+
+
+def _against_others(record: dict) -> str:
+    """How the CUDA kernels compare with the original, with deformops and with the floor."""
+
+    def span(ratio: Callable[[dict], float], *chosen: str) -> str:
+        rows = [r for r in record["rows"] if {*chosen} <= {*r["workload"].values(), r["direction"]}]
+        found = [ratio(row) for row in rows]
+        return f"{min(found):.1f} to {max(found):.1f}"
+
+    def to(name: str) -> Callable[[dict], float]:
+        return lambda row: row["milliseconds"][name] / row["milliseconds"]["cuda"]
+
+    def floor(row: dict) -> float:
+        return row["milliseconds"]["cuda"] / row["floor_ms"]
+
+    original = to("original")
+    return (
+        f"The CUDA kernels are {span(original, 'encoder', 'forward', 'float32')} times as fast as the original forward "
+        f"in the encoder in float32, and {span(original, 'encoder', 'forward', 'bfloat16')} times in bfloat16, which "
+        f"the original has to cast to float32; with backward {span(original, 'encoder', 'forward+backward')} times. In "
+        f"the decoder: {span(original, 'decoder')} times. deformops takes {span(to('deformops'), 'encoder')} times as "
+        f"long in the encoder, {span(to('deformops'), 'decoder')} times in the decoder. The floor of the encoder's "
+        f"forward, all sampled cells through the L1 caches, is {span(floor, 'encoder', 'forward')} times lower."
+    )
+
+
+def _short(milliseconds: float) -> str:
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+
+
+def _versions(record: dict) -> list[str]:
+    """Other versions of the CUDA kernels in the same run: their times relative to the operator's, in the encoder."""
+    kinds = [(dtype, way) for way in ("forward", "forward+backward") for dtype in ("float32", "bfloat16")]
+    lines = [
+        "",
+        "Other versions of the CUDA kernels, in the same rounds: time relative to `cuda`, geometric mean of the "
+        "encoder's rows.",
+        "",
+        "| version | " + " | ".join(f"{dtype}, {way}" for dtype, way in kinds) + " |",
+        "|---" + "|---:" * len(kinds) + "|",
+    ]
+    for name, what in record["versions"].items():
+        cells = []
+        for kind in kinds:
+            rows = [r for r in record["rows"] if (r["workload"]["dtype"], r["direction"]) == kind]
+            rows = [r["milliseconds"] for r in rows if r["workload"]["queries"] == "encoder"]
+            cells.append(f"{statistics.geometric_mean(ms[name] / ms['cuda'] for ms in rows):.2f}")
+        lines.append("| " + " | ".join([what, *cells]) + " |")
+    return lines
 
 
 def machine_code(record: dict) -> str:

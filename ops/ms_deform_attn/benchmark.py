@@ -335,6 +335,7 @@ def main() -> None:
         "torch": torch.__version__,
         "rounds": rounds,
         "copy_bytes_per_second": bandwidth,
+        "versions": {name: str(file) for name, file in versions.items()},
         "rows": [],
     }
     for queries, locations in (("encoder", "near"), ("encoder", "uniform"), ("decoder", "near")):
