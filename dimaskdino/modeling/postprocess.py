@@ -52,12 +52,12 @@ def postprocess(
     height, width = padded_size
     results = []
     for b in range(B):
-        likely = scores[b] >= threshold
+        likely = (scores[b] >= threshold).nonzero().flatten()  # a mask would make the host wait for every use of it
         queries, labels = pairs[b, likely] // K, pairs[b, likely] % K
         (h, w), (out_h, out_w) = sizes[b], output_sizes[b]
         boxes = box_convert(stage.boxes[b, queries].float(), "cxcywh", "xyxy")
-        scale = boxes.new_tensor([width * out_w / w, height * out_h / h])
-        boxes = boxes * scale.repeat(2)
+        boxes[:, 0::2] *= width * out_w / w
+        boxes[:, 1::2] *= height * out_h / h
         kept, index = queries.unique(return_inverse=True)
         image_scores, query_masks = scores[b, likely], None
         if masks and stage.mask_embedding is not None and stage.mask_features is not None:
