@@ -128,7 +128,8 @@ def test_kernels_equal_the_reference(name, B, Q, heads, D, points, shapes, dtype
     value, _, locations, weights = inputs(B, Q, heads, D, points, shapes)
     arguments = value.to(dtype), shapes, locations.to(dtype), weights.to(dtype)
     for kernel, reference in zip(results(name, *arguments), results("reference", *arguments), strict=True):
-        torch.testing.assert_close(kernel, reference, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-9)
+        if reference.numel():  # roundings of the largest terms, which may cancel in a number
+            assert (kernel - reference).abs().max() <= 64 * torch.finfo(dtype).eps * reference.abs().max()
 
 
 @pytest.mark.parametrize("name", KERNELS)
