@@ -110,7 +110,7 @@ BUGS = [
         "tile / walk.blocks_across[level] * Tile<GROUPS>::height +",
         "tile / walk.blocks_across[level] * (Tile<GROUPS>::height - 1) +",
     ),
-    ("tiles of half the height", "", "height = GROUPS / width;", "height = GROUPS / width / 2;"),
+    ("tiles of half the height", "", "height = GROUPS / width;", "height = (GROUPS / width + 1) / 2;"),
     ("a sum over half the lanes", "", "for (int step = GW / 2; step > 0;", "for (int step = GW / 4; step > 0;"),
     (
         "images counted in cells",
