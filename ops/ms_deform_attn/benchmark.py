@@ -11,15 +11,17 @@ where it is installed, and other versions of the kernels' source with --kernels 
 
 import argparse
 import json
+import multiprocessing
 import platform
 import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -99,15 +101,15 @@ def _own(name: str) -> Function:
     return run
 
 
-def _original(mmcv: Path) -> Function:
-    """The kernel of Deformable DETR, compiled from mmcv's sources; it has no bfloat16, so that is cast to float32."""
+def _original_extension(mmcv: Path) -> Any:
+    """The kernel of Deformable DETR, compiled from mmcv's sources."""
     from torch.utils import cpp_extension
 
     binding = Path(__file__).parent / "csrc" / "benchmark_original.cpp"
     sources = mmcv / "mmcv" / "ops" / "csrc"
     # cusparse.h and others, from pip's packages; after the toolkit's own, whose version may be another
     headers = sorted((Path(torch.__file__).parent.parent / "nvidia").glob("*/include"))
-    extension = cpp_extension.load(
+    return cpp_extension.load(
         name="ms_deform_attn_original",
         sources=[str(binding), str(sources / "pytorch" / "cuda" / "ms_deform_attn_cuda.cu")],
         extra_include_paths=[str(sources / folder) for folder in ("common", "common/cuda", "pytorch")],
@@ -115,6 +117,11 @@ def _original(mmcv: Path) -> Function:
         extra_cuda_cflags=[x for folder in headers for x in ("-Xcompiler", f"-idirafter,{folder}")],
         extra_ldflags=prepare("cuda"),
     )
+
+
+def _original(mmcv: Path) -> Function:
+    """The kernel of Deformable DETR; it has no bfloat16, so that is cast to float32."""
+    extension = _original_extension(mmcv)
     shapes, starts = _shape_tensors()
 
     class Original(torch.autograd.Function):
@@ -156,17 +163,42 @@ def _transformers(device: str) -> Function:
 
 def _other_kernels(device: str, name: str, source: Path) -> Function:
     """Another version of the kernels' source, as operators of its own name."""
+    renamed = _renamed(name, source)
+    register(f"{name}_forward", f"{name}_backward")
+    torch.ops.load_library(str(build(device, source=renamed)))
+    operator = getattr(torch.ops.ms_deform_attn, f"{name}_forward")
+    flat = [side for shape in LEVELS for side in shape]
+    return lambda value, locations, weights: operator(value, flat, locations, weights)
+
+
+def _renamed(name: str, source: Path) -> Path:
+    """A copy of a version's source that registers its kernels under its own name."""
     text = source.read_text()
     for direction in ("forward", "backward"):
         text = text.replace(f'm.impl("{direction}"', f'm.impl("{name}_{direction}"')
     renamed = cache_folder() / "versions" / f"{name}{source.suffix}"
     renamed.parent.mkdir(parents=True, exist_ok=True)
     renamed.write_text(text)
-    register(f"{name}_forward", f"{name}_backward")
-    torch.ops.load_library(str(build(device, source=renamed)))
-    operator = getattr(torch.ops.ms_deform_attn, f"{name}_forward")
-    flat = [side for shape in LEVELS for side in shape]
-    return lambda value, locations, weights: operator(value, flat, locations, weights)
+    return renamed
+
+
+def _build_at_once(device: str, mmcv: Path | None, versions: Mapping[str, Path]) -> None:
+    """Compile everything that takes part, each in a process of its own: one takes about a minute on a GPU machine."""
+    sources = [None, *(_renamed(name, source) for name, source in versions.items())]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(_build, device, source) for source in sources]
+        if device == "cuda" and mmcv is not None:
+            waiting.append(pool.submit(_build_original, mmcv))
+        for one in waiting:
+            one.result()
+
+
+def _build(device: str, source: Path | None) -> None:
+    build(device, source=source)
+
+
+def _build_original(mmcv: Path) -> None:
+    _original_extension(mmcv)
 
 
 def _shape_tensors(device: str = "cuda") -> tuple[Tensor, Tensor]:
@@ -322,10 +354,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for the results: a JSON file named after the device")
     arguments = parser.parse_args()
     device = arguments.device
+    versions = {name: Path(file) for name, _, file in (x.partition("=") for x in arguments.kernels)}
     if compiler(device):
+        _build_at_once(device, arguments.mmcv, versions)
         print(f"kernels: {build(device)}")
     rounds = arguments.rounds or (50 if device == "cuda" else 10)
-    versions = {name: Path(file) for name, _, file in (x.partition("=") for x in arguments.kernels)}
     implementations = dict(_implementations(device, arguments.mmcv, versions))
     base = "original" if "original" in implementations else "reference"
     bandwidth = _bandwidth()
