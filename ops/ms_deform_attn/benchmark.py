@@ -356,7 +356,8 @@ def main() -> None:
     device = arguments.device
     versions = {name: Path(file) for name, _, file in (x.partition("=") for x in arguments.kernels)}
     if compiler(device):
-        _build_at_once(device, arguments.mmcv, versions)
+        if versions or arguments.mmcv:
+            _build_at_once(device, arguments.mmcv, versions)
         print(f"kernels: {build(device)}")
     rounds = arguments.rounds or (50 if device == "cuda" else 10)
     implementations = dict(_implementations(device, arguments.mmcv, versions))
