@@ -186,19 +186,15 @@ def _build_at_once(device: str, mmcv: Path | None, versions: Mapping[str, Path])
     """Compile everything that takes part, each in a process of its own: one takes about a minute on a GPU machine."""
     sources = [None, *(_renamed(name, source) for name, source in versions.items())]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = [pool.submit(_build, device, source) for source in sources]
+        waiting = [pool.submit(build, device, source=source) for source in sources]
         if device == "cuda" and mmcv is not None:
             waiting.append(pool.submit(_build_original, mmcv))
         for one in waiting:
             one.result()
 
 
-def _build(device: str, source: Path | None) -> None:
-    build(device, source=source)
-
-
 def _build_original(mmcv: Path) -> None:
-    _original_extension(mmcv)
+    _original_extension(mmcv)  # which cannot be sent back to another process
 
 
 def _shape_tensors(device: str = "cuda") -> tuple[Tensor, Tensor]:
