@@ -2,7 +2,7 @@
 
 import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,9 @@ from dimaskdino.studies.comparison import Comparison
 from dimaskdino.studies.report import StudyReport
 from dimaskdino.viz.curves import short_name, stage_order
 from dimaskdino.viz.style import BOX, MASK, NotebookFigure, style
+
+MARKERS, LINES = "os^Dv<>p", ("-", "--", ":", "-.")
+MOST_BANDS = 6  # variants; more bands hide each other
 
 
 def study_figures(report: StudyReport) -> dict[str, Figure]:
@@ -70,14 +73,16 @@ def plot_ablation(
 def plot_study_layers(rows: Mapping[str, Sequence[LayerwiseAP]], title: str) -> Figure:
     """Plot the imbalance at every stage for variants of a model, large, beside box and mask AP on one scale.
 
-    Lines are means over the runs, bands standard deviations. The dotted line is the ceiling of masks where a result has
-    one (`evaluation.ceilings`).
+    Lines are means over the runs; bands, of up to six variants, are standard deviations. The dotted line is the ceiling
+    of masks where a result has one (`evaluation.ceilings`). Variants of two factors, named `A, x`, `A, y`, `B, x`, …,
+    have a colour for the first and a line style for the second.
 
     Args:
         rows: the results of each variant's runs by the name to show; variants without any are left out.
         title: above all panels.
     """
     names = stage_order(result for results in rows.values() for result in results)
+    strokes = _strokes(rows)
     with style():
         figure = NotebookFigure(figsize=(max(12.0, 1.5 * len(names)), 6.4), layout="constrained")
         grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.45))
@@ -85,22 +90,25 @@ def plot_study_layers(rows: Mapping[str, Sequence[LayerwiseAP]], title: str) -> 
         mask = figure.add_subplot(grid[1, 0], sharex=box, sharey=box)
         lag = figure.add_subplot(grid[:, 1])
         for axes, what in ((box, "box AP (%)"), (mask, "mask AP (%)"), (lag, "mask − box (points)")):
-            ends: list[tuple[float, float, str, str]] = []
-            for number, (label, results) in enumerate(rows.items()):
+            ends: list[tuple[float, float, str, dict[str, Any]]] = []
+            for label, results in rows.items():
                 values = {name: _at(results, name, what) for name in names}
                 x = [i for i, name in enumerate(names) if values[name]]
                 if not x:
                     continue
                 means = np.array([statistics.mean(values[names[i]]) for i in x])
                 spread = np.array([_deviation(values[names[i]]) for i in x])
-                colour = CYCLE[number % len(CYCLE)]
                 runs = f"{len(results)} run{'s' if len(results) > 1 else ''}"
-                axes.plot(x, means, marker="os^Dv<>p"[number % 8], color=colour, label=f"{label} ({runs})")
-                axes.fill_between(x, means - spread, means + spread, color=colour, alpha=0.15, linewidth=0)
-                ends.append((x[-1], means[-1], f"{data_label(label)} ({runs})", colour))
+                axes.plot(x, means, **strokes[label], label=f"{label} ({runs})")
+                if len(rows) <= MOST_BANDS:
+                    band = {"color": strokes[label]["color"], "alpha": 0.15, "linewidth": 0}
+                    axes.fill_between(x, means - spread, means + spread, **band)
+                ends.append((x[-1], means[-1], f"{data_label(label)} ({runs})", strokes[label]))
             axes.set(ylabel=what)
             axes.set_xticks(range(len(names)), [short_name(name) for name in names], fontsize=8)
-            if axes is lag:
+            if axes is not lag:
+                axes.tick_params("x", labelsize=7.5, labelrotation=40)
+            else:
                 axes.axhline(0, color="black", linewidth=0.8)
                 _label_lines(axes, ends)
         mask.autoscale_view()
@@ -121,16 +129,36 @@ def _mark_ceiling(axes: Any, limit: float) -> None:
         axes.text(0.02, 0.95, f"ceiling of masks {limit:.0f}", color=MASK, fontsize=8.5, transform=axes.transAxes)
 
 
-def _label_lines(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write each line's label beside its last point (x, y, text, colour), moved apart where they would overlap."""
+def _strokes(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line style of each variant's line."""
+    names = list(labels)
+    parts = [tuple(name.split(", ", 1)) for name in names]
+    first, second = (list(dict.fromkeys(part[end] for part in parts)) for end in (0, -1))
+    factors = all(len(part) == 2 for part in parts) and len(first) * len(second) == len(names) > len(second)
+    found = {}
+    for number, (name, part) in enumerate(zip(names, parts, strict=True)):
+        at, dashes = (first.index(part[0]), second.index(part[1])) if factors else (number, 0)
+        look = {"color": CYCLE[at % len(CYCLE)], "marker": MARKERS[at % len(MARKERS)]}
+        found[name] = look | {"linestyle": LINES[dashes % len(LINES)]}
+    return found
+
+
+def _label_lines(axes: Any, ends: Sequence[tuple[float, float, str, dict[str, Any]]]) -> None:
+    """Write each line's label beside its last point (x, y, text, look), moved apart where they would overlap."""
     if not ends:
         return
     low, high = axes.get_ylim()
-    step, lowest = 0.05 * (high - low), -np.inf
-    for x, y, text, colour in sorted(ends, key=lambda end: end[1]):
+    places, step, lowest = [], 0.05 * (high - low), -np.inf
+    for _, y, _, _ in sorted(ends, key=lambda end: end[1]):
         lowest = max(y, lowest + step)
-        axes.annotate(text, (x, lowest), (9, 0), textcoords="offset points", va="center", color=colour, fontsize=9.5)
-    axes.set_xlim(right=max(x for x, *_ in ends) + 0.1)
+        places.append(lowest)
+    raised = statistics.mean(places) - statistics.mean(y for _, y, _, _ in ends)
+    right = max(x for x, *_ in ends) + 0.1
+    for (x, y, text, look), place in zip(sorted(ends, key=lambda end: end[1]), places, strict=True):
+        line = {"arrowstyle": "-", "color": look["color"], "linestyle": look["linestyle"], "relpos": (0, 0.5)}
+        where = {"textcoords": "data", "va": "center", "annotation_clip": False, "arrowprops": line}
+        axes.annotate(text, (x, y), (right + 0.35, place - raised), color=look["color"], fontsize=9.5, **where)
+    axes.set_xlim(right=right)
 
 
 def _deviation(values: Sequence[float]) -> float:

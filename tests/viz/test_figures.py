@@ -217,6 +217,22 @@ def test_study_layers_show_means_and_deviations():
     assert box.get_ylim() == mask.get_ylim()
 
 
+def test_variants_of_two_factors_have_a_colour_and_a_line_style():
+    names = [f"{module}, {formula}" for formula in ("x", "y", "z, old") for module in ("A", "B", "C")]
+    box, _, lag = plot_study_layers({name: [RESULT] for name in names}, "title").axes
+    colours = [line.get_color() for line in box.lines]
+    assert colours[:3] * 3 == colours
+    assert len(set(colours)) == 3
+    assert [line.get_linestyle() for line in box.lines] == ["-"] * 3 + ["--"] * 3 + [":"] * 3
+    assert not box.collections  # no bands
+    places = sorted(text.get_position()[1] for text in lag.texts)
+    assert min(np.diff(places)) > 0
+
+    others = plot_study_layers({"A, x": [RESULT], "B": [RESULT], "C": [RESULT]}, "title").axes[0]
+    assert len({line.get_color() for line in others.lines}) == 3
+    assert len(others.collections) == 3
+
+
 def test_a_ceiling_far_above_the_curves_is_written_not_drawn():
     def drawn(limit):
         recall = AverageRecall(limit, None, None, None, {})
