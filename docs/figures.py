@@ -7,6 +7,7 @@ Each figure is made from the committed records named in its function. The Markdo
 import json
 from pathlib import Path
 
+import miniature_blocks
 import records
 import study_blocks
 
@@ -64,7 +65,7 @@ if __name__ == "__main__":
         path = FOLDER / f"{figure.__name__}.png"
         figure().savefig(path, dpi=130)
         print(f"written: {path}")
-    for scale, name in [(scale, name) for scale, names in study_blocks.REPORTS.items() for name in names]:
+    for scale, name in miniature_blocks.all_reports():
         report, folder = study_blocks.report(name, scale), study_blocks.FOLDERS[scale] / name
         report.save(folder)
         for kind, drawn in viz.study_figures(report).items():

@@ -1,8 +1,9 @@
-"""Measure what the box formula does: `python docs/measure_ceilings.py [--photographs FOLDER SPLIT]`.
+"""Measure what the box formula does: `python docs/measure_ceilings.py [--photographs FOLDER SPLIT] [--animals FOLDER]`.
 
-Writes measurements/ceilings.json: the ceilings of the shapes at two resolutions, and of photographs in COCO format at
-the paper's (they are not in the repository); and AP of the course's MaskDINO at every stage with each formula for the
-boxes that enter its decoder, changed at test time only.
+Writes measurements/ceilings.json: the ceilings of the shapes at two resolutions and of the second miniature's, of
+photographs in COCO format at the paper's resolution, and of the animals at that of their study (neither are in the
+repository); and AP of the course's MaskDINO at every stage with each formula for the boxes that enter its decoder,
+changed at test time only.
 """
 
 import argparse
@@ -36,7 +37,12 @@ def measured(settings: Config) -> dict[str, object]:
 def shapes(folder: Path, size: int) -> dict[str, object]:
     """The ceilings of the built-in data, drawn at this size in pixels."""
     sizes = [f"data.shapes.size={size}", f"data.resize.shortest={size}", f"data.resize.longest={size}"]
-    settings = load_config("shapes/dimaskdino_r18", [f"data.root={folder / str(size)}", "data.shapes.train=1", *sizes])
+    return drawn(folder / str(size), "shapes/dimaskdino_r18", *sizes)
+
+
+def drawn(folder: Path, name: str, *overrides: str) -> dict[str, object]:
+    """The ceilings of a configuration with synthetic data, which are drawn into the folder."""
+    settings = load_config(name, [f"data.root={folder}", "data.shapes.train=1", *overrides])
     ensure(settings.data)
     return measured(settings)
 
@@ -44,14 +50,20 @@ def shapes(folder: Path, size: int) -> dict[str, object]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--photographs", nargs=2, metavar=("FOLDER", "SPLIT"))
-    chosen = parser.parse_args().photographs
+    parser.add_argument("--animals", metavar="FOLDER", help="with the splits train and val")
+    arguments = parser.parse_args()
     path = records.MEASUREMENTS / "ceilings.json"
     record = json.loads(path.read_text()) if path.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         record["shapes"] = {str(size): shapes(Path(folder), size) for size in (128, 256)}
-    if chosen:
-        settings = load_config(PAPER, [f"data.root={chosen[0]}", f"data.val={chosen[1]}"])
-        record["photographs"] = measured(settings)
+        record["miniature"] = drawn(Path(folder) / "miniature", "shapes/miniature")
+    if arguments.photographs:
+        root, split = arguments.photographs
+        record["photographs"] = measured(load_config(PAPER, [f"data.root={root}", f"data.val={split}"]))
+    if arguments.animals:
+        record["animals"] = measured(
+            load_config("photographs/study", [f"data.root={arguments.animals}", "data.val=val"])
+        )
     record["maskdino_shapes"] = {}
     for formula in FORMULAS:
         model = load("maskdino-shapes", device="cpu", overrides=[f"model.selection.mask_to_box={formula}"])

@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import miniature_blocks
 import study_blocks
+from claims import claims
 from formats import counted, number, seconds, signed
 from photograph_blocks import mean_ap, photographs
 
@@ -466,6 +468,8 @@ BLOCKS = {
         runtimes,
         diagnostics,
         *study_blocks.BLOCKS,
+        *miniature_blocks.BLOCKS,
+        claims,
     )
 }
 _BLOCK = re.compile(r"(<!-- records: (\w+) -->\n)((?:(?!<!--).*\n)*)(<!-- end -->)")

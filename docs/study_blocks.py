@@ -1,8 +1,8 @@
-"""The numbers of study.md and of the table of claims, from the runs of the studies and measurements/ceilings.json."""
+"""The numbers of the first miniature in study.md, from its runs and measurements/ceilings.json."""
 
 import json
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,27 +12,20 @@ from formats import number, signed
 from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, LayerwiseAP
 from dimaskdino.studies.comparison import (
     Comparison,
-    EvaluatedRun,
     Quantity,
     correlation_of_pairs,
     planned_detectable,
-    pooled_deviation,
     slope_within_rows,
 )
 from dimaskdino.studies.report import StudyReport, show_p
-from dimaskdino.studies.study import Study, find_study, load_study
+from dimaskdino.studies.study import find_study, load_study
 
 ROOT = Path(__file__).parent.parent
 STUDIES = ROOT / "notebooks" / "studies"
-FOLDERS = {"shapes": STUDIES, "miniature": STUDIES / "miniature"}
-REPORTS = {  # by scale
-    "shapes": [*(f"table_{number}" for number in range(3, 10)), "figure_1", "bato_layers", "undetached_selection"],
-    "miniature": [],  # of a study whose seeds are all there
-}
+FOLDERS = {"shapes": STUDIES, "miniature": STUDIES / "miniature", "photographs": STUDIES / "photographs"}  # by scale
+NAMES = (*(f"table_{number}" for number in range(3, 10)), "figure_1", "bato_layers", "undetached_selection")
 SOLID, OPEN = ("disk", "rectangle", "triangle"), ("star", "ring")
 BOX = Quantity.parse("last.box")
-PILOT = (0, 1, 2)  # seeds
-LARGEST_DEVIATION = 1.5  # points of AP: differences between two rows of a seed in the second miniature
 
 
 @cache
@@ -72,12 +65,16 @@ def study_ceilings() -> str:
     record = _ceilings()
     photographs = record["photographs"]
     rows = {f"shapes at {size} pixels": found for size, found in record["shapes"].items()}
-    rows |= {f"{photographs['images']} photographs of COCO at the paper's resolution": photographs}
+    rows |= {
+        "shapes of the second miniature, at 160 pixels": record["miniature"],
+        f"{record['animals']['images']} photographs of animals at 192 pixels": record["animals"],
+        f"{photographs['images']} photographs of COCO at the paper's resolution": photographs,
+    }
     lines = ["| | boxes, `mask2box` | boxes, `bitmask` | masks |", "|---|---|---|---|"]
     for what, found in rows.items():
         lines.append(f"| {what} | {_cells(found[key]['mean'] for key in ('mask2box', 'bitmask', 'mask'))} |")
     lines.append(
-        f"| small objects of these photographs | "
+        f"| small objects of the photographs of COCO | "
         f"{_cells(photographs[key]['small'] for key in ('mask2box', 'bitmask', 'mask'))} |"
     )
     return "\n".join(lines)
@@ -101,17 +98,21 @@ def study_formula() -> str:
 
 
 def study_classes() -> str:
-    """Lag at the first layer by class, mean of the seeds."""
-    rows = report("table_4").measured
-    labels = {row.name: row.label for row in report("table_4").study.rows}
-    kinds = " | ".join((*SOLID, *OPEN))
-    lines = [f"| | {kinds} | solid | with holes or spikes |", "|---|---|---|---|---|---|---|---|"]
-    for name, runs in rows.items():
+    """Lag at the first layer by class."""
+    return lags_by_class(report("table_4"), SOLID, OPEN)
+
+
+def lags_by_class(source: StudyReport, solid: tuple[str, ...], open_: tuple[str, ...]) -> str:
+    """Lag at the first layer by class, mean of the seeds, of classes without and with holes or spikes."""
+    labels = {row.name: row.label for row in source.study.rows}
+    kinds = (*solid, *open_)
+    lines = [f"| | {' | '.join(kinds)} | solid | with holes or spikes |", "|---" * (len(kinds) + 3) + "|"]
+    for name, runs in source.measured.items():
         lags = {
-            kind: statistics.mean(_class_lag(run.result.stages["decoder.1"], kind) for run in runs.values())
-            for kind in (*SOLID, *OPEN)
+            kind: statistics.mean(_class_lag(run.result.stages[FIRST_LAYER], kind) for run in runs.values())
+            for kind in kinds
         }
-        groups = [statistics.mean(lags[kind] for kind in kinds) for kinds in (SOLID, OPEN)]
+        groups = [statistics.mean(lags[kind] for kind in group) for group in (solid, open_)]
         lines.append(f"| {labels[name]} | {_cells([*lags.values(), *groups], sign=True)} |")
     return "\n".join(lines)
 
@@ -145,20 +146,20 @@ def study_crossing() -> str:
 
 def study_table_4() -> str:
     """The contrasts of table 4."""
-    return _contrasts((None, found) for found in report("table_4").comparisons)
+    return contrasts((None, found) for found in report("table_4").comparisons)
 
 
 def study_others() -> str:
     """The contrasts of the other studies that have several runs, and which have a single one."""
     repeated, single = [], []
-    for name in REPORTS["shapes"]:
+    for name in NAMES:
         if name in ("table_4", "figure_1"):
             continue
         for found in report(name).comparisons:
             if found.contrast.quantity == BOX:
                 (single if min(found.runs.values()) == 1 else repeated).append((report(name).study.title, found))
     names = ", ".join(dict.fromkeys(f"{title}: {found.contrast.label}" for title, found in single))
-    lines = [_contrasts(repeated), "", f"One run each, so nothing can be said: {names}."]
+    lines = [contrasts(repeated), "", f"One run each, so nothing can be said: {names}."]
     return "\n".join(lines)
 
 
@@ -184,111 +185,31 @@ def study_power() -> str:
     )
 
 
-def study_reach() -> str:
-    """What the second miniature can find if its trainings scatter as much as is allowed."""
-    seeds, adjusted = len(_box_formula().seeds), len(_box_formula().registered)
-    tables = [report(f"table_{n}") for n in (5, 6, 7, 8, 9)]
-    contrasts = [(table, c.contrast) for table in tables for c in table.comparisons if c.contrast.quantity == BOX]
-    published = [abs(table.published_difference("COCO", contrast)) for table, contrast in contrasts]
-    low, high = number(min(published)), number(max(published))
-    return (
-        f"If differences between two rows of a seed vary by {LARGEST_DEVIATION} points, {seeds} seeds find an effect "
-        f"of a module of ±{_effect_found(LARGEST_DEVIATION):.1f} points of box AP with 80 % power, adjusted for "
-        f"{adjusted} comparisons. The differences in the paper's tables 5 to 9 are {low} to {high} points on COCO: out "
-        "of reach, and not run."
-    )
+def contrasts(comparisons: Iterable[tuple[str | None, Comparison]], source: StudyReport | None = None) -> str:
+    """A table of comparisons; with a source also the published differences and the verdict on their signs.
 
-
-def study_pilot() -> str:
-    """What the pilot of the second miniature was run for: its scatter, and a box AP at which to compare the lag."""
-    scatter = 2**0.5 * pooled_deviation({row: BOX.by_seed(runs) for row, runs in _pilot().items()}, paired=True)
-    return (
-        f"In the pilot the differences in box AP between rows of a seed have a standard deviation of {scatter:.2f} "
-        f"points, with which the study finds effects of ±{_effect_found(scatter):.1f}. The first layer of MaskDINO "
-        f"reaches at least {_reached():.1f} box AP before the last validation, so the lag is also compared at a box AP "
-        f"of {equal_ap()}."
-    )
-
-
-def equal_ap() -> int:
-    """The box AP at which the second miniature compares the lag, by its rule."""
-    return 5 * int(_reached() // 5)
-
-
-def _reached() -> float:
-    """Box AP that MaskDINO's first layer reaches in every training of the pilot before the last validation."""
-    runs = _pilot()["neither"].values()
-    return min(max(scores[FIRST_LAYER]["box"] for scores in run.validations[:-1]) for run in runs)
-
-
-def _pilot() -> dict[str, dict[int, EvaluatedRun]]:
-    measured = report("table_4", "miniature").measured
-    return {row: {seed: run for seed, run in runs.items() if seed in PILOT} for row, runs in measured.items()}
-
-
-def _box_formula() -> Study:
-    return load_study(find_study("box_formula"))
-
-
-def _effect_found(deviation: float) -> float:
-    """A module's effect on box AP that `box_formula` finds, if differences between rows of a seed vary so much."""
-    study = _box_formula()
-    [contrast, *_] = (c for c in study.registered if c.quantity == BOX)
-    return planned_detectable(contrast, len(study.seeds), deviation / 2**0.5, len(study.registered), paired=True)
-
-
-def claims() -> str:
-    """What the paper says, published and here, with the verdict of the registered rule."""
-    lines = [
-        "| the paper says | published (COCO) | here, shapes | here, photographs | verdict |",
-        "|---|---|---|---|---|",
-    ]
-    chosen = [
-        ("table_4", "di", "neither", "De-Imbalance raises box AP"),
-        ("table_4", "bato", "neither", "BATO raises box AP"),
-        ("table_4", "di_bato", "neither", "both raise box AP"),
-        ("table_5", "bato", "di_bato", "guidance by `T_i` is worse than by `Q_bal`"),
-        ("table_5", "guidance_T_s2", "di_bato", "guidance by `T_s2` is worse than by `Q_bal`"),
-        ("table_6", "no_generation", "di_bato", "BATO without generation is worse"),
-        ("table_7", "triple", "di_bato", "a third selection is worse"),
-    ]
-    for study, plus, minus, text in chosen:
-        source = report(study)
-        found = next(
-            c
-            for c in source.comparisons
-            if (c.contrast.plus, c.contrast.minus, c.contrast.quantity) == ((plus,), (minus,), BOX)
-        )
-        there = source.published_difference("COCO", found.contrast)
-        here = f"{signed(found.difference)} ({_interval(found)})"
-        photographs = _on_photographs() if (study, plus) == ("table_4", "di_bato") else "not run"
-        lines.append(f"| {text} | {signed(there)} | {here} | {photographs} | {verdict(study, found)} |")
-    return "\n".join(lines)
-
-
-def _on_photographs() -> str:
-    """The registered difference of box AP on photographs, DI-MaskDINO − MaskDINO, and its verdict."""
-    record = json.loads((ROOT / "docs" / "measurements" / "photographs.json").read_text())["animals"]
-    found = next(c for c in record["comparisons"] if c["quantity"] == "last.box")
-    low, high = (signed(found["joint"][end]) for end in ("low", "high"))
-    return f"{signed(found['difference'])} ({low} to {high}): {SIGNS[found['agrees']]}"
-
-
-def _contrasts(comparisons: Any) -> str:
-    lines = [
-        "| | | difference | 95 % interval | adjusted p | finds | runs |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    Args:
+        comparisons: each with the title of its study, if that is to be shown.
+        source: the study of all comparisons, with one column of published numbers.
+    """
+    heads = ["", "", "difference", "95 % interval", "adjusted p", "finds", "runs"]
+    [column] = source.published if source else [None]
+    heads += [f"published ({column})", "its sign"] if column else []
+    lines = [f"| {' | '.join(heads)} |".replace("|  ", "| "), "|---" * len(heads) + "|"]
     for title, c in comparisons:
         runs = " / ".join(map(str, c.runs.values()))
         label = f"{title}: {c.contrast.label}" if title else c.contrast.label
-        cells = [label, c.contrast.quantity.label, signed(c.difference), _interval(c)]
+        cells = [label, c.contrast.quantity.label, signed(c.difference), interval(c)]
         cells += [show_p(c.adjusted_p), f"±{c.detectable:.1f}", runs]
+        if column:
+            published = source.published_difference(column, c.contrast)
+            cells += [signed(published), "–" if published is None else SIGNS[c.agrees(published)]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _interval(found: Comparison) -> str:
+def interval(found: Comparison) -> str:
+    """The joint interval of a comparison."""
     return f"{signed(found.joint.low)} to {signed(found.joint.high)}"
 
 
@@ -296,7 +217,7 @@ def _class_lag(stage: Any, kind: str) -> float:
     return stage.mask.per_class[kind] - stage.box.per_class[kind]
 
 
-def _cells(values: Iterator[float] | Any, sign: bool = False) -> str:
+def _cells(values: Iterable[float], sign: bool = False) -> str:
     return " | ".join(number(value, sign=sign) for value in values)
 
 
@@ -314,7 +235,4 @@ BLOCKS = (
     study_others,
     study_pairs,
     study_power,
-    study_reach,
-    study_pilot,
-    claims,
 )

@@ -1,5 +1,6 @@
 """README and docs: numbers come from records, links lead somewhere, commands exist, the README fits."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -16,12 +17,13 @@ from small import FILE, MODEL
 from dimaskdino.config import load_config
 from dimaskdino.modeling import Detector, ImageBatch
 from dimaskdino.modeling.structures import Stage
-from dimaskdino.studies.study import find_study, load_study
+from dimaskdino.studies.study import find_study, load_study, run_path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 import measure_bato  # noqa: E402
 import measure_ceilings  # noqa: E402
+import miniature_blocks  # noqa: E402
 import records  # noqa: E402
 import study_blocks  # noqa: E402
 
@@ -48,9 +50,7 @@ def test_a_changed_number_is_noticed():
     assert records.rewritten(changed) == text
 
 
-@pytest.mark.parametrize(
-    ("scale", "name"), [(scale, name) for scale, names in study_blocks.REPORTS.items() for name in names]
-)
+@pytest.mark.parametrize(("scale", "name"), miniature_blocks.all_reports())
 def test_tables_of_studies_are_what_the_runs_say(scale, name, tmp_path):
     study_blocks.report(name, scale).save(tmp_path)
     for file in ("table.json", "table.md"):
@@ -71,7 +71,30 @@ def test_the_studys_notebook_makes_every_number_of_the_page(monkeypatch):
 
 def test_the_lag_is_compared_where_the_pilots_rule_says():
     levels = {quantity.at for quantity in load_study(find_study("box_formula")).quantities} - {None}
-    assert levels == {study_blocks.equal_ap()}
+    assert levels == {miniature_blocks.equal_ap()}
+
+
+def test_results_are_read_when_all_registered_runs_are_there(tmp_path, monkeypatch, request):
+    study_blocks.report.cache_clear()
+    request.addfinalizer(study_blocks.report.cache_clear)
+    recorded = itertools.cycle(sorted((study_blocks.FOLDERS["miniature"] / "runs").glob("*_[0-2]"))[:11])
+    for scale, names in miniature_blocks.REGISTERED.items():
+        monkeypatch.setitem(study_blocks.FOLDERS, scale, tmp_path / scale)
+        (tmp_path / scale / "runs").mkdir(parents=True)
+        for study in (load_study(find_study(name)) for name in names):
+            for run in (run_path(tmp_path / scale, row, seed) for row in study.rows for seed in study.seeds):
+                if not run.exists():
+                    run.symlink_to(next(recorded))  # of any row
+    blocks = ("study_box_formula", "study_open_classes", "study_figure_1", "study_controls", "study_bato_frozen")
+    blocks += ("study_table_3", "study_photographs")
+    assert all(records.BLOCKS[name]().startswith("| |") for name in blocks)
+    assert "not yet" not in records.BLOCKS["claims"]()
+
+    (tmp_path / "miniature" / "runs" / "di_7").unlink()
+    assert "95 of 96 runs are there" in records.BLOCKS["study_box_formula"]()
+    assert "10 of 10 runs are there" in records.BLOCKS["study_figure_1"]()  # it comes after the other
+    assert records.BLOCKS["claims"]().count("| not yet |\n") == 6
+    assert miniature_blocks.all_reports()[len(study_blocks.NAMES) :] == [("photographs", "photographs")]
 
 
 def test_with_both_parts_left_out_bato_is_not_there():

@@ -1,0 +1,247 @@
+"""The numbers of the second miniature and of the study on photographs in study.md, from their runs.
+
+A study's results are read when all its registered runs are there, and those of the studies before it; until then its
+block says how many are.
+"""
+
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from functools import wraps
+
+from formats import number, signed
+from study_blocks import BOX, FOLDERS, NAMES, ROOT, contrasts, lags_by_class, report
+
+from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER
+from dimaskdino.studies.comparison import (
+    EvaluatedRun,
+    Interval,
+    Quantity,
+    planned_detectable,
+    pooled_deviation,
+)
+from dimaskdino.studies.study import Study, find_study, load_study, run_path
+
+REGISTERED = {  # by scale, in the order in which their results are read
+    "miniature": ("box_formula", "figure_1", "controls", "bato_frozen", "table_3"),
+    "photographs": ("photographs",),
+}
+SOLID, OPEN = ("disk",), ("ring", "frame", "cross", "gear", "crescent", "star")
+BATO = ROOT / "docs" / "measurements" / "bato.json"
+PILOT = (0, 1, 2)  # seeds
+LARGEST_DEVIATION = 1.5  # points of AP: differences between two rows of a seed
+
+
+def study_named(name: str) -> Study:
+    """A study of configs/ablations."""
+    return load_study(find_study(name))
+
+
+def runs_there(name: str, scale: str) -> tuple[int, int]:
+    """How many of the registered runs of a study are evaluated, and how many there are."""
+    study = study_named(name)
+    runs = [run_path(FOLDERS[scale], row, seed) for row in study.rows for seed in study.seeds]
+    return sum((run / "evaluation" / "layers.json").exists() for run in runs), len(runs)
+
+
+def finished(scale: str) -> list[str]:
+    """The studies whose results may be read: all their runs are there, and those of the studies before them."""
+
+    def complete(name: str) -> bool:
+        there, registered = runs_there(name, scale)
+        return there == registered
+
+    return list(itertools.takewhile(complete, REGISTERED[scale]))
+
+
+def all_reports() -> list[tuple[str, str]]:
+    """Scale and name of every study that has a report."""
+    first = [("shapes", name) for name in NAMES]
+    return first + [(scale, name) for scale in REGISTERED for name in finished(scale)]
+
+
+def study_progress() -> str:
+    """How many of the registered runs are there."""
+    lines = ["| study | runs | evaluated | results |", "|---|---|---|---|"]
+    for scale, names in REGISTERED.items():
+        for name in names:
+            there, registered = runs_there(name, scale)
+            state = "below" if name in finished(scale) else "not read yet"
+            lines.append(f"| `{name}` | {registered} | {there} | {state} |")
+    return "\n".join(lines)
+
+
+def study_reach() -> str:
+    """What the second miniature can find if its trainings scatter as much as is allowed."""
+    study = study_named("box_formula")
+    tables = [report(f"table_{n}") for n in (5, 6, 7, 8, 9)]
+    compared = [(table, c.contrast) for table in tables for c in table.comparisons if c.contrast.quantity == BOX]
+    published = [abs(table.published_difference("COCO", contrast)) for table, contrast in compared]
+    low, high = number(min(published)), number(max(published))
+    return (
+        f"If differences between two rows of a seed vary by {LARGEST_DEVIATION} points, {len(study.seeds)} seeds find "
+        f"an effect of a module of ±{_effect_found(LARGEST_DEVIATION):.1f} points of box AP with 80 % power, adjusted "
+        f"for {len(study.registered)} comparisons. The differences in the paper's tables 5 to 9 are {low} to {high} "
+        "points on COCO: out of reach, and not run."
+    )
+
+
+def study_pilot() -> str:
+    """What the pilot of the second miniature was run for: its scatter, and a box AP at which to compare the lag."""
+    scatter = 2**0.5 * pooled_deviation({row: BOX.by_seed(runs) for row, runs in _pilot().items()}, paired=True)
+    return (
+        f"In the pilot the differences in box AP between rows of a seed have a standard deviation of {scatter:.2f} "
+        f"points, with which the study finds effects of ±{_effect_found(scatter):.1f}. The first layer of MaskDINO "
+        f"reaches at least {_reached():.1f} box AP before the last validation, so the lag is also compared at a box AP "
+        f"of {equal_ap()}."
+    )
+
+
+def equal_ap() -> int:
+    """The box AP at which the second miniature compares the lag, by its rule."""
+    return 5 * int(_reached() // 5)
+
+
+def _reached() -> float:
+    """Box AP that MaskDINO's first layer reaches in every training of the pilot before the last validation."""
+    runs = _pilot()["neither"].values()
+    return min(max(scores[FIRST_LAYER]["box"] for scores in run.validations[:-1]) for run in runs)
+
+
+def _pilot() -> dict[str, dict[int, EvaluatedRun]]:
+    measured = report("table_4", "miniature").measured
+    return {row: {seed: run for seed, run in runs.items() if seed in PILOT} for row, runs in measured.items()}
+
+
+def _effect_found(deviation: float) -> float:
+    """A module's effect on box AP that `box_formula` finds, if differences between rows of a seed vary so much."""
+    study = study_named("box_formula")
+    [contrast, *_] = (c for c in study.registered if c.quantity == BOX)
+    return planned_detectable(contrast, len(study.seeds), deviation / 2**0.5, len(study.registered), paired=True)
+
+
+def when_finished(name: str, scale: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
+    """Write a block only if its study is finished, and otherwise how many of its runs are there."""
+
+    def wrap(block: Callable[[], str]) -> Callable[[], str]:
+        @wraps(block)
+        def written() -> str:
+            if name in finished(scale):
+                return block()
+            there, registered = runs_there(name, scale)
+            state = f"{there} of {registered} runs are there"
+            return f"*{state}. Results are read when all are, and those of the studies before.*"
+
+        return written
+
+    return wrap
+
+
+@when_finished("box_formula", "miniature")
+def study_box_formula() -> str:
+    """Each module's effect under the three formulas."""
+    return contrasts((None, found) for found in report("box_formula", "miniature").comparisons)
+
+
+@when_finished("box_formula", "miniature")
+def study_open_classes() -> str:
+    """Lag at the first layer by class in the second miniature."""
+    source = report("table_4", "miniature")  # its rows are those with the last cell
+    return lags_by_class(source, SOLID, OPEN)
+
+
+@when_finished("figure_1", "miniature")
+def study_figure_1() -> str:
+    """The lag at the first and at the last layer, and what both modules change."""
+    source = report("figure_1", "miniature")
+    lines = [
+        "| | first layer: box AP | mask AP | lag, 95 % interval | last layer: box AP | mask AP | lag, 95 % interval |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in source.study.rows:
+        cells = []
+        for layer in ("first", "last"):
+            values = {
+                what: source.values(row.name, Quantity.parse(f"{layer}.{what}")).values()
+                for what in ("box", "mask", "imbalance")
+            }
+            cells += [number(statistics.mean(values[what])) for what in ("box", "mask")]
+            cells.append(_mean_with_interval(list(values["imbalance"])))
+        lines.append(f"| {row.label} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", contrasts(((None, found) for found in source.comparisons), source)])
+
+
+@when_finished("controls", "miniature")
+def study_controls() -> str:
+    """De-Imbalance against as many parameters, and against interaction alone."""
+    return contrasts((None, found) for found in report("controls", "miniature").comparisons)
+
+
+@when_finished("bato_frozen", "miniature")
+def study_bato_frozen() -> str:
+    """BATO with its initial weights."""
+    return contrasts((None, found) for found in report("bato_frozen", "miniature").comparisons)
+
+
+@when_finished("table_3", "miniature")
+def study_table_3() -> str:
+    """The models made harder, with the published differences."""
+    source = report("table_3", "miniature")
+    return contrasts(((None, found) for found in source.comparisons), source)
+
+
+@when_finished("photographs", "photographs")
+def study_photographs() -> str:
+    """Both models on photographs under two formulas."""
+    return contrasts((None, found) for found in report("photographs", "photographs").comparisons)
+
+
+def study_bato() -> str:
+    """What happens without BATO's outputs at test time, and what its attention is like during the training."""
+    if not BATO.exists():
+        return "*Not measured yet.*"
+    runs = list(json.loads(BATO.read_text()).values())
+    left_out = runs[0]["left_out"]
+    lines = [
+        "| left out at test time | first layer: box AP | mask AP | last layer: box AP | mask AP |",
+        "|---|---|---|---|---|",
+    ]
+    for name, stages in left_out.items():
+        places = [(stage, kind) for stage in (FIRST_LAYER, list(stages)[-1]) for kind in ("box", "mask")]
+        cells = (_range(run["left_out"][name][stage][kind] for run in runs) for stage, kind in places)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    points = [{point["step"]: point for point in run["training"]} for run in runs]
+    shown = [step for step in points[0] if step in (100, 200, 500, 1000)]
+    lines += ["", f"| step | {' | '.join(map(str, shown))} |", f"|---{'|---' * len(shown)}|"]
+    for what, label in (("rank", "effective rank of the attention"), ("entropy", "entropy of the attention")):
+        cells = (_range((found[step][what] for found in points), digits=2) for step in shown)
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Smallest to largest of {len(runs)} trainings."])
+
+
+def _range(values: Iterable[float], digits: int = 1) -> str:
+    found = sorted(values)
+    return f"{number(found[0], digits)} to {number(found[-1], digits)}"
+
+
+def _mean_with_interval(values: list[float]) -> str:
+    """Mean and its 95 % interval over trainings."""
+    mean, n = statistics.mean(values), len(values)
+    interval = Interval.around(mean, statistics.variance(values) / n, n - 1)
+    return f"{signed(mean)} ({signed(interval.low)} to {signed(interval.high)})"
+
+
+BLOCKS = (
+    study_progress,
+    study_reach,
+    study_pilot,
+    study_box_formula,
+    study_open_classes,
+    study_figure_1,
+    study_controls,
+    study_bato_frozen,
+    study_table_3,
+    study_photographs,
+    study_bato,
+)
