@@ -112,7 +112,7 @@ def headlines() -> str:
             f"({counted(len(recipe), 'training')}).",
             f"* **Nothing is lost**: {survived} faults injected into real runs, from SIGKILL to a full disk, are "
             f"survived; {sum(_json('bad_inputs.json').values())} bad inputs are answered in one clear line each.",
-            f"* **Part of the lag is arithmetic**: {formula:.0f} % of the baseline's lag at its decoder's input come "
+            f"* **Part of the lag is arithmetic**: {formula:.0f} % of the baseline's lag at its decoder's input comes "
             "from the published formula that makes boxes of masks ([study](docs/study.md)).",
             f"* **Table 4 in miniature**, {both.runs['di_bato']} seeds: both modules {both.difference:+.1f} box AP "
             f"(95 % interval {both.joint.low:+.1f} to {both.joint.high:+.1f}, adjusted p {show_p(both.adjusted_p)}): "
