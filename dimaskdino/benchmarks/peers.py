@@ -14,13 +14,14 @@ import resource
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import tyro
@@ -57,12 +58,14 @@ Name = Literal["mask_rcnn", "mask2former"]
 TIMED_STEPS, ROUNDS = 5, 4
 
 
-class Peer(Protocol):
+class Peer(nn.Module, ABC):
     """Another model, with the kit's batches."""
 
+    @abstractmethod
     def losses(self, batch: Batch) -> Tensor:
         """The sum of its losses in training mode."""
 
+    @abstractmethod
     def detect(self, batch: Batch, most: int) -> list[Instances]:
         """At most `most` detections in each image, at its original size, in evaluation mode."""
 
@@ -82,7 +85,7 @@ class _Pyramid(nn.Module):
         return self.pyramid(OrderedDict((str(level), x) for level, x in enumerate(features.values())))
 
 
-class MaskRCNNPeer(nn.Module):
+class MaskRCNNPeer(Peer):
     """torchvision's Mask R-CNN with the width of the kit's configuration, for images of a few hundred pixels.
 
     By default a step spends nearly all its time in the heads, which learn from 512 proposals per image. Here they are
@@ -151,7 +154,7 @@ class _Features(nn.Module):
         return SimpleNamespace(feature_maps=tuple(self.backbone(pixels).values()))
 
 
-class Mask2FormerPeer(nn.Module):
+class Mask2FormerPeer(Peer):
     """transformers' Mask2Former with the widths, numbers of layers and of queries of the kit's configuration."""
 
     def __init__(self, settings: Config) -> None:
@@ -216,7 +219,7 @@ class Mask2FormerPeer(nn.Module):
         return results
 
 
-PEERS: dict[str, Callable[[Config], nn.Module]] = {"mask_rcnn": MaskRCNNPeer, "mask2former": Mask2FormerPeer}
+PEERS: dict[str, Callable[[Config], Peer]] = {"mask_rcnn": MaskRCNNPeer, "mask2former": Mask2FormerPeer}
 
 
 class _Kit(nn.Module):
@@ -275,7 +278,7 @@ def step_of(peer: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, cli
     return loss.item()
 
 
-def score(peer: nn.Module, settings: Config) -> dict[str, float | None]:
+def score(peer: Peer, settings: Config) -> dict[str, float | None]:
     """Box and mask AP on the validation split."""
     data = evaluation_dataset(settings)
     found: list[Detections] = []
