@@ -30,8 +30,9 @@ def notebook_parameters(notebook: Path) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: there is no such notebook, or the file is none.
     """
-    import nbformat
-    import papermill  # with its imports about a second: only for those who run notebooks
+    with _no_grammar():
+        import nbformat
+        import papermill  # only for those who run notebooks
 
     if not notebook.exists():
         raise UserError(f"the notebook {notebook} does not exist")
@@ -119,8 +120,9 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
             folder has it too.
         Stopped: a signal asked to stop, and the training in the folder has saved its state.
     """
-    import papermill
-    from nbclient.exceptions import DeadKernelError
+    with _no_grammar():
+        import papermill
+        from nbclient.exceptions import DeadKernelError
 
     output = folder / notebook.name
     values = check_parameters(notebook, parameters)
@@ -157,6 +159,24 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
         raise KeyboardInterrupt
     RunFolder(folder).note_failure(reason, started)
     raise UserError(f"{reason}\n{where}")
+
+
+@contextmanager
+def _no_grammar() -> Iterator[None]:
+    """Import jsonschema, which nbformat needs, without its checks of IRIs, which notebooks do not have.
+
+    The package for these, optional for jsonschema, builds the grammar of IRIs at its import. That takes three quarters
+    of the time that papermill's import takes.
+    """
+    name = "rfc3987_syntax"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # its import raises ImportError
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 @contextmanager

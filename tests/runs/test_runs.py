@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from small import FILE, overrides, settings, trained_file
 
 from dimaskdino.errors import Stopped, UserError
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
-from dimaskdino.runs import RunFolder, TrainingProcess, distinct_names
+from dimaskdino.runs import RunFolder, TrainingProcess, distinct_names, notebooks
 from dimaskdino.runs.notebooks import check_parameters, kernel_config, parse_parameters, run_notebook
 from dimaskdino.signals import StopRequest
 from dimaskdino.training.resume_points import load_resume_point
@@ -51,6 +52,13 @@ def test_a_run_is_looked_at_without_waiting_for_pytorch(tmp_path):
     seen = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert "step 1, loss 2.00" in seen.stdout
     assert seen.stdout.endswith("False\n")
+
+
+def test_papermill_is_imported_without_a_grammar(monkeypatch):
+    monkeypatch.delitem(sys.modules, "rfc3987_syntax", raising=False)
+    with notebooks._no_grammar(), pytest.raises(ImportError):
+        import rfc3987_syntax  # noqa: F401
+    assert importlib.util.find_spec("rfc3987_syntax") is not None  # others may import it
 
 
 def running_elsewhere(folder, child: str = "") -> subprocess.Popen:
