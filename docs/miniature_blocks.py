@@ -8,7 +8,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterable
-from functools import wraps
+from functools import cache, wraps
 
 from formats import number, signed
 from study_blocks import BOX, FOLDERS, NAMES, ROOT, contrasts, lags_by_class, report
@@ -33,6 +33,7 @@ PILOT = (0, 1, 2)  # seeds
 LARGEST_DEVIATION = 1.5  # points of AP: differences between two rows of a seed
 
 
+@cache
 def study_named(name: str) -> Study:
     """A study of configs/ablations."""
     return load_study(find_study(name))
@@ -65,9 +66,10 @@ def study_progress() -> str:
     """How many of the registered runs are there."""
     lines = ["| study | runs | evaluated | results |", "|---|---|---|---|"]
     for scale, names in REGISTERED.items():
+        readable = finished(scale)
         for name in names:
             there, registered = runs_there(name, scale)
-            state = "below" if name in finished(scale) else "not read yet"
+            state = "below" if name in readable else "not read yet"
             lines.append(f"| `{name}` | {registered} | {there} | {state} |")
     return "\n".join(lines)
 
@@ -141,7 +143,7 @@ def when_finished(name: str, scale: str) -> Callable[[Callable[[], str]], Callab
 @when_finished("box_formula", "miniature")
 def study_box_formula() -> str:
     """Each module's effect under the three formulas."""
-    return contrasts((None, found) for found in report("box_formula", "miniature").comparisons)
+    return contrasts(report("box_formula", "miniature").comparisons)
 
 
 @when_finished("box_formula", "miniature")
@@ -169,32 +171,32 @@ def study_figure_1() -> str:
             cells += [number(statistics.mean(values[what])) for what in ("box", "mask")]
             cells.append(_mean_with_interval(list(values["imbalance"])))
         lines.append(f"| {row.label} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", contrasts(((None, found) for found in source.comparisons), source)])
+    return "\n".join([*lines, "", contrasts(source.comparisons, source)])
 
 
 @when_finished("controls", "miniature")
 def study_controls() -> str:
     """De-Imbalance against as many parameters, and against interaction alone."""
-    return contrasts((None, found) for found in report("controls", "miniature").comparisons)
+    return contrasts(report("controls", "miniature").comparisons)
 
 
 @when_finished("bato_frozen", "miniature")
 def study_bato_frozen() -> str:
     """BATO with its initial weights."""
-    return contrasts((None, found) for found in report("bato_frozen", "miniature").comparisons)
+    return contrasts(report("bato_frozen", "miniature").comparisons)
 
 
 @when_finished("table_3", "miniature")
 def study_table_3() -> str:
     """The models made harder, with the published differences."""
     source = report("table_3", "miniature")
-    return contrasts(((None, found) for found in source.comparisons), source)
+    return contrasts(source.comparisons, source)
 
 
 @when_finished("photographs", "photographs")
 def study_photographs() -> str:
     """Both models on photographs under two formulas."""
-    return contrasts((None, found) for found in report("photographs", "photographs").comparisons)
+    return contrasts(report("photographs", "photographs").comparisons)
 
 
 def study_bato() -> str:

@@ -160,26 +160,6 @@ def demo() -> str:
     return LayerwiseAP.load(MEASUREMENTS / "demo_layers.json").markdown()
 
 
-def table_4() -> str:
-    """The rows of the study of table 4."""
-    rows = study_blocks.report("table_4").to_json()["rows"]
-    lines = [
-        "| | box AP | mask AP | first layer: mask − box | box AP − baseline, 95 % interval |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        values = row["measured"]
-        cells = [_spread(values["last.box"]), _spread(values["last.mask"]), _spread(values["first.imbalance"], True)]
-        if row is rows[0]:
-            cells.append("–")
-        else:
-            found = study_blocks.main_comparison(row["name"])
-            low, high = (signed(end) for end in (found.joint.low, found.joint.high))
-            cells.append(f"{signed(found.difference)} ({low} to {high})")
-        lines.append(f"| {row['label']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def evaluation_size() -> str:
     """Time of layer-wise AP at COCO's size."""
     record = [json.loads(line) for line in (MEASUREMENTS / "coco_size.jsonl").read_text().splitlines()][-1]
@@ -451,7 +431,6 @@ BLOCKS = {
         shipped,
         solids,
         demo,
-        table_4,
         evaluation_size,
         loading,
         faults,
@@ -492,10 +471,6 @@ def write_all() -> Iterator[Path]:
 
 def _json(name: str) -> dict[str, Any]:
     return json.loads((MEASUREMENTS / name).read_text())
-
-
-def _spread(values: Mapping[str, Any], sign: bool = False) -> str:
-    return f"{number(values['mean'], sign=sign)} ± {values['standard_deviation']:.1f}"
 
 
 if __name__ == "__main__":

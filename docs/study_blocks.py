@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,27 @@ def study_crossing() -> str:
 
 def study_table_4() -> str:
     """The contrasts of table 4."""
-    return contrasts((None, found) for found in report("table_4").comparisons)
+    return contrasts(report("table_4").comparisons)
+
+
+def table_4() -> str:
+    """The rows of the study of table 4."""
+    rows = report("table_4").to_json()["rows"]
+    lines = [
+        "| | box AP | mask AP | first layer: mask − box | box AP − baseline, 95 % interval |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        values = row["measured"]
+        cells = [_spread(values["last.box"]), _spread(values["last.mask"]), _spread(values["first.imbalance"], True)]
+        if row is rows[0]:
+            cells.append("–")
+        else:
+            found = main_comparison(row["name"])
+            low, high = (signed(end) for end in (found.joint.low, found.joint.high))
+            cells.append(f"{signed(found.difference)} ({low} to {high})")
+        lines.append(f"| {row['label']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def study_others() -> str:
@@ -159,7 +179,8 @@ def study_others() -> str:
             if found.contrast.quantity == BOX:
                 (single if min(found.runs.values()) == 1 else repeated).append((report(name).study.title, found))
     names = ", ".join(dict.fromkeys(f"{title}: {found.contrast.label}" for title, found in single))
-    lines = [contrasts(repeated), "", f"One run each, so nothing can be said: {names}."]
+    table = contrasts([found for _, found in repeated], titles=[title for title, _ in repeated])
+    lines = [table, "", f"One run each, so nothing can be said: {names}."]
     return "\n".join(lines)
 
 
@@ -185,20 +206,23 @@ def study_power() -> str:
     )
 
 
-def contrasts(comparisons: Iterable[tuple[str | None, Comparison]], source: StudyReport | None = None) -> str:
-    """A table of comparisons; with a source also the published differences and the verdict on their signs.
+def contrasts(
+    comparisons: Sequence[Comparison], source: StudyReport | None = None, titles: Sequence[str] | None = None
+) -> str:
+    """A table of comparisons.
 
     Args:
-        comparisons: each with the title of its study, if that is to be shown.
-        source: the study of all comparisons, with one column of published numbers.
+        comparisons: the rows.
+        source: their study, with one column of published numbers; shows these and the verdict on the signs.
+        titles: of the study of each comparison, to be shown before its label.
     """
     heads = ["", "", "difference", "95 % interval", "adjusted p", "finds", "runs"]
     [column] = source.published if source else [None]
     heads += [f"published ({column})", "its sign"] if column else []
     lines = [f"| {' | '.join(heads)} |".replace("|  ", "| "), "|---" * len(heads) + "|"]
-    for title, c in comparisons:
+    for i, c in enumerate(comparisons):
         runs = " / ".join(map(str, c.runs.values()))
-        label = f"{title}: {c.contrast.label}" if title else c.contrast.label
+        label = f"{titles[i]}: {c.contrast.label}" if titles else c.contrast.label
         cells = [label, c.contrast.quantity.label, signed(c.difference), interval(c)]
         cells += [show_p(c.adjusted_p), f"±{c.detectable:.1f}", runs]
         if column:
@@ -211,6 +235,10 @@ def contrasts(comparisons: Iterable[tuple[str | None, Comparison]], source: Stud
 def interval(found: Comparison) -> str:
     """The joint interval of a comparison."""
     return f"{signed(found.joint.low)} to {signed(found.joint.high)}"
+
+
+def _spread(values: Mapping[str, Any], sign: bool = False) -> str:
+    return f"{number(values['mean'], sign=sign)} ± {values['standard_deviation']:.1f}"
 
 
 def _class_lag(stage: Any, kind: str) -> float:
@@ -226,6 +254,7 @@ def _ceilings() -> Mapping[str, Any]:
 
 
 BLOCKS = (
+    table_4,
     study_ceilings,
     study_formula,
     study_classes,

@@ -229,9 +229,8 @@ def test_locations_that_are_nowhere_contribute_nothing(name):
     found = results(name, value, shapes, lost, weights)
     torch.testing.assert_close(found[0][:, len(nowhere) :], whole[0][:, len(nowhere) :])
     assert all(x.isfinite().all() for x in found)
-    for query, where in enumerate(nowhere):
-        for i in (0, 2, 3):  # output, and gradients of locations and weights
-            assert (found[i][:, query] == 0).all(), where
+    for i in (0, 2, 3):  # output, and gradients of locations and weights
+        assert (found[i][:, : len(nowhere)] == 0).all()
 
 
 @pytest.mark.parametrize("name", KERNELS)
