@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU th
 @pytest.mark.parametrize("name", ["dimaskdino-shapes", "maskdino-shapes"])
 def test_predictions_are_those_of_the_cpu(name, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    detector = dimaskdino.load(name).detector.eval()
+    detector = dimaskdino.load(name, device="cpu").detector.eval()
     images = [torch.randint(256, (3, 90, 128), generator=torch.Generator().manual_seed(0))]
     expected = detector(ImageBatch.from_images(images)).stages
     found = detector.to("cuda")(ImageBatch.from_images(images, "cuda")).stages

@@ -5,8 +5,10 @@ compiled models, and the tests with NVIDIA's sanitizer and profiler. A step cons
 whose results are in the folder as soon as they exist; one that fails or takes too long is noted and does not stop the
 others. The same command again runs what has not yet succeeded.
 
-In the folder: `cases.jsonl` (how each case went), `output.log` (what they printed), `models.jsonl` (a line per
-measurement of `dimaskdino.benchmarks.model`), the operator's measurements, and `profile.csv`.
+In the folder: `cases.jsonl` (how each case went, and the last line that it printed), `output.log` (all that they
+printed), `models.jsonl` (a line per measurement of `dimaskdino.benchmarks.model`), the operator's measurements,
+`ap_PRECISION/layers.json` and `profile.csv`. In a checkout, `python docs/keep_gpu.py FOLDER` makes the records that the
+documentation's tables come from.
 """
 
 import importlib.util
@@ -28,6 +30,7 @@ import tyro
 
 from dimaskdino.config import load_config
 from dimaskdino.errors import UserError
+from dimaskdino.modeling.precision import Precision
 from dimaskdino.resources import configs_folder
 
 MODEL = "dimaskdino_r50_4scale_bs16_12ep"
@@ -35,6 +38,7 @@ BASELINE = "maskdino_r50_4scale_bs16_12ep"
 CONFIGS = configs_folder() / "coco" / "instance-segmentation"
 BATCH = 16
 LEAST_SECONDS = 30
+KERNELS = "^_?(msda_)?(forward|backward)_kernel"  # of the operator, CUDA and Triton, by function name
 
 Step = Literal["operator", "models", "compiled", "tests"]
 
@@ -138,22 +142,30 @@ def _model_cases(folder: Path, compiled: bool, dry_run: bool) -> list[Case]:
 
 
 def _test_cases(folder: Path, dry_run: bool) -> list[Case]:
-    quick = ("-k", "definition and reference") if dry_run else ("-k", "not emulated")
+    """Tests, AP in every precision, sanitizers, and a profile of one call of every kernel."""
+    operator = "ops/tests/test_ms_deform_attn.py"
+    # what a CPU tests as well is left out, and so is the sanitizer of the compiler
+    chosen = "definition and reference" if dry_run else "not emulated and not sanitizer"
     found = [
-        Case("tests of the operator", _pytest_at_once("ops/tests/test_ms_deform_attn.py", *quick)),
+        Case("tests of the operator", _pytest_at_once(operator, "-k", chosen)),
         Case("tests of the model", _pytest_at_once("tests/test_on_a_gpu.py")),
     ]
-    if shutil.which("ncu"):
-        # 24 launches are those of float32 and the first of bfloat16; the others would take minutes under the profiler
-        kernels = ("--kernel-name", "regex:(forward|backward)_kernel", "--launch-count", "24", "--kill", "yes")
-        kernels += ("--set", "full", "--clock-control", "none")  # the machine's settings are left alone
-        output = ("--csv", "--page", "raw", "--log-file", str(folder / "profile.csv"))
-        benchmark = (sys.executable, "-m", "ms_deform_attn.benchmark", "--rounds", "1", "--queries", "encoder")
-        found.append(Case("profile of the kernels", ("ncu", *kernels, *output, *benchmark)))
     if shutil.which("compute-sanitizer"):
-        sanitizer = ("compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all")
-        some = ("ops/tests/test_ms_deform_attn.py", "-k", "cuda and (odd_sizes or nowhere or borders)")
-        found.append(Case("tests under compute-sanitizer", (*sanitizer, *_pytest(*some))))
+        some = _pytest(operator, "-k", "cuda and (odd_sizes or nowhere or borders)")
+        for tool in ("memcheck", "racecheck", "initcheck"):
+            check = ("compute-sanitizer", "--tool", tool, "--kernel-name", "kns=_kernel", "--error-exitcode", "1")
+            found.append(Case(f"compute-sanitizer, {tool}", (*check, *some)))
+    evaluate = (sys.executable, "-m", "dimaskdino", "evaluate", "dimaskdino-shapes")
+    for precision in ("fp32",) if dry_run else get_args(Precision):
+        how = ("--device", "cpu" if dry_run else "cuda", "--precision", precision)
+        how += ("--output", str(folder / f"ap_{precision}"))
+        found.append(Case(f"AP in {precision}", (*evaluate, *how)))
+    if shutil.which("ncu"):
+        # the machine's clocks are left alone
+        profile = ("ncu", "--kernel-name", f"regex:{KERNELS}", "--set", "full", "--clock-control", "none")
+        output = ("--csv", "--page", "raw", "--log-file", str(folder / "profile.csv"))
+        calls = (sys.executable, "ops/benchmarks/every_kernel.py")
+        found.append(Case("profile of the kernels", (*profile, *output, *calls)))
     return found
 
 
@@ -185,8 +197,11 @@ def run(step: Step, todo: Iterable[Case], folder: Path, seconds: float) -> list[
             file.flush()
             code, why = _run(case.command, file, min(case.seconds, remaining))
         taken = round(time.monotonic() - started, 1)
+        # the log ends with this case's output, at least its own heading
+        last = next(filter(None, reversed(log.read_text(errors="replace").splitlines())))
         with record.open("a") as file:
-            file.write(json.dumps({"step": step, "case": case.name, "exit": code, "seconds": taken}) + "\n")
+            line = {"step": step, "case": case.name, "exit": code, "seconds": taken, "last": last}
+            file.write(json.dumps(line) + "\n")
         print(f"{taken:.0f} s{'' if code == 0 else ', ' + why}", flush=True)
         if code:
             problems.append(f"{case.name}: {why}; see {log}")

@@ -1,7 +1,8 @@
 """Write the tables of ops/README.md from their records: `python ops/benchmarks/table.py`.
 
-The records are the measurements in results/, and machine_code.json, which is written by
-`python ops/tests/cuda_machine_code.py 80 90 100 --output ops/benchmarks/machine_code.json`.
+The records are the measurements in results/; machine_code.json, which is written by
+`python ops/tests/cuda_machine_code.py 80 90 100 --output ops/benchmarks/machine_code.json`; and profile.json, which
+`python docs/keep_gpu.py` makes of a check on a GPU.
 """
 
 import json
@@ -103,12 +104,37 @@ def machine_code(record: dict) -> str:
     return "\n".join(lines)
 
 
+def profile(record: dict) -> str:
+    """What the kernels keep busy, in Markdown, and what bounds them."""
+    lines = [
+        f"{record['device']}, Nsight Compute, one image's encoder; part of what the GPU can sustain.",
+        "",
+        "| kernel | microseconds | registers | warps | instructions | L1 | L1 hits | L2 | memory |",
+        "|---|" + "---:|" * 8,
+    ]
+    kernels = {(k["backend"], k["direction"], k["dtype"]): k for k in record["kernels"]}
+    for names, kernel in kernels.items():
+        parts = ("warps", "instructions", "l1", "l1_hits", "l2", "memory")
+        cells = [f"{kernel['nanoseconds'] / 1e3:.0f}", f"{kernel['registers']:.0f}"]
+        lines.append(f"| {' | '.join([', '.join(names), *cells, *(f'{kernel[part]:.0f} %' for part in parts)])} |")
+    forward, backward = (kernels["cuda", direction, "fp32"] for direction in ("forward", "backward"))
+    lines += [
+        "",
+        f"The **forward** pass waits for its loads: with {forward['registers']:.0f} registers a thread, "
+        f"{forward['warps']:.0f} % of the possible warps are there, and L1 is busy for {forward['l1']:.0f} % of the "
+        f"time. The **backward** pass is bound by L2, which is busy for {backward['l2']:.0f} % of the time: there the "
+        "gradients of the values are added.",
+    ]
+    return "\n".join(lines)
+
+
 def updated(text: str) -> str:
     """The README with its tables as the records have them."""
     records = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
     blocks = {
         "measurements": "\n\n".join(map(table, records)),
         "machine code": machine_code(json.loads((HERE / "machine_code.json").read_text())),
+        "profile": profile(json.loads((HERE / "profile.json").read_text())),
     }
     for name, block in blocks.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
