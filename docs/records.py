@@ -6,6 +6,7 @@ A block of Markdown between `<!-- records: NAME -->` and `<!-- end -->` is the t
 import json
 import math
 import re
+import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -217,21 +218,27 @@ def company() -> str:
     """Seconds beside other programs, and how many times the fair share they are."""
     record = _json("company.json")
     lines = []
+    spreads = []
     for task, loads in record["tasks"].items():
-        idle, ways = loads[0]["seconds"]["PyTorch's default"], list(loads[0]["seconds"])
+        idle, ways = statistics.median(loads[0]["seconds"]["PyTorch's default"]), list(loads[0]["seconds"])
         lines += [f"| {task} | {' | '.join(ways)} |", "|---" * (len(ways) + 1) + "|"]
         for load in loads:
             busy, lower = load["busy"], " of lower priority" if load["niceness"] else ""
             name = f"beside {busy} busy program{'s' * (busy > 1)}{lower}" if busy else "idle machine"
-            cells = [f"{s:.2f} s ({s / idle / load['share']:.1f}×)" for s in load["seconds"].values()]
+            medians = [statistics.median(turns) for turns in load["seconds"].values()]
+            cells = [f"{s:.2f} s ({s / idle / load['share']:.1f}×)" for s in medians]
+            spreads += [max(turns) / min(turns) for turns in load["seconds"].values()]
             lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
-    alone = record["tasks"]["training step of the demo"][0]["seconds"]["as the kit does"]
-    steps = " and ".join(f"{seconds:.2f}" for seconds in record["two_at_once"])
-    times = " and ".join(f"{seconds / alone:.1f}" for seconds in record["two_at_once"])
-    lines.append(
-        f"Two trainings at once on {record['cores']} cores: {steps} s per step, {times} times the step of one alone."
-    )
+    alone = statistics.median(record["tasks"]["training step of the demo"][0]["seconds"]["as the kit does"])
+    both = [statistics.median(turns) for turns in record["two_at_once"]]
+    lines += [
+        f"Medians of {record['turns']} turns; the slowest turn took {statistics.median(spreads):.1f} times as long as "
+        f"the fastest in the median cell, and {max(spreads):.1f} times in the worst.",
+        "",
+        f"Two trainings at once on {record['cores']} cores: {' and '.join(f'{s:.2f}' for s in both)} s per step, "
+        f"{' and '.join(f'{s / alone:.1f}' for s in both)} times the step of one alone.",
+    ]
     return "\n".join(lines)
 
 
