@@ -55,7 +55,7 @@ demo: .venv/.installed
 	$(BIN)/dimaskdino status $(RUN)
 
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 8 --dist worksteal
+	$(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 8 --dist worksteal
 
 test-all: .venv/.dev
 	$(BIN)/python -m pytest
