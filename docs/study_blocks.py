@@ -145,8 +145,8 @@ def study_crossing() -> str:
 
 
 def study_table_4() -> str:
-    """The contrasts of table 4."""
-    return contrasts(report("table_4").comparisons)
+    """What each module brings, with and without the other, in table 4."""
+    return contrasts([found for found in report("table_4").comparisons if len(found.contrast.plus) == 2])
 
 
 def table_4() -> str:
@@ -170,7 +170,7 @@ def table_4() -> str:
 
 
 def study_others() -> str:
-    """The contrasts of the other studies that have several runs, and which have a single one."""
+    """What the comparisons of the other studies can tell, and which have a single run."""
     repeated, single = [], []
     for name in NAMES:
         if name in ("table_4", "figure_1"):
@@ -178,10 +178,19 @@ def study_others() -> str:
         for found in report(name).comparisons:
             if found.contrast.quantity == BOX:
                 (single if min(found.runs.values()) == 1 else repeated).append((report(name).study.title, found))
-    names = ", ".join(dict.fromkeys(f"{title}: {found.contrast.label}" for title, found in single))
-    table = contrasts([found for _, found in repeated], titles=[title for title, _ in repeated])
-    lines = [table, "", f"One run each, so nothing can be said: {names}."]
-    return "\n".join(lines)
+    differences = [found.difference for _, found in repeated]
+    ends = [end for _, found in repeated for end in (found.joint.low, found.joint.high)]
+    powers = [found.detectable for _, found in repeated]
+    smallest = min(found.adjusted_p for _, found in repeated)
+    runs = sorted({n for _, found in repeated for n in found.runs.values()})
+    titles, alone = (", ".join(dict.fromkeys(title for title, _ in some)) for some in (repeated, single))
+    return (
+        f"{len(repeated)} comparisons of box AP with {' or '.join(map(str, runs))} runs a row ({titles}): differences "
+        f"of {signed(min(differences))} to {signed(max(differences))} points, intervals within {signed(min(ends))} to "
+        f"{signed(max(ends))}, adjusted p of {show_p(smallest)} or more. They would find differences of "
+        f"±{min(powers):.1f} to ±{max(powers):.1f}.\n\n{len(single)} comparisons have one run a row, so nothing can be "
+        f"said: {alone}."
+    )
 
 
 def study_pairs() -> str:
