@@ -1,11 +1,11 @@
 """The table of claims in results.md: what the paper says, what was seen here, and the verdicts of study.md's rule."""
 
-import json
 from dataclasses import dataclass
 
 from formats import signed
 from miniature_blocks import finished
-from study_blocks import BOX, ROOT, SIGNS, interval, report
+from sources import measured
+from study_blocks import BOX, SIGNS, interval, report
 
 from dimaskdino.studies.comparison import Comparison, Quantity
 
@@ -128,7 +128,7 @@ def _difference(found: Comparison) -> str:
 
 def _on_photographs() -> str:
     """The registered difference of box AP on photographs, DI-MaskDINO − MaskDINO, and its verdict."""
-    record = json.loads((ROOT / "docs" / "measurements" / "photographs.json").read_text())["animals"]
+    record = measured("photographs.json")["animals"]
     found = next(c for c in record["comparisons"] if c["quantity"] == "last.box")
     low, high = (signed(found["joint"][end]) for end in ("low", "high"))
     return f"{signed(found['difference'])} ({low} to {high}): {SIGNS[found['agrees']]}"

@@ -10,6 +10,7 @@ from pathlib import Path
 import miniature_blocks
 import records
 import study_blocks
+from sources import MEASUREMENTS, ROOT, course_models
 
 import dimaskdino
 from dimaskdino import viz
@@ -27,14 +28,14 @@ def first_and_last() -> viz.style.Figure:
 
 def layers() -> viz.style.Figure:
     """Box and mask AP of the course's DI-MaskDINO at every stage (its layers.json)."""
-    return viz.plot_layerwise_ap({"DI-MaskDINO": records.course_models()["DI-MaskDINO"]})
+    return viz.plot_layerwise_ap({"DI-MaskDINO": course_models()["DI-MaskDINO"]})
 
 
 def objects() -> viz.style.Figure:
     """A rendered scene at three stages of the model for them; notes the IoUs in measurements/objects_figure.json."""
     model = dimaskdino.load("dimaskdino-solids", device="cpu")
     stages = ["first_selection", "decoder.1", model.stages[-1]]
-    look = model.inspect(CocoDataset(records.ROOT / "notebooks" / "scenes", "val")[SCENE])
+    look = model.inspect(CocoDataset(ROOT / "notebooks" / "scenes", "val")[SCENE])
     track = track_objects(look, stages, threshold=0.3)
     found = {
         stage: {
@@ -44,7 +45,7 @@ def objects() -> viz.style.Figure:
         for i, stage in enumerate(stages)
     }
     record = {"classes": [look.classes[label] for label in look.sample.labels.tolist()], "stages": found}
-    (records.MEASUREMENTS / "objects_figure.json").write_text(json.dumps(record, indent=1) + "\n")
+    (MEASUREMENTS / "objects_figure.json").write_text(json.dumps(record, indent=1) + "\n")
     return viz.draw_object_stages(look, stages, track)
 
 

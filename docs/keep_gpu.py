@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import records
+from sources import MEASUREMENTS, ROOT
 
-OPERATOR = records.ROOT / "ops" / "benchmarks"
+OPERATOR = ROOT / "ops" / "benchmarks"
 PROFILE = {  # our name: Nsight Compute's
     "nanoseconds": "gpu__time_duration.sum",
     "registers": "launch__registers_per_thread",
@@ -77,7 +77,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path, help="results of the check")
     folder = parser.parse_args().folder
     record = gpu(folder)
-    kept = {records.MEASUREMENTS / "gpu.json": record}
+    kept = {MEASUREMENTS / "gpu.json": record}
     if (folder / "profile.csv").exists():
         profile = {"device": record["device"], "kernels": list(profiled(folder / "profile.csv"))}
         kept[OPERATOR / "profile.json"] = profile

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import records
+from sources import MEASUREMENTS
 from torch import nn
 
 from dimaskdino import load
@@ -78,4 +78,4 @@ if __name__ == "__main__":
     parser.add_argument("runs", nargs="+", type=Path)
     runs = parser.parse_args().runs
     record = {run.name: {"left_out": ablated(run), "training": over_training(run)} for run in runs}
-    (records.MEASUREMENTS / "bato.json").write_text(json.dumps(record, indent=1) + "\n")
+    (MEASUREMENTS / "bato.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -11,7 +11,7 @@ import json
 import tempfile
 from pathlib import Path
 
-import records
+from sources import MEASUREMENTS
 
 from dimaskdino import load
 from dimaskdino.config import Config, load_config
@@ -52,7 +52,7 @@ if __name__ == "__main__":
     parser.add_argument("--photographs", nargs=2, metavar=("FOLDER", "SPLIT"))
     parser.add_argument("--animals", metavar="FOLDER", help="with the splits train and val")
     arguments = parser.parse_args()
-    path = records.MEASUREMENTS / "ceilings.json"
+    path = MEASUREMENTS / "ceilings.json"
     record = json.loads(path.read_text()) if path.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         record["shapes"] = {str(size): shapes(Path(folder), size) for size in (128, 256)}

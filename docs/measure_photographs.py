@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import records
+from sources import MEASUREMENTS
 
 from dimaskdino.benchmarks import peers
 from dimaskdino.checkpoints import load_checkpoint
@@ -119,7 +119,7 @@ if __name__ == "__main__":
     parser.add_argument("--times", type=Path, help="what 'peers time' wrote")
     arguments = parser.parse_args()
     compared = {"DI-MaskDINO": arguments.dimaskdino, "MaskDINO": arguments.maskdino}
-    file = records.MEASUREMENTS / "photographs.json"
+    file = MEASUREMENTS / "photographs.json"
     content = json.loads(file.read_text()) if file.exists() else {}
     record = content.setdefault(
         arguments.data, {"recipe": [], "rows": {}, "comparisons": [], "peers": [], "probes": []}

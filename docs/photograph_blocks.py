@@ -1,18 +1,15 @@
 """What trainings on photographs gave, from measurements/photographs.json."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from formats import counted, number, signed
+from sources import measured
 from study_blocks import SIGNS
 
 from dimaskdino.benchmarks.detectors import LABELS
 from dimaskdino.studies.report import show_p
-
-RECORD = Path(__file__).parent / "measurements" / "photographs.json"
 
 
 def mean_ap(runs: list[dict[str, Any]], stage: str, kind: str) -> str:
@@ -27,7 +24,7 @@ def mean_ap(runs: list[dict[str, Any]], stage: str, kind: str) -> str:
 def photographs() -> str:
     """Trainings on photographs: beside other models, the registered comparison, and AP at every stage."""
     parts = []
-    for name, record in json.loads(RECORD.read_text()).items():
+    for name, record in measured("photographs.json").items():
         train, val = record["train"], record["val"]
         groups = {f"{model}, as compared": runs for model, runs in record["rows"].items()}
         if record["recipe"]:

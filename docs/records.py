@@ -6,32 +6,22 @@ A block of Markdown between `<!-- records: NAME -->` and `<!-- end -->` is the t
 import json
 import math
 import re
-import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import miniature_blocks
+import performance_blocks
 import study_blocks
 from claims import claims
-from formats import counted, number, seconds, signed
+from formats import counted, number, signed
 from photograph_blocks import mean_ap, photographs
+from sources import MEASUREMENTS, MODELS, ROOT, course_models, measured
 
-from dimaskdino.config import load_config
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
-from dimaskdino.modeling.precision import Precision
 from dimaskdino.studies.report import paper_tables, show_p
 
-ROOT = Path(__file__).parent.parent
-MEASUREMENTS = ROOT / "docs" / "measurements"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-MODELS = {"MaskDINO": "maskdino", "DI-MaskDINO": "dimaskdino"}
-
-
-def course_models() -> dict[str, LayerwiseAP]:
-    """AP of the two models that come with the course."""
-    folder = ROOT / "notebooks" / "models"
-    return {name: LayerwiseAP.load(folder / run / "evaluation" / "layers.json") for name, run in MODELS.items()}
 
 
 def first_and_last_layers() -> dict[str, dict[str, Mapping[str, Mapping[str, float]]]]:
@@ -49,7 +39,7 @@ def _lag(layers: Mapping[str, Mapping[str, float]], layer: str = "first") -> str
 
 def start() -> str:
     """The two commands, with what they took: records of a fresh clone (durations.json)."""
-    record = _json("durations.json")
+    record = measured("durations.json")
     demo, test, size = (math.ceil(record[key]) for key in ("demo_minutes", "test_minutes", "environment_gb"))
     return "\n".join(
         [
@@ -78,7 +68,7 @@ def claim() -> str:
 
 def objects() -> str:
     """Caption of the figure of single objects."""
-    record = _json("objects_figure.json")
+    record = measured("objects_figure.json")
     means = {stage: {k: sum(v) / len(v) for k, v in ious.items()} for stage, ious in record["stages"].items()}
     first, layer = means["first_selection"], means["decoder.1"]
     return (
@@ -91,16 +81,16 @@ def objects() -> str:
 
 def headlines() -> str:
     """The results at the top of the README."""
-    golden = _json("golden.json")
+    golden = measured("golden.json")
     logits, boxes = (max(case[key] for case in golden.values()) for key in ("class_logits", "boxes"))
     kit = first_and_last_layers()["This kit, shapes"]
     last = {name: layers["last"] for name, layers in kit.items()}
     both = study_blocks.main_comparison("di_bato")
     formula = study_blocks.share_of_the_formula()
-    animals = _json("photographs.json")["animals"]
+    animals = measured("photographs.json")["animals"]
     recipe = animals["recipe"]
     minutes = max(run["minutes"] for run in recipe)
-    survived = sum(outcome == "survived" for outcome in _json("faults.json")["faults"].values())
+    survived = sum(outcome == "survived" for outcome in measured("faults.json")["faults"].values())
     return "\n".join(
         [
             f"* **Equal to the published implementation**: on {len(golden)} recorded cases the class logits differ by "
@@ -113,7 +103,7 @@ def headlines() -> str:
             f"most {minutes:.0f} minutes of training on {recipe[0]['threads']} cores "
             f"({counted(len(recipe), 'training')}).",
             f"* **Nothing is lost**: {survived} faults injected into real runs, from SIGKILL to a full disk, are "
-            f"survived; {sum(_json('bad_inputs.json').values())} bad inputs are answered in one clear line each.",
+            f"survived; {sum(measured('bad_inputs.json').values())} bad inputs are answered in one clear line each.",
             f"* **Part of the lag is arithmetic**: {formula:.0f} % of the baseline's lag at its decoder's input comes "
             "from the published formula that makes boxes of masks ([study](docs/study.md)).",
             f"* **Table 4 in miniature**, {both.runs['di_bato']} seeds: both modules {both.difference:+.1f} box AP "
@@ -125,7 +115,7 @@ def headlines() -> str:
 
 def golden() -> str:
     """Largest differences to the recorded outputs."""
-    cases = _json("golden.json")
+    cases = measured("golden.json")
     lines = ["| case | class logits | mask logits | boxes |", "|---|---|---|---|"]
     for name, case in cases.items():
         cells = [f"{case[key]:.1e}" for key in ("class_logits", "mask_logits", "boxes")]
@@ -191,21 +181,21 @@ def loading() -> str:
 
 def faults() -> str:
     """What was injected, and what became of it."""
-    record = _json("faults.json")["faults"]
+    record = measured("faults.json")["faults"]
     lines = ["| fault | |", "|---|---|", *(f"| {title} | {outcome} |" for title, outcome in record.items())]
     return "\n".join(lines)
 
 
 def bad_inputs() -> str:
     """How many bad inputs of each kind are tested."""
-    counts = _json("bad_inputs.json")
+    counts = measured("bad_inputs.json")
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     return f"{sum(counts.values())} bad inputs: {kinds}."
 
 
 def memory() -> str:
     """Growth of memory over long work."""
-    record = _json("memory.json")["memory"]
+    record = measured("memory.json")["memory"]
     lines = ["| | memory half-way | growth from there to the end |", "|---|---|---|"]
     for what, result in record.items():
         middle = result["mebibytes"][len(result["mebibytes"]) // 2]
@@ -214,213 +204,9 @@ def memory() -> str:
     return "\n".join(lines)
 
 
-def company() -> str:
-    """Seconds beside other programs, and how many times the fair share they are."""
-    record = _json("company.json")
-    lines = []
-    spreads = []
-    for task, loads in record["tasks"].items():
-        idle, ways = statistics.median(loads[0]["seconds"]["PyTorch's default"]), list(loads[0]["seconds"])
-        lines += [f"| {task} | {' | '.join(ways)} |", "|---" * (len(ways) + 1) + "|"]
-        for load in loads:
-            busy, lower = load["busy"], " of lower priority" if load["niceness"] else ""
-            name = f"beside {busy} busy program{'s' * (busy > 1)}{lower}" if busy else "idle machine"
-            medians = [statistics.median(turns) for turns in load["seconds"].values()]
-            cells = [f"{s:.2f} s ({s / idle / load['share']:.1f}×)" for s in medians]
-            spreads += [max(turns) / min(turns) for turns in load["seconds"].values()]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines.append("")
-    alone = statistics.median(record["tasks"]["training step of the demo"][0]["seconds"]["as the kit does"])
-    both = [statistics.median(turns) for turns in record["two_at_once"]]
-    lines += [
-        f"Medians of {record['turns']} turns; the slowest turn took {statistics.median(spreads):.1f} times as long as "
-        f"the fastest in the median cell, and {max(spreads):.1f} times in the worst.",
-        "",
-        f"Two trainings at once on {record['cores']} cores: {' and '.join(f'{s:.2f}' for s in both)} s per step, "
-        f"{' and '.join(f'{s / alone:.1f}' for s in both)} times the step of one alone.",
-    ]
-    return "\n".join(lines)
-
-
-def versions() -> str:
-    """An earlier commit and this version in turns, and what part of the processor's peak inference reaches."""
-    record = _json("versions.json")
-    lines = [
-        f"Commit {record['commit']} and this version in turns, PyTorch {record['versions']['packages']['torch']}, "
-        f"one processor with {', '.join(record['instructions'])}:",
-        "",
-        "| | precision | threads | before | now | times as fast | memory before, now | part of the peak "
-        "| products alone, part of the peak |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in record["cases"]:
-        before, now = row["before"], row["now"]
-        spans = (f"{r['seconds']:.2f} s ({r['fastest']:.2f} to {r['slowest']:.2f})" for r in (before, now))
-        memory = f"{before['peak_memory_gib']:.1f}, {now['peak_memory_gib']:.1f} GiB"
-        part, alone = (
-            f"{row['gflop'] / taken / row['peak_gflops']:.0%}" for taken in (now["seconds"], row["product_seconds"])
-        )
-        lines.append(
-            f"| {row['case']} | {row['precision']} | {row['threads']} | {' | '.join(spans)} | "
-            f"{before['seconds'] / now['seconds']:.2f} | {memory} | {part} | {row['product_seconds']:.2f} s, {alone} |"
-        )
-    peaks = {(row["precision"], row["threads"]): row["peak_gflops"] for row in record["cases"]}
-    told = ", ".join(f"{peak:,.0f} in {kind} with {n}" for (kind, n), peak in sorted(peaks.items()))
-    lines += ["", f"Peak: one matrix product of 3,072², in GFLOP/s: {told} threads."]
-    return "\n".join(lines)
-
-
-def aims() -> str:
-    """What the aims of the performance log leave for everything that is not a product."""
-    lines = [
-        "| | precision | threads | aim | products alone | left for all else | all else takes |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    part = {"fp32": 0.85, "bf16": 0.7}
-    for row in _json("versions.json")["cases"]:
-        now, products = row["now"]["seconds"], row["product_seconds"]
-        if row["case"].startswith("inference"):
-            aim = row["gflop"] / row["peak_gflops"] / part[row["precision"]]
-        elif row["precision"] == "fp32":
-            aim = row["before"]["seconds"] / 2
-        else:
-            continue
-        cells = " | ".join(map(seconds, (aim, products, aim - products, now - products)))
-        lines.append(f"| {row['case']} | {row['precision']} | {row['threads']} | {cells} |")
-    return "\n".join(lines)
-
-
-def detectors() -> str:
-    """Detectors with a ResNet-50 on the same image."""
-    record = _json("detectors.json")
-    height, width = record["size"]
-    lines = [
-        f"One image of {height}×{width}, {record['detections']} detections with masks, {record['rounds']} rounds in "
-        f"turns; PyTorch {record['versions']['packages']['torch']}:",
-        "",
-        "| | precision | threads | seconds | GFLOP | seconds per 100 GFLOP | part of the peak | memory |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in record["rows"]:
-        span = f"{row['seconds']:.2f} ({row['fastest']:.2f} to {row['slowest']:.2f})"
-        each = f"{100 * row['seconds'] / row['gflop']:.2f}"
-        part = f"{row['gflop'] / row['seconds'] / row['peak_gflops']:.0%}"
-        lines.append(
-            f"| {row['model']} | {row['precision']} | {row['threads']} | {span} | {row['gflop']:.0f} | {each} | {part} "
-            f"| {row['peak_memory_gib']:.1f} GiB |"
-        )
-    return "\n".join(lines)
-
-
-def gpu() -> str:
-    """The R50 models on a GPU, AP in every precision, and how the tests went there."""
-    record = _json("gpu.json")
-    lines = [
-        f"{record['device']}, {record['threads']} CPU cores, PyTorch {record['torch']}; random weights, medians of ten "
-        "repetitions:",
-        "",
-        "| | precision | milliseconds (fastest to slowest) | of that, kernels | images per second | memory |",
-        "|---|---|---|---|---|---|",
-    ]
-    seen = {}
-    for row in record["rows"]:
-        name = next(name for name, key in MODELS.items() if row["config"].startswith(key))
-        how = row["precision"] + ", CUDA graph" * row["graphs"] + ", compiled" * row["compiled"]
-        seen[name, row["task"], row["images"], how] = row
-        what = f"{name}, {row['task']}, {row['images']} × {row['height']}×{row['width']}"
-        times = [f"{1e3 * row[key]:.1f}" for key in ("seconds", "fastest", "slowest", "busy_seconds")]
-        lines.append(
-            f"| {what} | {how} | {times[0]} ({times[1]} to {times[2]}) | {times[3]} "
-            f"| {row['images_per_second']:.1f} | {row['peak_memory_gib']:.1f} GiB |"
-        )
-
-    def ratio(how: str) -> str:
-        di, md = (seen[name, "inference", 1, how]["seconds"] for name in ("DI-MaskDINO", "MaskDINO"))
-        return f"{md / di:.2f}"
-
-    def training(how: str, images: int = 2) -> dict[str, Any]:
-        return seen["DI-MaskDINO", "training", images, how]
-
-    steps = load_config("coco/instance-segmentation/dimaskdino_r50_4scale_bs16_12ep").schedule.steps
-    hours = {how: steps * training(how)["seconds"] / 3600 for how in ("fp32", "bf16", "bf16, compiled")}
-    one = steps * training("bf16", 16)["seconds"] / 3600
-    waits = seen["DI-MaskDINO", "inference", 1, "fp32"]["synchronisations"]
-    lines += [
-        "",
-        f"* **In bf16 the CPU sets the pace.** The {training('bf16')['kernels']:,} kernels of a training step take "
-        f"{1e3 * training('bf16')['busy_seconds']:.0f} of its {1e3 * training('bf16')['seconds']:.0f} ms; launching "
-        f"them one by one takes the rest. `train.compile` makes it {1e3 * training('bf16, compiled')['seconds']:.0f} "
-        f"ms; in fp32, where kernels fill the time, it gains nothing ({1e3 * training('fp32')['seconds']:.0f} and "
-        f"{1e3 * training('fp32, compiled')['seconds']:.0f} ms). A CUDA graph launches all of inference at once.",
-        f"* Copies that make the CPU wait: {training('bf16')['synchronisations']} in a training step, for the costs of "
-        f"matching, and {waits} in inference, after the detector.",
-        f"* DI-MaskDINO runs at {ratio('fp32')} of MaskDINO's speed in fp32, {ratio('bf16')} in bf16 and "
-        f"{ratio('bf16, CUDA graph')} as a CUDA graph in bf16, where the aim was 0.96.",
-        f"* {steps:,} steps of the recipe would take {one:.0f} h on one such GPU in bf16. On 8, with 2 images each: "
-        f"{hours['fp32']:.1f} h in fp32, {hours['bf16']:.1f} h in bf16 and {hours['bf16, compiled']:.1f} h compiled, "
-        "without the communication between them, which was not measured.",
-        "",
-        *_precisions(record["ap"]),
-        "",
-        "| check on the GPU | how it ended |",
-        "|---|---|",
-    ]
-    for case in record["cases"]:
-        if case["step"] == "tests":
-            how = case["last"].strip("= ") or (
-                "passed" if case["exit"] == 0 else f"stopped after {case['seconds']:.0f} s"
-            )
-            lines.append(f"| {case['case']} | {how} |")
-    return "\n".join(lines)
-
-
-def _precisions(measured: dict[str, dict[str, dict[str, float | None]]]) -> list[str]:
-    """AP of the shipped model in every precision on a GPU, beside that of a CPU."""
-    cpu = course_models()["DI-MaskDINO"].stages
-    stages = ("first_selection", "decoder.0", list(cpu)[-1])
-    expected = {stage: {"box": at.box and at.box.AP, "mask": at.mask and at.mask.AP} for stage, at in cpu.items()}
-    measured = {precision: measured[precision] for precision in get_args(Precision) if precision in measured}
-    lines = [
-        "Box / mask AP of `dimaskdino-shapes`, the same weights in every column:",
-        "",
-        f"| stage | CPU, fp32 | {' | '.join(f'GPU, {precision}' for precision in measured)} |",
-        "|---" * (2 + len(measured)) + "|",
-    ]
-    for stage in stages:
-        cells = [f"{at[stage]['box']:.1f} / {at[stage]['mask']:.1f}" for at in (expected, *measured.values())]
-        lines.append(f"| {stage} | {' | '.join(cells)} |")
-    apart = max(
-        abs(at[stage][task] - expected[stage][task])
-        for at in measured.values()
-        for stage in expected
-        for task in ("box", "mask")
-        if expected[stage][task] is not None
-    )
-    return [*lines, "", f"At no stage do they differ from the CPU's by more than {apart:.1f} points."]
-
-
-def starting() -> str:
-    """Seconds until an import or a help text is there."""
-    lines = ["| | median | fastest to slowest | aim |", "|---|---|---|---|"]
-    for name, row in _json("starting.json")["commands"].items():
-        aim = "–" if row["aim"] is None else f"{row['aim']:.1f} s"
-        span = f"{row['fastest']:.2f} to {row['slowest']:.2f} s"
-        lines.append(f"| {name} | {row['seconds']:.2f} s | {span} | {aim} |")
-    return "\n".join(lines)
-
-
-def explorers() -> str:
-    """Seconds from a control to the new picture."""
-    record = _json("explorers.json")
-    lines = ["| explorer | median | slowest | changes |", "|---|---|---|---|"]
-    for name, row in record["explorers"].items():
-        lines.append(f"| {name} | {row['median']:.2f} s | {row['slowest']:.2f} s | {row['changes']} |")
-    return "\n".join(lines)
-
-
 def runtimes() -> str:
     """Seconds per image of an exported model in each runtime."""
-    record = _json("runtimes.json")
+    record = measured("runtimes.json")
     images, versions = record["images"], record["packages"]
     lines = [
         f"{record['backbone']}, {record['shortest']} to {record['longest']} pixels, {record['threads']} threads, "
@@ -438,7 +224,7 @@ def runtimes() -> str:
 
 def diagnostics() -> str:
     """What the diagnostics say of the two shipped models."""
-    both = _json("diagnostics.json")
+    both = measured("diagnostics.json")
     lines = ["| | MaskDINO | DI-MaskDINO |", "|---|---|---|"]
 
     def row(what: str, value: Any) -> None:
@@ -485,16 +271,10 @@ BLOCKS = {
         faults,
         bad_inputs,
         memory,
-        company,
-        versions,
-        aims,
-        detectors,
-        gpu,
-        starting,
-        explorers,
         photographs,
         runtimes,
         diagnostics,
+        *performance_blocks.BLOCKS,
         *study_blocks.BLOCKS,
         *miniature_blocks.BLOCKS,
         claims,
@@ -516,10 +296,6 @@ def write_all() -> Iterator[Path]:
         if after != before:
             page.write_text(after)
             yield page
-
-
-def _json(name: str) -> dict[str, Any]:
-    return json.loads((MEASUREMENTS / name).read_text())
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """The numbers of the first miniature in study.md, from its runs and measurements/ceilings.json."""
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from formats import number, signed
+from sources import ROOT, measured
 
 from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, LayerwiseAP
 from dimaskdino.studies.comparison import (
@@ -20,7 +19,6 @@ from dimaskdino.studies.comparison import (
 from dimaskdino.studies.report import StudyReport, show_p
 from dimaskdino.studies.study import find_study, load_study
 
-ROOT = Path(__file__).parent.parent
 STUDIES = ROOT / "notebooks" / "studies"
 FOLDERS = {"shapes": STUDIES, "miniature": STUDIES / "miniature", "photographs": STUDIES / "photographs"}  # by scale
 NAMES = (*(f"table_{number}" for number in range(3, 10)), "figure_1", "bato_layers", "undetached_selection")
@@ -259,7 +257,7 @@ def _cells(values: Iterable[float], sign: bool = False) -> str:
 
 
 def _ceilings() -> Mapping[str, Any]:
-    return json.loads((ROOT / "docs" / "measurements" / "ceilings.json").read_text())
+    return measured("ceilings.json")
 
 
 BLOCKS = (

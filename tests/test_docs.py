@@ -1,7 +1,6 @@
 """README and docs: numbers come from records, links lead somewhere, commands exist, the README fits."""
 
 import itertools
-import json
 import re
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import measure_bato  # noqa: E402
 import measure_ceilings  # noqa: E402
 import miniature_blocks  # noqa: E402
 import records  # noqa: E402
+import sources  # noqa: E402
 import study_blocks  # noqa: E402
 
 TEXTS = [*records.PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "ops" / "README.md"]
@@ -128,7 +128,7 @@ def assert_same(found: Stage, expected: Stage) -> None:
 
 
 def test_the_record_of_ceilings_is_what_the_shapes_have(tmp_path):
-    recorded = json.loads((records.MEASUREMENTS / "ceilings.json").read_text())["shapes"]["128"]
+    recorded = sources.measured("ceilings.json")["shapes"]["128"]
     found = measure_ceilings.shapes(tmp_path, 128)
     assert found.keys() == recorded.keys()
     for kind in ("mask", "mask2box", "bitmask"):
