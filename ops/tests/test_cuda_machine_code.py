@@ -10,6 +10,7 @@ import variants
 from cuda_machine_code import OF_THE_MODEL, compiler_version, kernels
 from machine_code import cuobjdump
 from ms_deform_attn.build import compiler
+from ms_deform_attn.functional import available
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 # instructions per sample and group of lanes, head dimension 32
@@ -20,6 +21,15 @@ def test_the_tables_of_the_readme_are_those_of_the_records():
     table = runpy.run_path(str(BENCHMARKS / "table.py"))
     readme = table["README"].read_text()
     assert table["updated"](readme) == readme
+
+
+@pytest.mark.skipif(not available("cpu"), reason="CPU kernels are not built (no compiler here)")
+def test_a_profiler_sees_every_kernel():
+    every_kernel = runpy.run_path(str(BENCHMARKS / "every_kernel.py"))["main"]
+    with torch.profiler.profile() as profile:
+        every_kernel("cpu", ("cpu",))
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["ms_deform_attn::forward"] == calls["ms_deform_attn::backward"] == 2  # float32, bfloat16
 
 
 needs_compiler = pytest.mark.skipif(
