@@ -47,7 +47,7 @@ TURNS = 3
 
 
 def measure(task: str, adaptive: bool) -> float:
-    """Median seconds of a task in this process, over some seconds after three repetitions."""
+    """Median seconds of a task in this process, over `SECONDS` after three repetitions."""
     name, kind, size, images, objects = TASKS[task]
     *_, run = prepare(load_config(find_config(name)), kind, *size, objects, images)
     for _ in range(3):

@@ -144,7 +144,7 @@ def _model_cases(folder: Path, compiled: bool, dry_run: bool) -> list[Case]:
 def _test_cases(folder: Path, dry_run: bool) -> list[Case]:
     """Tests, AP in every precision, sanitizers, and a profile of one call of every kernel."""
     operator = "ops/tests/test_ms_deform_attn.py"
-    # what a CPU tests as well is left out, and so is the sanitizer of the compiler
+    # the emulated kernels, and the CPU kernels under the compiler's sanitizer, need no GPU
     chosen = "definition and reference" if dry_run else "not emulated and not sanitizer"
     found = [
         Case("tests of the operator", _pytest_at_once(operator, "-k", chosen)),

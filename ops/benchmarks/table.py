@@ -120,7 +120,8 @@ def profile(record: dict) -> str:
     forward, backward = (kernels["cuda", direction, "fp32"] for direction in ("forward", "backward"))
     lines += [
         "",
-        f"The **forward** pass waits for its loads: with {forward['registers']:.0f} registers a thread, "
+        f"The **forward** pass waits for its loads, {forward['waiting_for_loads']:.0f} cycles of a warp for every "
+        f"instruction: with {forward['registers']:.0f} registers a thread, "
         f"{forward['warps']:.0f} % of the possible warps are there, and L1 is busy for {forward['l1']:.0f} % of the "
         f"time. The **backward** pass is bound by L2, which is busy for {backward['l2']:.0f} % of the time: there the "
         "gradients of the values are added.",
