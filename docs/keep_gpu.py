@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sources import MEASUREMENTS, ROOT
+from sources import MEASUREMENTS, ROOT, average_precisions
+
+from dimaskdino.benchmarks.gpu_check import latest
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 
 OPERATOR = ROOT / "ops" / "benchmarks"
 PROFILE = {  # our name: Nsight Compute's
@@ -42,31 +45,21 @@ def profiled(file: Path) -> Iterator[dict[str, Any]]:
         yield {"backend": by, "direction": direction, "dtype": dtype, **numbers}
 
 
-def average_precisions(layers: Path) -> dict[str, dict[str, float | None]]:
-    """Box and mask AP by stage."""
-    stages = json.loads(layers.read_text())["stages"]
-    return {
-        stage: {task: found[task] and found[task]["AP"] for task in ("box", "mask")} for stage, found in stages.items()
-    }
-
-
 def gpu(folder: Path) -> dict[str, Any]:
     """All that the check found on one GPU. Later measurements of a case replace earlier ones."""
-    measured = list(map(json.loads, (folder / "models.jsonl").read_text().splitlines()))
-    keys = ("config", "task", "precision", "graphs", "compiled", "height", "images")
-    rows = {tuple(row[key] for key in keys): row for row in measured}
+    rows = latest(map(json.loads, (folder / "models.jsonl").read_text().splitlines()))
     cases = list(map(json.loads, (folder / "cases.jsonl").read_text().splitlines()))
     outcomes = {case["case"]: case for case in cases}
-    (device,) = {row["device"] for row in measured}
-    (torch,) = {row["torch"] for row in measured}
+    (device,) = {row["device"] for row in rows}
+    (torch,) = {row["torch"] for row in rows}
     return {
         "device": device,
         "torch": torch,
-        "threads": measured[0]["threads"],
-        "rows": list(rows.values()),
+        "threads": rows[0]["threads"],
+        "rows": rows,
         "cases": list(outcomes.values()),
         "ap": {
-            file.parent.name.removeprefix("ap_"): average_precisions(file)
+            file.parent.name.removeprefix("ap_"): average_precisions(LayerwiseAP.load(file))
             for file in sorted(folder.glob("ap_*/layers.json"))
         },
     }

@@ -4,7 +4,7 @@ import statistics
 from typing import Any, get_args
 
 from formats import seconds
-from sources import MODELS, course_models, measured
+from sources import MODELS, average_precisions, course_models, measured
 
 from dimaskdino.config import load_config
 from dimaskdino.modeling.precision import Precision
@@ -168,8 +168,7 @@ def _gpu_remarks(rows: dict[tuple[str, str, int, str], dict[str, Any]]) -> list[
 def gpu_precision() -> str:
     """AP of a shipped model in every precision on a GPU, beside that of a CPU."""
     record = measured("gpu.json")["ap"]
-    stages = course_models()["DI-MaskDINO"].stages
-    cpu = {name: {task: found and found.AP for task, found in vars(stage).items()} for name, stage in stages.items()}
+    cpu = average_precisions(course_models()["DI-MaskDINO"])
     columns = {"CPU, fp32": cpu} | {f"GPU, {p}": record[p] for p in get_args(Precision) if p in record}
     lines = [f"| stage | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for stage in ("first_selection", "decoder.0", next(reversed(cpu))):

@@ -6,6 +6,7 @@ each in a process of its own. The fair share of a load is the idle time × (core
 """
 
 import contextlib
+import itertools
 import os
 import statistics
 import subprocess
@@ -98,18 +99,16 @@ def measure_all() -> dict[str, Any]:
     """Every task under every load in every way, and two trainings at once: the seconds of every turn."""
     cores = os.cpu_count() or 1
     record: dict[str, list[dict[str, Any]]] = {}
-    rounds = [(task, load, turn) for task in TASKS for load in LOADS for turn in range(TURNS)]
-    for task, (count, niceness), turn in progress_bar(rounds, "turns"):
+    for task, (count, niceness) in itertools.product(TASKS, LOADS):
         # inference of the large model in the ways that a user would choose alone: it takes seconds
         ways = list(WAYS) if TASKS[task][1] == "training" else list(WAYS)[:3]
-        if turn == 0:
-            share = max(1.0, (cores + count) / cores)
-            seconds: dict[str, list[float]] = {way: [] for way in ways}
-            found = {"busy": count, "niceness": niceness, "share": share, "seconds": seconds}
-            record.setdefault(task, []).append(found)
-        with busy_programs(count, niceness):
-            for way in ways:
-                seconds[way].append(result_of(in_a_process(task, way)))
+        load = {"busy": count, "niceness": niceness, "share": max(1.0, (cores + count) / cores)}
+        record.setdefault(task, []).append({**load, "seconds": {way: [] for way in ways}})
+    rounds = [(task, load) for task, loads in record.items() for load in loads for _ in range(TURNS)]
+    for task, load in progress_bar(rounds, "turns"):
+        with busy_programs(load["busy"], load["niceness"]):
+            for way, turns in load["seconds"].items():
+                turns.append(result_of(in_a_process(task, way)))
     task = next(iter(TASKS))
     together: list[list[float]] = [[], []]
     for _ in range(TURNS):

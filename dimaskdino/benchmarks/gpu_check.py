@@ -38,6 +38,7 @@ BASELINE = "maskdino_r50_4scale_bs16_12ep"
 CONFIGS = configs_folder() / "coco" / "instance-segmentation"
 BATCH = 16
 LEAST_SECONDS = 30
+CASE_KEYS = ("task", "precision", "compiled", "graphs", "config", "height", "images")  # of a line of models.jsonl
 KERNELS = "^_?(msda_)?(forward|backward)_kernel"  # of the operator, CUDA and Triton, by function name
 
 Step = Literal["operator", "models", "compiled", "tests"]
@@ -219,22 +220,26 @@ def _run(command: tuple[str, ...], output: Any, seconds: float) -> tuple[int, st
     return code, f"failed with status {code}"
 
 
+def latest(measurements: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Lines of `models.jsonl`, without those whose case was measured again later."""
+    return list({tuple(row[key] for key in CASE_KEYS): row for row in measurements}.values())
+
+
 def outlook(measurements: Iterable[Mapping[str, Any]], steps: int) -> list[str]:
     """Ratio of the two models' speeds, and the time of a schedule.
 
     Args:
-        measurements: lines of `models.jsonl`; later lines replace earlier ones of the same case.
+        measurements: lines of `models.jsonl`.
         steps: of the schedule, with a batch of 16.
 
     Returns:
         Lines of text. The time on several GPUs is that of each one's share, without communication.
     """
-    keys = ("task", "precision", "compiled", "graphs", "config", "height", "images")
-    latest = {tuple(m[key] for key in keys): m["seconds"] for m in measurements}
+    found = {tuple(row[key] for key in CASE_KEYS): row["seconds"] for row in latest(measurements)}
     lines = []
-    for (task, precision, compiled, graphs, config, height, images), seconds in latest.items():
+    for (task, precision, compiled, graphs, config, height, images), seconds in found.items():
         how = f"{precision}{', compiled' * compiled}{', CUDA graph' * graphs}"
-        baseline = latest.get((task, precision, compiled, graphs, BASELINE, height, images))
+        baseline = found.get((task, precision, compiled, graphs, BASELINE, height, images))
         if config == MODEL and baseline is not None:
             lines.append(
                 f"{task}, {how}, {images} of height {height}: {images / seconds:.1f} images/s, MaskDINO "
