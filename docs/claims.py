@@ -122,8 +122,8 @@ def claims() -> str:
 
 
 def _difference(found: Comparison) -> str:
-    """A difference with its interval, or that a single run has none."""
-    return signed(found.difference) + (" (one run)" if min(found.runs.values()) == 1 else f" ({interval(found)})")
+    """A difference with its interval; none of rows with a single run, which say nothing."""
+    return "one run" if min(found.runs.values()) == 1 else f"{signed(found.difference)} ({interval(found)})"
 
 
 def _on_photographs() -> str:
