@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from formats import signed
-from miniature_blocks import finished
+from miniature_blocks import finished, registered
 from sources import measured
 from study_blocks import BOX, SIGNS, interval, report
 
@@ -49,10 +49,10 @@ class Claim:
 
     def second(self, place: tuple[str, str] | None) -> Comparison | None:
         """A comparison in the second miniature; None if it was not run, or may not be read yet."""
-        if place is None or place[0] not in finished("miniature"):
+        if place is None or place[0] not in finished():
             return None
         study, label = place
-        found = report(study, "miniature").comparisons
+        found = registered(study).comparisons
         return next(c for c in found if (c.contrast.label, c.contrast.quantity) == (label, self.quantity))
 
     @property

@@ -66,8 +66,8 @@ if __name__ == "__main__":
         path = FOLDER / f"{figure.__name__}.png"
         figure().savefig(path, dpi=130)
         print(f"written: {path}")
-    for scale, name in miniature_blocks.all_reports():
-        report, folder = study_blocks.report(name, scale), study_blocks.FOLDERS[scale] / name
+    for runs, name in miniature_blocks.all_reports():
+        report, folder = study_blocks.report(name, runs), study_blocks.FOLDERS[runs] / name
         report.save(folder)
         for kind, drawn in viz.study_figures(report).items():
             drawn.savefig(folder / f"{kind}.png")

@@ -21,10 +21,12 @@ from dimaskdino.studies.comparison import (
     planned_detectable,
     pooled_deviation,
 )
+from dimaskdino.studies.report import StudyReport
 from dimaskdino.studies.study import Study, find_study, load_study, run_path
 
-REGISTERED = {  # by scale, in the order in which their results are read
-    "miniature": ("box_formula", "figure_1", "controls", "bato_frozen", "table_3"),
+REGISTERED = {  # by folder of runs, in the order in which their results are read
+    "miniature": ("box_formula", "figure_1"),
+    "follow_up": ("controls", "bato_frozen", "table_3"),
     "photographs": ("photographs",),
 }
 SOLID, OPEN = ("disk",), ("ring", "frame", "cross", "gear", "crescent", "star")
@@ -39,38 +41,45 @@ def study_named(name: str) -> Study:
     return load_study(find_study(name))
 
 
-def runs_there(name: str, scale: str) -> tuple[int, int]:
+def folder_of(name: str) -> str:
+    """The folder in which the runs of a registered study are."""
+    return next(folder for folder, names in REGISTERED.items() if name in names)
+
+
+def registered(name: str) -> StudyReport:
+    """The report of a registered study."""
+    return report(name, folder_of(name))
+
+
+def runs_there(name: str) -> tuple[int, int]:
     """How many of the registered runs of a study are evaluated, and how many there are."""
-    study = study_named(name)
-    runs = [run_path(FOLDERS[scale], row, seed) for row in study.rows for seed in study.seeds]
+    study, folder = study_named(name), FOLDERS[folder_of(name)]
+    runs = [run_path(folder, row, seed) for row in study.rows for seed in study.seeds]
     return sum((run / "evaluation" / "layers.json").exists() for run in runs), len(runs)
 
 
-def finished(scale: str) -> list[str]:
+def finished() -> list[str]:
     """The studies whose results may be read: all their runs are there, and those of the studies before them."""
 
     def complete(name: str) -> bool:
-        there, registered = runs_there(name, scale)
-        return there == registered
+        there, planned = runs_there(name)
+        return there == planned
 
-    return list(itertools.takewhile(complete, REGISTERED[scale]))
+    return [name for names in REGISTERED.values() for name in itertools.takewhile(complete, names)]
 
 
 def all_reports() -> list[tuple[str, str]]:
-    """Scale and name of every study that has a report."""
-    first = [("shapes", name) for name in NAMES]
-    return first + [(scale, name) for scale in REGISTERED for name in finished(scale)]
+    """Folder of runs and name of every study that has a report."""
+    return [("shapes", name) for name in NAMES] + [(folder_of(name), name) for name in finished()]
 
 
 def study_progress() -> str:
     """How many of the registered runs are there."""
     lines = ["| study | runs | evaluated | results |", "|---|---|---|---|"]
-    for scale, names in REGISTERED.items():
-        readable = finished(scale)
-        for name in names:
-            there, registered = runs_there(name, scale)
-            state = "below" if name in readable else "not read yet"
-            lines.append(f"| `{name}` | {registered} | {there} | {state} |")
+    for name in itertools.chain(*REGISTERED.values()):
+        there, planned = runs_there(name)
+        state = "below" if name in finished() else "not read yet"
+        lines.append(f"| `{name}` | {planned} | {there} | {state} |")
     return "\n".join(lines)
 
 
@@ -123,16 +132,16 @@ def _effect_found(deviation: float) -> float:
     return planned_detectable(contrast, len(study.seeds), deviation / 2**0.5, len(study.registered), paired=True)
 
 
-def when_finished(name: str, scale: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
+def when_finished(name: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
     """Write a block only if its study is finished, and otherwise how many of its runs are there."""
 
     def wrap(block: Callable[[], str]) -> Callable[[], str]:
         @wraps(block)
         def written() -> str:
-            if name in finished(scale):
+            if name in finished():
                 return block()
-            there, registered = runs_there(name, scale)
-            state = f"{there} of {registered} runs are there"
+            there, planned = runs_there(name)
+            state = f"{there} of {planned} runs are there"
             return f"*{state}. Results are read when all are, and those of the studies before.*"
 
         return written
@@ -140,23 +149,23 @@ def when_finished(name: str, scale: str) -> Callable[[Callable[[], str]], Callab
     return wrap
 
 
-@when_finished("box_formula", "miniature")
+@when_finished("box_formula")
 def study_box_formula() -> str:
     """Each module's effect under the three formulas."""
-    return contrasts(report("box_formula", "miniature").comparisons)
+    return contrasts(registered("box_formula").comparisons)
 
 
-@when_finished("box_formula", "miniature")
+@when_finished("box_formula")
 def study_open_classes() -> str:
     """Lag at the first layer by class in the second miniature."""
     source = report("table_4", "miniature")  # its rows are those with the last cell
     return lags_by_class(source, SOLID, OPEN)
 
 
-@when_finished("figure_1", "miniature")
+@when_finished("figure_1")
 def study_figure_1() -> str:
     """The lag at the first and at the last layer, and what both modules change."""
-    source = report("figure_1", "miniature")
+    source = registered("figure_1")
     lines = [
         "| | first layer: box AP | mask AP | lag, 95 % interval | last layer: box AP | mask AP | lag, 95 % interval |",
         "|---|---|---|---|---|---|---|",
@@ -174,29 +183,29 @@ def study_figure_1() -> str:
     return "\n".join([*lines, "", contrasts(source.comparisons, source)])
 
 
-@when_finished("controls", "miniature")
+@when_finished("controls")
 def study_controls() -> str:
     """De-Imbalance against as many parameters, and against interaction alone."""
-    return contrasts(report("controls", "miniature").comparisons)
+    return contrasts(registered("controls").comparisons)
 
 
-@when_finished("bato_frozen", "miniature")
+@when_finished("bato_frozen")
 def study_bato_frozen() -> str:
     """BATO with its initial weights."""
-    return contrasts(report("bato_frozen", "miniature").comparisons)
+    return contrasts(registered("bato_frozen").comparisons)
 
 
-@when_finished("table_3", "miniature")
+@when_finished("table_3")
 def study_table_3() -> str:
     """The models made harder, with the published differences."""
-    source = report("table_3", "miniature")
+    source = registered("table_3")
     return contrasts(source.comparisons, source)
 
 
-@when_finished("photographs", "photographs")
+@when_finished("photographs")
 def study_photographs() -> str:
     """Both models on photographs under two formulas."""
-    return contrasts(report("photographs", "photographs").comparisons)
+    return contrasts(registered("photographs").comparisons)
 
 
 def study_bato() -> str:
