@@ -1,7 +1,8 @@
 """Keep the records of a study's runs: `python docs/keep_records.py runs/study notebooks/studies/miniature`.
 
 Of each evaluated run its configuration, versions, evaluation, and of the metrics the validations and every hundredth
-step. Weights and resume points stay where they are.
+step. Weights and resume points stay where they are. Copied into a study folder, the records stand for the runs, so that
+a study can be continued on another machine: seed by seed, since all rows of a seed have one start.
 """
 
 import argparse
@@ -21,7 +22,7 @@ def keep(run: Path, folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(run / name, folder / name)
     versions = json.loads((run / "versions.json").read_text())
-    del versions["command"]  # it has paths of one machine
+    versions.pop("command", None)  # it has paths of one machine; absent where a record stands for a run
     (folder / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
     kept = [r for r in RunFolder(run).read_metrics() if "validation" in r or r["step"] % EVERY == 0]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
