@@ -19,10 +19,10 @@ LONGEST_NAME = 36  # characters
 GAP = 4  # pixels between two pictures
 
 
-def data_label(name: str) -> str:
+def data_label(name: str, longest: int = LONGEST_NAME) -> str:
     """A name from data, such as a class, on one line and not longer than a figure can take."""
     line = " ".join(name.split())
-    return line if len(line) <= LONGEST_NAME else f"{line[: LONGEST_NAME - 1]}…"
+    return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
 
 def label(instances: Instances, classes: Sequence[str], i: int) -> str:

@@ -49,17 +49,12 @@ def objects() -> viz.style.Figure:
     return viz.draw_object_stages(look, stages, track)
 
 
-def table_4() -> viz.style.Figure:
-    """The rows of table 4 in miniature at every stage (the studies' runs)."""
-    return viz.study_figures(study_blocks.report("table_4"))["layers"]
-
-
 def architecture() -> viz.style.Figure:
     """The model as figure 2 of the paper has it."""
     return viz.draw_architecture()
 
 
-FIGURES = (first_and_last, layers, objects, table_4, architecture)
+FIGURES = (first_and_last, layers, objects, architecture)
 
 if __name__ == "__main__":
     for figure in FIGURES:

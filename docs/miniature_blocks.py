@@ -8,20 +8,22 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache, wraps
 
 from formats import number, signed
-from study_blocks import BOX, FOLDERS, NAMES, ROOT, contrasts, lags_by_class, report
+from study_blocks import BOX, FOLDERS, NAMES, ROOT, contrasts, interval, lags_by_class, report, with_seeds
 
 from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER
 from dimaskdino.studies.comparison import (
     EvaluatedRun,
     Interval,
     Quantity,
+    compare,
     planned_detectable,
     pooled_deviation,
 )
-from dimaskdino.studies.report import StudyReport
+from dimaskdino.studies.report import StudyReport, show_p
 from dimaskdino.studies.study import Study, find_study, load_study, run_path
 
 REGISTERED = {  # by folder of runs, in the order in which their results are read
@@ -121,8 +123,7 @@ def _reached() -> float:
 
 
 def _pilot() -> dict[str, dict[int, EvaluatedRun]]:
-    measured = report("table_4", "miniature").measured
-    return {row: {seed: run for seed, run in runs.items() if seed in PILOT} for row, runs in measured.items()}
+    return with_seeds(report("table_4", "miniature"), PILOT).measured
 
 
 def _effect_found(deviation: float) -> float:
@@ -156,10 +157,44 @@ def study_box_formula() -> str:
 
 
 @when_finished("box_formula")
+def study_formulas() -> str:
+    """Means without and with De-Imbalance under the three formulas; the lag at the decoder's input is exploration."""
+    source = registered("box_formula")
+    quantities = {
+        "box AP, last layer": "last.box",
+        "lag at the decoder's input": "decoder.0.imbalance",
+        "at the first layer": "first.imbalance",
+        "at the last layer": "last.imbalance",
+    }
+    lines = [f"| boxes that enter the decoder | {' | '.join(quantities)} |", "|---" * (len(quantities) + 1) + "|"]
+    for suffix, formula in (("_mask2box", "`mask2box`, published"), ("", "`bitmask`"), ("_no", "`no`, predicted")):
+        cells = [formula]
+        for what in map(Quantity.parse, quantities.values()):
+            means = (statistics.mean(source.values(row + suffix, what).values()) for row in ("neither", "di"))
+            cells.append(" → ".join(number(mean, sign=what.what == "imbalance") for mean in means))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@when_finished("box_formula")
+def study_mask_ap() -> str:
+    """What each module does to mask AP, which the study does not register, under the published formula."""
+    source = registered("box_formula")
+    label = ", bounds as published"
+    asked = [c for c in source.study.registered if c.quantity == BOX and c.label.endswith(label)]
+    masks = [replace(c, quantity=Quantity.parse("last.mask"), label=c.label.removesuffix(label)) for c in asked]
+    found = compare(masks, source.measured, len(source.study.seeds), paired=True)
+    texts = (f"with {c.contrast.label} {signed(c.difference)} ({interval(c)})" for c in found)
+    return f"Mask AP of the last layer, which the study does not register, differs {', '.join(texts)}."
+
+
+@when_finished("box_formula")
 def study_open_classes() -> str:
     """Lag at the first layer by class in the second miniature."""
-    source = report("table_4", "miniature")  # its rows are those with the last cell
-    return lags_by_class(source, SOLID, OPEN)
+    labels = study_named("table_4")  # of its rows with the last cell
+    source = registered("box_formula")
+    measured = {row.name: source.measured[row.name] for row in labels.rows}
+    return lags_by_class(replace(source, study=labels, measured=measured), SOLID, OPEN)
 
 
 @when_finished("figure_1")
@@ -181,6 +216,18 @@ def study_figure_1() -> str:
             cells.append(_mean_with_interval(list(values["imbalance"])))
         lines.append(f"| {row.label} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", contrasts(source.comparisons, source)])
+
+
+@when_finished("figure_1")
+def study_figure_1_all_seeds() -> str:
+    """The same with the seeds that `box_formula` registers for these rows, and the study of figure 1 does not."""
+    every = StudyReport.of(study_named("figure_1"), "miniature", FOLDERS["miniature"])
+    [lag] = (c for c in every.comparisons if c.contrast.quantity == Quantity.parse("first.imbalance"))
+    seeds = min(lag.runs.values())
+    return (
+        f"With all {seeds} seeds of these rows, the lag at the first layer differs by {signed(lag.difference)} "
+        f"({interval(lag)}), adjusted p {show_p(lag.adjusted_p)}."
+    )
 
 
 @when_finished("controls")
@@ -248,8 +295,11 @@ BLOCKS = (
     study_reach,
     study_pilot,
     study_box_formula,
+    study_formulas,
+    study_mask_ap,
     study_open_classes,
     study_figure_1,
+    study_figure_1_all_seeds,
     study_controls,
     study_bato_frozen,
     study_table_3,

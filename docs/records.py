@@ -13,13 +13,13 @@ from typing import Any
 import miniature_blocks
 import performance_blocks
 import study_blocks
-from claims import claims
+from claims import CLAIMS, Claim, claims
 from formats import counted, number, signed
 from photograph_blocks import mean_ap, photographs
 from sources import MEASUREMENTS, MODELS, ROOT, course_models, measured
 
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
-from dimaskdino.studies.report import paper_tables, show_p
+from dimaskdino.studies.report import paper_tables
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
@@ -85,7 +85,8 @@ def headlines() -> str:
     logits, boxes = (max(case[key] for case in golden.values()) for key in ("class_logits", "boxes"))
     kit = first_and_last_layers()["This kit, shapes"]
     last = {name: layers["last"] for name, layers in kit.items()}
-    both = study_blocks.main_comparison("di_bato")
+    seeds = len(miniature_blocks.study_named("box_formula").seeds)
+    modules = "; ".join(_claim(claim) for claim in CLAIMS if claim.study == "table_4" and claim.as_published)
     formula = study_blocks.share_of_the_formula()
     animals = measured("photographs.json")["animals"]
     recipe = animals["recipe"]
@@ -106,11 +107,17 @@ def headlines() -> str:
             f"survived; {sum(measured('bad_inputs.json').values())} bad inputs are answered in one clear line each.",
             f"* **Part of the lag is arithmetic**: {formula:.0f} % of the baseline's lag at its decoder's input comes "
             "from the published formula that makes boxes of masks ([study](docs/study.md)).",
-            f"* **Table 4 in miniature**, {both.runs['di_bato']} seeds: both modules {both.difference:+.1f} box AP "
-            f"(95 % interval {both.joint.low:+.1f} to {both.joint.high:+.1f}, adjusted p {show_p(both.adjusted_p)}): "
-            f"{study_blocks.verdict('table_4', both)}.",
+            f"* **The modules in miniature** ({seeds} seeds, 95 % intervals): {modules} "
+            "([study](docs/study.md#results)).",
         ]
     )
+
+
+def _claim(claim: Claim) -> str:
+    """A claim about a module with its difference under the published formula, and the verdict."""
+    found = claim.second(claim.as_published)
+    assert found is not None  # its study is finished
+    return f"{claim.text}: {signed(found.difference)} ({study_blocks.interval(found)}), {claim.verdict}"
 
 
 def golden() -> str:

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -29,8 +30,18 @@ BOX = Quantity.parse("last.box")
 
 @cache
 def report(name: str, folder: str = "shapes") -> StudyReport:
-    """A study's report from the committed runs of one of the folders."""
-    return StudyReport.of(load_study(find_study(name)), SCALES.get(folder, folder), FOLDERS[folder])
+    """A study's report from the committed runs of one of the folders.
+
+    Runs count if the study registers their seeds, except in the first miniature, where rows have what was run.
+    """
+    found = StudyReport.of(load_study(find_study(name)), SCALES.get(folder, folder), FOLDERS[folder])
+    return found if folder == "shapes" else with_seeds(found, found.study.seeds)
+
+
+def with_seeds(source: StudyReport, seeds: Iterable[int]) -> StudyReport:
+    """A report of the runs with these seeds."""
+    measured = {row: {s: run for s, run in runs.items() if s in seeds} for row, runs in source.measured.items()}
+    return replace(source, measured=measured)
 
 
 def main_comparison(row: str) -> Comparison:
@@ -41,12 +52,6 @@ def main_comparison(row: str) -> Comparison:
 
 
 SIGNS = {"yes": "**shown**", "no": "**opposite**", "cannot tell": "cannot be told"}
-
-
-def verdict(study: str, found: Comparison) -> str:
-    """The verdict of the rule in study.md on the sign that the paper has on COCO."""
-    published = report(study).published_difference("COCO", found.contrast)
-    return SIGNS[found.agrees(published)]
 
 
 def share_of_the_formula() -> float:
@@ -209,30 +214,34 @@ def study_power() -> str:
     )
 
 
-def contrasts(
-    comparisons: Sequence[Comparison], source: StudyReport | None = None, titles: Sequence[str] | None = None
-) -> str:
-    """A table of comparisons.
+def contrasts(comparisons: Sequence[Comparison], source: StudyReport | None = None) -> str:
+    """A table of comparisons: what is compared down, quantities across, or quantities down if there is one comparison.
 
     Args:
-        comparisons: the rows.
-        source: their study, with one column of published numbers; shows these and the verdict on the signs.
-        titles: of the study of each comparison, to be shown before its label.
+        comparisons: those to show.
+        source: their study; shows its published numbers and the verdict on the signs.
     """
-    heads = ["", "", "difference", "95 % interval", "adjusted p", "finds", "runs"]
     [column] = source.published if source else [None]
-    heads += [f"published ({column})", "its sign"] if column else []
-    lines = [f"| {' | '.join(heads)} |".replace("|  ", "| "), "|---" * len(heads) + "|"]
-    for i, c in enumerate(comparisons):
-        runs = " / ".join(map(str, c.runs.values()))
-        label = f"{titles[i]}: {c.contrast.label}" if titles else c.contrast.label
-        cells = [label, c.contrast.quantity.label, signed(c.difference), interval(c)]
-        cells += [show_p(c.adjusted_p), f"±{c.detectable:.1f}", runs]
-        if column:
-            published = source.published_difference(column, c.contrast)
-            cells += [signed(published), "–" if published is None else SIGNS[c.agrees(published)]]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    cells = {}
+    for found in comparisons:
+        contrast, runs = found.contrast, found.runs.values()
+        p = show_p(found.adjusted_p)
+        cell = (
+            f"{signed(found.difference)} ({interval(found)}); p {p if p.startswith('<') else f'= {p}'}; "
+            f"n {'/'.join(map(str, sorted(set(runs))))}; finds {found.detectable:.1f}"
+        )
+        if source and column:
+            published = source.published_difference(column, contrast)
+            if published is not None:
+                cell += f"; {column} {signed(published)}: {SIGNS[found.agrees(published)]}"
+        cells[contrast.label, contrast.quantity.label] = cell
+    labels, quantities = (list(dict.fromkeys(key[end] for key in cells)) for end in (0, 1))
+    if len(labels) == 1:
+        down, across, at = quantities, labels, lambda row, head: cells[head, row]
+    else:
+        down, across, at = labels, quantities, lambda row, head: cells[row, head]
+    lines = [f"| | {' | '.join(across)} |", "|---" * (len(across) + 1) + "|"]
+    return "\n".join(lines + [f"| {row} | {' | '.join(at(row, head) for head in across)} |" for row in down])
 
 
 def interval(found: Comparison) -> str:

@@ -17,6 +17,7 @@ from dimaskdino.viz.style import BOX, MASK, NotebookFigure, style
 
 MARKERS, LINES = "os^Dv<>p", ("-", "--", ":", "-.")
 MOST_BANDS = 6  # variants; more bands hide each other
+LONGEST_ROW = 48  # characters of a label beside a line
 
 
 def study_figures(report: StudyReport) -> dict[str, Figure]:
@@ -103,7 +104,7 @@ def plot_study_layers(rows: Mapping[str, Sequence[LayerwiseAP]], title: str) -> 
                 if len(rows) <= MOST_BANDS:
                     band = {"color": strokes[label]["color"], "alpha": 0.15, "linewidth": 0}
                     axes.fill_between(x, means - spread, means + spread, **band)
-                ends.append((x[-1], means[-1], f"{data_label(label)} ({runs})", strokes[label]))
+                ends.append((x[-1], means[-1], f"{data_label(label, LONGEST_ROW)} ({runs})", strokes[label]))
             axes.set(ylabel=what)
             axes.set_xticks(range(len(names)), [short_name(name) for name in names], fontsize=8)
             if axes is not lag:
