@@ -49,12 +49,17 @@ def objects() -> viz.style.Figure:
     return viz.draw_object_stages(look, stages, track)
 
 
+def box_formula() -> viz.style.Figure:
+    """The modules under three formulas for the boxes of masks, at every stage (the second miniature's runs)."""
+    return viz.study_figures(miniature_blocks.registered("box_formula"))["layers"]
+
+
 def architecture() -> viz.style.Figure:
     """The model as figure 2 of the paper has it."""
     return viz.draw_architecture()
 
 
-FIGURES = (first_and_last, layers, objects, architecture)
+FIGURES = (first_and_last, layers, objects, box_formula, architecture)
 
 if __name__ == "__main__":
     for figure in FIGURES:
