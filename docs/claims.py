@@ -128,9 +128,8 @@ def _difference(found: Comparison) -> str:
 
 def _on_photographs(claim: Claim) -> str:
     """Differences between the two models on photographs and their signs: trainings to the end, then the study's."""
-    [ended] = (
-        c for c in measured("photographs.json")["animals"]["comparisons"] if c["quantity"] == str(claim.quantity)
-    )
+    comparisons = measured("photographs.json")["animals"]["comparisons"]
+    [ended] = (c for c in comparisons if c["quantity"] == str(claim.quantity))
     low, high = (signed(ended["joint"][end]) for end in ("low", "high"))
     cells = [f"{signed(ended['difference'])} ({low} to {high}): {SIGNS[ended['agrees']]}"]
     if "photographs" in finished():

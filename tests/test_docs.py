@@ -92,6 +92,8 @@ def test_results_are_read_when_all_registered_runs_are_there(tmp_path, monkeypat
     blocks += ("study_table_3", "study_photographs")
     assert all(records.BLOCKS[name]().startswith("| |") for name in blocks)
     assert "not yet" not in records.BLOCKS["claims"]()
+    counted = miniature_blocks.registered("figure_1").measured.values()  # box_formula has these rows with eight seeds
+    assert [sorted(runs) for runs in counted] == [[0, 1, 2, 3, 4]] * 2
 
     (tmp_path / "miniature" / "runs" / "di_7").unlink()
     assert "95 of 96 runs are there" in records.BLOCKS["study_box_formula"]()
