@@ -78,9 +78,10 @@ def all_reports() -> list[tuple[str, str]]:
 def study_progress() -> str:
     """How many of the registered runs are there."""
     lines = ["| study | runs | evaluated | results |", "|---|---|---|---|"]
+    readable = finished()
     for name in itertools.chain(*REGISTERED.values()):
         there, planned = runs_there(name)
-        state = "below" if name in finished() else "not read yet"
+        state = "below" if name in readable else "not read yet"
         lines.append(f"| `{name}` | {planned} | {there} | {state} |")
     return "\n".join(lines)
 

@@ -237,11 +237,10 @@ def contrasts(comparisons: Sequence[Comparison], source: StudyReport | None = No
         cells[contrast.label, contrast.quantity.label] = cell
     labels, quantities = (list(dict.fromkeys(key[end] for key in cells)) for end in (0, 1))
     if len(labels) == 1:
-        down, across, at = quantities, labels, lambda row, head: cells[head, row]
-    else:
-        down, across, at = labels, quantities, lambda row, head: cells[row, head]
-    lines = [f"| | {' | '.join(across)} |", "|---" * (len(across) + 1) + "|"]
-    return "\n".join(lines + [f"| {row} | {' | '.join(at(row, head) for head in across)} |" for row in down])
+        labels, quantities = quantities, labels
+        cells = {(quantity, label): cell for (label, quantity), cell in cells.items()}
+    lines = [f"| | {' | '.join(quantities)} |", "|---" * (len(quantities) + 1) + "|"]
+    return "\n".join(lines + [f"| {row} | {' | '.join(cells[row, head] for head in quantities)} |" for row in labels])
 
 
 def interval(found: Comparison) -> str:
