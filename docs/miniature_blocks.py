@@ -15,6 +15,7 @@ from formats import number, signed
 from study_blocks import BOX, FOLDERS, NAMES, ROOT, contrasts, interval, lags_by_class, report, with_seeds
 
 from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER
+from dimaskdino.modeling.detector import Detector
 from dimaskdino.studies.comparison import (
     EvaluatedRun,
     Interval,
@@ -234,7 +235,10 @@ def study_figure_1_all_seeds() -> str:
 @when_finished("controls")
 def study_controls() -> str:
     """De-Imbalance against as many parameters, and against interaction alone."""
-    return contrasts(registered("controls").comparisons)
+    source = registered("controls")
+    models = {row.label: Detector(source.study.config(row, source.scale).model) for row in source.study.rows}
+    sizes = (f"{label} {sum(p.numel() for p in model.parameters()) / 1e6:.2f}" for label, model in models.items())
+    return f"{contrasts(source.comparisons)}\n\nParameters in millions: {', '.join(sizes)}."
 
 
 @when_finished("bato_frozen")
