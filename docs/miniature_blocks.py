@@ -238,7 +238,7 @@ def study_controls() -> str:
     source = registered("controls")
     models = {row.label: Detector(source.study.config(row, source.scale).model) for row in source.study.rows}
     sizes = (f"{label} {sum(p.numel() for p in model.parameters()) / 1e6:.2f}" for label, model in models.items())
-    return f"{contrasts(source.comparisons)}\n\nParameters in millions: {', '.join(sizes)}."
+    return f"{contrasts(source.comparisons)}\n\nParameters in millions: {'; '.join(sizes)}."
 
 
 @when_finished("bato_frozen")
