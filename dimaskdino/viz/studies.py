@@ -124,10 +124,10 @@ def _mark_ceiling(axes: Any, limit: float) -> None:
     """A dotted line at a ceiling, or a note where the curves end far below it."""
     low, high = axes.get_ylim()
     if limit < high + 0.5 * (high - low):
-        axes.axhline(limit, color=MASK, linestyle=":")
-        axes.text(0, limit, f"ceiling of masks {limit:.0f}", color=MASK, fontsize=8.5, va="bottom")
+        axes.axhline(limit, color=GREY, linestyle=":")
+        axes.text(0, limit, f"ceiling of masks {limit:.0f}", color=GREY, fontsize=8.5, va="bottom")
     else:
-        axes.text(0.02, 0.95, f"ceiling of masks {limit:.0f}", color=MASK, fontsize=8.5, transform=axes.transAxes)
+        axes.text(0.02, 0.95, f"ceiling of masks {limit:.0f}", color=GREY, fontsize=8.5, transform=axes.transAxes)
 
 
 def _strokes(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
