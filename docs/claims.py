@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from formats import signed
-from miniature_blocks import finished, registered
+from miniature_blocks import registered
 from sources import measured
 from study_blocks import BOX, SIGNS, interval, report
 
@@ -48,10 +48,8 @@ class Claim:
         """The difference in the paper."""
         return report(self.study).published_difference(self.column, self.first.contrast)
 
-    def second(self, place: tuple[str, str] | None) -> Comparison | None:
-        """A comparison in the second miniature; None if it was not run, or may not be read yet."""
-        if place is None or place[0] not in finished():
-            return None
+    def second(self, place: tuple[str, str]) -> Comparison:
+        """The comparison of the second miniature that a study has under a label."""
         study, label = place
         found = registered(study).comparisons
         return next(c for c in found if (c.contrast.label, c.contrast.quantity) == (label, self.quantity))
@@ -59,11 +57,8 @@ class Claim:
     @property
     def verdict(self) -> str:
         """By the second miniature, under the published formula if it was run so; by the first one where it has none."""
-        for place in (self.as_published, self.last_cell):
-            if place is not None:
-                found = self.second(place)
-                return "not yet" if found is None else SIGNS[found.agrees(self.published)]
-        return SIGNS[self.first.agrees(self.published)]
+        places = [place for place in (self.as_published, self.last_cell) if place]
+        return SIGNS[(self.second(places[0]) if places else self.first).agrees(self.published)]
 
 
 def _by_formula(module: str) -> dict[str, tuple[str, str]]:
@@ -114,8 +109,7 @@ def claims() -> str:
     for claim in CLAIMS:
         cells = [claim.text, f"{signed(claim.published)} ({claim.column})", _difference(claim.first)]
         for place in (claim.as_published, claim.last_cell):
-            found = claim.second(place)
-            cells.append("not run" if place is None else "not yet" if found is None else _difference(found))
+            cells.append("not run" if place is None else _difference(claim.second(place)))
         cells += [_on_photographs(claim) if claim.last_cell == BOTH else "not run", claim.verdict]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -131,10 +125,10 @@ def _on_photographs(claim: Claim) -> str:
     comparisons = measured("photographs.json")["animals"]["comparisons"]
     [ended] = (c for c in comparisons if c["quantity"] == str(claim.quantity))
     low, high = (signed(ended["joint"][end]) for end in ("low", "high"))
-    cells = [f"{signed(ended['difference'])} ({low} to {high}): {SIGNS[ended['agrees']]}"]
-    if "photographs" in finished():
-        asked = (("di_bato_mask2box",), claim.quantity)
-        every = registered("photographs").comparisons
-        [found] = (c for c in every if (c.contrast.plus, c.contrast.quantity) == asked)
-        cells.append(f"{_difference(found)}: {SIGNS[found.agrees(claim.published)]}")
-    return "; ".join(cells)
+    asked = (("di_bato_mask2box",), claim.quantity)
+    every = registered("photographs").comparisons
+    [found] = (c for c in every if (c.contrast.plus, c.contrast.quantity) == asked)
+    return (
+        f"{signed(ended['difference'])} ({low} to {high}): {SIGNS[ended['agrees']]}; "
+        f"{_difference(found)}: {SIGNS[found.agrees(claim.published)]}"
+    )

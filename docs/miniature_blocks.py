@@ -1,17 +1,13 @@
-"""The numbers of the second miniature and of the study on photographs in study.md, from their runs.
+"""The numbers of the second miniature and of the study on photographs in study.md, from their runs."""
 
-A study's results are read when all its registered runs are there, and those of the studies before it; until then its
-block says how many are.
-"""
-
-import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import cache, wraps
+from functools import cache
 
 from formats import number, signed
+from sources import measured
 from study_blocks import BOX, FOLDERS, NAMES, ROOT, contrasts, interval, lags_by_class, report, with_seeds
 
 from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER
@@ -25,9 +21,9 @@ from dimaskdino.studies.comparison import (
     pooled_deviation,
 )
 from dimaskdino.studies.report import StudyReport, show_p
-from dimaskdino.studies.study import Study, find_study, load_study, run_path
+from dimaskdino.studies.study import Study, find_study, load_study
 
-REGISTERED = {  # by folder of runs, in the order in which their results are read
+REGISTERED = {  # by folder of runs, in the order of the plan
     "miniature": ("box_formula", "figure_1"),
     "follow_up": ("controls", "bato_frozen", "table_3"),
     "photographs": ("photographs",),
@@ -54,37 +50,9 @@ def registered(name: str) -> StudyReport:
     return report(name, folder_of(name))
 
 
-def runs_there(name: str) -> tuple[int, int]:
-    """How many of the registered runs of a study are evaluated, and how many there are."""
-    study, folder = study_named(name), FOLDERS[folder_of(name)]
-    runs = [run_path(folder, row, seed) for row in study.rows for seed in study.seeds]
-    return sum((run / "evaluation" / "layers.json").exists() for run in runs), len(runs)
-
-
-def finished() -> list[str]:
-    """The studies whose results may be read: all their runs are there, and those of the studies before them."""
-
-    def complete(name: str) -> bool:
-        there, planned = runs_there(name)
-        return there == planned
-
-    return [name for names in REGISTERED.values() for name in itertools.takewhile(complete, names)]
-
-
 def all_reports() -> list[tuple[str, str]]:
-    """Folder of runs and name of every study that has a report."""
-    return [("shapes", name) for name in NAMES] + [(folder_of(name), name) for name in finished()]
-
-
-def study_progress() -> str:
-    """How many of the registered runs are there."""
-    lines = ["| study | runs | evaluated | results |", "|---|---|---|---|"]
-    readable = finished()
-    for name in itertools.chain(*REGISTERED.values()):
-        there, planned = runs_there(name)
-        state = "below" if name in readable else "not read yet"
-        lines.append(f"| `{name}` | {planned} | {there} | {state} |")
-    return "\n".join(lines)
+    """Folder of runs and name of every study."""
+    return [(folder, name) for folder, names in ({"shapes": NAMES} | REGISTERED).items() for name in names]
 
 
 def study_reach() -> str:
@@ -135,50 +103,42 @@ def _effect_found(deviation: float) -> float:
     return planned_detectable(contrast, len(study.seeds), deviation / 2**0.5, len(study.registered), paired=True)
 
 
-def when_finished(name: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
-    """Write a block only if its study is finished, and otherwise how many of its runs are there."""
-
-    def wrap(block: Callable[[], str]) -> Callable[[], str]:
-        @wraps(block)
-        def written() -> str:
-            if name in finished():
-                return block()
-            there, planned = runs_there(name)
-            state = f"{there} of {planned} runs are there"
-            return f"*{state}. Results are read when all are, and those of the studies before.*"
-
-        return written
-
-    return wrap
-
-
-@when_finished("box_formula")
 def study_box_formula() -> str:
     """Each module's effect under the three formulas."""
     return contrasts(registered("box_formula").comparisons)
 
 
-@when_finished("box_formula")
 def study_formulas() -> str:
-    """Means without and with De-Imbalance under the three formulas; the lag at the decoder's input is exploration."""
-    source = registered("box_formula")
+    """Means without and with De-Imbalance under the three formulas."""
+    formulas = {"_mask2box": "`mask2box`, published", "": "`bitmask`", "_no": "`no`, predicted"}
+    return _means_by_formula(registered("box_formula"), "di", formulas)
+
+
+def _means_by_formula(source: StudyReport, model: str, formulas: dict[str, str]) -> str:
+    """A table of means, those of MaskDINO's row and then of another model's.
+
+    Args:
+        source: the study.
+        model: the start of the name of the other model's rows.
+        formulas: what to call the formulas for the boxes of masks, by the ends of the rows' names.
+    """
     quantities = {
+        "box AP, first layer": "first.box",
         "box AP, last layer": "last.box",
         "lag at the decoder's input": "decoder.0.imbalance",
         "at the first layer": "first.imbalance",
         "at the last layer": "last.imbalance",
     }
     lines = [f"| boxes that enter the decoder | {' | '.join(quantities)} |", "|---" * (len(quantities) + 1) + "|"]
-    for suffix, formula in (("_mask2box", "`mask2box`, published"), ("", "`bitmask`"), ("_no", "`no`, predicted")):
+    for suffix, formula in formulas.items():
         cells = [formula]
         for what in map(Quantity.parse, quantities.values()):
-            means = (statistics.mean(source.values(row + suffix, what).values()) for row in ("neither", "di"))
+            means = (statistics.mean(source.values(row + suffix, what).values()) for row in ("neither", model))
             cells.append(" → ".join(number(mean, sign=what.what == "imbalance") for mean in means))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-@when_finished("box_formula")
 def study_mask_ap() -> str:
     """What each module does to mask AP, which the study does not register, under the published formula."""
     source = registered("box_formula")
@@ -190,7 +150,6 @@ def study_mask_ap() -> str:
     return f"Mask AP of the last layer, which the study does not register, differs {', '.join(texts)}."
 
 
-@when_finished("box_formula")
 def study_open_classes() -> str:
     """Lag at the first layer by class in the second miniature."""
     labels = study_named("table_4")  # of its rows with the last cell
@@ -199,7 +158,6 @@ def study_open_classes() -> str:
     return lags_by_class(replace(source, study=labels, measured=measured), SOLID, OPEN)
 
 
-@when_finished("figure_1")
 def study_figure_1() -> str:
     """The lag at the first and at the last layer, and what both modules change."""
     source = registered("figure_1")
@@ -220,7 +178,6 @@ def study_figure_1() -> str:
     return "\n".join([*lines, "", contrasts(source.comparisons, source)])
 
 
-@when_finished("figure_1")
 def study_figure_1_all_seeds() -> str:
     """The same with the seeds that `box_formula` registers for these rows, and the study of figure 1 does not."""
     every = StudyReport.of(study_named("figure_1"), "miniature", FOLDERS["miniature"])
@@ -232,7 +189,6 @@ def study_figure_1_all_seeds() -> str:
     )
 
 
-@when_finished("controls")
 def study_controls() -> str:
     """De-Imbalance against as many parameters, and against interaction alone."""
     source = registered("controls")
@@ -241,23 +197,25 @@ def study_controls() -> str:
     return f"{contrasts(source.comparisons)}\n\nParameters in millions: {'; '.join(sizes)}."
 
 
-@when_finished("bato_frozen")
 def study_bato_frozen() -> str:
     """BATO with its initial weights."""
     return contrasts(registered("bato_frozen").comparisons)
 
 
-@when_finished("table_3")
 def study_table_3() -> str:
     """The models made harder, with the published differences."""
     source = registered("table_3")
     return contrasts(source.comparisons, source)
 
 
-@when_finished("photographs")
 def study_photographs() -> str:
-    """Both models on photographs under two formulas."""
-    return contrasts(registered("photographs").comparisons)
+    """Both models on photographs under two formulas, with what true masks allow."""
+    source, ceilings = registered("photographs"), measured("ceilings.json")["animals"]
+    formulas = {
+        suffix: f"`{formula}`; ceiling of boxes {number(ceilings[formula]['mean'])}"
+        for suffix, formula in (("_mask2box", "mask2box"), ("", "bitmask"))
+    }
+    return f"{contrasts(source.comparisons)}\n\n{_means_by_formula(source, 'di_bato', formulas)}"
 
 
 def study_bato() -> str:
@@ -296,7 +254,6 @@ def _mean_with_interval(values: list[float]) -> str:
 
 
 BLOCKS = (
-    study_progress,
     study_reach,
     study_pilot,
     study_box_formula,

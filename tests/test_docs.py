@@ -1,6 +1,5 @@
 """README and docs: numbers come from records, links lead somewhere, commands exist, the README fits."""
 
-import itertools
 import json
 import re
 import shutil
@@ -18,7 +17,7 @@ from small import FILE, MODEL
 from dimaskdino.config import load_config
 from dimaskdino.modeling import Detector, ImageBatch
 from dimaskdino.modeling.structures import Stage
-from dimaskdino.studies.study import find_study, load_study, run_path
+from dimaskdino.studies.study import find_study, load_study
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
@@ -77,29 +76,13 @@ def test_the_lag_is_compared_where_the_pilots_rule_says():
     assert levels == {miniature_blocks.equal_ap()}
 
 
-def test_results_are_read_when_all_registered_runs_are_there(tmp_path, monkeypatch, request):
-    study_blocks.report.cache_clear()
-    request.addfinalizer(study_blocks.report.cache_clear)
-    recorded = itertools.cycle(sorted((study_blocks.FOLDERS["miniature"] / "runs").glob("*_[0-2]"))[:11])
-    for folder, names in miniature_blocks.REGISTERED.items():
-        monkeypatch.setitem(study_blocks.FOLDERS, folder, tmp_path / folder)
-        (tmp_path / folder / "runs").mkdir(parents=True)
-        for study in (load_study(find_study(name)) for name in names):
-            for run in (run_path(tmp_path / folder, row, seed) for row in study.rows for seed in study.seeds):
-                if not run.exists():
-                    run.symlink_to(next(recorded))  # of any row
-    blocks = ("study_box_formula", "study_open_classes", "study_figure_1", "study_controls", "study_bato_frozen")
-    blocks += ("study_table_3", "study_photographs")
-    assert all(records.BLOCKS[name]().startswith("| |") for name in blocks)
-    assert "not yet" not in records.BLOCKS["claims"]()
-    counted = miniature_blocks.registered("figure_1").measured.values()  # box_formula has these rows with eight seeds
-    assert [sorted(runs) for runs in counted] == [[0, 1, 2, 3, 4]] * 2
-
-    (tmp_path / "miniature" / "runs" / "di_7").unlink()
-    assert "95 of 96 runs are there" in records.BLOCKS["study_box_formula"]()
-    assert "10 of 10 runs are there" in records.BLOCKS["study_figure_1"]()  # it comes after the other
-    assert records.BLOCKS["claims"]().count("| not yet |\n") == 4
-    assert miniature_blocks.finished() == ["controls", "bato_frozen", "table_3", "photographs"]
+@pytest.mark.parametrize(
+    ("folder", "name"), [(folder, name) for folder, names in miniature_blocks.REGISTERED.items() for name in names]
+)
+def test_all_registered_runs_of_a_study_are_there(folder, name):
+    seeds = {row: sorted(runs) for row, runs in study_blocks.report(name, folder).measured.items()}
+    study = load_study(find_study(name))
+    assert seeds == {row.name: sorted(study.seeds) for row in study.rows}
 
 
 def test_with_both_parts_left_out_bato_is_not_there():
