@@ -11,6 +11,7 @@ from dimaskdino.studies.comparison import Comparison, Quantity
 
 LAG = Quantity.parse("first.imbalance")
 BOTH = ("figure_1", "DI-MaskDINO − MaskDINO")
+ON_PHOTOGRAPHS = ("photographs", "DI-MaskDINO, bounds as published − MaskDINO, bounds as published")
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Claim:
         """The difference in the paper."""
         return report(self.study).published_difference(self.column, self.first.contrast)
 
-    def second(self, place: tuple[str, str]) -> Comparison:
-        """The comparison of the second miniature that a study has under a label."""
+    def found_in(self, place: tuple[str, str]) -> Comparison:
+        """The comparison that a registered study has under a label."""
         study, label = place
         found = registered(study).comparisons
         return next(c for c in found if (c.contrast.label, c.contrast.quantity) == (label, self.quantity))
@@ -58,7 +59,7 @@ class Claim:
     def verdict(self) -> str:
         """By the second miniature, under the published formula if it was run so; by the first one where it has none."""
         places = [place for place in (self.as_published, self.last_cell) if place]
-        return SIGNS[(self.second(places[0]) if places else self.first).agrees(self.published)]
+        return SIGNS[(self.found_in(places[0]) if places else self.first).agrees(self.published)]
 
 
 def _by_formula(module: str) -> dict[str, tuple[str, str]]:
@@ -109,7 +110,7 @@ def claims() -> str:
     for claim in CLAIMS:
         cells = [claim.text, f"{signed(claim.published)} ({claim.column})", _difference(claim.first)]
         for place in (claim.as_published, claim.last_cell):
-            cells.append("not run" if place is None else _difference(claim.second(place)))
+            cells.append("not run" if place is None else _difference(claim.found_in(place)))
         cells += [_on_photographs(claim) if claim.last_cell == BOTH else "not run", claim.verdict]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -125,9 +126,7 @@ def _on_photographs(claim: Claim) -> str:
     comparisons = measured("photographs.json")["animals"]["comparisons"]
     [ended] = (c for c in comparisons if c["quantity"] == str(claim.quantity))
     low, high = (signed(ended["joint"][end]) for end in ("low", "high"))
-    asked = (("di_bato_mask2box",), claim.quantity)
-    every = registered("photographs").comparisons
-    [found] = (c for c in every if (c.contrast.plus, c.contrast.quantity) == asked)
+    found = claim.found_in(ON_PHOTOGRAPHS)
     return (
         f"{signed(ended['difference'])} ({low} to {high}): {SIGNS[ended['agrees']]}; "
         f"{_difference(found)}: {SIGNS[found.agrees(claim.published)]}"

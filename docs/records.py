@@ -115,8 +115,7 @@ def headlines() -> str:
 
 def _claim(claim: Claim) -> str:
     """A claim about a module with its difference under the published formula, and the verdict."""
-    found = claim.second(claim.as_published)
-    assert found is not None  # its study is finished
+    found = claim.found_in(claim.as_published)
     return f"{claim.text}: {signed(found.difference)} ({study_blocks.interval(found)}), {claim.verdict}"
 
 
