@@ -77,14 +77,14 @@ def killed(scene: Scene) -> None:
 
 
 def signals_at_random(scene: Scene, workers: int, processes: int) -> None:
-    """Signals of three kinds at random moments, from the start of the process on."""
-    changes = ("schedule.steps=60", "train.checkpoint_every=3", f"data.workers={workers}")
+    """Signals of three kinds at random moments, counted in steps: a fast machine must not finish before."""
+    changes = ("schedule.steps=100", "train.checkpoint_every=3", f"data.workers={workers}")
     moments = random.Random(workers + 2 * processes)
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
-        before = len(scene.run.read_metrics())
+        wanted = len(scene.run.read_metrics()) + moments.randint(1, 10)
         trainer = scene.start(*changes, processes=processes)
-        wait_until(lambda before=before: len(scene.run.read_metrics()) > before)
-        time.sleep(moments.uniform(0, 2))
+        wait_until(lambda wanted=wanted: len(scene.run.read_metrics()) >= wanted)
+        time.sleep(moments.uniform(0, 0.1))
         trainer.send_signal(number)
         fail(trainer)
         wait_until(lambda: scene.run.status()["state"] in ("failed", "stopped"))
@@ -132,7 +132,11 @@ def interrupted(scene: Scene) -> None:
 
 @fault("SIGHUP, as when a terminal is closed")
 def hung_up(scene: Scene) -> None:
-    stopped_by(signal.SIGHUP, scene)
+    outside = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup trainings would inherit that it is ignored
+    try:
+        stopped_by(signal.SIGHUP, scene)
+    finally:
+        signal.signal(signal.SIGHUP, outside)
 
 
 @fault("SIGTERM to all processes at once, loader processes first")
@@ -515,8 +519,10 @@ def moved_data(scene: Scene) -> None:
 def second_run(scene: Scene) -> None:
     first = scene.start("schedule.steps=60")
     wait_for_step(scene.run, 2)
+    first.send_signal(signal.SIGSTOP)  # else a fast machine finishes it before the second one starts
     fail(scene.start("schedule.steps=60"), "another run is using", "choose another folder", code=1)
     assert scene.run.status()["state"] == "running"
+    first.send_signal(signal.SIGCONT)
     finish(first)
     assert_equal_models(scene.run.model, scene.undisturbed("schedule.steps=60"))
 
