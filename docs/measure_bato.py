@@ -77,5 +77,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
     runs = parser.parse_args().runs
-    record = {run.name: {"left_out": ablated(run), "training": over_training(run)} for run in runs}
-    (MEASUREMENTS / "bato.json").write_text(json.dumps(record, indent=1) + "\n")
+    record = {}
+    for run in runs:
+        record[run.name] = {"left_out": ablated(run), "training": over_training(run)}
+        (MEASUREMENTS / "bato.json").write_text(json.dumps(record, indent=1) + "\n")
