@@ -11,7 +11,7 @@ from dimaskdino.studies.comparison import Comparison, Quantity
 
 LAG = Quantity.parse("first.imbalance")
 BOTH = ("figure_1", "DI-MaskDINO − MaskDINO")
-ON_PHOTOGRAPHS = ("photographs", "DI-MaskDINO, bounds as published − MaskDINO, bounds as published")
+ON_PHOTOGRAPHS = ("photographs", "DI-MaskDINO − MaskDINO, bounds as published")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _by_formula(module: str) -> dict[str, tuple[str, str]]:
 
 
 def _table_3(text: str, rows: str, label: str) -> Claim:
-    place = ("table_3", f"De-Imbalance, {label} − MaskDINO, {label}")
+    place = ("table_3", f"De-Imbalance, {label}")
     return Claim(text, "table_3", f"di_{rows}", f"neither_{rows}", column="BDD100K", last_cell=place)
 
 
