@@ -1,14 +1,13 @@
 """The numbers of the second miniature and of the study on photographs in study.md, from their runs."""
 
-import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 
 from formats import number, signed
 from sources import measured
-from study_blocks import BOX, FOLDERS, NAMES, ROOT, contrasts, interval, lags_by_class, report, with_seeds
+from study_blocks import BOX, FOLDERS, NAMES, contrasts, interval, lags_by_class, report, with_seeds
 
 from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER
 from dimaskdino.modeling.detector import Detector
@@ -29,7 +28,6 @@ REGISTERED = {  # by folder of runs, in the order of the plan
     "photographs": ("photographs",),
 }
 SOLID, OPEN = ("disk",), ("ring", "frame", "cross", "gear", "crescent", "star")
-BATO = ROOT / "docs" / "measurements" / "bato.json"
 PILOT = (0, 1, 2)  # seeds
 LARGEST_DEVIATION = 1.5  # points of AP: differences between two rows of a seed
 
@@ -220,30 +218,37 @@ def study_photographs() -> str:
 
 def study_bato() -> str:
     """What happens without BATO's outputs at test time, and what its attention is like during the training."""
-    if not BATO.exists():
-        return "*Not measured yet.*"
-    runs = list(json.loads(BATO.read_text()).values())
-    left_out = runs[0]["left_out"]
-    lines = [
-        "| left out at test time | first layer: box AP | mask AP | last layer: box AP | mask AP |",
-        "|---|---|---|---|---|",
-    ]
-    for name, stages in left_out.items():
-        places = [(stage, kind) for stage in (FIRST_LAYER, list(stages)[-1]) for kind in ("box", "mask")]
-        cells = (_range(run["left_out"][name][stage][kind] for run in runs) for stage, kind in places)
+    runs = list(measured("bato.json").values())
+    whole = [run["left_out"]["nothing"] for run in runs]
+    stages = list(whole[0])
+    later = stages[stages.index(FIRST_LAYER) + 1 :]  # BATO acts after the first layer
+    places = [(stage, kind) for kind in ("box", "mask") for stage in later]
+    titles = (f"{kind} AP, layer {stage.removeprefix('decoder.')}" for stage, kind in places)
+    lines = [f"| left out at test time | {' | '.join(titles)} |", f"|---{'|---' * len(places)}|"]
+    for name in runs[0]["left_out"]:
+        cells = []
+        for stage, kind in places:
+            values = [run["left_out"][name][stage][kind] for run in runs]
+            if name == "nothing":
+                cells.append(_range(values, number))
+            else:
+                changes = (value - before[stage][kind] for value, before in zip(values, whole, strict=True))
+                cells.append(_range(changes, signed))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     points = [{point["step"]: point for point in run["training"]} for run in runs]
     shown = [step for step in points[0] if step in (100, 200, 500, 1000)]
     lines += ["", f"| step | {' | '.join(map(str, shown))} |", f"|---{'|---' * len(shown)}|"]
-    for what, label in (("rank", "effective rank of the attention"), ("entropy", "entropy of the attention")):
-        cells = (_range((found[step][what] for found in points), digits=2) for step in shown)
+    source = registered("bato_frozen")
+    guiding_tokens = source.study.config(source.study.row("di_bato"), source.scale).model.bato.guiding_tokens
+    for what, label in (("rank", f"effective rank, at most {guiding_tokens}"), ("entropy", "entropy, at most 1")):
+        cells = (_range((found[step][what] for found in points), lambda value: number(value, 2)) for step in shown)
         lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"Smallest to largest of {len(runs)} trainings."])
+    return "\n".join(lines)
 
 
-def _range(values: Iterable[float], digits: int = 1) -> str:
+def _range(values: Iterable[float], form: Callable[[float], str]) -> str:
     found = sorted(values)
-    return f"{number(found[0], digits)} to {number(found[-1], digits)}"
+    return f"{form(found[0])} to {form(found[-1])}"
 
 
 def _mean_with_interval(values: list[float]) -> str:
