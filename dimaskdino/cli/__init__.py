@@ -3,13 +3,14 @@
 Commands import what they need when they run, so that help is fast.
 """
 
+import itertools
 import sys
 from collections.abc import Sequence
 
 from tyro.extras import SubcommandApp
 
 from dimaskdino.cli import config, data, models, notebooks, training
-from dimaskdino.cli.options import SETTING
+from dimaskdino.cli.options import PUBLISHED_KEY, SETTING
 from dimaskdino.errors import Stopped, UserError, explain_os_error
 from dimaskdino.signals import EXIT_STOPPED, end_with_parent
 
@@ -30,11 +31,20 @@ app.command(_config, name="config", help="List configurations and settings, or s
 
 
 def settings_first(arguments: Sequence[str]) -> list[str]:
-    """The arguments with all settings (`train.seed=1`) before the first option, wherever they were written."""
-    settings = [argument for argument in arguments if SETTING.match(argument)]
-    rest = [argument for argument in arguments if not SETTING.match(argument)]
-    first_option = next((i for i, argument in enumerate(rest) if argument.startswith("-")), len(rest))
-    return [*rest[:first_option], *settings, *rest[first_option:]]
+    """The arguments with all settings before the first option, wherever they were written.
+
+    Settings are `train.seed=1` and, in the form of the published code, `SOLVER.IMS_PER_BATCH 8`.
+    """
+    settings, others, rest = [], [], iter(arguments)
+    for argument in rest:
+        if SETTING.match(argument):
+            settings.append(argument)
+        elif PUBLISHED_KEY.match(argument):
+            settings += [argument, *itertools.islice(rest, 1)]
+        else:
+            others.append(argument)
+    first_option = next((i for i, argument in enumerate(others) if argument.startswith("-")), len(others))
+    return [*others[:first_option], *settings, *others[first_option:]]
 
 
 def main() -> None:

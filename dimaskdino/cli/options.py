@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from dimaskdino.checkpoints.published_settings import Settings as PublishedSettings
 
 SETTING = re.compile(r"[a-z]\w*(\.\w+)+=")  # how an argument begins that is a setting
+PUBLISHED_KEY = re.compile(  # of the published configurations; its value is the next argument
+    r"(MODEL|INPUT|DATASETS|DATALOADER|SOLVER|TEST|GLOBAL)(\.\w+)+$|(OUTPUT_DIR|SEED|CUDNN_BENCHMARK|VIS_PERIOD|VERSION)$"
+)
 
 Overrides = Annotated[
     tuple[str, ...],

@@ -8,6 +8,7 @@ import yaml
 from golden import FOLDER, MODELS, read
 
 from dimaskdino.checkpoints.published_settings import known_keys, load_settings, translate_pairs
+from dimaskdino.cli.options import PUBLISHED_KEY
 from dimaskdino.config import load_config
 from dimaskdino.errors import UserError
 
@@ -189,6 +190,11 @@ SHAPES = {
     "swin/maskdino_R50_bs16_50ep_4s_dowsample1_2048.yaml": (5, "res2", 2048, "bitmask", 9),
     "swin/maskdino_R50_bs16_50ep_4s_dowsample1_2048_no_maskEnhance.yaml": (5, "res2", 2048, "no", 9),
 }
+
+
+def test_every_published_key_is_one_on_the_command_line():
+    keys = {*known_keys(), *(key for settings in PUBLISHED.values() for key in settings)}
+    assert [key for key in keys if not PUBLISHED_KEY.match(key)] == []
 
 
 def written(file: str, folder: Path) -> Path:

@@ -172,6 +172,8 @@ def test_new_and_train(shapes_data, finished, tmp_path, capsys):
 
 def test_settings_on_either_side_of_options():
     typed = ["train", "train.seed=1", "--run", "runs/a=b", "model.classes=3", "SOLVER.IMS_PER_BATCH", "8"]
-    expected = ["train", "train.seed=1", "model.classes=3", "--run", "runs/a=b", "SOLVER.IMS_PER_BATCH", "8"]
+    expected = ["train", "train.seed=1", "model.classes=3", "SOLVER.IMS_PER_BATCH", "8", "--run", "runs/a=b"]
     assert settings_first(typed) == expected
     assert settings_first(["status", "runs/mine"]) == ["status", "runs/mine"]
+    photographs = ["predict", "runs/mine", "DSC_0001.JPG", "--output", "OUT"]
+    assert settings_first(photographs) == photographs
