@@ -351,7 +351,7 @@ if built:
 # it. For a long training make the gate a setting of the model, with a default that changes nothing, and use `dimaskdino
 # train`: it can be interrupted and keeps records.)
 
-# %%
+# %% tags=["varies"]
 scenes = folder / "five_classes"  # of the five classes that the model knows
 if not scenes.exists():
     generate(scenes, Shapes(kinds=SOLIDS, train=40, val=8, size=lesson.trained.config.data.resize.shortest, seed=3))
