@@ -32,7 +32,7 @@ def test_train_resume_evaluate_predict(tmp_path):
         config = load_config(COCO, [*CHANGES, f"schedule.steps={steps}"])
         with run.running():
             train(config, run)
-    records = run.read_metrics()
+    records = [record for record in run.read_metrics() if "loss" in record]  # not that the number of steps changed
     assert [record["step"] for record in records] == list(range(1, 17))
     first, last = (sum(r["loss"] for r in part) / 4 for part in (records[:4], records[-4:]))
     assert last < 0.7 * first
