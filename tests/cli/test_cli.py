@@ -203,7 +203,7 @@ def test_commands_in_the_published_form(shapes_data, tmp_path):
     assert load(tmp_path / "out").step == 2
     again = run("evaluate", "out", "TEST.DETECTIONS_PER_IMAGE", "7", "--keep-detections", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert list((tmp_path / "out" / "evaluation" / "detections").glob("*.safetensors"))
+    assert len(list((tmp_path / "out" / "evaluation" / "detections").glob("*.safetensors"))) == 4  # one per image
     nameless = run("evaluate", "data.root=x", cwd=tmp_path)
     assert (
         nameless.stderr
