@@ -520,9 +520,11 @@ def second_run(scene: Scene) -> None:
     first = scene.start("schedule.steps=60")
     wait_for_step(scene.run, 2)
     first.send_signal(signal.SIGSTOP)  # else a fast machine finishes it before the second one starts
-    fail(scene.start("schedule.steps=60"), "another run is using", "choose another folder", code=1)
-    assert scene.run.status()["state"] == "running"
-    first.send_signal(signal.SIGCONT)
+    try:
+        fail(scene.start("schedule.steps=60"), "another run is using", "choose another folder", code=1)
+        assert scene.run.status()["state"] == "running"
+    finally:
+        first.send_signal(signal.SIGCONT)
     finish(first)
     assert_equal_models(scene.run.model, scene.undisturbed("schedule.steps=60"))
 
