@@ -3,7 +3,6 @@
 Commands import what they need when they run, so that help is fast.
 """
 
-import itertools
 import sys
 from collections.abc import Sequence
 
@@ -35,14 +34,12 @@ def settings_first(arguments: Sequence[str]) -> list[str]:
 
     Settings are `train.seed=1` and, in the form of the published code, `SOLVER.IMS_PER_BATCH 8`.
     """
-    settings, others, rest = [], [], iter(arguments)
-    for argument in rest:
-        if SETTING.match(argument):
-            settings.append(argument)
-        elif PUBLISHED_KEY.match(argument):
-            settings += [argument, *itertools.islice(rest, 1)]
-        else:
-            others.append(argument)
+    settings, others, is_value = [], [], False
+    for argument in arguments:
+        is_value = is_value and not argument.startswith("--")  # a key without a value is told later
+        is_key = not is_value and bool(PUBLISHED_KEY.match(argument))
+        (settings if is_value or is_key or SETTING.match(argument) else others).append(argument)
+        is_value = is_key
     first_option = next((i for i, argument in enumerate(others) if argument.startswith("-")), len(others))
     return [*others[:first_option], *settings, *others[first_option:]]
 

@@ -175,5 +175,7 @@ def test_settings_on_either_side_of_options():
     expected = ["train", "train.seed=1", "model.classes=3", "SOLVER.IMS_PER_BATCH", "8", "--run", "runs/a=b"]
     assert settings_first(typed) == expected
     assert settings_first(["status", "runs/mine"]) == ["status", "runs/mine"]
+    valueless = ["train", "SOLVER.IMS_PER_BATCH", "--run", "runs/mine"]
+    assert settings_first(valueless) == valueless
     photographs = ["predict", "runs/mine", "DSC_0001.JPG", "--output", "OUT"]
     assert settings_first(photographs) == photographs
