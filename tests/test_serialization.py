@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays, boolean_dtypes, floating_dtypes, integer_dtypes
 
@@ -86,6 +86,7 @@ def test_everything_else_is_refused_in_one_line(name, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@settings(deadline=None)
 @given(st.integers(0, 400), st.integers(0, 255))
 @example(place=10, value=128)  # a frame longer than the address space
 @example(place=76, value=142)  # bytes longer than the memory
