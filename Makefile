@@ -68,19 +68,19 @@ lab: .venv/.installed
 	$(BIN)/jupyter lab notebooks
 
 notebooks: .venv/.dev
-	$(BIN)/python -m dimaskdino.course.build
+	$(BIN)/python -m tools.course.build
 
 course-release: .venv/.dev
-	$(BIN)/python -m dimaskdino.course.release build/course
+	$(BIN)/python -m tools.course.release build/course
 
 figures: .venv/.installed
-	$(BIN)/python docs/figures.py
+	$(BIN)/python -m tools.records.figures
 
 site: .venv/.dev
-	$(BIN)/python -m dimaskdino.course.site
+	$(BIN)/python -m tools.course.site
 
 benchmark: .venv/.installed
-	$(BIN)/python -m dimaskdino.benchmarks $(STEPS)
+	$(BIN)/python -m tools.benchmarks $(STEPS)
 
 # WHEELS=build/wheels: on a machine without a package index, add these packages to a Python that has torch
 gpu-wheels: .venv/.dev
@@ -92,5 +92,5 @@ gpu-wheels: .venv/.dev
 gpu-check:
 	@if [ -n "$(WHEELS)" ]; then \
 		$(PYTHON) -m pip install -q --no-index --no-deps --upgrade --target build/gpu-site $(WHEELS)/*.whl \
-		&& PYTHONPATH=build/gpu-site:ops:. $(PYTHON) -m dimaskdino.benchmarks.gpu_check $(GPU_OUT) $(GPU_ARGUMENTS); \
-	else $(MAKE) .venv/.dev && $(BIN)/python -m dimaskdino.benchmarks.gpu_check $(GPU_OUT) $(GPU_ARGUMENTS); fi
+		&& PYTHONPATH=build/gpu-site:ops:. $(PYTHON) -m tools.benchmarks.gpu_check $(GPU_OUT) $(GPU_ARGUMENTS); \
+	else $(MAKE) .venv/.dev && $(BIN)/python -m tools.benchmarks.gpu_check $(GPU_OUT) $(GPU_ARGUMENTS); fi

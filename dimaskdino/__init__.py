@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dimaskdino.config import Config, load_config
-    from dimaskdino.errors import UserError
     from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, evaluate_layers
     from dimaskdino.inspection.look import Look
     from dimaskdino.model import Model, Result, load
     from dimaskdino.modeling import Detector
     from dimaskdino.training.trainer import train
+    from dimaskdino.utils.errors import UserError
 
 __version__ = "0.2.0"
 
@@ -33,7 +33,7 @@ _MODULES = {
     "Look": "inspection.look",
     "Model": "model",
     "Result": "model",
-    "UserError": "errors",
+    "UserError": "utils.errors",
     "evaluate_layers": "evaluation.layerwise_ap",
     "load": "model",
     "load_config": "config",

@@ -18,19 +18,19 @@ from dimaskdino.checkpoints.model_files import MODEL
 from dimaskdino.config import Config
 from dimaskdino.data.coco import Sample, encode_masks
 from dimaskdino.data.images import SUFFIXES, ImageInput, to_image_tensor
-from dimaskdino.errors import UserError, writing
+from dimaskdino.data.painting import paint_instances
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.evaluation.predict import predict_images
-from dimaskdino.files import write_text
 from dimaskdino.inspection.look import Look, look_at
 from dimaskdino.interop import hub
 from dimaskdino.interop.fiftyone import to_fiftyone
 from dimaskdino.interop.supervision import to_supervision
-from dimaskdino.markdown import escape
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.precision import Precision, fast_precision
-from dimaskdino.painting import paint_instances
-from dimaskdino.resources import MODELS, find_model
+from dimaskdino.utils.errors import UserError, writing
+from dimaskdino.utils.files import write_text
+from dimaskdino.utils.markdown import escape
+from dimaskdino.utils.resources import MODELS, find_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

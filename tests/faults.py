@@ -45,8 +45,8 @@ from scene import (
 from small import FILE, overrides, shapes_folder, trained_file
 
 from dimaskdino.runs.folder import RunFolder, environment
-from dimaskdino.signals import EXIT_STOPPED
 from dimaskdino.training.resume_points import load_resume_point, resume_points
+from dimaskdino.utils.signals import EXIT_STOPPED
 
 FAULTS: dict[str, Callable[[Scene], None]] = {}
 

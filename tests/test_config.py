@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dimaskdino.config import Config, describe_settings, dump_config, keys_of, load_config, parse_config
-from dimaskdino.errors import UserError
+from dimaskdino.utils.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 COCO = CONFIGS / "coco" / "instance-segmentation"

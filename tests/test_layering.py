@@ -10,12 +10,10 @@ OPS = PACKAGE.parent / "ops" / "ms_deform_attn"
 
 # from the bottom to the top; packages on one line do not know each other
 LAYERS = (
-    ("errors",),
-    ("resources", "markdown", "progress", "distributed", "files", "serialization", "signals", "threads", "collection"),
+    ("utils",),
     ("config",),
     ("modeling",),
     ("checkpoints", "data"),
-    ("painting",),
     ("runs",),
     ("evaluation",),
     ("training",),
@@ -24,9 +22,8 @@ LAYERS = (
     ("viz",),
     ("interop",),
     ("model",),
-    ("predict_files",),
     ("course",),
-    ("benchmarks", "cli"),
+    ("cli",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -90,3 +87,9 @@ def test_no_cycle_within_a_part():
 
 def test_the_operator_knows_nothing_of_the_kit():
     assert all(not imports(path) for path in OPS.rglob("*.py"))
+
+
+def test_the_package_does_not_import_the_tools():
+    for path in MODULES:
+        names = {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
+        assert not {name for name in names if name and name.split(".")[0] == "tools"}, path

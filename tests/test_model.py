@@ -16,14 +16,14 @@ from torchvision.ops import clip_boxes_to_image
 
 import dimaskdino
 from dimaskdino import UserError
+from dimaskdino.cli.predict_files import predict_files
 from dimaskdino.data.coco import CocoDataset
 from dimaskdino.data.images import to_image_tensor
+from dimaskdino.data.painting import paint_instances
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.evaluation.predict import predict_images
 from dimaskdino.modeling import Instances
-from dimaskdino.painting import paint_instances
-from dimaskdino.predict_files import predict_files
-from dimaskdino.resources import MODELS
+from dimaskdino.utils.resources import MODELS
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dimaskdino.config import Config, parse_config
-from dimaskdino.errors import UserError
-from dimaskdino.files import write_atomically
 from dimaskdino.modeling import Detector, ImageBatch, Predictions
 from dimaskdino.modeling.precision import Precision, autocast
-from dimaskdino.serialization import read_pt, read_safetensors
-from dimaskdino.threads import share_cores
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.files import write_atomically
+from dimaskdino.utils.serialization import read_pt, read_safetensors
+from dimaskdino.utils.threads import adaptive_threads
 
 MODEL = "model.safetensors"
 _POINT = re.compile(r"step_(\d+)\.pt")
@@ -53,13 +53,13 @@ class TrainedModel:
         return next(self.detector.parameters()).device
 
     def forward(self, images: ImageBatch, trace: bool = False) -> Predictions:
-        """Predictions of every stage, without gradients, computed by the free cores (`dimaskdino.threads`).
+        """Predictions of every stage, without gradients, computed by the free cores (`dimaskdino.utils.threads`).
 
         Args:
             images: the batch, on the detector's device.
             trace: also return the paper's intermediates.
         """
-        with share_cores(), torch.inference_mode(), autocast(self.device, self.precision):
+        with adaptive_threads(), torch.inference_mode(), autocast(self.device, self.precision):
             return self.detector(images, trace=trace)
 
 

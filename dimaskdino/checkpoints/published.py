@@ -13,11 +13,11 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from dimaskdino import config
 from dimaskdino.checkpoints.model_files import TrainedModel, load_weights
 from dimaskdino.config import parse_config
-from dimaskdino.errors import UserError
-from dimaskdino.files import write_atomically
 from dimaskdino.modeling import Detector
 from dimaskdino.modeling.backbone_weights import recognise_resnet
-from dimaskdino.serialization import read_state_dict
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.files import write_atomically
+from dimaskdino.utils.serialization import read_state_dict
 
 _PIXEL = r"sem_seg_head\.pixel_decoder"
 _HEAD = r"sem_seg_head\.predictor"

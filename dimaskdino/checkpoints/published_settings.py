@@ -26,8 +26,8 @@ from dimaskdino.checkpoints.published_keys import (
     SWIN,
 )
 from dimaskdino.config import Config, load_config, parse_config, read_tree
-from dimaskdino.errors import UserError
-from dimaskdino.resources import find_config
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.resources import find_config
 
 _KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.\w+)*$")
 

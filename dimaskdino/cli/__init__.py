@@ -10,8 +10,8 @@ from tyro.extras import SubcommandApp
 
 from dimaskdino.cli import config, data, models, notebooks, training
 from dimaskdino.cli.options import PUBLISHED_KEY, SETTING
-from dimaskdino.errors import Stopped, UserError, explain_os_error
-from dimaskdino.signals import EXIT_STOPPED, end_with_parent
+from dimaskdino.utils.errors import Stopped, UserError, explain_os_error
+from dimaskdino.utils.signals import EXIT_STOPPED, end_with_parent
 
 app = SubcommandApp()
 for _function in (

@@ -38,7 +38,7 @@ def keys() -> int:
 
 def names() -> int:
     """List the configurations that come with the kit."""
-    from dimaskdino.resources import config_names
+    from dimaskdino.utils.resources import config_names
 
     print("\n".join(config_names()))
     return 0

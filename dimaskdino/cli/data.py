@@ -7,7 +7,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from dimaskdino.cli.options import OptionalConfigPath
-from dimaskdino.errors import UserError
+from dimaskdino.utils.errors import UserError
 
 DETECTRON2 = "detectron2:"
 
@@ -87,7 +87,7 @@ def check(
 
 def _show(root: Path, split: str, file: Path, count: int = 12) -> None:
     from dimaskdino.data.coco import CocoDataset
-    from dimaskdino.errors import writing
+    from dimaskdino.utils.errors import writing
     from dimaskdino.viz import draw_samples
 
     data = CocoDataset(root, split, only_with_objects=True)

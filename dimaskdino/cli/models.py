@@ -17,7 +17,7 @@ from dimaskdino.cli.options import (
     print_remarks,
     relaunch_distributed,
 )
-from dimaskdino.errors import UserError, writing
+from dimaskdino.utils.errors import UserError, writing
 
 SHOWN_SCORE = 0.3  # as predict shows
 
@@ -67,9 +67,9 @@ def evaluate(
         processes: Number of evaluating processes on this machine, one per GPU.
     """
     from dimaskdino.checkpoints.published_settings import load_settings, starts_settings, translate_pairs
-    from dimaskdino.distributed import DistributedContext
     from dimaskdino.evaluation.layerwise_ap import detect_layers
     from dimaskdino.model import load
+    from dimaskdino.utils.distributed import DistributedContext
 
     named = model_and_settings and not starts_settings(model_and_settings[0])
     arguments = model_and_settings[1:] if named else model_and_settings
@@ -113,8 +113,8 @@ def _beside(source: str) -> Path:
 def _score(model: "Model", store: "DetectionStore", split: str | None, folder: Path, draws: int) -> None:
     """Score the detections, write the results to a folder and print them."""
     from dimaskdino.evaluation.bootstrap import bootstrap
-    from dimaskdino.evaluation.ceilings import ceilings
     from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, score_layers, truth_of
+    from dimaskdino.evaluation.upper_bounds import ceilings
     from dimaskdino.viz import plot_layerwise_ap
 
     truth, source = truth_of(model, split)
@@ -137,7 +137,7 @@ def _score(model: "Model", store: "DetectionStore", split: str | None, folder: P
 def _show_errors(model: "Model", store: "DetectionStore", split: str | None, folder: Path, images: int = 6) -> None:
     """Write the errors of the detections to a folder, and print what they cost."""
     from dimaskdino.data.coco import CocoDataset
-    from dimaskdino.evaluation.errors import KINDS, confusion, save_errors, stage_errors, worst_images
+    from dimaskdino.evaluation.error_analysis import KINDS, confusion, save_errors, stage_errors, worst_images
     from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, truth_of
     from dimaskdino.viz import draw_beside_truth, plot_confusion, plot_errors
 
@@ -198,8 +198,8 @@ def predict(
         device: Device to run on.
         precision: Precision of the forward pass.
     """
+    from dimaskdino.cli.predict_files import predict_files
     from dimaskdino.model import load
-    from dimaskdino.predict_files import predict_files
 
     overrides = [text for text in images_and_settings if SETTING.match(text) and not Path(text).exists()]
     images = [Path(text) for text in images_and_settings if text not in overrides]
@@ -270,7 +270,7 @@ def convert(
     from dimaskdino.checkpoints import save_model
     from dimaskdino.checkpoints.published import convert_backbone, is_published, load_published
     from dimaskdino.checkpoints.published_settings import load_settings, translate_pairs
-    from dimaskdino.serialization import read_state_dict
+    from dimaskdino.utils.serialization import read_state_dict
 
     if not is_published(read_state_dict(file)):
         name, count = convert_backbone(file, output)

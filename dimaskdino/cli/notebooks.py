@@ -24,9 +24,9 @@ def run(
         folder: Run folder; also the value of the notebook's parameter `run`.
         parameters: Parameters of the notebook.
     """
-    from dimaskdino.resources import find_notebook
     from dimaskdino.runs.notebooks import parse_parameters, run_notebook
     from dimaskdino.runs.processes import project_root
+    from dimaskdino.utils.resources import find_notebook
 
     file = find_notebook(notebook)
     # notebooks take relative paths from the project's folder, wherever they are started
@@ -61,11 +61,11 @@ def study(
         parallel: Number of simultaneous runs; by default one per GPU, and one without any.
         plan: Only show what would run and what it costs.
     """
-    from dimaskdino.resources import find_notebook
     from dimaskdino.runs.notebooks import run_notebook
     from dimaskdino.runs.processes import project_root
     from dimaskdino.studies.runner import plan_study
     from dimaskdino.studies.study import find_study, load_study
+    from dimaskdino.utils.resources import find_notebook
 
     file = find_study(name)
     target = folder or Path("runs", "studies", scale)

@@ -70,7 +70,7 @@ ProcessCount = Annotated[
 
 def relaunch_distributed(count: int) -> None:
     """Run this command again under torchrun with `count` processes; does nothing for one, or inside torchrun."""
-    from dimaskdino.errors import UserError
+    from dimaskdino.utils.errors import UserError
 
     if count < 1:
         raise UserError(f"--processes must be at least 1, got {count}")

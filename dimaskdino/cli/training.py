@@ -5,7 +5,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from dimaskdino.cli.options import ProcessCount, Settings, TrainingConfig, relaunch_distributed
-from dimaskdino.errors import UserError, writing
+from dimaskdino.utils.errors import UserError, writing
 
 
 def new(data: Positional[Path], run: Positional[Path], weights: str | None = None, minutes: float | None = None) -> int:

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from dimaskdino.config.description import explain
 from dimaskdino.config.sections import Config
-from dimaskdino.errors import UserError
-from dimaskdino.resources import find_config
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.resources import find_config
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:

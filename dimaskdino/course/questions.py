@@ -15,7 +15,7 @@ import ipywidgets as widgets
 import numpy as np
 from matplotlib.figure import Figure
 
-from dimaskdino.painting import BLUE, GREY, ORANGE
+from dimaskdino.data.painting import BLUE, GREY, ORANGE
 from dimaskdino.viz.style import NotebookFigure, style
 
 _WIDE = {"description_width": "initial"}

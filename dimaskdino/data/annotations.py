@@ -20,8 +20,8 @@ from pycocotools import mask as coco_mask
 from pydantic import BeforeValidator, TypeAdapter, ValidationError, ValidationInfo
 from typing_extensions import TypedDict
 
-from dimaskdino.collection import without_collection
-from dimaskdino.errors import UserError
+from dimaskdino.utils.collection import without_collection
+from dimaskdino.utils.errors import UserError
 
 LARGEST_ID = 2**63 - 1
 LARGEST_SIDE = 2**16 - 1  # pixels, of an image

@@ -17,8 +17,8 @@ from pycocotools import mask as coco_mask
 
 from dimaskdino.data.annotations import read_annotations
 from dimaskdino.data.coco import encode_masks
-from dimaskdino.errors import UserError
-from dimaskdino.progress import progress_bar
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.progress import progress_bar
 
 CLASSES = ("pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
 _ALIASES = {"person": "pedestrian", "motor": "motorcycle", "bike": "bicycle"}  # of earlier releases

@@ -16,8 +16,8 @@ from dimaskdino.data.images import load_image
 from dimaskdino.data.near_duplicates import shared_between
 from dimaskdino.data.summary import Statistics, describe, shortened
 from dimaskdino.data.transforms import resize_scale
-from dimaskdino.errors import UserError
-from dimaskdino.progress import progress_bar
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.progress import progress_bar
 
 CELL = 4  # pixels: the stride of the masks that the model predicts
 TINY_SHARE = 0.005  # of the objects, from which on it is told

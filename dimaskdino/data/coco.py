@@ -15,7 +15,7 @@ from torchvision.ops import masks_to_boxes
 
 from dimaskdino.data.annotations import read_annotations, to_run_lengths
 from dimaskdino.data.images import SUFFIXES, load_image
-from dimaskdino.errors import UserError
+from dimaskdino.utils.errors import UserError
 
 # the known layouts: annotations file and image folders, {} is the split's name
 _LAYOUTS = (

@@ -13,10 +13,10 @@ from torchvision.ops import box_convert
 from dimaskdino import config
 from dimaskdino.data.coco import CocoDataset, Sample
 from dimaskdino.data.transforms import copy_paste, evaluation_resize, training_transform
-from dimaskdino.errors import UserError
 from dimaskdino.modeling.structures import Targets, padded_size
-from dimaskdino.signals import HelperSignals
-from dimaskdino.threads import available_cores
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.signals import HelperSignals
+from dimaskdino.utils.threads import available_cores
 
 BAD_IMAGES_IN_A_ROW = 20  # more than that means a wrong folder
 

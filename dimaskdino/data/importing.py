@@ -16,8 +16,8 @@ from dimaskdino.data.annotations import read_annotations, to_run_lengths
 from dimaskdino.data.exports import ExportedSplit, read_export
 from dimaskdino.data.near_duplicates import difference_hash, groups_of_duplicates, shared_between
 from dimaskdino.data.summary import shortened
-from dimaskdino.errors import UserError, writing
-from dimaskdino.progress import progress_bar
+from dimaskdino.utils.errors import UserError, writing
+from dimaskdino.utils.progress import progress_bar
 
 _SPLITS = ("train", "val", "test")
 _DRAWS = 200  # random divisions, of which the one with the evenest classes is taken

@@ -12,7 +12,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from dimaskdino.data.images import open_image
-from dimaskdino.progress import progress_bar
+from dimaskdino.utils.progress import progress_bar
 
 SIDE = 8
 MOST_DIFFERENT = 6  # of 2·SIDE² bits

@@ -17,9 +17,9 @@ from dimaskdino import config
 from dimaskdino.data import solids
 from dimaskdino.data.coco import encode_masks
 from dimaskdino.data.dataloader import without_worker_traceback
-from dimaskdino.errors import UserError, writing
-from dimaskdino.files import write_text
-from dimaskdino.progress import progress_bar
+from dimaskdino.utils.errors import UserError, writing
+from dimaskdino.utils.files import write_text
+from dimaskdino.utils.progress import progress_bar
 
 CLASSES = config.Shapes().kinds  # of the default data
 SPLITS = ("train", "val")

@@ -15,12 +15,12 @@ import numpy as np
 from hotcoco import COCO, COCOeval
 from jaxtyping import Bool, Float, Int
 
-from dimaskdino.collection import without_collection
-from dimaskdino.errors import UserError
 from dimaskdino.evaluation.coco_ap import IOU_TYPE, Kind, Results
 from dimaskdino.evaluation.detections import Detections
-from dimaskdino.files import write_atomically
-from dimaskdino.progress import progress_bar
+from dimaskdino.utils.collection import without_collection
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.files import write_atomically
+from dimaskdino.utils.progress import progress_bar
 
 DRAWS = 1000
 CONFIDENCE = 0.95

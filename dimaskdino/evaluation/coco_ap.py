@@ -9,8 +9,8 @@ import numpy as np
 from hotcoco import COCO, COCOeval
 from jaxtyping import Float
 
-from dimaskdino.collection import without_collection
 from dimaskdino.data.annotations import read_annotations
+from dimaskdino.utils.collection import without_collection
 
 Kind = Literal["box", "mask"]
 Results = list[dict[str, Any]] | Float[np.ndarray, "n 7"]  # boxes or masks as COCO's results, or boxes as a table

@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dimaskdino.checkpoints.model_files import TrainedModel
-from dimaskdino.collection import without_collection
-from dimaskdino.errors import UserError
-from dimaskdino.files import write_atomically, write_text
 from dimaskdino.modeling import Instances
+from dimaskdino.utils.collection import without_collection
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.files import write_atomically, write_text
 
 PART, LEAST_PARTS = 50, 20  # images of a part; parts of a dataset, where it has that many images
 POLL_SECONDS = 0.5

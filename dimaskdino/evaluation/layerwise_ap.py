@@ -13,13 +13,13 @@ from hotcoco import COCO
 from dimaskdino.checkpoints.model_files import TrainedModel
 from dimaskdino.data.coco import find_split
 from dimaskdino.data.dataloader import Batch, batches, evaluation_dataset, evaluation_loader, explaining_dead_workers
-from dimaskdino.errors import UserError
-from dimaskdino.evaluation.ceilings import Ceilings, ceilings
 from dimaskdino.evaluation.coco_ap import AveragePrecision, average_precision, read_truth
 from dimaskdino.evaluation.detections import Detections, DetectionStore, file_digest, fingerprint
-from dimaskdino.files import write_text
+from dimaskdino.evaluation.upper_bounds import Ceilings, ceilings
 from dimaskdino.modeling import ImageBatch, Predictions, Stage, postprocess
-from dimaskdino.progress import progress_bar
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.files import write_text
+from dimaskdino.utils.progress import progress_bar
 
 FIRST_LAYER = "decoder.1"
 

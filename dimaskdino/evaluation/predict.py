@@ -8,9 +8,9 @@ from torch import Tensor
 
 from dimaskdino.checkpoints import TrainedModel
 from dimaskdino.data.transforms import resize_image
-from dimaskdino.errors import UserError
 from dimaskdino.evaluation.layerwise_ap import chosen_stages
 from dimaskdino.modeling import ImageBatch, Instances, Predictions, postprocess
+from dimaskdino.utils.errors import UserError
 
 
 def forward_image(

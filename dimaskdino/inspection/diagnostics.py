@@ -30,9 +30,9 @@ from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.inspection.objects import mask_iou
 from dimaskdino.modeling import Detector, ImageBatch, Predictions, Stage, Targets
 from dimaskdino.modeling.structures import FeatureLevels, SelectedTokens
-from dimaskdino.progress import progress_bar
 from dimaskdino.training.criterion import Losses, criterion
 from dimaskdino.training.matcher import Matches, match
+from dimaskdino.utils.progress import progress_bar
 
 _SIZES = {"small": "APs", "medium": "APm", "large": "APl"}
 _BOX_TERMS, _MASK_TERMS = ("l1", "giou"), ("mask", "dice")

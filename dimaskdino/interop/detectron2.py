@@ -27,10 +27,10 @@ from dimaskdino.data.dataloader import collate
 from dimaskdino.data.exports import ExportedSplit
 from dimaskdino.data.exports.records import split_in
 from dimaskdino.data.transforms import PADDING
-from dimaskdino.errors import UserError
 from dimaskdino.modeling import Detector, ImageBatch, postprocess
 from dimaskdino.training.criterion import criterion
 from dimaskdino.training.optimizer import build_optimizer
+from dimaskdino.utils.errors import UserError
 
 try:
     from detectron2.config import CfgNode, get_cfg

@@ -15,10 +15,10 @@ from torch.nn import functional
 from torchvision.ops import box_convert
 
 from dimaskdino.checkpoints import TrainedModel
-from dimaskdino.errors import UserError
-from dimaskdino.files import write_atomically
 from dimaskdino.modeling import Detector, ImageBatch
 from dimaskdino.modeling.structures import PIXEL_MEAN, PIXEL_STD, SIZE_DIVISOR
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.files import write_atomically
 
 OUTPUTS = ("boxes", "scores", "labels", "masks")
 OPSET = 20  # the first with bilinear grid sampling of any rank

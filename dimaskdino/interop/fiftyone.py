@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from dimaskdino.errors import UserError
 from dimaskdino.modeling import Instances
+from dimaskdino.utils.errors import UserError
 
 
 def to_fiftyone(instances: Instances, classes: Sequence[str], size: tuple[int, int]) -> Any:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-from dimaskdino.errors import UserError
+from dimaskdino.utils.errors import UserError
 
 FILES = ["model.safetensors", "config.json", "layers.json", "README.md"]
 

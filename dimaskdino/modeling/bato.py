@@ -13,7 +13,7 @@ from dimaskdino import config
 from dimaskdino.modeling.de_imbalance import gather_rows
 from dimaskdino.modeling.heads import PredictionHeads
 from dimaskdino.modeling.layers import Attention, FeedForward, group_norm, reset_matrices, sine_positions
-from dimaskdino.modeling.structures import FeatureLevels, TokenOptimizationOutput, resize_to
+from dimaskdino.modeling.structures import BATOOutput, FeatureLevels, resize_to
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Guide:
     position: Float[Tensor, "B Q C"]
 
 
-class TokenOptimization(nn.Module):
+class BATO(nn.Module):
     """Cross-attention from feature tokens to guiding tokens, and refreshed mask features.
 
         T_g^mask = MLP(Top(Q_bal)),  T_g^box = the same queries' box embeddings             (Eq. 5, 6)
@@ -53,7 +53,7 @@ class TokenOptimization(nn.Module):
         guide: Guide,
         heads: PredictionHeads,
         need_weights: bool,
-    ) -> TokenOptimizationOutput:
+    ) -> BATOOutput:
         """Optimise the tokens.
 
         Args:
@@ -72,7 +72,7 @@ class TokenOptimization(nn.Module):
         refreshed = self.mask_features(mask_features + resize_to(finest, mask_features))
         # under autocast a GPU normalises in float32; masks are products with F' in the dtype of F
         refreshed = refreshed.to(mask_features.dtype)
-        return TokenOptimizationOutput(T_bal, refreshed, value, key - value, indices, attention)
+        return BATOOutput(T_bal, refreshed, value, key - value, indices, attention)
 
     def _guiding_tokens(self, guide: Guide, heads: PredictionHeads) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values (B, G, C) of the attention, and the rows of the guide that they come from."""

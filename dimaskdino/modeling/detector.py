@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dimaskdino import config
 from dimaskdino.modeling.backbone import build_backbone
-from dimaskdino.modeling.bato import Guide, TokenOptimization
+from dimaskdino.modeling.bato import BATO, Guide
 from dimaskdino.modeling.de_imbalance import DeImbalance, FirstSelection
 from dimaskdino.modeling.decoder import Decoder, LayerOutput, random_boxes
 from dimaskdino.modeling.denoising import Denoising, DenoisingQueries
@@ -46,7 +46,7 @@ class Detector(nn.Module):
         self.decoder = Decoder(model)
         # with one decoder layer nothing comes after BATO
         uses_bato = model.bato.enabled and model.decoder.layers > 1
-        self.token_optimization = TokenOptimization(model) if uses_bato else None
+        self.token_optimization = BATO(model) if uses_bato else None
         # faster convolutions; feature tokens (B, N, C) are channels-last maps already
         self.to(memory_format=torch.channels_last)
 

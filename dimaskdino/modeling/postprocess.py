@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import box_convert
 
-from dimaskdino.errors import UserError
 from dimaskdino.modeling.structures import Instances, Stage
+from dimaskdino.utils.errors import UserError
 
 MASK_CHUNK = 16  # number of masks resized at a time, to bound memory
 

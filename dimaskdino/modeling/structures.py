@@ -222,7 +222,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class TokenOptimizationOutput:
+class BATOOutput:
     """What BATO gives.
 
     Attributes:
@@ -264,7 +264,7 @@ class Trace:
     mask_features: Float[Tensor, "B C h w"]
     references: list[Tensor]
     sampling: list[tuple[Tensor, Tensor]]
-    bato: TokenOptimizationOutput | None
+    bato: BATOOutput | None
 
     @property
     def T_s1(self) -> SelectedTokens:

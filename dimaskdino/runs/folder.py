@@ -28,9 +28,9 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from dimaskdino.config import Config, dump_config, load_config, read_tree
-from dimaskdino.errors import Stopped, UserError, explain_os_error, writing
-from dimaskdino.files import parse_record, read_record, write_atomically, write_text
 from dimaskdino.runs.trackers import Tracker, open_trackers
+from dimaskdino.utils.errors import Stopped, UserError, explain_os_error, writing
+from dimaskdino.utils.files import parse_record, read_record, write_atomically, write_text
 
 State = Literal["running", "finished", "stopped", "failed"]
 LOCK_SECONDS = 5.0  # a reader of the status holds the lock for an instant

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from dimaskdino.errors import Stopped
-from dimaskdino.markdown import escape
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.runs.processes import TrainingProcess, project_root
+from dimaskdino.utils.errors import Stopped
+from dimaskdino.utils.markdown import escape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ class Summary:
 
         Args:
             state: one word, such as finished.
-            lines: paragraphs, Markdown; use `dimaskdino.markdown.escape` for text that comes from data.
+            lines: paragraphs, Markdown; use `dimaskdino.utils.markdown.escape` for text that comes from data.
             figure: shown below the text.
             links: paths by their names; paths that do not exist are left out.
         """

@@ -14,12 +14,12 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from dimaskdino.config import load_config, parse_yaml
-from dimaskdino.errors import Stopped, UserError
-from dimaskdino.markdown import escape
-from dimaskdino.progress import PipedBars, can_overwrite, progress_bar
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.runs.live import NOTEBOOK_FOLDER
-from dimaskdino.signals import STOP_SECONDS, stop_signals_interrupt
+from dimaskdino.utils.errors import Stopped, UserError
+from dimaskdino.utils.markdown import escape
+from dimaskdino.utils.progress import PipedBars, can_overwrite, progress_bar
+from dimaskdino.utils.signals import STOP_SECONDS, stop_signals_interrupt
 
 POLL_SECONDS = 1.0
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import psutil
 
-from dimaskdino.errors import Stopped, UserError, writing
 from dimaskdino.runs.folder import RunFolder
-from dimaskdino.signals import STOP_SECONDS, child_environment
+from dimaskdino.utils.errors import Stopped, UserError, writing
+from dimaskdino.utils.signals import STOP_SECONDS, child_environment
 
 POLL_SECONDS = 0.5
 
@@ -34,7 +34,7 @@ def launch_command(module: str, arguments: Sequence[str], processes: int) -> tup
     command = [sys.executable, "-m"]
     if processes == 1:
         return [*command, module, *arguments], {}
-    from dimaskdino.distributed import STORE  # with PyTorch, which a single process need not wait for
+    from dimaskdino.utils.distributed import STORE  # with PyTorch, which a single process need not wait for
 
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))}
     meeting = Path(tempfile.mkdtemp(prefix="dimaskdino-"))

@@ -7,9 +7,9 @@ from typing import Any
 
 from dimaskdino.checkpoints import load_checkpoint, save_model
 from dimaskdino.config import dump_config
-from dimaskdino.errors import UserError, writing
-from dimaskdino.files import read_record, write_text
 from dimaskdino.runs.folder import RunFolder
+from dimaskdino.utils.errors import UserError, writing
+from dimaskdino.utils.files import read_record, write_text
 
 DIGITS = 5  # of the numbers in the metrics, which are most of what is written besides the weights
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import UInt8
 
-from dimaskdino.errors import UserError, first_line
-from dimaskdino.files import read_record, write_text
+from dimaskdino.utils.errors import UserError, first_line
+from dimaskdino.utils.files import read_record, write_text
 
 PROJECT = "dimaskdino"
 MOST_PARAMS = 100  # that MLflow takes at a time

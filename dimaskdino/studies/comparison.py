@@ -25,10 +25,10 @@ from jaxtyping import Float
 from scipy.special import nctdtrinc
 from scipy.stats import t as student
 
-from dimaskdino.errors import UserError
 from dimaskdino.evaluation.bootstrap import CONFIDENCE, BootstrapAP
 from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, LayerwiseAP
 from dimaskdino.runs.folder import RunFolder
+from dimaskdino.utils.errors import UserError
 
 ENOUGH_SEEDS = 3
 POWER = 0.8

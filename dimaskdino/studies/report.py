@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dimaskdino.files import write_text
-from dimaskdino.markdown import escape
 from dimaskdino.studies.comparison import Comparison, Contrast, EvaluatedRun, Interval, Quantity, compare
 from dimaskdino.studies.study import Row, Study
+from dimaskdino.utils.files import write_text
+from dimaskdino.utils.markdown import escape
 
 _EXPLANATION = (
     "Differences between the means of rows. The interval is over other trainings and other images together; "

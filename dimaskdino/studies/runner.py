@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 
 from dimaskdino.config import Config, load_config
-from dimaskdino.errors import UserError
 from dimaskdino.evaluation.bootstrap import DRAWS
-from dimaskdino.progress import progress_bar
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.runs.processes import TrainingProcess
-from dimaskdino.signals import child_environment
 from dimaskdino.studies.comparison import planned_detectable, pooled_deviation
 from dimaskdino.studies.study import Study, run_path, start_path
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.progress import progress_bar
+from dimaskdino.utils.signals import child_environment
 
 
 @dataclass(frozen=True)

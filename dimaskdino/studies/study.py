@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dimaskdino.config import Config, Section, explain, load_config, parse_yaml
-from dimaskdino.errors import UserError
-from dimaskdino.resources import configs_folder
 from dimaskdino.studies.comparison import Contrast, EvaluatedRun, Quantity
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.resources import configs_folder
 
 
 class Row(Section):

@@ -9,10 +9,10 @@ import ms_deform_attn
 
 from dimaskdino.checkpoints.published_settings import Settings, load_settings
 from dimaskdino.config import Config
-from dimaskdino.errors import Stopped, UserError, explain_os_error
 from dimaskdino.runs.folder import RunFolder
-from dimaskdino.signals import EXIT_STOPPED, end_with_parent
 from dimaskdino.training.trainer import train
+from dimaskdino.utils.errors import Stopped, UserError, explain_os_error
+from dimaskdino.utils.signals import EXIT_STOPPED, end_with_parent
 
 
 def _starting_from(settings: Settings) -> Config:

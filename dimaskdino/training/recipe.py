@@ -30,11 +30,11 @@ from dimaskdino.config import Config, Validation, as_yaml, load_config
 from dimaskdino.data.annotations import read_annotations
 from dimaskdino.data.coco import find_split, find_splits
 from dimaskdino.data.summary import Statistics, describe
-from dimaskdino.errors import UserError
-from dimaskdino.resources import find_model
 from dimaskdino.runs.folder import RunFolder
-from dimaskdino.threads import available_cores
 from dimaskdino.training.trainer import train
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.resources import find_model
+from dimaskdino.utils.threads import available_cores
 
 FROM_IMAGENET = "photographs/dimaskdino_lite0"
 OBJECT_PIXELS = 12

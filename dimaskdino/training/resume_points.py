@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from dimaskdino.checkpoints.model_files import first_non_finite, read_resume_point, resume_point_path, resume_points
-from dimaskdino.errors import UserError
-from dimaskdino.files import write_atomically
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.files import write_atomically
 
 
 def save_resume_point(folder: Path, state: dict[str, Any], keep: int = 2) -> None:

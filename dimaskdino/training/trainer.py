@@ -32,21 +32,21 @@ from dimaskdino.data.check import advice
 from dimaskdino.data.coco import CocoDataset
 from dimaskdino.data.dataloader import Batch, batches, explaining_dead_workers, training_dataset, training_loader
 from dimaskdino.data.summary import describe
-from dimaskdino.distributed import DistributedContext
-from dimaskdino.errors import Stopped, UserError
 from dimaskdino.modeling import Detector, ImageBatch
 from dimaskdino.modeling.backbone import ResNet
 from dimaskdino.modeling.precision import autocast
-from dimaskdino.progress import progress_bar
-from dimaskdino.resources import find_model
 from dimaskdino.runs.folder import Metrics, RunFolder, changed_settings
-from dimaskdino.signals import StopRequest
-from dimaskdino.threads import share_cores
 from dimaskdino.training.advice import Adviser
 from dimaskdino.training.criterion import Losses, criterion
 from dimaskdino.training.optimizer import build_optimizer, set_rate
 from dimaskdino.training.resume_points import load_resume_point, save_resume_point
 from dimaskdino.training.validation import Best, Validator, averaged
+from dimaskdino.utils.distributed import DistributedContext
+from dimaskdino.utils.errors import Stopped, UserError
+from dimaskdino.utils.progress import progress_bar
+from dimaskdino.utils.resources import find_model
+from dimaskdino.utils.signals import StopRequest
+from dimaskdino.utils.threads import adaptive_threads
 
 
 class NonFiniteLossError(UserError):
@@ -256,7 +256,7 @@ class Trainer:
             logged, started = self.step, time.perf_counter()
             while self.step < steps and not self._out_of_patience():
                 parts = self._load(parts_of_steps)
-                with share_cores():
+                with adaptive_threads():
                     terms, norm = self._train_step(parts)
                 self.step += 1
                 progress.update()

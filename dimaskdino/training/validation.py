@@ -15,13 +15,13 @@ from torch.optim.swa_utils import AveragedModel
 from dimaskdino.checkpoints.model_files import TrainedModel
 from dimaskdino.config import Config
 from dimaskdino.data.dataloader import batches, evaluation_dataset, evaluation_loader
-from dimaskdino.distributed import DistributedContext
+from dimaskdino.data.painting import paint_beside_truth
 from dimaskdino.evaluation.coco_ap import average_precision, read_truth
 from dimaskdino.evaluation.detections import Detections
 from dimaskdino.evaluation.layerwise_ap import detect_batch
 from dimaskdino.evaluation.predict import predict_images
 from dimaskdino.modeling import Detector
-from dimaskdino.painting import paint_beside_truth
+from dimaskdino.utils.distributed import DistributedContext
 
 PICTURES = 4  # images per validation
 PICTURE_THRESHOLD = 0.3

@@ -11,7 +11,7 @@ from dimaskdino.viz.diagnostics import (
     plot_matched_queries,
     plot_selection_recall,
 )
-from dimaskdino.viz.errors import plot_confusion, plot_errors
+from dimaskdino.viz.error_analysis import plot_confusion, plot_errors
 from dimaskdino.viz.objects import draw_object_stages, draw_objects, plot_mean_ious
 from dimaskdino.viz.studies import plot_ablation, plot_differences, plot_study_layers, study_figures
 from dimaskdino.viz.tokens import (

@@ -12,8 +12,8 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from dimaskdino.data.painting import BLUE, GREEN, GREY, ORANGE, PINK
 from dimaskdino.inspection.look import Look
-from dimaskdino.painting import BLUE, GREEN, GREY, ORANGE, PINK
 from dimaskdino.viz.style import NotebookFigure, style
 from dimaskdino.viz.tokens import draw_image
 

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from dimaskdino.data.painting import CYCLE, GREY, data_label
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
-from dimaskdino.painting import CYCLE, GREY, data_label
 from dimaskdino.viz.style import BOX, MASK, NotebookFigure, style
 
 RUNNING_MEANS = 60  # about this many windows over a long run

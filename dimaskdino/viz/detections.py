@@ -14,10 +14,10 @@ from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
 from dimaskdino.data.coco import Sample
-from dimaskdino.evaluation.ceilings import coverage, true_stage, with_bounds
+from dimaskdino.data.painting import CYCLE, blend_masks, data_label, label, masks_of, paint_instances, paint_sample
+from dimaskdino.evaluation.upper_bounds import coverage, true_stage, with_bounds
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.structures import padded_size
-from dimaskdino.painting import CYCLE, blend_masks, data_label, label, masks_of, paint_instances, paint_sample
 from dimaskdino.viz.curves import short_name
 from dimaskdino.viz.style import BOX, MASK, NotebookFigure, style
 

@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dimaskdino.data.painting import CYCLE, GREY, data_label
 from dimaskdino.inspection.diagnostics import Calibration, GradientConflict, Survey, query_stability
-from dimaskdino.painting import CYCLE, GREY, data_label
 from dimaskdino.viz.curves import short_name
 from dimaskdino.viz.style import BOX, MASK, NotebookFigure, style
 

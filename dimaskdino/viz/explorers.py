@@ -21,7 +21,6 @@ from matplotlib.transforms import Bbox
 from scipy.optimize import linear_sum_assignment
 
 from dimaskdino import config
-from dimaskdino.collection import without_collection
 from dimaskdino.data.coco import Sample
 from dimaskdino.evaluation.coco_ap import Kind, precision_curves
 from dimaskdino.evaluation.detections import Detections
@@ -30,6 +29,7 @@ from dimaskdino.inspection.look import Look
 from dimaskdino.inspection.objects import track_objects
 from dimaskdino.modeling.structures import Predictions, Targets
 from dimaskdino.training.matcher import matching_costs
+from dimaskdino.utils.collection import without_collection
 from dimaskdino.viz.architecture import FLOWS, describe_flow, draw_flow, place_of
 from dimaskdino.viz.curves import plot_layerwise_ap, plot_precision_recall, short_name
 from dimaskdino.viz.detections import Formula, boxes_of_true_masks, draw_true_boxes

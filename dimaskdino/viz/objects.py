@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from dimaskdino.data.painting import CYCLE, data_label
 from dimaskdino.inspection.look import Look
 from dimaskdino.inspection.objects import ObjectTrack
-from dimaskdino.painting import CYCLE, data_label
 from dimaskdino.viz.curves import short_name
 from dimaskdino.viz.detections import draw_instances
 from dimaskdino.viz.style import BOX, MASK, NotebookFigure, style

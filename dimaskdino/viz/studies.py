@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from dimaskdino.data.painting import CYCLE, GREY, data_label
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
-from dimaskdino.painting import CYCLE, GREY, data_label
 from dimaskdino.studies.comparison import Comparison
 from dimaskdino.studies.report import StudyReport
 from dimaskdino.viz.curves import short_name, stage_order

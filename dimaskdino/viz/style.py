@@ -1,4 +1,4 @@
-"""The style of all figures: light grids, readable sizes. The colours are those of `dimaskdino.painting`."""
+"""The style of all figures: light grids, readable sizes. The colours are those of `dimaskdino.data.painting`."""
 
 import io
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from dimaskdino.painting import BLUE, ORANGE
+from dimaskdino.data.painting import BLUE, ORANGE
 
 BOX, MASK = BLUE, ORANGE  # detection and segmentation, in every figure
 

@@ -11,10 +11,10 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from dimaskdino.data.painting import CYCLE, GREY, ORANGE
 from dimaskdino.inspection.look import Look
 from dimaskdino.inspection.objects import token_owners
 from dimaskdino.modeling.structures import SelectedTokens
-from dimaskdino.painting import CYCLE, GREY, ORANGE
 from dimaskdino.viz.style import NotebookFigure, style
 
 _MARKERS = ("o", "s", "^", "D")  # one a level, finest first

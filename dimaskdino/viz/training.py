@@ -12,8 +12,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from dimaskdino.data.painting import BLUE, CYCLE, GREY, SKY, data_label
 from dimaskdino.modeling.denoising import DenoisingQueries
-from dimaskdino.painting import BLUE, CYCLE, GREY, SKY, data_label
 from dimaskdino.viz.curves import short_name
 from dimaskdino.viz.style import NotebookFigure, style
 

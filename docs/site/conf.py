@@ -1,4 +1,4 @@
-"""Sphinx's settings of the documentation site; `python -m dimaskdino.course.site` uses them."""
+"""Sphinx's settings of the documentation site; `python -m tools.course.site` uses them."""
 
 from docutils import nodes
 from latex2mathml.converter import convert

@@ -35,7 +35,7 @@ from torch import nn
 
 from dimaskdino.course import checks
 from dimaskdino.course.questions import Number
-from dimaskdino.painting import CYCLE
+from dimaskdino.data.painting import CYCLE
 from dimaskdino.viz import draw_architecture
 from dimaskdino.viz.explorers import Explorer
 from dimaskdino.viz.style import NotebookFigure, style

@@ -59,7 +59,7 @@ asks.reveal("the feature tokens", {"the guiding tokens": mistake})
 # %% [markdown]
 # ## Guiding tokens
 #
-# The $G$ queries whose best class scores highest (`TokenOptimization._guiding_tokens` in
+# The $G$ queries whose best class scores highest (`BATO._guiding_tokens` in
 # `dimaskdino/modeling/bato.py`):
 #
 # ```python

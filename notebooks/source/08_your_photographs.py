@@ -301,7 +301,7 @@ checks.check_gate(gated)
 # ### Build it: a module of your own
 #
 # *Hard, 20 minutes.* The module around the gate. It has the `forward` of the module that it replaces
-# (`TokenOptimization`), so nothing else in the model has to change. `__init__` keeps `bato` and makes the gate a
+# (`BATO`), so nothing else in the model has to change. `__init__` keeps `bato` and makes the gate a
 # parameter that can be learned. `forward` calls `bato`, whose output is a record: `T_bal`, the feature tokens of all
 # levels (`.tokens`, and `.with_tokens(…)` for others in their place), and `mask_features`. Both go through the gate;
 # `replace(output, T_bal=…, mask_features=…)` makes the new record.

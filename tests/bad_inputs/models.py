@@ -27,7 +27,7 @@ def edited(title: str, says: str, edit: Callable[[dict[str, Any], dict[str, str]
     """The finished run's model file with other tensors or metadata."""
 
     def make(place: Place) -> list[Any]:
-        from dimaskdino.serialization import read_safetensors
+        from dimaskdino.utils.serialization import read_safetensors
 
         tensors, metadata = read_safetensors(place.model)
         edit(tensors, metadata)

@@ -12,10 +12,10 @@ from torchvision import models
 
 from dimaskdino import config
 from dimaskdino.checkpoints.published import architecture, convert_backbone, convert_state
-from dimaskdino.errors import UserError
 from dimaskdino.modeling import Detector
 from dimaskdino.modeling.backbone import build_backbone
-from dimaskdino.serialization import read_state_dict
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.serialization import read_state_dict
 
 
 @pytest.mark.parametrize("case", ["di_small", "maskdino_4level", "maskdino_3s", "maskdino_5level"])

@@ -10,7 +10,7 @@ from golden import FOLDER, MODELS, read
 from dimaskdino.checkpoints.published_settings import known_keys, load_settings, translate_pairs
 from dimaskdino.cli.options import PUBLISHED_KEY
 from dimaskdino.config import load_config
-from dimaskdino.errors import UserError
+from dimaskdino.utils.errors import UserError
 
 COCO = Path(__file__).parents[2] / "configs" / "coco" / "instance-segmentation"
 RECIPE = COCO / "dimaskdino_r50_4scale_bs16_12ep.yaml"

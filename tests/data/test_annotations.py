@@ -12,8 +12,8 @@ from pycocotools import mask as coco_mask
 from test_coco import SQUARE, rle
 
 from dimaskdino.data.annotations import check_run_lengths, inspect_annotations, read_annotations, run_lengths
-from dimaskdino.errors import UserError
 from dimaskdino.evaluation.coco_ap import average_precision, read_truth
+from dimaskdino.utils.errors import UserError
 
 OBJECT = {"image_id": 7, "category_id": 3, "segmentation": [SQUARE], "bbox": [4, 3, 8, 6], "area": 48, "iscrowd": 0}
 

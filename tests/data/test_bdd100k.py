@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 
 from dimaskdino.data.bdd100k import CLASSES, convert
 from dimaskdino.data.coco import CocoDataset
-from dimaskdino.errors import UserError
+from dimaskdino.utils.errors import UserError
 
 H, W = 40, 60
 CAR, SIGN = 3, 10  # categories from 1

@@ -13,7 +13,7 @@ from dimaskdino.data.annotations import inspect_annotations
 from dimaskdino.data.check import advice, check_dataset, grouped
 from dimaskdino.data.coco import CocoDataset, find_split, find_splits
 from dimaskdino.data.summary import describe
-from dimaskdino.errors import UserError
+from dimaskdino.utils.errors import UserError
 
 SIDE = 80
 

@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from dimaskdino.data.annotations import run_lengths
 from dimaskdino.data.coco import CocoDataset, find_split
 from dimaskdino.data.images import load_image
-from dimaskdino.errors import UserError
+from dimaskdino.utils.errors import UserError
 
 TINY_COCO = Path(__file__).parents[3] / "shared" / "data" / "tiny_coco"
 SQUARE = [4, 3, 12, 3, 12, 9, 4, 9]

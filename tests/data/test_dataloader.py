@@ -20,7 +20,7 @@ from dimaskdino.data.dataloader import (
     training_loader,
 )
 from dimaskdino.data.transforms import PADDING, copy_paste, resize_image, training_transform
-from dimaskdino.errors import UserError
+from dimaskdino.utils.errors import UserError
 
 
 def synthetic(height: int = 40, width: int = 60) -> Sample:

@@ -17,7 +17,7 @@ from dimaskdino.data.annotations import read_annotations, to_run_lengths
 from dimaskdino.data.coco import CocoDataset, encode_masks
 from dimaskdino.data.importing import import_dataset
 from dimaskdino.data.near_duplicates import base_name, difference_hash, groups_of_duplicates
-from dimaskdino.errors import UserError
+from dimaskdino.utils.errors import UserError
 
 SIZE = (48, 64)  # h, w
 CLASSES = ("cat", "dog")

@@ -10,7 +10,6 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dimaskdino.data.coco import CocoDataset
-from dimaskdino.errors import UserError
 from dimaskdino.evaluation.coco_ap import (
     AveragePrecision,
     average_precision,
@@ -20,6 +19,7 @@ from dimaskdino.evaluation.coco_ap import (
 from dimaskdino.evaluation.detections import Detections
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
 from dimaskdino.modeling import Instances
+from dimaskdino.utils.errors import UserError
 
 
 @pytest.mark.parametrize("kind", ["box", "mask"])

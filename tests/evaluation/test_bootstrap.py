@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from crowded import crowded_truth, detections
 
-from dimaskdino.errors import UserError
 from dimaskdino.evaluation.bootstrap import (
     RECALLS,
     BootstrapAP,
@@ -16,6 +15,7 @@ from dimaskdino.evaluation.bootstrap import (
     resampled_ap,
 )
 from dimaskdino.evaluation.coco_ap import average_precision, read_truth
+from dimaskdino.utils.errors import UserError
 
 
 def with_copies(file, rows, weights, folder):

@@ -11,13 +11,13 @@ import torch
 from small import trained_file
 
 from dimaskdino import load
-from dimaskdino.benchmarks import coco_ap as coco_benchmark
 from dimaskdino.checkpoints import save_model
-from dimaskdino.errors import UserError
 from dimaskdino.evaluation import detections, layerwise_ap
-from dimaskdino.evaluation.ceilings import ceilings
 from dimaskdino.evaluation.detections import Detections, DetectionStore
 from dimaskdino.evaluation.layerwise_ap import detect_layers, evaluate_layers, score_layers, truth_of
+from dimaskdino.evaluation.upper_bounds import ceilings
+from dimaskdino.utils.errors import UserError
+from tools.benchmarks import coco_ap as coco_benchmark
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from torch import nn
 
 from dimaskdino import config, load
 from dimaskdino.data.coco import encode_masks
-from dimaskdino.errors import UserError
 from dimaskdino.evaluation.coco_ap import AveragePrecision, read_truth
 from dimaskdino.evaluation.detections import Detections
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP, evaluate_layers
@@ -33,6 +32,7 @@ from dimaskdino.inspection.diagnostics import (
 from dimaskdino.modeling import Instances, Predictions, Stage, Targets
 from dimaskdino.modeling.structures import FeatureLevels, SelectedTokens
 from dimaskdino.training.criterion import Losses
+from dimaskdino.utils.errors import UserError
 
 
 def test_imbalance_of_groups():

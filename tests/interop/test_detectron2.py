@@ -14,8 +14,8 @@ from small import MODEL
 from dimaskdino.data.coco import CocoDataset
 from dimaskdino.data.importing import import_splits
 from dimaskdino.data.shapes import CLASSES as SHAPES
-from dimaskdino.errors import UserError
 from dimaskdino.modeling import ImageBatch, postprocess
+from dimaskdino.utils.errors import UserError
 
 HERE = importlib.util.find_spec("detectron2") is not None
 needs_detectron2 = pytest.mark.skipif(not HERE, reason="detectron2 is not installed (it is not on PyPI)")

@@ -9,9 +9,9 @@ from small import trained_file
 
 import dimaskdino
 from dimaskdino.data.images import load_image
-from dimaskdino.errors import UserError
 from dimaskdino.interop.export import Exportable, export, told_apart
 from dimaskdino.modeling import ImageBatch, postprocess
+from dimaskdino.utils.errors import UserError
 
 SHIPPED = ("dimaskdino-shapes", "maskdino-shapes")
 

@@ -13,11 +13,11 @@ from torchvision.transforms.v2.functional import center_crop, resize
 
 from dimaskdino.config import Model, Optimizer, parse_config
 from dimaskdino.data.images import load_image
-from dimaskdino.errors import UserError
 from dimaskdino.modeling import Detector, ImageBatch, Targets
 from dimaskdino.modeling.backbone import STRIDES, ConstantPaddingConv2d, FrozenBatchNorm, build_backbone
 from dimaskdino.modeling.backbone_weights import load_timm, packaged_weights
 from dimaskdino.training.optimizer import build_optimizer
+from dimaskdino.utils.errors import UserError
 
 SMALL = [*MODEL, "model.classes=5", "model.backbone.name=resnet18", "model.backbone.norm=batch"]
 

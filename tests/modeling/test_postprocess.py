@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from dimaskdino.errors import UserError
 from dimaskdino.modeling import Stage, postprocess
 from dimaskdino.modeling.postprocess import enlarge_inside, enlarge_whole
+from dimaskdino.utils.errors import UserError
 
 
 def synthetic_stage(B: int = 2, Q: int = 7, K: int = 3, C: int = 8) -> Stage:

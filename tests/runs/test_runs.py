@@ -20,12 +20,12 @@ import pytest
 from jupyter_client.manager import start_new_kernel
 from small import FILE, overrides, settings, trained_file
 
-from dimaskdino.errors import Stopped, UserError
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.runs import RunFolder, TrainingProcess, distinct_names, notebooks
 from dimaskdino.runs.notebooks import check_parameters, kernel_config, parse_parameters, run_notebook
-from dimaskdino.signals import StopRequest
 from dimaskdino.training.resume_points import load_resume_point
+from dimaskdino.utils.errors import Stopped, UserError
+from dimaskdino.utils.signals import StopRequest
 
 NOTEBOOKS = Path(__file__).parent.parent.parent / "notebooks" / "runs"
 

@@ -5,7 +5,6 @@ import pytest
 from scipy.stats import nct, ttest_ind, ttest_rel
 from scipy.stats import t as student
 
-from dimaskdino.errors import UserError
 from dimaskdino.evaluation.bootstrap import BootstrapAP
 from dimaskdino.evaluation.coco_ap import AveragePrecision
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
@@ -21,6 +20,7 @@ from dimaskdino.studies.comparison import (
     pooled_deviation,
     slope_within_rows,
 )
+from dimaskdino.utils.errors import UserError
 
 BOX = Quantity.parse("last.box")
 B_MINUS_A = Contrast("B − A", ("b",), ("a",), BOX)

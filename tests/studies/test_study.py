@@ -16,13 +16,13 @@ from scipy.stats import nct
 from scipy.stats import t as student
 from small import overrides
 
-from dimaskdino.errors import UserError
 from dimaskdino.evaluation.bootstrap import BootstrapAP
 from dimaskdino.evaluation.coco_ap import AveragePrecision
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
 from dimaskdino.studies.report import StudyReport, paper_tables
 from dimaskdino.studies.runner import describe_power, environments, plan_study, run_study
 from dimaskdino.studies.study import find_study, load_study
+from dimaskdino.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))

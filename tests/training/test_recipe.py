@@ -10,10 +10,10 @@ from small import FILE, overrides, settings
 from dimaskdino.cli import settings_first
 from dimaskdino.cli.training import new
 from dimaskdino.config import load_config
-from dimaskdino.errors import UserError
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.training.launch import main as launch
 from dimaskdino.training.recipe import Machine, Recipe, propose, try_out
+from dimaskdino.utils.errors import UserError
 
 LAPTOP = Machine("cpu", "4 CPU cores", 4, 2**34, bf16=False)
 SERVER = Machine("cuda", "a GPU", 16, 2**36, bf16=True)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_trainer import run_training
 
-from dimaskdino.errors import UserError
 from dimaskdino.training.resume_points import load_resume_point, resume_points, save_resume_point
+from dimaskdino.utils.errors import UserError
 
 
 def state_of(step: int) -> dict:

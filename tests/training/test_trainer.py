@@ -16,8 +16,6 @@ from small import FILE, overrides, settings, trained_file
 from dimaskdino import load
 from dimaskdino.config import Config
 from dimaskdino.data.dataloader import training_dataset, training_loader
-from dimaskdino.distributed import DistributedContext
-from dimaskdino.errors import UserError
 from dimaskdino.modeling import Detector
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.runs.share import share
@@ -25,6 +23,8 @@ from dimaskdino.training import launch as training_main
 from dimaskdino.training.optimizer import build_optimizer, rate_factor
 from dimaskdino.training.resume_points import load_resume_point
 from dimaskdino.training.trainer import NonFiniteLossError, Trainer, train
+from dimaskdino.utils.distributed import DistributedContext
+from dimaskdino.utils.errors import UserError
 
 
 def run_training(folder: Path, data: Path, *changes: str) -> RunFolder:

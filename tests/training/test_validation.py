@@ -11,17 +11,17 @@ from small import FILE, overrides, settings
 from torch import nn
 
 from dimaskdino.checkpoints import TrainedModel, load_checkpoint
-from dimaskdino.distributed import DistributedContext
-from dimaskdino.errors import Stopped, UserError
+from dimaskdino.data.painting import GAP
 from dimaskdino.evaluation.layerwise_ap import evaluate_layers
 from dimaskdino.modeling import Detector
-from dimaskdino.painting import GAP
 from dimaskdino.runs import trackers
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.studies.comparison import EvaluatedRun
 from dimaskdino.training.launch import main as launch
 from dimaskdino.training.trainer import Trainer, train
 from dimaskdino.training.validation import PICTURE_WIDTH, Best, Validator, averaged
+from dimaskdino.utils.distributed import DistributedContext
+from dimaskdino.utils.errors import Stopped, UserError
 
 ALONE = DistributedContext(0, 1, torch.device("cpu"))
 VALIDATED = ("train.validation.every=2", "schedule.steps=6", "train.average=0.5")

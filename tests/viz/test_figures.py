@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dimaskdino import config
-from dimaskdino.evaluation.ceilings import Ceilings
 from dimaskdino.evaluation.coco_ap import AveragePrecision, AverageRecall
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
+from dimaskdino.evaluation.upper_bounds import Ceilings
 from dimaskdino.inspection.diagnostics import Calibration, GradientConflict, MatchedObjects, Survey
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.denoising import Denoising

@@ -21,10 +21,10 @@ from dimaskdino.course.checks.verdicts import (
     seed_of_cases,
     wrong,
 )
-from dimaskdino.errors import UserError
 from dimaskdino.studies.comparison import Quantity, holm
 from dimaskdino.studies.report import StudyReport
 from dimaskdino.studies.study import Study
+from dimaskdino.utils.errors import UserError
 
 
 def check_settings(function: Callable[[], Sequence[str]], row: str, study: Study) -> CheckResult:

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dimaskdino.data.painting import BLUE, ORANGE
 from dimaskdino.inspection.look import Look
-from dimaskdino.painting import BLUE, ORANGE
 from dimaskdino.viz.style import NotebookFigure, style
 from dimaskdino.viz.tokens import draw_image
 

@@ -21,7 +21,7 @@ from dimaskdino.course.checks.verdicts import (
 from dimaskdino.inspection.look import Look
 from dimaskdino.modeling import Detector
 from dimaskdino.modeling.bato import Guide
-from dimaskdino.modeling.structures import TokenOptimizationOutput
+from dimaskdino.modeling.structures import BATOOutput
 
 
 def check_annotation(function: Callable[[np.ndarray], tuple[Sequence[float], float]]) -> CheckResult:
@@ -73,7 +73,7 @@ def check_gated_module(module: Callable[[nn.Module, float], nn.Module], look: Lo
         output = called(replaced, (T_i, F, guide, detector.heads, False), hint, copied=False)
         if output is None:
             return CheckResult(False)
-        if not isinstance(output, TokenOptimizationOutput):
+        if not isinstance(output, BATOOutput):
             return wrong(module, f"forward gives {type(output).__name__}, where BATO gives its output's record", hint)
         for name, before, after, found in (
             ("tokens", T_i.tokens, full.T_bal.tokens, output.T_bal.tokens),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dimaskdino.data.exports import coco, cvat, labelme, mask_folders, voc, yolo
 from dimaskdino.data.exports.records import ExportedSplit
-from dimaskdino.errors import UserError
+from dimaskdino.utils.errors import UserError
 
 # each returns None if the source is not of its kind
 READERS = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from dimaskdino.data.annotations import inspect_records, parse_json, without_problems
 from dimaskdino.data.exports.records import ExportedSplit, ImageFiles, missing_image, split_of
-from dimaskdino.errors import UserError
+from dimaskdino.utils.errors import UserError
 
 PARTS = ("images", "annotations", "categories")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import hotcoco
 
 from dimaskdino.data.exports.records import ExportedSplit, ImageFiles, missing_image, read_xml
-from dimaskdino.errors import UserError
+from dimaskdino.utils.errors import UserError
 
 
 def read(source: Path) -> list[ExportedSplit] | None:

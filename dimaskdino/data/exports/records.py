@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 from PIL import Image, ImageOps
 
 from dimaskdino.data.images import SUFFIXES, open_image
-from dimaskdino.errors import UserError
+from dimaskdino.utils.errors import UserError
 
 SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("val", "valid", "validation"), "val"

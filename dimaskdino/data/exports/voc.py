@@ -17,7 +17,7 @@ from dimaskdino.data.exports.records import (
     split_of_folder,
     upright_size,
 )
-from dimaskdino.errors import UserError
+from dimaskdino.utils.errors import UserError
 
 _VOID = 255  # pixels between objects
 _LISTS = ("ImageSets/Segmentation", "ImageSets/Main")

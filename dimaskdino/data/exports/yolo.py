@@ -7,7 +7,7 @@ import yaml
 
 from dimaskdino.data.exports.records import SPLIT_NAMES, ExportedSplit, upright_size
 from dimaskdino.data.images import SUFFIXES
-from dimaskdino.errors import UserError
+from dimaskdino.utils.errors import UserError
 
 _KEYS = ("train", "val", "valid", "test")
 _BEYOND = 0.5  # of the image's side, how far an outline may reach beyond it; farther, and it is no share of the side

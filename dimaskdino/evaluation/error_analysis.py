@@ -1,0 +1,120 @@
+"""Where AP is lost: kinds of errors (TIDE), confusions of classes, the worst images. By hotcoco."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hotcoco import COCO, COCOeval
+from jaxtyping import Int
+
+from dimaskdino.evaluation.coco_ap import IOU_TYPE, Kind
+from dimaskdino.evaluation.detections import Detections
+from dimaskdino.utils.files import write_text
+
+# TIDE's kinds (Bolya et al. 2020, arXiv 2008.08115), in the order in which they are shown
+KINDS = {
+    "Cls": "wrong class",
+    "Loc": "wrong place",
+    "Both": "wrong class and place",
+    "Dupe": "duplicate",
+    "Bkg": "background",
+    "Miss": "missed object",
+}
+MATCH_IOU = 0.5
+
+
+@dataclass(frozen=True)
+class StageErrors:
+    """The errors of one stage, for boxes or masks.
+
+    Attributes:
+        ap: AP at IoU 0.5 in percent, mean over the classes.
+        lost: points of that AP that would be gained if all errors of a kind (`KINDS`) were corrected, one kind at a
+            time. Since one correction can make another useless, they need not add up to 100 − ap.
+        counts: number of errors of each kind.
+    """
+
+    ap: float
+    lost: dict[str, float]
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """What became of the objects of each class, among detections of a score.
+
+    Attributes:
+        classes: names.
+        matrix: (K + 1, K + 1). Rows are true classes, columns predicted ones; the last row counts detections without
+            an object, the last column objects without a detection.
+        threshold: the lowest score.
+    """
+
+    classes: list[str]
+    matrix: Int[np.ndarray, "k k"]
+    threshold: float
+
+
+def stage_errors(truth: COCO, detections: Detections, kind: Kind) -> StageErrors:
+    """The kinds of errors of one stage's detections, at IoU 0.5.
+
+    Args:
+        truth: the annotations, from `read_truth`.
+        detections: of all images.
+        kind: box or mask.
+    """
+    found = _evaluated(truth, detections, kind).tide_errors(pos_thr=MATCH_IOU)
+    return StageErrors(
+        ap=100 * found["ap_base"],
+        lost={name: 100 * found["delta_ap"][name] for name in KINDS},
+        counts={name: found["counts"][name] for name in KINDS},
+    )
+
+
+def confusion(truth: COCO, detections: Detections, kind: Kind, threshold: float) -> Confusion:
+    """Confusions between classes at IoU 0.5; arguments are those of `stage_errors`, and the lowest score."""
+    found = _evaluation(truth, detections, kind).confusion_matrix(iou_thr=MATCH_IOU, min_score=threshold)
+    return Confusion(list(found["cat_names"]), np.asarray(found["matrix"]).astype(np.int64), threshold)
+
+
+def worst_images(truth: COCO, detections: Detections, kind: Kind, threshold: float, count: int) -> dict[int, float]:
+    """The images with the lowest F1 score at IoU 0.5, worst first; of equal ones those with more errors first.
+
+    Returns:
+        F1 by image id.
+    """
+    keep = detections.above(threshold)
+    found = _evaluated(truth, keep, kind).image_diagnostics(iou_thr=MATCH_IOU, score_thr=threshold)["img_summary"]
+    ordered = sorted(found, key=lambda image: (found[image]["f1"], -found[image]["fp"] - found[image]["fn"], image))
+    return {image: found[image]["f1"] for image in ordered[:count]}
+
+
+def save_errors(path: Path, stages: Mapping[str, Mapping[Kind, StageErrors]], confused: Confusion) -> None:
+    """Write the errors of the stages, and the confusion of classes, as json.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    content: dict[str, Any] = {
+        "stages": {name: {kind: asdict(errors) for kind, errors in kinds.items()} for name, kinds in stages.items()},
+        "confusion": {
+            "classes": confused.classes,
+            "threshold": confused.threshold,
+            "matrix": confused.matrix.tolist(),
+        },
+    }
+    write_text(path, json.dumps(content, indent=1))
+
+
+def _evaluation(truth: COCO, detections: Detections, kind: Kind) -> COCOeval:
+    rows = detections.boxes if kind == "box" else detections.masks
+    return COCOeval(truth, truth.load_res(rows), IOU_TYPE[kind])
+
+
+def _evaluated(truth: COCO, detections: Detections, kind: Kind) -> COCOeval:
+    evaluation = _evaluation(truth, detections, kind)
+    evaluation.evaluate()
+    return evaluation

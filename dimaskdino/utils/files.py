@@ -1,0 +1,96 @@
+"""Files of a run: written whole or not at all, and read even where a crash has damaged them."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from dimaskdino.utils.errors import UserError, explain_os_error, first_line
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that readers see the old content or the new one, never a part.
+
+    The content is written beside the target, flushed to disk, then renamed. The folder is made if it does not exist.
+
+    Args:
+        path: the target.
+        write: writes the content to the path it is given.
+
+    Raises:
+        UserError: the file cannot be written, for example because the disk is full. An existing file is kept.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        permissions = partial.stat().st_mode
+        write(partial)
+        with contextlib.suppress(OSError):  # file systems without permissions
+            partial.chmod(permissions)  # safetensors makes files that their owner alone can read
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    # a full disk surfaces as OSError from Python, as RuntimeError or SafetensorError from the writers
+    except (OSError, RuntimeError, SafetensorError) as error:
+        system_error = _system_error(partial, error)
+        _discard(partial)
+        why = explain_os_error(system_error) if system_error else first_line(error)
+        kept = "; the file that was there is kept" if path.exists() else ""
+        raise UserError(f"cannot write {path}: {why}{kept}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _discard(partial: Path) -> None:
+    """Delete a file, and free its space even if a writer still holds it open."""
+    with contextlib.suppress(OSError):
+        os.truncate(partial, 0)
+    with contextlib.suppress(OSError):
+        partial.unlink(missing_ok=True)
+
+
+def _system_error(path: Path, error: Exception) -> OSError | None:
+    """The operating system's reason for a failed write.
+
+    safetensors names its number in the message. torch's writer does not pass it on, so a write is tried.
+    """
+    if isinstance(error, OSError):
+        return error
+    if number := re.search(r"os error (\d+)", str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(1 << 16))
+    except OSError as reason:
+        return reason
+    return None
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """A small json file; empty if it is damaged or missing."""
+    try:
+        return parse_record(file.read_text(errors="replace"))
+    except OSError:
+        return {}
+
+
+def parse_record(text: str) -> dict[str, Any]:
+    """A json object; empty if the text is damaged or holds something else."""
+    with contextlib.suppress(ValueError, RecursionError):
+        content = json.loads(text)
+        if isinstance(content, dict):
+            return content
+    return {}

@@ -1,0 +1,81 @@
+"""Files that come with the kit: configurations, the course's models and the run notebooks.
+
+In a checkout they lie in the folders `configs/` and `notebooks/`, in an installed wheel inside the package.
+"""
+
+import difflib
+from pathlib import Path
+
+from dimaskdino.utils.errors import UserError
+
+_PACKAGE = Path(__file__).parents[1]
+# by kind: the folder in an installed wheel, the folder in a checkout
+_FOLDERS = {
+    "configs": (_PACKAGE / "_data" / "configs", _PACKAGE.parent / "configs"),
+    "models": (_PACKAGE / "_data" / "models", _PACKAGE.parent / "notebooks" / "models"),
+    "notebooks": (_PACKAGE / "_data" / "notebooks", _PACKAGE.parent / "notebooks" / "runs"),
+}
+# the course's models by the name that `dimaskdino.load` takes
+MODELS = {"dimaskdino-shapes": "dimaskdino", "maskdino-shapes": "maskdino", "dimaskdino-solids": "solids"}
+
+
+def _folder(kind: str) -> Path:
+    installed, checkout = _FOLDERS[kind]
+    return installed if installed.is_dir() else checkout
+
+
+def configs_folder() -> Path:
+    """The folder of the configurations."""
+    return _folder("configs")
+
+
+def find_config(name: str | Path) -> Path:
+    """The file of a configuration.
+
+    Args:
+        name: a path to a YAML file, a run folder, or the name of a configuration of the kit, such as
+            `shapes/dimaskdino_r18`.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    path = Path(name)
+    if (path / "config.yaml").is_file():
+        return path / "config.yaml"
+    if path.suffix in (".yaml", ".yml"):
+        if path.exists() or path.is_absolute() or not (configs_folder().parent / path).exists():
+            return path
+        return configs_folder().parent / path
+    known = config_names()
+    if str(name) in known:
+        return configs_folder() / f"{name}.yaml"
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    raise UserError(f"no configuration '{name}': give a YAML file, or a name that 'dimaskdino config list' shows{hint}")
+
+
+def config_names() -> list[str]:
+    """Names of the kit's configurations, without the studies."""
+    folder = configs_folder()
+    names = (file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+    return sorted(name for name in names if not name.startswith("ablations/"))
+
+
+def find_model(name: str) -> Path | None:
+    """The run folder of one of the course's models, None if there is none of that name."""
+    return _folder("models") / MODELS[name] if name in MODELS else None
+
+
+def find_notebook(name: str | Path) -> Path:
+    """The file of a notebook: a path, or the name of a run notebook such as `train`.
+
+    Raises:
+        UserError: it is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = sorted(file.stem for file in _folder("notebooks").glob("*.ipynb"))
+    if str(name) in known:
+        return _folder("notebooks") / f"{name}.ipynb"
+    raise UserError(f"no notebook '{name}': give a path, or one of {', '.join(known)}")

@@ -1,0 +1,180 @@
+"""Reading files of tensors from anywhere without running code in them."""
+
+import collections
+import io
+import pickle
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dimaskdino.utils.errors import UserError, first_line
+
+
+class _DType:
+    """Stands for `numpy.dtype` in a pickle: numbers and booleans of a fixed size, nothing else."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        text = code.decode() if isinstance(code, bytes) else code
+        if not isinstance(text, str) or not re.fullmatch(r"[<>|=]?[?biufc]\d*", text):
+            raise pickle.UnpicklingError(f"it has arrays of the type {text!r}, expected numbers")
+        self.value = np.dtype(text)
+
+    def __setstate__(self, state: Any) -> None:
+        order, *parts = state[1:5]
+        if parts != [None, None, None]:
+            raise pickle.UnpicklingError("it has arrays of records, expected numbers")
+        self.value = self.value.newbyteorder(order.decode() if isinstance(order, bytes) else order)
+
+
+class _Array:
+    """Stands for an array in a pickle, filled by `__setstate__`."""
+
+    value: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, raw = state
+        self.value = _array(dtype, raw).reshape(shape, order="F" if fortran else "C")
+
+
+class _NDArray:
+    """Stands for the class `numpy.ndarray`, which a pickle of arrays names and never calls."""
+
+    def __init__(self, *_: Any) -> None:
+        raise pickle.UnpicklingError("it calls numpy.ndarray, which arrays do not need")
+
+
+def _array(dtype: Any, raw: Any) -> np.ndarray:
+    if not isinstance(dtype, _DType) or not isinstance(raw, bytes | str):
+        raise pickle.UnpicklingError("it has an array that is not made of numbers")
+    return np.frombuffer(raw.encode("latin1") if isinstance(raw, str) else raw, dtype.value).copy()
+
+
+def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
+    if kind is not _NDArray:
+        raise pickle.UnpicklingError("it has an object that is not an array")
+    return _Array()
+
+
+def _plain(value: Any) -> Any:
+    """The content of a pickle with arrays in the place of what stood for them."""
+    if isinstance(value, _Array):
+        if value.value is None:
+            raise pickle.UnpicklingError("it has an array without values")
+        return value.value
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    return type(value)(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+# What a pickle of arrays refers to. NumPy 2 renamed numpy.core to numpy._core.
+_ALLOWED = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("numpy", "dtype"): _DType,
+    ("numpy", "ndarray"): _NDArray,
+    ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
+    **{(module, "bytes"): lambda: b"" for module in ("__builtin__", "builtins")},  # protocol 2's empty bytes
+    **{
+        (f"numpy.{core}.multiarray", name): function
+        for core in ("core", "_core")
+        for name, function in (("_reconstruct", _reconstruct), ("scalar", lambda dtype, raw: _array(dtype, raw)[0]))
+    },
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """An unpickler of dictionaries, lists, numbers, strings and arrays of numbers that refuses everything else.
+
+    NumPy's own classes are never called: a crafted file could make them read any memory.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which arrays do not need")
+        return _ALLOWED[module, name]
+
+
+DAMAGED = (  # what unpickling raises for damaged bytes
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    pickle.UnpicklingError,
+)
+
+
+def read_pt(path: Path) -> Any:
+    """Read a file written by `torch.save`. No code in the file is run.
+
+    Raises:
+        UserError: the file is missing, truncated, or holds more than tensors and plain values.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about files that are refused anyway
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"the checkpoint {path} does not exist") from None
+    except pickle.UnpicklingError:  # torch's message advises to switch the protection off
+        raise UserError(
+            f"{path} cannot be read as a checkpoint: it is no file of torch.save, is truncated, or holds more than "
+            "tensors and plain values, whose code is not run"
+        ) from None
+    except DAMAGED as error:
+        raise UserError(f"{path} cannot be read as a checkpoint: it may be truncated ({first_line(error)})") from None
+
+
+def read_pkl(path: Path) -> Any:
+    """Read a pickle of NumPy arrays, the format of detectron2's model zoo (`.pkl`). No code in the file is run.
+
+    Raises:
+        UserError: the file is missing, truncated, or holds more than arrays and plain values.
+    """
+    try:
+        return _plain(_ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load())
+    except FileNotFoundError:
+        raise UserError(f"the checkpoint {path} does not exist") from None
+    except DAMAGED as error:
+        raise UserError(
+            f"{path} cannot be read as a pickle of arrays: it may be truncated or hold more than arrays "
+            f"({first_line(error)})"
+        ) from None
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of a safetensors file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read, it may be truncated ({error})") from None
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a state dict, at the top level of the file or under `model`, from `.pth`, `.pt`, `.pkl` or `.safetensors`.
+
+    Raises:
+        UserError: the file cannot be read or holds no state dict.
+    """
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)[0]
+    content = read_pkl(path) if path.suffix == ".pkl" else read_pt(path)
+    state = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor | np.ndarray) for x in state.values()):
+        raise UserError(f"{path} holds no state dict (parameter names with tensors, at the top or under 'model')")
+    return {name: torch.as_tensor(value) for name, value in state.items()}

@@ -1,0 +1,56 @@
+"""Text from data is shown as it is: by Markdown, in exported HTML, and in figures."""
+
+import nbformat
+import pytest
+from nbconvert import HTMLExporter
+
+from dimaskdino.runs import live
+from dimaskdino.utils.markdown import escape
+
+HOSTILE = (
+    "<img src=x onerror=alert(1)>.jpg",
+    "<script>alert(1)</script>",
+    "[click](javascript:alert(1))",
+    "![x](http://example.org/track.png)",
+    "a|b",
+    "$\\href{javascript:alert(1)}{x}$",
+    "&lt;b&gt;",
+    "**bold** _it_ `code`",
+    "first\n\n# second",
+)
+
+
+def html_of(markdown: str) -> str:
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(markdown)])
+    body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
+    return body
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_nothing_in_the_text_becomes_active(text):
+    body = html_of(f"the image {escape(text)} does not exist")
+    for active in ("<img", "<script", "<a ", "<strong", "<em>", "<code", "<h1", "<b>"):
+        assert active not in body, body
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_summary_of_a_failure_is_plain(text, tmp_path, monkeypatch):
+    shown = []
+
+    class Display:
+        def update(self, data, raw):
+            shown.append(data["text/markdown"])
+
+    monkeypatch.setattr("IPython.display.display", lambda *_, **__: Display())
+    with pytest.raises(ValueError, match="image"), live.Summary(str(tmp_path)):
+        raise ValueError(f"the image {text}")
+    assert shown[-1].startswith("**failed**")
+    body = html_of(shown[-1])
+    for active in ("<img", "<script", 'javascript:alert(1)"', "<em>", "<code", "<h1", "<b>"):
+        assert active not in body, body
+
+
+def test_ordinary_text_stays_readable():
+    for text in ("step 12, data/val.json", "runs/mine with train.batch_size=8 (a note)", "100 % of 3 < 4"):
+        plain = escape(text).replace("\\_", "_").replace("&lt;", "<")
+        assert plain == text

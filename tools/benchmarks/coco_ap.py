@@ -1,0 +1,213 @@
+"""Time and memory of layer-wise AP at COCO's size, on synthetic detections, compared with pycocotools.
+
+python -m tools.benchmarks.coco_ap --output docs/measurements/coco_size.jsonl
+"""
+
+import contextlib
+import io
+import json
+import resource
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from dimaskdino.evaluation.bootstrap import DRAWS, image_draws, resampled_ap
+from dimaskdino.evaluation.coco_ap import average_precision, read_truth
+from dimaskdino.evaluation.detections import Detections, DetectionStore
+from dimaskdino.evaluation.layerwise_ap import score_layers
+from dimaskdino.utils.progress import progress_bar
+from tools.benchmarks.record import report
+
+HEIGHT, WIDTH = 480, 640
+CLASSES = 80
+OBJECTS = 7.4  # per image, as in val2017
+SHAPES, VARIANTS = 3000, 6  # different outlines, and how many displaced ones of each
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Ellipses with wavy outlines; variant 0 of each is what an object looks like, the others are detections of it."""
+
+    codes: list[list[bytes]]
+    boxes: np.ndarray  # (shapes, variants, 4) xywh
+    areas: np.ndarray  # (shapes, variants)
+
+
+def _pool(rng: np.random.Generator) -> _Pool:
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
+    codes, boxes, areas = [], [], []
+    for _ in progress_bar(range(SHAPES), "drawing"):
+        cy, cx = rng.uniform(0, HEIGHT), rng.uniform(0, WIDTH)
+        ry, rx = np.exp(rng.uniform(np.log(6), np.log(200), 2))
+        phase, waves = rng.uniform(0, 6.28), rng.integers(2, 9)
+        masks = []
+        for variant in range(VARIANTS):
+            dy, dx = rng.normal(0, 0.06 * variant, 2) * (ry, rx)
+            angle = np.arctan2(y - cy - dy, x - cx - dx)
+            distance = ((y - cy - dy) / ry) ** 2 + ((x - cx - dx) / rx) ** 2
+            masks.append(distance < 1 + 0.2 * np.sin(waves * angle + phase))
+        encoded = coco_mask.encode(np.asfortranarray(np.stack(masks, -1).astype(np.uint8)))
+        codes.append([code["counts"] for code in encoded])
+        boxes.append(coco_mask.toBbox(encoded))
+        areas.append(coco_mask.area(encoded))
+    return _Pool(codes, np.stack(boxes), np.stack(areas))
+
+
+def _truth(images: int, pool: _Pool, rng: np.random.Generator, file: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Write annotations; returns the shapes and categories of each image's objects."""
+    objects, annotations = [], []
+    for image in range(1, images + 1):
+        shapes = rng.integers(0, SHAPES, rng.poisson(OBJECTS))
+        shapes = shapes[pool.areas[shapes, 0] > 0]
+        categories = rng.integers(1, CLASSES + 1, len(shapes))
+        objects.append((shapes, categories))
+        annotations += [
+            {
+                "id": len(annotations) + i + 1,
+                "image_id": image,
+                "category_id": int(category),
+                "segmentation": {"size": [HEIGHT, WIDTH], "counts": pool.codes[shape][0].decode()},
+                "bbox": pool.boxes[shape, 0].tolist(),
+                "area": int(pool.areas[shape, 0]),
+                "iscrowd": 0,
+            }
+            for i, (shape, category) in enumerate(zip(shapes, categories, strict=True))
+        ]
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(1, images + 1)],
+        "annotations": annotations,
+        "categories": [{"id": i, "name": f"class {i}"} for i in range(1, CLASSES + 1)],
+    }
+    file.write_text(json.dumps(content))
+    return objects
+
+
+def _detections(
+    image: int, objects: tuple[np.ndarray, np.ndarray], pool: _Pool, count: int, rng: np.random.Generator
+) -> Detections:
+    """The objects, some displaced and some of a wrong class, and false alarms of lower scores."""
+    shapes, categories = objects
+    detected = min(len(shapes), count)
+    chosen = np.concatenate([shapes[:detected], rng.integers(0, SHAPES, count - detected)])
+    variant = np.concatenate([rng.integers(0, VARIANTS, detected), np.zeros(count - detected, np.int64)])
+    labels = np.concatenate([categories[:detected], rng.integers(1, CLASSES + 1, count - detected)])
+    scores = np.concatenate([rng.uniform(0.2, 1, detected), rng.uniform(0, 0.5, count - detected)])
+    codes = [pool.codes[shape][v] for shape, v in zip(chosen, variant, strict=True)]
+    xywh = pool.boxes[chosen, variant]
+    return Detections(
+        np.full(count, image, np.int64),
+        labels.astype(np.int64),
+        scores.astype(np.float32),
+        np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).astype(np.float32),
+        np.arange(count),
+        np.tile([HEIGHT, WIDTH], (count, 1)),
+        np.array([len(code) for code in codes], np.int64),
+        np.frombuffer(b"".join(codes), np.uint8),
+    )
+
+
+def write_synthetic(
+    folder: Path, images: int, stages: int, detections: int
+) -> tuple[DetectionStore, Path, list[tuple[np.ndarray, np.ndarray]]]:
+    """Write synthetic annotations and detections of a number of stages.
+
+    Returns:
+        The detections; the annotations, COCO json; the objects of each image.
+    """
+    rng = np.random.default_rng(0)
+    pool = _pool(rng)
+    folder.mkdir(parents=True, exist_ok=True)
+    annotations = folder / "truth.json"
+    objects = _truth(images, pool, rng, annotations)
+    store = DetectionStore(folder / "detections", {"synthetic": True}, images)
+    for part in progress_bar(store.parts, "writing"):
+        store.write(
+            part,
+            {
+                f"decoder.{s}": [_detections(i + 1, objects[i], pool, detections, rng) for i in store.images_of(part)]
+                for s in range(stages)
+            },
+        )
+    return store, annotations, objects
+
+
+def measure(images: int, stages: int, detections: int) -> dict[str, Any]:
+    """Write synthetic detections, score all stages, and one of them with pycocotools too."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        store, annotations, objects = write_synthetic(Path(folder), images, stages, detections)
+        written = time.perf_counter() - started
+        size = sum(file.stat().st_size for file in store.folder.iterdir())
+        started = time.perf_counter()
+        result = score_layers(store, read_truth(annotations), "synthetic")
+        scored = time.perf_counter() - started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return {
+            "images": images,
+            "stages": stages,
+            "detections": detections,
+            "objects": sum(len(shapes) for shapes, _ in objects),
+            "gigabytes_on_disk": size / 1e9,
+            "write_seconds": written,
+            "score_seconds": scored,
+            "peak_memory_gib": peak,
+            "ap": {
+                name: [stage.box.AP, stage.mask.AP if stage.mask else None] for name, stage in result.stages.items()
+            },
+            "one_stage": _compare(store["decoder.0"], annotations),
+        }
+
+
+def _compare(detections: Detections, annotations: Path) -> dict[str, Any]:
+    """One stage with both libraries: seconds, and whether every number is the same."""
+    compared = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        reference = COCO(str(annotations))
+    truth = read_truth(annotations)
+    for kind, name, rows in (("box", "bbox", detections.boxes), ("mask", "segm", detections.masks)):
+        started = time.perf_counter()
+        ours = average_precision(truth, rows, kind)  # type: ignore[arg-type]
+        seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation = COCOeval(reference, reference.loadRes(rows), name)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        theirs = time.perf_counter() - started
+        values = [ours.AP, ours.AP50, ours.AP75, ours.APs, ours.APm, ours.APl]
+        difference = max(abs(a - 100 * b) for a, b in zip(values, evaluation.stats[:6], strict=True) if a is not None)
+        started = time.perf_counter()
+        resampled_ap(truth, rows, kind, image_draws(len(truth.dataset["images"]), DRAWS))  # type: ignore[arg-type]
+        compared[kind] = {
+            "bootstrap_seconds": time.perf_counter() - started,
+            "seconds": seconds,
+            "pycocotools_seconds": theirs,
+            "ratio": theirs / seconds,
+            "largest_difference": difference,
+        }
+    return compared
+
+
+def main(images: int = 5000, stages: int = 9, detections: int = 100, output: Path | None = None) -> None:
+    """Measure layer-wise AP on synthetic detections.
+
+    Args:
+        images: Number of images, as in val2017.
+        stages: Number of stages, as in a model with six decoder layers.
+        detections: Number of detections per image and stage.
+        output: File to append the result to, one line of json.
+    """
+    report(measure(images, stages, detections), output)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,1 @@
+"""Build the chapters, the documentation site and the assignments from their sources."""

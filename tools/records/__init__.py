@@ -1,0 +1,1 @@
+"""Numbers and figures of README and docs, written from the committed records."""
