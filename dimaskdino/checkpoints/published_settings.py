@@ -33,7 +33,7 @@ _KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.\w+)*$")
 
 
 @dataclass(frozen=True)
-class Settings:
+class PublishedConfig:
     """What a configuration file and the arguments behind it say.
 
     Attributes:
@@ -67,7 +67,7 @@ class _Translation:
     without_effect: list[str] = field(default_factory=list)
 
 
-def load_settings(path: str | Path, arguments: Iterable[str] = ()) -> Settings:
+def load_settings(path: str | Path, arguments: Iterable[str] = ()) -> PublishedConfig:
     """Read a configuration, of this kit's or of the published form, and apply arguments of both forms to it.
 
     Args:
@@ -88,7 +88,7 @@ def load_settings(path: str | Path, arguments: Iterable[str] = ()) -> Settings:
         _choose_model(keys, path, translation)
     changes = [*_as_overrides(translation.values), *overrides]
     config = parse_config(base.model_dump(mode="json"), changes, str(path))
-    return Settings(
+    return PublishedConfig(
         config,
         translation.output,
         translation.weights,
@@ -97,7 +97,7 @@ def load_settings(path: str | Path, arguments: Iterable[str] = ()) -> Settings:
     )
 
 
-def translate_pairs(arguments: Iterable[str]) -> tuple[list[str], Settings]:
+def translate_pairs(arguments: Iterable[str]) -> tuple[list[str], PublishedConfig]:
     """Arguments of both forms as `key=value`, for a model whose configuration is stored with it.
 
     Raises:
@@ -106,7 +106,7 @@ def translate_pairs(arguments: Iterable[str]) -> tuple[list[str], Settings]:
     overrides, pairs = split_arguments(arguments)
     translation = _translate(pairs, None)
     changes = [*_as_overrides(translation.values), *overrides]
-    return changes, Settings(Config(), translation.output, translation.weights, tuple(translation.remarks))
+    return changes, PublishedConfig(Config(), translation.output, translation.weights, tuple(translation.remarks))
 
 
 def translate_changes(changes: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:

@@ -2,10 +2,10 @@
 
 from tyro.conf import Positional
 
-from dimaskdino.cli.options import Settings, print_remarks
+from dimaskdino.cli.options import SettingsArguments, print_remarks
 
 
-def show(config: Positional[str], overrides: Positional[Settings] = ()) -> int:
+def show(config: Positional[str], overrides: Positional[SettingsArguments] = ()) -> int:
     """Print a configuration with everything it extends and every default filled in.
 
     For example: dimaskdino config show shapes/dimaskdino_r18

@@ -11,9 +11,9 @@ from dimaskdino.cli.options import (
     Device,
     ModelSource,
     OptionalConfigPath,
-    Precision,
+    PrecisionOption,
     ProcessCount,
-    Settings,
+    SettingsArguments,
     print_remarks,
     relaunch_distributed,
 )
@@ -41,7 +41,7 @@ def evaluate(
     bootstrap: int = 0,
     errors: bool = False,
     device: Device = "auto",
-    precision: Precision = "fp32",
+    precision: PrecisionOption = "fp32",
     processes: ProcessCount = 1,
 ) -> int:
     """Compute box and mask AP of a trained model at every stage, in one pass over the data.
@@ -178,7 +178,7 @@ def predict(
     threshold: float = 0.3,
     batch_size: int = 8,
     device: Device = "auto",
-    precision: Precision = "fp32",
+    precision: PrecisionOption = "fp32",
 ) -> int:
     """Draw masks, boxes, classes and scores on images and videos, and write them as COCO json.
 
@@ -251,7 +251,7 @@ def export(
 def convert(
     file: Positional[Path],
     output: Positional[Path],
-    overrides: Positional[Settings] = (),
+    overrides: Positional[SettingsArguments] = (),
     config: OptionalConfigPath = None,
 ) -> int:
     """Convert a published checkpoint, or the weights of a backbone, to a file of this kit.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 if TYPE_CHECKING:
-    from dimaskdino.checkpoints.published_settings import Settings as PublishedSettings
+    from dimaskdino.checkpoints.published_settings import PublishedConfig
 
 SETTING = re.compile(r"[a-z]\w*(\.\w+)+=")  # how an argument begins that is a setting
 PUBLISHED_KEY = re.compile(  # of the published configurations; its value is the next argument
@@ -19,7 +19,7 @@ Overrides = Annotated[
     tuple[str, ...],
     arg(metavar="KEY=VALUE", help="Settings that differ from the file, such as train.batch_size=8 data.root=my/data."),
 ]
-Settings = Annotated[
+SettingsArguments = Annotated[
     tuple[str, ...],
     arg(
         metavar="KEY=VALUE",
@@ -28,7 +28,7 @@ Settings = Annotated[
     ),
 ]
 Device = Annotated[str, arg(help="cpu, cuda, cuda:1, mps, or auto: a GPU if there is one.")]
-Precision = Annotated[
+PrecisionOption = Annotated[
     str,
     arg(
         help="Precision of the forward pass: fp32, tf32 (NVIDIA GPUs), bf16, fp16, or auto: bf16 where the device is "
@@ -81,7 +81,7 @@ def relaunch_distributed(count: int) -> None:
         os.execve(sys.executable, command, os.environ | environment)  # signals then reach torchrun directly
 
 
-def print_remarks(settings: "PublishedSettings") -> None:
+def print_remarks(settings: "PublishedConfig") -> None:
     """Print what is done differently than a published configuration says, and which of its keys have no effect."""
     for line in settings.notes():
         print(f"note: {line}", file=sys.stderr)

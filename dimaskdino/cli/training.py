@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from dimaskdino.cli.options import ProcessCount, Settings, TrainingConfig, relaunch_distributed
+from dimaskdino.cli.options import ProcessCount, SettingsArguments, TrainingConfig, relaunch_distributed
 from dimaskdino.utils.errors import UserError, writing
 
 
@@ -40,7 +40,7 @@ def new(data: Positional[Path], run: Positional[Path], weights: str | None = Non
 
 
 def train(
-    overrides: Positional[Settings] = (),
+    overrides: Positional[SettingsArguments] = (),
     config: TrainingConfig = None,
     run: str | None = None,
     processes: ProcessCount = 1,
@@ -127,10 +127,10 @@ def share(run: Positional[Path], target: Positional[Path]) -> int:
         target: Folder to create. It is a run folder too: evaluate, predict and the notebooks take it.
     """
     from dimaskdino.runs.folder import RunFolder
-    from dimaskdino.runs.share import share as write
+    from dimaskdino.runs.share import copy_for_sharing
 
     shared = RunFolder(target)
-    write(RunFolder(run), shared)
+    copy_for_sharing(RunFolder(run), shared)
     size = shared.model.stat().st_size / 1e6
     print(f"written: {target}, {size:.1f} MB; next: dimaskdino evaluate {target}")
     return 0

@@ -30,7 +30,7 @@ from PIL import Image
 from dimaskdino.config import Config, dump_config, load_config, read_tree
 from dimaskdino.runs.trackers import Tracker, open_trackers
 from dimaskdino.utils.errors import Stopped, UserError, explain_os_error, writing
-from dimaskdino.utils.files import parse_record, read_record, write_atomically, write_text
+from dimaskdino.utils.files import parse_json_object, read_json_object, write_atomically, write_text
 
 State = Literal["running", "finished", "stopped", "failed"]
 LOCK_SECONDS = 5.0  # a reader of the status holds the lock for an instant
@@ -252,7 +252,7 @@ class RunFolder:
         file = self.path / "status.json"
         if not file.exists():
             return {"state": "failed", "reason": f"{self.path} holds no run"}
-        status = read_record(file)
+        status = read_json_object(file)
         if not isinstance(status.get("state"), str):
             reason = f"{file} is damaged; run the same command again to resume from the last checkpoint"
             return {"state": "failed", "reason": reason}
@@ -294,7 +294,7 @@ class RunFolder:
         if not file.exists():
             return []
         lines = file.read_text(errors="replace").split("\n")[:-1]  # after the last line end: still being written
-        records = (parse_record(line) for line in lines)
+        records = (parse_json_object(line) for line in lines)
         return [record for record in records if isinstance(record.get("step"), int)]
 
 

@@ -9,12 +9,12 @@ from dimaskdino.checkpoints import load_checkpoint, save_model
 from dimaskdino.config import dump_config
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.utils.errors import UserError, writing
-from dimaskdino.utils.files import read_record, write_text
+from dimaskdino.utils.files import read_json_object, write_text
 
 DIGITS = 5  # of the numbers in the metrics, which are most of what is written besides the weights
 
 
-def share(run: RunFolder, target: RunFolder) -> None:
+def copy_for_sharing(run: RunFolder, target: RunFolder) -> None:
     """Copy a finished run without its resume points, the weights in half precision.
 
     Rounding changes results slightly, so the evaluation is not copied: evaluate the target. Absolute paths in the
@@ -42,7 +42,7 @@ def share(run: RunFolder, target: RunFolder) -> None:
             write_text(made.path / "config.yaml", dump_config(trained.config))
             records = [json.dumps(_rounded(record)) + "\n" for record in run.read_metrics()]
             write_text(made.path / "metrics.jsonl", "".join(records))
-            versions = read_record(run.path / "versions.json")
+            versions = read_json_object(run.path / "versions.json")
             command = [str(word) for word in versions.get("command", ())]
             versions["command"] = [Path(word).name if Path(word).is_absolute() else word for word in command]
             write_text(made.path / "versions.json", json.dumps(versions, indent=1))

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dimaskdino.utils.errors import UserError, first_line
-from dimaskdino.utils.files import read_record, write_text
+from dimaskdino.utils.files import read_json_object, write_text
 
 PROJECT = "dimaskdino"
 MOST_PARAMS = 100  # that MLflow takes at a time
@@ -183,9 +183,9 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _recorded_id(folder: Path, tracker: str) -> str | None:
     """The tracker's own name of this run, so that a resumed training continues its record."""
-    return read_record(folder / "trackers.json").get(tracker)
+    return read_json_object(folder / "trackers.json").get(tracker)
 
 
 def _record_id(folder: Path, tracker: str, run: str) -> None:
     file = folder / "trackers.json"
-    write_text(file, json.dumps(read_record(file) | {tracker: run}, indent=1) + "\n")
+    write_text(file, json.dumps(read_json_object(file) | {tracker: run}, indent=1) + "\n")

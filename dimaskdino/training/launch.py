@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ms_deform_attn
 
-from dimaskdino.checkpoints.published_settings import Settings, load_settings
+from dimaskdino.checkpoints.published_settings import PublishedConfig, load_settings
 from dimaskdino.config import Config
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.training.trainer import train
@@ -15,7 +15,7 @@ from dimaskdino.utils.errors import Stopped, UserError, explain_os_error
 from dimaskdino.utils.signals import EXIT_STOPPED, end_with_parent
 
 
-def _starting_from(settings: Settings) -> Config:
+def _starting_from(settings: PublishedConfig) -> Config:
     """The configuration, with `train.weights` set to the model that `MODEL.WEIGHTS` names."""
     if settings.weights is None:
         return settings.config

@@ -79,15 +79,15 @@ def _system_error(path: Path, error: Exception) -> OSError | None:
     return None
 
 
-def read_record(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path) -> dict[str, Any]:
     """A small json file; empty if it is damaged or missing."""
     try:
-        return parse_record(file.read_text(errors="replace"))
+        return parse_json_object(file.read_text(errors="replace"))
     except OSError:
         return {}
 
 
-def parse_record(text: str) -> dict[str, Any]:
+def parse_json_object(text: str) -> dict[str, Any]:
     """A json object; empty if the text is damaged or holds something else."""
     with contextlib.suppress(ValueError, RecursionError):
         content = json.loads(text)

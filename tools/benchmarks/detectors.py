@@ -32,7 +32,7 @@ from tools.benchmarks.model import count_gflop, prepare, synthetic_sample
 from tools.benchmarks.record import save
 
 Name = Literal["dimaskdino", "mask_rcnn", "mask2former"]
-Precision = Literal["fp32", "bf16"]
+ComparedPrecision = Literal["fp32", "bf16"]
 LABELS = {
     "dimaskdino": "DI-MaskDINO",
     "mask_rcnn": "Mask R-CNN (torchvision)",
@@ -68,13 +68,13 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def dimaskdino(image: Tensor, precision: Precision) -> Callable[[], Any]:
+def dimaskdino(image: Tensor, precision: ComparedPrecision) -> Callable[[], Any]:
     """Inference of the kit's model, with its own post-processing."""
     config = load_config(Path(R50), [f"train.precision={precision}"])
     return prepare(config, "inference", image.shape[-2], image.shape[-1], OBJECTS)[2]
 
 
-def mask_rcnn(image: Tensor, precision: Precision) -> Callable[[], Any]:
+def mask_rcnn(image: Tensor, precision: ComparedPrecision) -> Callable[[], Any]:
     """Inference of Mask R-CNN with a feature pyramid."""
     from torchvision.models.detection import maskrcnn_resnet50_fpn
 
@@ -95,7 +95,7 @@ def mask_rcnn(image: Tensor, precision: Precision) -> Callable[[], Any]:
     return run
 
 
-def mask2former(image: Tensor, precision: Precision) -> Callable[[], Any]:
+def mask2former(image: Tensor, precision: ComparedPrecision) -> Callable[[], Any]:
     """Inference of Mask2Former with 100 queries; the masks of the best 100 pairs of query and class."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
@@ -116,14 +116,14 @@ def mask2former(image: Tensor, precision: Precision) -> Callable[[], Any]:
     return run
 
 
-MODELS: dict[Name, Callable[[Tensor, Precision], Callable[[], Any]]] = {
+MODELS: dict[Name, Callable[[Tensor, ComparedPrecision], Callable[[], Any]]] = {
     "dimaskdino": dimaskdino,
     "mask_rcnn": mask_rcnn,
     "mask2former": mask2former,
 }
 
 
-def measure(name: Name, height: int, width: int, precision: Precision, repeat: int) -> dict[str, float]:
+def measure(name: Name, height: int, width: int, precision: ComparedPrecision, repeat: int) -> dict[str, float]:
     """Seconds (the fastest, the median, the slowest), arithmetic and memory of one model in this process."""
     torch.manual_seed(0)
     image = synthetic_sample(height, width, OBJECTS, 80).image
@@ -183,7 +183,7 @@ def main(
     repeat: int = 2,
     output: Path | None = None,
     one: Name | None = None,
-    precision: Precision = "fp32",
+    precision: ComparedPrecision = "fp32",
 ) -> None:
     """Measure detectors with a ResNet-50 on the same image, in turns.
 
