@@ -4,7 +4,7 @@
 # make figures   draw the figures of README and docs from their records     make notebooks   build the chapters
 # make site   build the documentation site with the course, in build/site/html
 # make course-release   the chapters as assignments for nbgrader, in build/course
-# make benchmark   time everything on an idle machine, in about an hour; STEPS="starting detectors" for some of it
+# make benchmark   time everything on an idle machine, in about an hour; STEPS="detectors coco_ap" for some of it
 # make gpu-check   on a machine with a GPU: build, test and time the GPU kernels and the R50 models, results in build/gpu
 #             (docs/performance.md); make gpu-wheels   download what it needs on a machine without a package index
 # PYTHON=python3.12 make demo   with another Python (3.11 or newer)

@@ -1,8 +1,6 @@
 """README and docs: numbers come from records, links lead somewhere, commands exist, the README fits."""
 
-import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +18,7 @@ from dimaskdino.modeling.structures import Stage
 from dimaskdino.studies.study import find_study, load_study
 
 ROOT = Path(__file__).parents[2]
-from tools.records import keep_gpu, measure_bato, measure_ceilings, miniature_blocks, records, sources, study_blocks  # noqa: E402
+from tools.records import measure_bato, measure_ceilings, miniature_blocks, records, sources, study_blocks  # noqa: E402
 
 TEXTS = [*records.PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "ops" / "README.md"]
 TEXTS += sorted((ROOT / "notebooks").glob("studies/README.md"))
@@ -106,39 +104,6 @@ def assert_same(found: Stage, expected: Stage) -> None:
     torch.testing.assert_close(found.boxes, expected.boxes)
     if expected.has_masks:
         torch.testing.assert_close(found.mask_logits(), expected.mask_logits())
-
-
-def test_a_check_on_a_gpu_becomes_a_record(tmp_path):
-    model = {"config": "c", "task": "inference", "precision": "bf16", "graphs": False, "compiled": False}
-    model |= {"height": 800, "images": 1, "device": "a GPU", "torch": "2.11", "threads": 16}
-    again = [{**model, "seconds": seconds} for seconds in (2.0, 1.0)]
-    (tmp_path / "models.jsonl").write_text("".join(json.dumps(row) + "\n" for row in again))
-    ways = [{"case": "tests", "exit": 1}, {"case": "AP", "exit": 0}, {"case": "tests", "exit": 0}]
-    (tmp_path / "cases.jsonl").write_text("".join(json.dumps(case) + "\n" for case in ways))
-    shutil.copytree(ROOT / "notebooks" / "models" / "dimaskdino" / "evaluation", tmp_path / "ap_bf16")
-    found = keep_gpu.gpu(tmp_path)
-    assert (found["device"], [row["seconds"] for row in found["rows"]]) == ("a GPU", [1.0])
-    assert found["cases"] == [ways[2], ways[1]]
-    assert found["ap"]["bf16"]["decoder.0"]["box"] == sources.course_models()["DI-MaskDINO"].stages["decoder.0"].box.AP
-    assert found["ap"]["bf16"]["token_interaction.0"]["mask"] is None
-
-
-def test_the_profile_of_kernels_is_read(tmp_path):
-    names = (
-        "void forward_kernel<float, float, 4, 8>(Sizes)",
-        "_msda_backward_kernel",
-        "forward_kernel<c10::BFloat16>(x)",
-    )
-    numbers = [f"1,{i:03d}.5" for i in range(len(keep_gpu.PROFILE))]
-    rows = [["ID", "Kernel Name", *keep_gpu.PROFILE.values()], ["", "", *("%" for _ in numbers)]]
-    rows += [[str(i), name, *numbers] for i, name in enumerate(names)]
-    lines = [",".join(f'"{cell}"' for cell in row) for row in rows]
-    (tmp_path / "profile.csv").write_text("\n".join(["==PROF== Connected", "", *lines, "==PROF== Disconnected"]))
-    found = list(keep_gpu.profiled(tmp_path / "profile.csv"))
-    assert [(k["backend"], k["direction"], k["dtype"]) for k in found] == [
-        ("cuda", "forward", "fp32"), ("triton", "backward", "fp32"), ("cuda", "forward", "bf16"),
-    ]  # fmt: skip
-    assert [found[0][key] for key in keep_gpu.PROFILE] == [1000.5 + i for i in range(len(keep_gpu.PROFILE))]
 
 
 def test_the_record_of_ceilings_is_what_the_shapes_have(tmp_path):

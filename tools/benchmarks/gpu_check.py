@@ -7,8 +7,7 @@ others. The same command again runs what has not yet succeeded.
 
 In the folder: `cases.jsonl` (how each case went, and the last line that it printed), `output.log` (all that they
 printed), `models.jsonl` (a line per measurement of `tools.benchmarks.model`), the operator's measurements,
-`ap_PRECISION/layers.json` and `profile.csv`. In a checkout,
-`python tools/records/keep_gpu.py FOLDER` makes the records that the documentation's tables come from.
+`ap_PRECISION/layers.json` and `profile.csv`.
 """
 
 import importlib.util

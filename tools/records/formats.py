@@ -11,11 +11,6 @@ def signed(value: float | None, digits: int = 1) -> str:
     return number(value, digits, sign=True)
 
 
-def seconds(value: float) -> str:
-    """Seconds to hundredths; what rounds to zero has no sign."""
-    return f"{number(round(value, 2) + 0.0, 2)} s"
-
-
 def counted(count: int, one: str, many: str = "") -> str:
     """A number of things: `one training`, `3 trainings`, `7 classes`."""
     return f"one {one}" if count == 1 else f"{count:,} {many or one + 's'}"

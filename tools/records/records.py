@@ -3,7 +3,6 @@
 A block of Markdown between `<!-- records: NAME -->` and `<!-- end -->` is the text that the function NAME returns.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.studies.report import paper_tables
-from tools.records import miniature_blocks, performance_blocks, study_blocks
+from tools.records import miniature_blocks, study_blocks
 from tools.records.claims import CLAIMS, Claim, claims
 from tools.records.formats import counted, number, signed
 from tools.records.photograph_blocks import mean_ap, photographs
@@ -155,33 +154,6 @@ def demo() -> str:
     return LayerwiseAP.load(MEASUREMENTS / "demo_layers.json").markdown()
 
 
-def evaluation_size() -> str:
-    """Time of layer-wise AP at COCO's size."""
-    record = [json.loads(line) for line in (MEASUREMENTS / "coco_size.jsonl").read_text().splitlines()][-1]
-    one = record["one_stage"]
-    worst = max(one[kind]["largest_difference"] for kind in one)
-    ours, theirs = (sum(one[kind][key] for kind in one) for key in ("seconds", "pycocotools_seconds"))
-    draws = sum(one[kind]["bootstrap_seconds"] for kind in one)
-    return (
-        f"{record['images']:,} images × {record['stages']} stages × {record['detections']} detections: box and mask AP "
-        f"of all stages in {record['score_seconds']:.0f} s with {record['peak_memory_gib']:.1f} GiB of memory and "
-        f"{record['gigabytes_on_disk']:.1f} GB on disk. One stage takes {ours:.1f} s, with pycocotools {theirs:.0f} s "
-        f"in the same run; the largest difference of a summary number is {worst:g}. A bootstrap of one stage takes "
-        f"{draws:.0f} s."
-    )
-
-
-def loading() -> str:
-    """Rate of the data loader."""
-    record = [json.loads(line) for line in (MEASUREMENTS / "loading.jsonl").read_text().splitlines()][-1]
-    parts = record["milliseconds_per_image"]
-    return (
-        f"{record['images_per_second']:.0f} images per second with {record['workers']} workers at {record['jitter']}×"
-        f"{record['jitter']} jitter: decoding {parts['decode']:.0f} ms, masks {parts['masks']:.0f} ms, jitter "
-        f"{parts['jitter']:.0f} ms, collating {parts['collate']:.0f} ms per image."
-    )
-
-
 def faults() -> str:
     """What was injected, and what became of it."""
     record = measured("faults.json")["faults"]
@@ -194,17 +166,6 @@ def bad_inputs() -> str:
     counts = measured("bad_inputs.json")
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     return f"{sum(counts.values())} bad inputs: {kinds}."
-
-
-def memory() -> str:
-    """Growth of memory over long work."""
-    record = measured("memory.json")["memory"]
-    lines = ["| | memory half-way | growth from there to the end |", "|---|---|---|"]
-    for what, result in record.items():
-        middle = result["mebibytes"][len(result["mebibytes"]) // 2]
-        growth = signed(result["growth"])
-        lines.append(f"| {result['times']} {what} | {middle:,.0f} MiB | {growth} MiB |")
-    return "\n".join(lines)
 
 
 def runtimes() -> str:
@@ -269,15 +230,11 @@ BLOCKS = {
         shipped,
         solids,
         demo,
-        evaluation_size,
-        loading,
         faults,
         bad_inputs,
-        memory,
         photographs,
         runtimes,
         diagnostics,
-        *performance_blocks.BLOCKS,
         *study_blocks.BLOCKS,
         *miniature_blocks.BLOCKS,
         claims,

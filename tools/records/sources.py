@@ -20,11 +20,3 @@ def course_models() -> dict[str, LayerwiseAP]:
     """AP of the two models that come with the course."""
     folder = ROOT / "notebooks" / "models"
     return {name: LayerwiseAP.load(folder / run / "evaluation" / "layers.json") for name, run in MODELS.items()}
-
-
-def average_precisions(layers: LayerwiseAP) -> dict[str, dict[str, float | None]]:
-    """Box and mask AP by stage; None where a stage has no masks."""
-    return {
-        name: {"box": stage.box and stage.box.AP, "mask": stage.mask and stage.mask.AP}
-        for name, stage in layers.stages.items()
-    }
