@@ -96,7 +96,7 @@ def evaluate(
         print_remarks(settings)
         _score(trained, store, split, folder, bootstrap)
         if errors:
-            _show_errors(trained, store, split, folder)
+            _write_error_analysis(trained, store, split, folder)
         if not keep_detections:
             store.remove()
     return 0
@@ -114,11 +114,11 @@ def _score(model: "Model", store: "DetectionStore", split: str | None, folder: P
     """Score the detections, write the results to a folder and print them."""
     from dimaskdino.evaluation.bootstrap import bootstrap
     from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, score_layers, truth_of
-    from dimaskdino.evaluation.upper_bounds import ceilings
+    from dimaskdino.evaluation.upper_bounds import upper_bounds
     from dimaskdino.viz import plot_layerwise_ap
 
     truth, source = truth_of(model, split)
-    result = score_layers(store, truth, source, ceilings(truth, model.config))
+    result = score_layers(store, truth, source, upper_bounds(truth, model.config))
     print(result.table())
     for line in result.remarks:
         print(f"note: {line}", file=sys.stderr)
@@ -134,12 +134,14 @@ def _score(model: "Model", store: "DetectionStore", split: str | None, folder: P
     print(f"written: {folder / 'layers.json'}, {folder / 'layers.png'}")
 
 
-def _show_errors(model: "Model", store: "DetectionStore", split: str | None, folder: Path, images: int = 6) -> None:
-    """Write the errors of the detections to a folder, and print what they cost."""
+def _write_error_analysis(
+    model: "Model", store: "DetectionStore", split: str | None, folder: Path, images: int = 6
+) -> None:
+    """Write the error analysis of the detections to a folder, and print the AP that each kind of error costs."""
     from dimaskdino.data.coco import CocoDataset
-    from dimaskdino.evaluation.error_analysis import KINDS, confusion, save_errors, stage_errors, worst_images
+    from dimaskdino.evaluation.error_analysis import KINDS, confusion, save_analysis, tide_analysis, worst_images
     from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, truth_of
-    from dimaskdino.viz import draw_beside_truth, plot_confusion, plot_errors
+    from dimaskdino.viz import draw_beside_truth, plot_confusion, plot_error_analysis
 
     truth, _ = truth_of(model, split)
     last = tuple(store)[-1]
@@ -149,7 +151,7 @@ def _show_errors(model: "Model", store: "DetectionStore", split: str | None, fol
             found = store[name]
             if not found.has_masks:
                 raise UserError(f"--errors needs masks, which {name} has not; add another of --stages")
-            stages[name] = {kind: stage_errors(truth, found, kind) for kind in ("box", "mask")}
+            stages[name] = {kind: tide_analysis(truth, found, kind) for kind in ("box", "mask")}
     confused = confusion(truth, found, "mask", threshold=SHOWN_SCORE)
     worst = worst_images(truth, found, "mask", SHOWN_SCORE, images)
     for kind, lost in stages[last].items():
@@ -161,8 +163,8 @@ def _show_errors(model: "Model", store: "DetectionStore", split: str | None, fol
     results = model.predict([sample.image for sample in samples], threshold=SHOWN_SCORE)
     notes = [f"F1 {value:.2f}" for value in worst.values()]
     with writing(folder):
-        save_errors(folder / "errors.json", stages, confused)
-        plot_errors(stages).savefig(folder / "errors.png", dpi=150)
+        save_analysis(folder / "errors.json", stages, confused)
+        plot_error_analysis(stages).savefig(folder / "errors.png", dpi=150)
         plot_confusion(confused).savefig(folder / "confusion.png", dpi=150)
         pictures = [result.instances for result in results]
         draw_beside_truth(samples, pictures, model.classes, notes).savefig(folder / "worst.png", dpi=110)

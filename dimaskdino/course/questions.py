@@ -1,11 +1,11 @@
 """Predict, then reveal: questions that a student answers before a figure does.
 
-    lag = Number("How far are the boxes behind the masks, in points?", low=0, high=20)
-    lag            # shows the control; the answer is committed with its button
-    lag.reveal(truth=4.5, mistakes={0: "the same queries, but not the same knowledge"})
+    answer = Number("How far are the boxes behind the masks, in points?", low=0, high=20)
+    answer         # shows the control; the answer is committed with its button
+    answer.reveal(truth=4.5, mistakes={0: "the same queries, but not the same knowledge"})
 
-An answer can be given without widgets, too: `lag.commit(7)`. What was answered is part of what `reveal` shows, and so
-it is stored in the notebook.
+An answer can be given without widgets, too: `answer.commit(7)`. `reveal` shows the answer beside the truth, so the
+notebook stores both.
 """
 
 from collections.abc import Mapping, Sequence

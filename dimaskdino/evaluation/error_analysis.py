@@ -27,8 +27,8 @@ MATCH_IOU = 0.5
 
 
 @dataclass(frozen=True)
-class StageErrors:
-    """The errors of one stage, for boxes or masks.
+class TideAnalysis:
+    """TIDE's analysis of one stage, for boxes or masks.
 
     Attributes:
         ap: AP at IoU 0.5 in percent, mean over the classes.
@@ -58,7 +58,7 @@ class Confusion:
     threshold: float
 
 
-def stage_errors(truth: COCO, detections: Detections, kind: Kind) -> StageErrors:
+def tide_analysis(truth: COCO, detections: Detections, kind: Kind) -> TideAnalysis:
     """The kinds of errors of one stage's detections, at IoU 0.5.
 
     Args:
@@ -67,7 +67,7 @@ def stage_errors(truth: COCO, detections: Detections, kind: Kind) -> StageErrors
         kind: box or mask.
     """
     found = _evaluated(truth, detections, kind).tide_errors(pos_thr=MATCH_IOU)
-    return StageErrors(
+    return TideAnalysis(
         ap=100 * found["ap_base"],
         lost={name: 100 * found["delta_ap"][name] for name in KINDS},
         counts={name: found["counts"][name] for name in KINDS},
@@ -75,7 +75,7 @@ def stage_errors(truth: COCO, detections: Detections, kind: Kind) -> StageErrors
 
 
 def confusion(truth: COCO, detections: Detections, kind: Kind, threshold: float) -> Confusion:
-    """Confusions between classes at IoU 0.5; arguments are those of `stage_errors`, and the lowest score."""
+    """Confusions between classes at IoU 0.5; arguments are those of `tide_analysis`, and the lowest score."""
     found = _evaluation(truth, detections, kind).confusion_matrix(iou_thr=MATCH_IOU, min_score=threshold)
     return Confusion(list(found["cat_names"]), np.asarray(found["matrix"]).astype(np.int64), threshold)
 
@@ -92,14 +92,16 @@ def worst_images(truth: COCO, detections: Detections, kind: Kind, threshold: flo
     return {image: found[image]["f1"] for image in ordered[:count]}
 
 
-def save_errors(path: Path, stages: Mapping[str, Mapping[Kind, StageErrors]], confused: Confusion) -> None:
-    """Write the errors of the stages, and the confusion of classes, as json.
+def save_analysis(path: Path, stages: Mapping[str, Mapping[Kind, TideAnalysis]], confused: Confusion) -> None:
+    """Write the analysis of the stages, and the confusion of classes, as json.
 
     Raises:
         UserError: the file cannot be written.
     """
     content: dict[str, Any] = {
-        "stages": {name: {kind: asdict(errors) for kind, errors in kinds.items()} for name, kinds in stages.items()},
+        "stages": {
+            name: {kind: asdict(analysis) for kind, analysis in kinds.items()} for name, kinds in stages.items()
+        },
         "confusion": {
             "classes": confused.classes,
             "threshold": confused.threshold,

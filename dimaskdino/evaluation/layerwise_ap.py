@@ -1,4 +1,4 @@
-"""AP of every stage in one pass over the data: where detection lags behind segmentation."""
+"""AP of every stage in one pass over the data, and the imbalance between boxes and masks."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from dimaskdino.data.coco import find_split
 from dimaskdino.data.dataloader import Batch, batches, evaluation_dataset, evaluation_loader, explaining_dead_workers
 from dimaskdino.evaluation.coco_ap import AveragePrecision, average_precision, read_truth
 from dimaskdino.evaluation.detections import Detections, DetectionStore, file_digest, fingerprint
-from dimaskdino.evaluation.upper_bounds import Ceilings, ceilings
+from dimaskdino.evaluation.upper_bounds import UpperBounds, upper_bounds
 from dimaskdino.modeling import ImageBatch, Predictions, Stage, postprocess
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.files import write_text
@@ -33,7 +33,7 @@ class StageAP:
 
     @property
     def imbalance(self) -> float | None:
-        """`AP_mask − AP_box` in points; above 0, detection lags behind segmentation."""
+        """`AP_mask − AP_box` in points; above 0, masks score higher than boxes."""
         if self.mask is None or self.mask.AP is None or self.box.AP is None:
             return None
         return self.mask.AP - self.box.AP
@@ -47,13 +47,13 @@ class LayerwiseAP:
         stages: by stage name, in the order of the model.
         images: number of evaluated images.
         source: which model was evaluated on which data, for people.
-        ceilings: what true objects reach at the model's resolution; None in records of versions before 0.2.
+        upper_bounds: upper bounds on AP at the model's resolution; None in files written before version 0.2.
     """
 
     stages: dict[str, StageAP]
     images: int
     source: str
-    ceilings: Ceilings | None = None
+    upper_bounds: UpperBounds | None = None
 
     @property
     def last(self) -> StageAP:
@@ -70,18 +70,18 @@ class LayerwiseAP:
         return []
 
     def relative_imbalance(self, stage: str) -> float | None:
-        """The imbalance of a stage with both APs as shares of their ceilings, in percentage points.
+        """The imbalance of a stage with both APs as fractions of their upper bounds, in percentage points.
 
-            100 · (AP_mask / ceiling_mask − AP_box / ceiling_box)
+            100 · (AP_mask / bound_mask − AP_box / bound_box)
 
-        Above 0, detection lags by more than the resolution and the bounds of masks explain. None without ceilings or
-        where an AP is not defined.
+        Above 0, the imbalance is larger than the resolution and boxes computed from masks explain. None without upper
+        bounds or where an AP is not defined.
         """
         found = self.stages[stage]
-        if self.ceilings is None or found.imbalance is None:
+        if self.upper_bounds is None or found.imbalance is None:
             return None
-        of_boxes = self.ceilings.of_boxes(stage)
-        limits = self.ceilings.mask.mean, 100.0 if of_boxes is None else of_boxes.mean
+        of_boxes = self.upper_bounds.of_boxes(stage)
+        limits = self.upper_bounds.mask.mean, 100.0 if of_boxes is None else of_boxes.mean
         if not limits[0] or not limits[1]:
             return None
         return 100 * (found.mask.AP / limits[0] - found.box.AP / limits[1])
@@ -132,8 +132,8 @@ class LayerwiseAP:
             for name, stage in self.stages.items()
         }
         content = {"source": self.source, "images": self.images, "stages": stages}
-        if self.ceilings is not None:
-            content["ceilings"] = self.ceilings.to_json()
+        if self.upper_bounds is not None:
+            content["ceilings"] = self.upper_bounds.to_json()
         write_text(path, json.dumps(content, indent=1))
 
     @classmethod
@@ -151,7 +151,7 @@ class LayerwiseAP:
                 )
                 for name, stage in content["stages"].items()
             }
-            limits = Ceilings.from_json(content["ceilings"]) if "ceilings" in content else None
+            limits = UpperBounds.from_json(content["ceilings"]) if "ceilings" in content else None
             return cls(stages, content["images"], content["source"], limits)
         except OSError as error:
             raise UserError(f"no layer-wise AP at {path} ({error.strerror}); run the evaluation first") from None
@@ -187,7 +187,7 @@ def evaluate_layers(
     """
     by_stage = detect_layers(model, split, stages, folder)
     truth, source = truth_of(model, split)
-    return score_layers(by_stage, truth, source, ceilings(truth, model.config))
+    return score_layers(by_stage, truth, source, upper_bounds(truth, model.config))
 
 
 def truth_of(model: TrainedModel, split: str | None = None) -> tuple[COCO, str]:
@@ -197,7 +197,7 @@ def truth_of(model: TrainedModel, split: str | None = None) -> tuple[COCO, str]:
 
 
 def score_layers(
-    by_stage: Mapping[str, Detections], truth: COCO, source: str, limits: Ceilings | None = None
+    by_stage: Mapping[str, Detections], truth: COCO, source: str, limits: UpperBounds | None = None
 ) -> LayerwiseAP:
     """Box and mask AP of the detections of each stage.
 
@@ -205,7 +205,7 @@ def score_layers(
         by_stage: detections by stage name; a `DetectionStore` keeps one stage in memory at a time.
         truth: the annotations, from `read_truth`.
         source: which model was evaluated on which data, for people.
-        limits: the ceilings to keep with the result.
+        limits: upper bounds to store with the result.
     """
     scored = {}
     for name in progress_bar(by_stage, "scoring"):

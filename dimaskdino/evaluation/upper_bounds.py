@@ -1,8 +1,8 @@
-"""Ceilings: what true masks, and boxes made from them, reach at a model's resolution.
+"""Upper bounds on AP: the average recall of true masks, and of boxes computed from them, at a model's resolution.
 
 A model predicts masks at a quarter of its input's resolution, and some of its boxes are the bounds of such masks
-(`model.selection.mask_to_box`). True objects that go through the same steps are no longer perfect: thin and small ones
-lose most. Only the part of a lag between boxes and masks that these ceilings leave open is about the model.
+(`model.selection.mask_to_box`). True objects that go through the same steps lose detail, thin and small ones most. The
+part of the imbalance that these bounds explain says nothing about the model.
 """
 
 from collections import defaultdict
@@ -28,7 +28,7 @@ from dimaskdino.modeling.de_imbalance import mask_guided_boxes
 from dimaskdino.modeling.structures import padded_size
 from dimaskdino.utils.progress import progress_bar
 
-IMAGES = 500  # enough for a ceiling; more would take minutes
+IMAGES = 500  # a sample of this size is enough; more would take minutes
 MASK_STRIDE = 4
 MaskToBox = Literal["mask2box", "bitmask"]
 CONVENTIONS: tuple[MaskToBox, ...] = ("mask2box", "bitmask")
@@ -36,7 +36,7 @@ _LOGIT = 20.0  # of the true class, so that every score is 1
 
 
 @dataclass(frozen=True)
-class Ceilings:
+class UpperBounds:
     """Average recall of true objects at a model's resolution; `average_recall` says why it bounds AP.
 
     Attributes:
@@ -44,7 +44,7 @@ class Ceilings:
             outlines between the cells can be slightly better.
         box: of the bounds of these masks, by each convention of `model.selection.mask_to_box` that computes them.
         boxes_from_masks: the convention of those stages whose boxes are bounds of masks. The boxes of other stages are
-            predicted and have no ceiling below 100.
+            predicted and have no bound below 100.
     """
 
     mask: AverageRecall
@@ -52,21 +52,21 @@ class Ceilings:
     boxes_from_masks: dict[str, MaskToBox]
 
     def of_boxes(self, stage: str) -> AverageRecall | None:
-        """The ceiling of a stage's boxes; None if it predicts them."""
+        """The upper bound on a stage's box AP; None if it predicts its boxes."""
         return self.box[self.boxes_from_masks[stage]] if stage in self.boxes_from_masks else None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Ceilings":
-        """From what `to_json` gave."""
+    def from_json(cls, content: dict[str, Any]) -> "UpperBounds":
+        """Read what `to_json` returned."""
         box = {convention: AverageRecall(**content["box"][convention]) for convention in CONVENTIONS}
         return cls(AverageRecall(**content["mask"]), box, content["boxes_from_masks"])
 
 
-def ceilings(truth: COCO, settings: config.Config) -> Ceilings:
-    """Ceilings of a configuration on a split. No model is needed.
+def upper_bounds(truth: COCO, settings: config.Config) -> UpperBounds:
+    """Upper bounds on the AP of a configuration on a split. No model is needed.
 
     Args:
         truth: the annotations, from `read_truth`. Of a split with more than 500 images, about 500 are taken.
@@ -77,7 +77,7 @@ def ceilings(truth: COCO, settings: config.Config) -> Ceilings:
     boxes: dict[MaskToBox, list[dict[str, Any]]] = {convention: [] for convention in CONVENTIONS}
     masks: list[dict[str, Any]] = []
     objects = _objects(truth, category_ids)
-    for image, labels, true_masks in progress_bar(objects, "ceilings", len(truth.dataset["images"]), unit="images"):
+    for image, labels, true_masks in progress_bar(objects, "upper bounds", len(truth.dataset["images"]), unit="images"):
         original = (image["height"], image["width"])
         size = resized_size(original, settings.data.resize)
         stage = true_stage(labels, true_masks, size, len(category_ids))
@@ -89,7 +89,7 @@ def ceilings(truth: COCO, settings: config.Config) -> Ceilings:
             detections = Detections.of(image["id"], instances, category_ids)
             boxes[convention] += detections.boxes
             masks += detections.masks if with_masks else []
-    return Ceilings(
+    return UpperBounds(
         average_recall(truth, masks, "mask"),
         {convention: average_recall(truth, found, "box") for convention, found in boxes.items()},
         _boxes_from_masks(settings.model.selection),

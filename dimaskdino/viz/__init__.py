@@ -11,7 +11,7 @@ from dimaskdino.viz.diagnostics import (
     plot_matched_queries,
     plot_selection_recall,
 )
-from dimaskdino.viz.error_analysis import plot_confusion, plot_errors
+from dimaskdino.viz.error_analysis import plot_confusion, plot_error_analysis
 from dimaskdino.viz.objects import draw_object_stages, draw_objects, plot_mean_ious
 from dimaskdino.viz.studies import plot_ablation, plot_differences, plot_study_layers, study_figures
 from dimaskdino.viz.tokens import (
@@ -45,7 +45,7 @@ __all__ = [
     "plot_calibration",
     "plot_confusion",
     "plot_differences",
-    "plot_errors",
+    "plot_error_analysis",
     "plot_first_and_last_layer",
     "plot_gradient_conflict",
     "plot_guidance_rank",

@@ -40,8 +40,8 @@ def plot_layerwise_ap(runs: Mapping[str, LayerwiseAP]) -> Figure:
 
     Args:
         runs: results by the name to show. One run: boxes and masks in their own colours, values written out.
-            Several: one colour per run, boxes solid and masks dashed. Dotted lines are the ceilings of a result
-            (`evaluation.ceilings`), diamonds the imbalance relative to them.
+            Several: one colour per run, boxes solid and masks dashed. Dotted lines are upper bounds on AP
+            (`evaluation.upper_bounds`), diamonds the imbalance relative to them.
     """
     names = stage_order(runs.values())
     place = {name: i for i, name in enumerate(names)}
@@ -65,7 +65,7 @@ def plot_layerwise_ap(runs: Mapping[str, LayerwiseAP]) -> Figure:
                         top.annotate(
                             f"{value:.1f}", (i, value), offset, textcoords="offset points", ha="center", color=colour
                         )
-            _ceilings(top, result, place, BOX if alone else colours[0])
+            _upper_bounds(top, result, place, BOX if alone else colours[0])
             _imbalance(bottom, result, place, number, len(runs), label)
         top.set(ylabel="AP (%)", title="Box and mask AP at every stage")
         top.margins(y=0.15)
@@ -83,21 +83,21 @@ def _other(result: LayerwiseAP, stage: str, kind: str) -> float:
     return (other.AP or 0.0) if other is not None else -1.0
 
 
-def _ceilings(axes: Any, result: LayerwiseAP, place: dict[str, int], colour: str) -> None:
-    """The ceiling of masks along all stages that have some, and of boxes where they are bounds of masks."""
-    limits = result.ceilings
+def _upper_bounds(axes: Any, result: LayerwiseAP, place: dict[str, int], colour: str) -> None:
+    """The upper bound of masks along all stages with masks, and of boxes where they are bounds of masks."""
+    limits = result.upper_bounds
     if limits is None:
         return
     with_masks = [place[name] for name, stage in result.stages.items() if stage.mask is not None]
     lines = (
-        [(min(with_masks) - 0.35, max(with_masks) + 0.35, limits.mask.mean, MASK, "ceiling of masks")]
+        [(min(with_masks) - 0.35, max(with_masks) + 0.35, limits.mask.mean, MASK, "upper bound, masks")]
         if with_masks
         else []
     )
     for stage, convention in limits.boxes_from_masks.items():
         if stage in result.stages:
             lines.append(
-                (place[stage] - 0.35, place[stage] + 0.35, limits.box[convention].mean, colour, "ceiling of boxes")
+                (place[stage] - 0.35, place[stage] + 0.35, limits.box[convention].mean, colour, "upper bound, boxes")
             )
     for start, end, value, shade, text in lines:
         if value is not None:
@@ -119,7 +119,7 @@ def _imbalance(axes: Any, result: LayerwiseAP, place: dict[str, int], number: in
         axes.plot(x, values, "D", color=colour, markersize=5, markerfacecolor="white")
         if number == total - 1:
             mark = axes.plot([], [], "D", color=GREY, markersize=5, markerfacecolor="white")
-            axes.legend(mark, ["relative to the ceilings"], loc="best", fontsize=8.5)
+            axes.legend(mark, ["relative to the upper bounds"], loc="best", fontsize=8.5)
     if total == 1:
         # + 0.0 turns a rounded −0.0 into 0.0
         axes.bar_label(bars, [f"{round(v, 1) + 0.0:+.1f}" for v in defined.values()], padding=2, fontsize=9)
@@ -183,7 +183,7 @@ LayerAP = Mapping[str, Mapping[str, float]]
 
 
 def plot_first_and_last_layer(panels: Mapping[str, Mapping[str, LayerAP]]) -> Figure:
-    """Plot figure 1 of the paper as slopes: box and mask AP from the first to the last decoder layer, and the lag.
+    """Plot figure 1 of the paper as slopes: box and mask AP of the first and last decoder layer, and the imbalance.
 
     Args:
         panels: by the title of the panel, then by the name of the model: {"first": {"box": AP, "mask": AP},
@@ -207,7 +207,7 @@ def plot_first_and_last_layer(panels: Mapping[str, Mapping[str, LayerAP]]) -> Fi
 
 
 def _slopes(axes: Any, layers: LayerAP) -> None:
-    """One model's slopes, with the values at their ends and the lag of boxes at the left."""
+    """One model's slopes, with the values at their ends and the imbalance at the left."""
     first, last = layers["first"], layers["last"]
     for kind, colour, marker in (("mask", MASK, "o"), ("box", BOX, "s")):
         axes.plot([0, 1], [first[kind], last[kind]], marker=marker, color=colour, linewidth=2.2, label=f"{kind} AP")
@@ -225,7 +225,7 @@ def _slopes(axes: Any, layers: LayerAP) -> None:
             )
     axes.plot([-0.16, -0.16], [first["box"], first["mask"]], color=GREY, linewidth=5, solid_capstyle="butt")
     middle = (first["box"] + first["mask"]) / 2
-    axes.text(-0.24, middle, f"lag\n{first['mask'] - first['box']:+.1f}", ha="right", va="center", color=GREY)
+    axes.text(-0.24, middle, f"mask −\nbox\n{first['mask'] - first['box']:+.1f}", ha="right", va="center", color=GREY)
     axes.set_xticks([0, 1], ["first\nlayer", "last\nlayer"])
     axes.grid(axis="x", visible=False)
 

@@ -1,4 +1,4 @@
-"""Figures of the errors of a model (`dimaskdino.evaluation.error_analysis`)."""
+"""Figures of the error analysis (`dimaskdino.evaluation.error_analysis`)."""
 
 from collections.abc import Mapping
 
@@ -7,18 +7,18 @@ from matplotlib.figure import Figure
 
 from dimaskdino.data.painting import data_label
 from dimaskdino.evaluation.coco_ap import Kind
-from dimaskdino.evaluation.error_analysis import KINDS, Confusion, StageErrors
+from dimaskdino.evaluation.error_analysis import KINDS, Confusion, TideAnalysis
 from dimaskdino.viz.curves import short_name
 from dimaskdino.viz.style import BOX, MASK, NotebookFigure, style
 
 MOST_CLASSES = 20  # with a row of their own in a confusion matrix
 
 
-def plot_errors(stages: Mapping[str, Mapping[Kind, StageErrors]]) -> Figure:
+def plot_error_analysis(stages: Mapping[str, Mapping[Kind, TideAnalysis]]) -> Figure:
     """Plot how many points of AP at IoU 0.5 each kind of error costs, for boxes and masks.
 
     Args:
-        stages: by stage, the errors of boxes and of masks; one panel per stage.
+        stages: by stage, the analysis of boxes and of masks; one panel per stage.
     """
     names = list(KINDS)
     with style():
@@ -26,10 +26,10 @@ def plot_errors(stages: Mapping[str, Mapping[Kind, StageErrors]]) -> Figure:
         panels = figure.subplots(1, len(stages), sharex=True, sharey=True, squeeze=False)[0]
         for axes, (stage, kinds) in zip(panels, stages.items(), strict=True):
             height = 0.8 / len(kinds)
-            for number, (kind, errors) in enumerate(kinds.items()):
+            for number, (kind, analysis) in enumerate(kinds.items()):
                 places = np.arange(len(names)) + (number - (len(kinds) - 1) / 2) * height
-                values = [errors.lost[name] for name in names]
-                label = f"{kind}: {errors.ap:.1f} AP50"
+                values = [analysis.lost[name] for name in names]
+                label = f"{kind}: {analysis.ap:.1f} AP50"
                 bars = axes.barh(places, values, height, color={"box": BOX, "mask": MASK}[kind], label=label)
                 axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=2, fontsize=8)
             axes.set_title(short_name(stage).replace("\n", " "))
@@ -38,7 +38,7 @@ def plot_errors(stages: Mapping[str, Mapping[Kind, StageErrors]]) -> Figure:
             axes.margins(x=0.15)
         panels[0].set_yticks(range(len(names)), list(KINDS.values()))
         panels[0].invert_yaxis()
-        figure.suptitle("What the errors cost")
+        figure.suptitle("AP lost by kind of error")
     return figure
 
 

@@ -74,9 +74,9 @@ def plot_ablation(
 def plot_study_layers(rows: Mapping[str, Sequence[LayerwiseAP]], title: str) -> Figure:
     """Plot the imbalance at every stage for variants of a model, large, beside box and mask AP on one scale.
 
-    Lines are means over the runs; bands, of up to six variants, are standard deviations. The dotted line is the ceiling
-    of masks where a result has one (`evaluation.ceilings`). Variants of two factors, named `A, x`, `A, y`, `B, x`, …,
-    have a colour for the first and a line style for the second.
+    Lines are means over the runs; bands, of up to six variants, are standard deviations. The dotted line is the upper
+    bound of masks where a result has one (`evaluation.upper_bounds`). Variants of two factors, named `A, x`, `A, y`,
+    `B, x`, …, have a colour for the first and a line style for the second.
 
     Args:
         rows: the results of each variant's runs by the name to show; variants without any are left out.
@@ -89,8 +89,8 @@ def plot_study_layers(rows: Mapping[str, Sequence[LayerwiseAP]], title: str) -> 
         grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.45))
         box = figure.add_subplot(grid[0, 0])
         mask = figure.add_subplot(grid[1, 0], sharex=box, sharey=box)
-        lag = figure.add_subplot(grid[:, 1])
-        for axes, what in ((box, "box AP (%)"), (mask, "mask AP (%)"), (lag, "mask − box (points)")):
+        imbalance = figure.add_subplot(grid[:, 1])
+        for axes, what in ((box, "box AP (%)"), (mask, "mask AP (%)"), (imbalance, "mask − box (points)")):
             ends: list[tuple[float, float, str, dict[str, Any]]] = []
             for label, results in rows.items():
                 values = {name: _at(results, name, what) for name in names}
@@ -107,27 +107,27 @@ def plot_study_layers(rows: Mapping[str, Sequence[LayerwiseAP]], title: str) -> 
                 ends.append((x[-1], means[-1], f"{data_label(label, LONGEST_ROW)} ({runs})", strokes[label]))
             axes.set(ylabel=what)
             axes.set_xticks(range(len(names)), [short_name(name) for name in names], fontsize=8)
-            if axes is not lag:
+            if axes is not imbalance:
                 axes.tick_params("x", labelsize=7.5, labelrotation=40)
             else:
                 axes.axhline(0, color="black", linewidth=0.8)
                 _label_lines(axes, ends)
         mask.autoscale_view()
-        limits = {r.ceilings.mask.mean for results in rows.values() for r in results if r.ceilings is not None}
+        limits = {r.upper_bounds.mask.mean for results in rows.values() for r in results if r.upper_bounds is not None}
         for limit in limits - {None}:
-            _mark_ceiling(mask, limit)
+            _mark_upper_bound(mask, limit)
         figure.suptitle(title)
     return figure
 
 
-def _mark_ceiling(axes: Any, limit: float) -> None:
-    """A dotted line at a ceiling, or a note where the curves end far below it."""
+def _mark_upper_bound(axes: Any, limit: float) -> None:
+    """A dotted line at an upper bound, or a note where the curves end far below it."""
     low, high = axes.get_ylim()
     if limit < high + 0.5 * (high - low):
         axes.axhline(limit, color=GREY, linestyle=":")
-        axes.text(0, limit, f"ceiling of masks {limit:.0f}", color=GREY, fontsize=8.5, va="bottom")
+        axes.text(0, limit, f"upper bound, masks {limit:.0f}", color=GREY, fontsize=8.5, va="bottom")
     else:
-        axes.text(0.02, 0.95, f"ceiling of masks {limit:.0f}", color=GREY, fontsize=8.5, transform=axes.transAxes)
+        axes.text(0.02, 0.95, f"upper bound, masks {limit:.0f}", color=GREY, fontsize=8.5, transform=axes.transAxes)
 
 
 def _strokes(labels: Iterable[str]) -> dict[str, dict[str, Any]]:

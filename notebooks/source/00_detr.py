@@ -369,7 +369,7 @@ draw_architecture()
 #
 # * **AP**: average precision, how well detections of all objects are found and ranked, in percent (chapter 2).
 # * **backbone**: the network that turns an image into feature maps, here a ResNet.
-# * **ceiling**: what true objects would score if they went through the steps of a prediction (chapter 1).
+# * **upper bound**: the AP that true objects reach when they go through the steps of a prediction (chapter 1).
 # * **decoder input**: the queries before the first decoder layer, stage `decoder.0`.
 # * **denoising query**: a true object with noise; training adds some to the queries (chapter 6).
 # * **feature level**: a feature map of one resolution; its *stride* is the number of input pixels per cell.

@@ -48,8 +48,8 @@ from dimaskdino.viz.explorers import explore_architecture, explore_curves, explo
 lesson = begin(model, overrides)
 looks = begin(solids, [f"data.root={scenes}", *overrides]).looks(images)
 tracks = [track_objects(look) for look in looks]
-lags = [float((track.mask_iou[0] - track.box_iou[0]).mean()) for track in tracks]
-shown = looks[lags.index(max(lags))]
+imbalances = [float((track.mask_iou[0] - track.box_iou[0]).mean()) for track in tracks]
+shown = looks[imbalances.index(max(imbalances))]
 names = list(shown.predictions.stages)
 stages = [names[0], "decoder.1", names[-1]]
 draw_object_stages(shown, stages, track_objects(shown, stages))
@@ -68,14 +68,14 @@ draw_architecture("heads")
 # Average precision (AP, chapter 2) on BDD100K, a dataset of street scenes. Before you look: what do you expect?
 
 # %%
-lag = Number("How many points of AP are MaskDINO's boxes behind its masks after the first decoder layer?", 0, 15)
-lag
+answer = Number("How many points of AP are MaskDINO's boxes behind its masks after the first decoder layer?", 0, 15)
+answer
 
 # %%
 published = paper_tables()["figure_1_layer_ap_bdd100k"]
 names = {"maskdino": "MaskDINO", "dimaskdino": "DI-MaskDINO"}
 first = published["maskdino"]["first"]
-lag.reveal(first["mask"] - first["box"], {0: "one vector, but boxes and masks need different knowledge of it"})
+answer.reveal(first["mask"] - first["box"], {0: "one vector, but boxes and masks need different knowledge of it"})
 
 # %% [markdown]
 # With De-Imbalance and BATO the lag shrinks to half a point, and at the last layer boxes are ahead in both models.
@@ -139,10 +139,10 @@ explore_curves(models)
 # ### How a measurement misleads
 #
 # The baseline's boxes collapse where they enter the decoder, far behind the masks. That looks like the imbalance at its
-# worst. Look at the dotted lines first. They are **ceilings**: what the *true* objects reach when they go through the
-# same steps as the predictions. Masks live at a quarter of the resolution, so true masks lose thin parts. And the boxes
-# that enter MaskDINO's decoder are not predicted: they are bounds of predicted masks, by a formula that takes the last
-# occupied cell and forgets its width. True masks give wrong boxes too.
+# worst. Look at the dotted lines first. They are **upper bounds on AP**: the *true* objects reach them when they go
+# through the same steps as the predictions. Masks live at a quarter of the resolution, so true masks lose thin parts.
+# And the boxes that enter MaskDINO's decoder are not predicted: they are bounds of predicted masks, by a formula that
+# takes the last occupied cell and forgets its width. True masks give wrong boxes too.
 
 # %%
 plot_layerwise_ap({"MaskDINO": models["MaskDINO"]})
@@ -157,8 +157,8 @@ plot_layerwise_ap({"MaskDINO": models["MaskDINO"]})
 explore_true_boxes(lesson.samples(images))
 
 # %% [markdown]
-# The diamonds divide both APs by their ceilings before they are compared. At the decoder's input little of the lag is
-# left: most of it is arithmetic, not learning. De-Imbalance predicts boxes of its own in between, which can undo the
+# The diamonds divide both APs by their upper bounds before they are compared. At the decoder's input little of the lag
+# is left: most of it is arithmetic, not learning. De-Imbalance predicts boxes of its own in between, which can undo the
 # formula. So a smaller lag *there* does not show that it balances anything; the lag from the first layer on is the one
 # to explain. [docs/study.md](../docs/study.md) measures both.
 #
@@ -301,7 +301,7 @@ checks.check_best_detections(best_detections, looks)
 #
 # **In three sentences.** In the first layers of MaskDINO boxes lag behind masks, since a token knows its place better
 # than the extent of its object. AP of every stage shows where, single objects show how. Part of what it shows is
-# arithmetic: a measurement has ceilings of its own.
+# arithmetic: a measurement has upper bounds of its own.
 #
 # **Read on.**
 #

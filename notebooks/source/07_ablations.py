@@ -245,8 +245,8 @@ checks.check_verdicts(verdicts, report, box)
 # %%
 for row, runs in report.measured.items():
     by_class = [diagnostics.imbalance_by_group(run.result, by="class") for run in runs.values()]
-    lags = {kind: sum(one[kind]["decoder.1"] for one in by_class) / len(by_class) for kind in by_class[0]}
-    print(f"{labels[modules.title][row]:20}", "  ".join(f"{kind} {lag:+.1f}" for kind, lag in lags.items()))
+    imbalances = {kind: sum(one[kind]["decoder.1"] for one in by_class) / len(by_class) for kind in by_class[0]}
+    print(f"{labels[modules.title][row]:20}", "  ".join(f"{kind} {value:+.1f}" for kind, value in imbalances.items()))
 
 # %% [markdown]
 # Which classes make the difference, and what is special about their masks? Find a second explanation for the smaller
@@ -312,7 +312,7 @@ plot_study_layers(by_label, "Table 4 in miniature, every stage")
 #
 # Weak box losses disturb training in many ways, and a model that is more robust to any of them would look the same. To
 # tell them apart, disturb something that has nothing to do with boxes, such as the class loss, by as much: if
-# De-Imbalance loses less there, too, it is robustness. And measure the lag itself, relative to its ceilings and at
+# De-Imbalance loses less there, too, it is robustness. And measure the lag itself, relative to its upper bounds and at
 # equal AP.
 #
 # </details>

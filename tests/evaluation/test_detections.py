@@ -15,7 +15,7 @@ from dimaskdino.checkpoints import save_model
 from dimaskdino.evaluation import detections, layerwise_ap
 from dimaskdino.evaluation.detections import Detections, DetectionStore
 from dimaskdino.evaluation.layerwise_ap import detect_layers, evaluate_layers, score_layers, truth_of
-from dimaskdino.evaluation.upper_bounds import ceilings
+from dimaskdino.evaluation.upper_bounds import upper_bounds
 from dimaskdino.utils.errors import UserError
 from tools.benchmarks import coco_ap as coco_benchmark
 
@@ -152,4 +152,4 @@ def test_the_measurement_at_the_size_of_coco_agrees_with_pycocotools(monkeypatch
 def test_scoring_needs_no_model(model, tmp_path):
     store = detect_layers(model, folder=tmp_path)
     truth, source = truth_of(model)
-    assert score_layers(store, truth, source, ceilings(truth, model.config)) == evaluate_layers(model)
+    assert score_layers(store, truth, source, upper_bounds(truth, model.config)) == evaluate_layers(model)

@@ -11,10 +11,10 @@ from small import trained_file
 
 from dimaskdino.cli.models import evaluate
 from dimaskdino.evaluation.detections import Detections
-from dimaskdino.evaluation.error_analysis import KINDS, confusion, save_errors, stage_errors, worst_images
+from dimaskdino.evaluation.error_analysis import KINDS, confusion, save_analysis, tide_analysis, worst_images
 from dimaskdino.modeling import Instances
 from dimaskdino.utils.errors import UserError
-from dimaskdino.viz import plot_confusion, plot_errors
+from dimaskdino.viz import plot_confusion, plot_error_analysis
 
 BOXES = {1: [(10, 10, 50, 50), (60, 60, 90, 90)], 2: [(10, 10, 50, 50)], 3: [(20, 20, 80, 80)]}
 
@@ -71,7 +71,7 @@ RIGHT = [(i, label, 0.9, box) for i, labels in ((1, (CAT, DOG)), (2, (CAT,)), (3
 )
 def test_each_kind_of_error(truth, kind, change, extra, expected):
     rows = ([change, *RIGHT[1:]] if change else RIGHT) + ([extra] if extra else [])
-    found = stage_errors(truth, detected(*rows), kind)
+    found = tide_analysis(truth, detected(*rows), kind)
     assert {name: count for name, count in found.counts.items() if count} == expected
     if not expected:
         assert found.ap == pytest.approx(100)
@@ -94,13 +94,15 @@ def test_the_confusion_of_classes_and_the_worst_images(truth):
 
 def test_the_figures_and_the_record(truth, tmp_path):
     found = detected(*RIGHT[1:], (1, DOG, 0.9, BOXES[1][0]))
-    stages = {name: {kind: stage_errors(truth, found, kind) for kind in ("box", "mask")} for name in ("a", "decoder.2")}
+    stages = {
+        name: {kind: tide_analysis(truth, found, kind) for kind in ("box", "mask")} for name in ("a", "decoder.2")
+    }
     confused = confusion(truth, found, "box", 0.3)
-    save_errors(tmp_path / "errors.json", stages, confused)
+    save_analysis(tmp_path / "errors.json", stages, confused)
     content = json.loads((tmp_path / "errors.json").read_text())
     assert content["stages"]["a"]["box"]["counts"]["Cls"] == 1
     assert content["confusion"]["matrix"] == confused.matrix.tolist()
-    figure = plot_errors(stages)
+    figure = plot_error_analysis(stages)
     assert [axes.get_title() for axes in figure.axes] == ["a", "layer 2"]
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == list(KINDS.values())
     axes = plot_confusion(confused).axes[0]

@@ -1,4 +1,4 @@
-"""Ceilings against cases worked out by hand."""
+"""Upper bounds on AP against cases worked out by hand."""
 
 import json
 
@@ -12,7 +12,7 @@ from dimaskdino.data.coco import encode_masks
 from dimaskdino.evaluation import upper_bounds as module
 from dimaskdino.evaluation.coco_ap import AveragePrecision, read_truth
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
-from dimaskdino.evaluation.upper_bounds import Ceilings, ceilings, coverage
+from dimaskdino.evaluation.upper_bounds import UpperBounds, coverage, upper_bounds
 from dimaskdino.viz import plot_layerwise_ap
 
 
@@ -50,7 +50,7 @@ def test_squares_by_hand(tmp_path):
     of 16 becomes 12: IoU 144/256 = 0.5625, above 0.50 and 0.55, two of COCO's ten thresholds. Masks lose their four
     corner pixels when they are enlarged bilinearly: IoU 60/64 = 0.9375, nine thresholds, and 252/256, all ten.
     """
-    found = ceilings(squares(tmp_path, 8, 16), settings())
+    found = upper_bounds(squares(tmp_path, 8, 16), settings())
     assert found.box["mask2box"].per_class == pytest.approx({"side 8": 0, "side 16": 20})
     assert found.box["bitmask"].per_class == pytest.approx({"side 8": 100, "side 16": 100})
     assert found.mask.per_class == pytest.approx({"side 8": 90, "side 16": 100})
@@ -58,15 +58,15 @@ def test_squares_by_hand(tmp_path):
     assert (found.mask.small, found.mask.medium) == (pytest.approx(95), None)  # both squares are small
 
 
-def test_stages_with_a_ceiling_of_boxes(tmp_path):
+def test_stages_with_an_upper_bound_of_boxes(tmp_path):
     truth = squares(tmp_path, 16)
     assert (
-        ceilings(truth, settings("dimaskdino")).of_boxes("decoder.0") is None
+        upper_bounds(truth, settings("dimaskdino")).of_boxes("decoder.0") is None
     )  # token interaction predicts boxes of its own
-    assert ceilings(truth, settings("maskdino")).of_boxes("decoder.0").mean == pytest.approx(20)
-    assert ceilings(truth, settings("maskdino")).of_boxes("decoder.1") is None
-    assert ceilings(truth, settings("maskdino", "bitmask")).of_boxes("decoder.0").mean == pytest.approx(100)
-    assert ceilings(truth, settings("maskdino", "no")).boxes_from_masks == {}
+    assert upper_bounds(truth, settings("maskdino")).of_boxes("decoder.0").mean == pytest.approx(20)
+    assert upper_bounds(truth, settings("maskdino")).of_boxes("decoder.1") is None
+    assert upper_bounds(truth, settings("maskdino", "bitmask")).of_boxes("decoder.0").mean == pytest.approx(100)
+    assert upper_bounds(truth, settings("maskdino", "no")).boxes_from_masks == {}
 
 
 def test_coverage_keeps_the_area():
@@ -82,24 +82,24 @@ def test_coverage_keeps_the_area():
 
 def test_large_splits_are_sampled(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "IMAGES", 2)
-    found = ceilings(squares(tmp_path, 8, 16, 8, 16), settings())  # the first and the third image
+    found = upper_bounds(squares(tmp_path, 8, 16, 8, 16), settings())  # the first and the third image
     assert [name for name, value in found.mask.per_class.items() if value is not None] == ["side 8"]
     assert found.mask.mean == pytest.approx(90)
 
 
 def result(tmp_path, box, mask):
-    """A result with these AP at `decoder.0` and `decoder.1`, with the ceilings of a square of 16."""
+    """A result with these AP at `decoder.0` and `decoder.1`, with the upper bounds of a square of 16."""
 
     def ap(value):
         return AveragePrecision(**dict.fromkeys(AveragePrecision.__dataclass_fields__) | {"AP": value})
 
-    limits = ceilings(squares(tmp_path, 8, 16), settings("maskdino"))
+    limits = upper_bounds(squares(tmp_path, 8, 16), settings("maskdino"))
     stages = {name: StageAP(ap(box), ap(mask)) for name in ("decoder.0", "decoder.1")}
     return LayerwiseAP(stages, 1, "by hand", limits)
 
 
-def test_imbalance_relative_to_the_ceilings(tmp_path):
-    """Ceilings 10 (boxes that enter the decoder), 100 (predicted boxes) and 95 (masks)."""
+def test_imbalance_relative_to_the_upper_bounds(tmp_path):
+    """Upper bounds 10 (boxes that enter the decoder), 100 (predicted boxes) and 95 (masks)."""
     measured = result(tmp_path, box=5.0, mask=38.0)
     assert measured.relative_imbalance("decoder.0") == pytest.approx(40 - 50)
     assert measured.relative_imbalance("decoder.1") == pytest.approx(40 - 5)
@@ -111,7 +111,7 @@ def test_imbalance_relative_to_the_ceilings(tmp_path):
     assert without.relative_imbalance("decoder.0") is None
 
 
-def test_ceilings_are_drawn(tmp_path):
+def test_upper_bounds_are_drawn(tmp_path):
     figure = plot_layerwise_ap({"model": result(tmp_path, 5.0, 38.0)})
     drawn = {tuple(line.get_ydata()) for line in figure.axes[0].lines}
     assert any(value == pytest.approx([95, 95]) for value in drawn)
@@ -121,7 +121,7 @@ def test_ceilings_are_drawn(tmp_path):
 def test_evaluation_records_them(shapes_data):
     config = load_config("shapes/dimaskdino_r18", overrides(shapes_data))
     truth = read_truth(shapes_data / "annotations" / "val.json")
-    found = ceilings(truth, config)
-    assert Ceilings.from_json(json.loads(json.dumps(found.to_json()))) == found
+    found = upper_bounds(truth, config)
+    assert UpperBounds.from_json(json.loads(json.dumps(found.to_json()))) == found
     # the looser convention is never below the tighter one here, and bounds of true masks are no perfect boxes
     assert found.box["mask2box"].mean < found.box["bitmask"].mean < 100

@@ -223,8 +223,8 @@ def test_a_value_is_read_where_the_ap_is_reached_first():
     assert first_at([], 10) is None
 
 
-def test_lag_at_equal_ap_by_hand():
-    """Both rows lag by 0.2 points per point of box AP, so that they are equal at equal AP, whatever they end with."""
+def test_imbalance_at_equal_ap_by_hand():
+    """In both rows the imbalance falls by 0.2 points per point of box AP, so it is equal at equal AP."""
 
     def trained(*boxes):
         during = tuple({"decoder.1": {"box": ap, "mask": 12 + 0.8 * ap}} for ap in boxes)
@@ -234,18 +234,18 @@ def test_lag_at_equal_ap_by_hand():
         "a": {0: trained(0, 10, 30), 1: trained(0, 14, 34)},
         "b": {0: trained(0, 30, 50), 1: trained(0, 40, 60)},
     }
-    lag = Quantity.parse("first.imbalance@25")
-    assert lag == Quantity("first", "imbalance", 25)
-    assert str(lag) == "first.imbalance@25"
-    assert lag.label == "mask − box, first layer, at 25 box AP"
+    imbalance = Quantity.parse("first.imbalance@25")
+    assert imbalance == Quantity("first", "imbalance", 25)
+    assert str(imbalance) == "first.imbalance@25"
+    assert imbalance.label == "mask − box, first layer, at 25 box AP"
     for rows_of in measured.values():
-        assert lag.by_seed(rows_of) == pytest.approx({0: 12 - 0.2 * 25, 1: 12 - 0.2 * 25})
-    [found] = compare([Contrast("B − A", ("b",), ("a",), lag)], measured, seeds=2)
+        assert imbalance.by_seed(rows_of) == pytest.approx({0: 12 - 0.2 * 25, 1: 12 - 0.2 * 25})
+    [found] = compare([Contrast("B − A", ("b",), ("a",), imbalance)], measured, seeds=2)
     assert found.difference == pytest.approx(0)
     assert found.over_images is None
     assert Quantity.parse("first.mask@25").by_seed(measured["a"]) == pytest.approx({0: 32, 1: 32})
     assert Quantity.parse("first.imbalance@32").by_seed(measured["a"]) == pytest.approx({1: 12 - 0.2 * 32})
     with pytest.raises(UserError, match=r"train\.validation\.stages="):
-        lag.in_run(run(30))
+        imbalance.in_run(run(30))
     with pytest.raises(ValueError, match=r"first\.imbalance@25"):
         Quantity.parse("first.imbalance@")

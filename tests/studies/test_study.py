@@ -154,10 +154,14 @@ def test_a_report_of_means_and_differences(tmp_path):
         measured(tmp_path, "b", seed, (10.0, 11.0 + seed), (b, 40.0), {"decoder.2/box": [b + 1, b, b + 1]})
     measured(tmp_path, "a_wide", 0, (0.0, 0.0), (0.0, 0.0))  # another row's
     report = StudyReport.of(study, "tiny", tmp_path)
-    box, lag = study.quantities
+    box, imbalance = study.quantities
     assert report.values("a", box) == {0: 30, 1: 34, 2: 32}
-    of_box, of_lag = report.comparisons
-    assert (of_box.contrast.label, of_box.contrast.quantity, of_lag.contrast.quantity) == ("B − A", box, lag)
+    of_box, of_imbalance = report.comparisons
+    assert (of_box.contrast.label, of_box.contrast.quantity, of_imbalance.contrast.quantity) == (
+        "B − A",
+        box,
+        imbalance,
+    )
     # draws of the difference: 3 + (2, 0, 0), so its 2.5 and 97.5 % points by linear interpolation are 3 and 4.9
     assert (of_box.over_images.low, of_box.over_images.high) == pytest.approx((3, 4.9))
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.markdown().splitlines() if "|" in line]
@@ -196,19 +200,19 @@ def test_comparisons_on_other_images_are_refused(tmp_path):
 def test_the_plan_says_what_it_can_find(tmp_path):
     """Two rows of n runs and a deviation σ: standard error σ·√(2/n), at most 2(n − 1) degrees of freedom."""
     study = load_study(write_study(tmp_path, deviation={"last.box": 1.5}))
-    title, box, found, lag = describe_power(study, "tiny", 8, tmp_path)
+    title, box, found, imbalance = describe_power(study, "tiny", 8, tmp_path)
     assert title == "what 2 comparisons of 8 seeds find with 80 % power:"
     assert box == "  box AP, last layer, at a deviation of 1.5 points over trainings:"
     error, critical = 1.5 * (2 / 8) ** 0.5, student.ppf(1 - 0.025 / 2, 14)
     effect = float(found.removeprefix("    B − A: ±").removesuffix(" points"))
     # one decimal is printed, and the plan knows that the degrees of freedom are estimated
     assert 0.78 < nct.sf(critical, 14, effect / error) < 0.86
-    assert lag.endswith("known after runs of two seeds, or with a `deviation` in the study's file")
+    assert imbalance.endswith("known after runs of two seeds, or with a `deviation` in the study's file")
     assert list(describe_power(study, "tiny", 1, tmp_path)) == [
         "a single seed decides nothing: the comparisons need more"
     ]
-    for seed, lag_of_a in enumerate((1.0, 3.0)):  # variance 2 in row a, 0 in row b: deviation 1 when pooled
-        measured(tmp_path, "a", seed, (10.0, 10.0 + lag_of_a), (30.0, 30.0))
+    for seed, imbalance_of_a in enumerate((1.0, 3.0)):  # variance 2 in row a, 0 in row b: deviation 1 when pooled
+        measured(tmp_path, "a", seed, (10.0, 10.0 + imbalance_of_a), (30.0, 30.0))
         measured(tmp_path, "b", seed, (10.0, 11.0), (30.0, 30.0))
     lines = list(describe_power(study, "tiny", 8, tmp_path))
     assert lines[1] == box  # the file's, although the runs have one, too

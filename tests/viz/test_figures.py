@@ -10,7 +10,7 @@ import torch
 from dimaskdino import config
 from dimaskdino.evaluation.coco_ap import AveragePrecision, AverageRecall
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
-from dimaskdino.evaluation.upper_bounds import Ceilings
+from dimaskdino.evaluation.upper_bounds import UpperBounds
 from dimaskdino.inspection.diagnostics import Calibration, GradientConflict, MatchedObjects, Survey
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.denoising import Denoising
@@ -206,26 +206,26 @@ def test_ablation_marks_runs_and_their_mean():
 def test_study_layers_show_means_and_deviations():
     other = LayerwiseAP(RESULT.stages | {"decoder.1": StageAP(ap(34.0), ap(30.0))}, 4, "")
     figure = plot_study_layers({"A": [RESULT, other], "B": [RESULT]}, "title")
-    box, mask, lag = figure.axes
+    box, mask, imbalance = figure.axes
     assert list(box.lines[0].get_ydata()) == [10, 15, 16, 32]
     assert list(mask.lines[0].get_ydata()) == [20, 21, 29]
-    assert list(lag.lines[0].get_ydata()) == [10, 5, -3]
-    assert list(lag.lines[1].get_ydata()) == [10, 5, -2]
+    assert list(imbalance.lines[0].get_ydata()) == [10, 5, -3]
+    assert list(imbalance.lines[1].get_ydata()) == [10, 5, -2]
     heights = box.collections[0].get_paths()[0].vertices[:, 1]
     assert np.isclose([heights.min(), heights.max()], [10, 32 + 8**0.5]).all()  # (30, 34): deviation √8
-    assert {text.get_text() for text in lag.texts} == {"A (2 runs)", "B (1 run)"}
+    assert {text.get_text() for text in imbalance.texts} == {"A (2 runs)", "B (1 run)"}
     assert box.get_ylim() == mask.get_ylim()
 
 
 def test_variants_of_two_factors_have_a_colour_and_a_line_style():
     names = [f"{module}, {formula}" for formula in ("x", "y", "z, old") for module in ("A", "B", "C")]
-    box, _, lag = plot_study_layers({name: [RESULT] for name in names}, "title").axes
+    box, _, imbalance = plot_study_layers({name: [RESULT] for name in names}, "title").axes
     colours = [line.get_color() for line in box.lines]
     assert colours[:3] * 3 == colours
     assert len(set(colours)) == 3
     assert [line.get_linestyle() for line in box.lines] == ["-"] * 3 + ["--"] * 3 + [":"] * 3
     assert not box.collections  # no bands
-    places = sorted(text.get_position()[1] for text in lag.texts)
+    places = sorted(text.get_position()[1] for text in imbalance.texts)
     assert min(np.diff(places)) > 0
 
     others = plot_study_layers({"A, x": [RESULT], "B": [RESULT], "C": [RESULT]}, "title").axes[0]
@@ -233,15 +233,15 @@ def test_variants_of_two_factors_have_a_colour_and_a_line_style():
     assert len(others.collections) == 3
 
 
-def test_a_ceiling_far_above_the_curves_is_written_not_drawn():
+def test_an_upper_bound_far_above_the_curves_is_written_not_drawn():
     def drawn(limit):
         recall = AverageRecall(limit, None, None, None, {})
-        result = replace(RESULT, ceilings=Ceilings(recall, {"mask2box": recall, "bitmask": recall}, {}))
+        result = replace(RESULT, upper_bounds=UpperBounds(recall, {"mask2box": recall, "bitmask": recall}, {}))
         mask = plot_study_layers({"A": [result]}, "title").axes[1]
         return [text.get_text() for text in mask.texts], [list(line.get_ydata()) for line in mask.lines[1:]]
 
-    assert drawn(40.0) == (["ceiling of masks 40"], [[40.0, 40.0]])
-    assert drawn(95.0) == (["ceiling of masks 95"], [])
+    assert drawn(40.0) == (["upper bound, masks 40"], [[40.0, 40.0]])
+    assert drawn(95.0) == (["upper bound, masks 95"], [])
 
 
 def test_differences_show_intervals_and_published():
@@ -251,15 +251,15 @@ def test_differences_show_intervals_and_published():
 
     found = comparison("b − a", "last.box", 3.0, Interval(1.0, 5.0), Interval(-9.0, 15.0))
     single = comparison("c − a", "last.box", -1.0)
-    box, lag = plot_differences(
+    box, imbalance = plot_differences(
         [(found, {"COCO": 0.8}), (single, {}), (comparison("c − a", "first.imbalance", -1.0), {})], "title"
     ).axes
     drawn = [list(line.get_xdata()) for line in box.lines if len(line.get_xdata())]
     assert drawn == [[-9, 15], [1, 5], [3], [0.8], [-1], [0, 0]]
     assert {line.get_solid_capstyle() for line in box.lines[:2]} == {"butt"}  # other caps would lengthen intervals
-    assert [list(line.get_xdata()) for line in lag.lines] == [[-1], [0, 0]]
+    assert [list(line.get_xdata()) for line in imbalance.lines] == [[-1], [0, 0]]
     assert [label.get_text() for label in box.get_yticklabels()] == ["b − a", "c − a"]
-    assert box.get_xlim() == lag.get_xlim()
+    assert box.get_xlim() == imbalance.get_xlim()
     four = [f"decoder.{i}.box" for i in range(4)]
     drawn = plot_differences([(comparison("c − a", text, 1.0), {}) for text in four], "title").axes
     assert [axes.get_title() for axes in drawn] == [Quantity.parse(text).label for text in four]
@@ -329,12 +329,12 @@ def test_slopes_hold_the_values_and_the_lag():
     layers = {"first": {"box": 16.6, "mask": 21.1}, "last": {"box": 28.1, "mask": 25.3}}
     figure = plot_first_and_last_layer({"Paper": {"A": layers, "B": layers}, "Here": {"A": layers}})
     assert [axes.get_title() for axes in figure.axes] == ["A", "B", "A"]
-    mask, box, lag = figure.axes[0].lines
+    mask, box, imbalance = figure.axes[0].lines
     assert list(mask.get_ydata()) == [21.1, 25.3]
     assert list(box.get_ydata()) == [16.6, 28.1]
-    assert list(lag.get_ydata()) == [16.6, 21.1]
-    assert lag.get_solid_capstyle() == "butt"  # a round cap would lengthen the bar
-    assert {text.get_text() for text in figure.axes[0].texts} == {"21.1", "25.3", "16.6", "28.1", "lag\n+4.5"}
+    assert list(imbalance.get_ydata()) == [16.6, 21.1]
+    assert imbalance.get_solid_capstyle() == "butt"  # a round cap would lengthen the bar
+    assert {text.get_text() for text in figure.axes[0].texts} == {"21.1", "25.3", "16.6", "28.1", "mask −\nbox\n+4.5"}
 
 
 def test_labels_of_objects_do_not_overlap():

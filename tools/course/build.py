@@ -2,7 +2,7 @@
 
 A source (`notebooks/source/NN_name.py`, Jupytext's percent format) is a chapter with the solutions of its exercises:
 
-    def lag(box, mask):
+    def imbalance(box, mask):
         # solution
         return mask - box
         # end

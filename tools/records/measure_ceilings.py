@@ -17,7 +17,7 @@ from dimaskdino.data.coco import find_split
 from dimaskdino.data.shapes import ensure
 from dimaskdino.evaluation.coco_ap import read_truth
 from dimaskdino.evaluation.layerwise_ap import evaluate_layers
-from dimaskdino.evaluation.upper_bounds import ceilings
+from dimaskdino.evaluation.upper_bounds import upper_bounds
 from tools.records.sources import MEASUREMENTS
 
 PAPER = "coco/instance-segmentation/dimaskdino_r50_4scale_bs16_12ep"
@@ -27,7 +27,7 @@ FORMULAS = ("mask2box", "bitmask", "no")
 def measured(settings: Config) -> dict[str, object]:
     """The ceilings of a configuration on its validation split."""
     truth = read_truth(find_split(settings.data.root, settings.data.val)[0])
-    found = ceilings(truth, settings)
+    found = upper_bounds(truth, settings)
     return {"images": len(truth.dataset["images"]), "mask": found.mask.__dict__} | {
         convention: recall.__dict__ for convention, recall in found.box.items()
     }

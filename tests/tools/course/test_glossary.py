@@ -47,7 +47,7 @@ def test_symbols_are_linked_where_they_stand_alone():
 
 def test_the_glossary_and_the_table_of_symbols_are_read():
     terms, symbols = terms_of(FIRST), symbols_of(FIRST)
-    assert {"AP", "reference box", "token interaction", "ceiling"} <= set(terms)
+    assert {"AP", "reference box", "token interaction", "upper bound"} <= set(terms)
     assert {"$T_i$", "$T_g^{box}$", "$Q_{bal}$"} <= set(symbols)
     assert len(terms) == len(set(terms))
 
