@@ -71,7 +71,7 @@ def check(
     for report in reports:
         if report.statistics:
             print(f"{report.split}: {report.statistics.text()}")
-        print("".join(f"mended when read: {line}\n" for line in report.remarks), end="")
+        print("".join(f"repaired when read: {line}\n" for line in report.remarks), end="")
         print("".join(f"note: {line}\n" for line in report.advice), end="")
         for line in grouped(report.problems):
             print(f"{report.split}: {line}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Annotations in COCO format: one schema, by which every file is read.
+"""Read annotations in COCO format.
 
-Training, evaluation and `dimaskdino data check` use it alike. Each record is accepted; or mended, which is counted and
-told; or refused, with its id, what is wrong and what to do.
+Training, evaluation and `dimaskdino data check` share this reader. It accepts each entry; or repairs it, which is
+counted and reported; or refuses it with its id, the problem and a remedy.
 """
 
 import json
@@ -156,7 +156,7 @@ class Annotations:
         file: where it comes from.
         images, categories, annotations: the records, in the form of COCO, complete: each annotation has an `id` of its
             own, `image_id`, `category_id`, `bbox` (xywh, pixels), `area` (pixels), `iscrowd` (0 or 1), `segmentation`.
-        mended: what was mended, and how often.
+        repaired: what was repaired, and how often.
         problems: what is wrong with the records that cannot be used, which are left out.
     """
 
@@ -164,13 +164,13 @@ class Annotations:
     images: list[dict[str, Any]]
     categories: list[dict[str, Any]]
     annotations: list[dict[str, Any]]
-    mended: Mapping[str, int]
+    repaired: Mapping[str, int]
     problems: tuple[str, ...] = ()
 
     @property
     def remarks(self) -> list[str]:
-        """What was mended, for people."""
-        return [f"{self.file}: {count:,} {what}" for what, count in self.mended.items()]
+        """What was repaired, for people."""
+        return [f"{self.file}: {count:,} {what}" for what, count in self.repaired.items()]
 
     @property
     def objects(self) -> list[dict[str, Any]]:
@@ -236,22 +236,22 @@ def inspect_records(content: dict[str, Any], file: Path) -> Annotations:
     Raises:
         UserError: it is not in COCO format.
     """
-    mended: Counter[str] = Counter()
+    repaired: Counter[str] = Counter()
     records, problems = {}, []
     for part in ("images", "categories", "annotations"):
         if not isinstance(content.get(part), list):
             raise UserError(f"{file} is not in COCO format: it has no list '{part}'")
         if part != "annotations" and not content[part]:
             raise UserError(f"{file} lists no {part}")
-        records[part], wrong = _validate(content[part], part, mended)
+        records[part], wrong = _validate(content[part], part, repaired)
         problems += wrong
     for part, what in (("images", "image"), ("categories", "category")):
         problems += _duplicates(records[part], what)
     for category in records["categories"]:
         if not isinstance(category.get("name"), str) or not category["name"].strip():
-            mended["categories without a name, named by their id"] += 1
+            repaired["categories without a name, named by their id"] += 1
             category["name"] = str(category["id"])
-    checker = _Checker(records["images"], records["categories"], mended)
+    checker = _Checker(records["images"], records["categories"], repaired)
     # annotations of an image that cannot be used need no message of their own
     listed = {image.get("id") for image in content["images"] if isinstance(image, dict) and _hashable(image.get("id"))}
     refused = listed - checker.sizes.keys()
@@ -259,9 +259,9 @@ def inspect_records(content: dict[str, Any], file: Path) -> Annotations:
         (record for record in records["annotations"] if record["image_id"] not in refused), checker.complete
     )
     problems += wrong
-    _number(annotations, mended)
+    _number(annotations, repaired)
     named = tuple(f"{file}: {problem}" for problem in problems)
-    return Annotations(file, records["images"], records["categories"], annotations, dict(mended), named)
+    return Annotations(file, records["images"], records["categories"], annotations, dict(repaired), named)
 
 
 def parse_json(file: Path) -> dict[str, Any]:
@@ -283,7 +283,7 @@ def parse_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _validate(records: list[Any], part: str, mended: Counter[str]) -> tuple[list[dict[str, Any]], list[str]]:
+def _validate(records: list[Any], part: str, repaired: Counter[str]) -> tuple[list[dict[str, Any]], list[str]]:
     """The valid records, and what is wrong with the others."""
     what = {"images": "image", "categories": "category", "annotations": "annotation"}[part]
     counts: Counter[str] = Counter()  # not those of a pass that fails
@@ -295,9 +295,9 @@ def _validate(records: list[Any], part: str, mended: Counter[str]) -> tuple[list
             index, *field = problem["loc"]
             wrong.setdefault(int(index), _describe(what, int(index), records[int(index)], field, problem))
         rest = [record for index, record in enumerate(records) if index not in wrong]
-        valid, _ = _validate(rest, part, mended)
+        valid, _ = _validate(rest, part, repaired)
         return valid, list(wrong.values())
-    mended.update(counts)
+    repaired.update(counts)
     return valid, []
 
 
@@ -339,12 +339,12 @@ def _duplicates(records: list[dict[str, Any]], what: str) -> list[str]:
     return [f"{what} id {i} occurs {n} times; ids must be unique" for i, n in counts.items() if n > 1]
 
 
-def _number(annotations: list[dict[str, Any]], mended: Counter[str]) -> None:
+def _number(annotations: list[dict[str, Any]], repaired: Counter[str]) -> None:
     """Number the annotations anew unless each has an id of its own: scoring tells them apart by it."""
     ids = [annotation.get("id") for annotation in annotations]
     if all(type(i) is int and 0 < i <= LARGEST_ID for i in ids) and len(set(ids)) == len(ids):
         return
-    mended["annotations numbered anew, since ids were missing or not unique"] += len(annotations)
+    repaired["annotations numbered anew, since ids were missing or not unique"] += len(annotations)
     for number, annotation in enumerate(annotations, start=1):
         annotation["id"] = number
 
@@ -352,10 +352,10 @@ def _number(annotations: list[dict[str, Any]], mended: Counter[str]) -> None:
 class _Checker:
     """What an annotation needs beyond its own fields: its image and category, and a mask that fits."""
 
-    def __init__(self, images: list[dict[str, Any]], categories: list[dict[str, Any]], mended: Counter[str]) -> None:
+    def __init__(self, images: list[dict[str, Any]], categories: list[dict[str, Any]], repaired: Counter[str]) -> None:
         self.sizes = {image["id"]: (image["height"], image["width"]) for image in images}
         self.categories = {category["id"] for category in categories}
-        self.mended = mended
+        self.repaired = repaired
 
     def complete(self, annotation: dict[str, Any]) -> dict[str, Any]:
         """The annotation with all its fields.
@@ -373,13 +373,13 @@ class _Checker:
         if segmentation is None:
             if not annotation["iscrowd"] or annotation.get("bbox") is None:
                 raise ValueError("has no segmentation; the model needs masks, boxes are not enough")
-            self.mended["crowds without a mask, for which their box is taken"] += 1
+            self.repaired["crowds without a mask, for which their box is taken"] += 1
             annotation["segmentation"] = [_corners(annotation["bbox"])]
         elif isinstance(segmentation, dict):
             check_run_lengths(segmentation, size)
         for field, make in (("bbox", coco_mask.toBbox), ("area", coco_mask.area)):
             if annotation.get(field) is None:
-                self.mended[f"'{field}' missing or unusable, computed from the masks"] += 1
+                self.repaired[f"'{field}' missing or unusable, computed from the masks"] += 1
                 rle = to_run_lengths(annotation["segmentation"], size)
                 annotation[field] = make(rle).tolist()
         return annotation

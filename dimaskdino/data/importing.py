@@ -13,12 +13,21 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from dimaskdino.data.annotations import read_annotations, to_run_lengths
-from dimaskdino.data.exports import ExportedSplit, read_export
+from dimaskdino.data.check import shortened
+from dimaskdino.data.exports import ExportedSplit, coco, labelme, mask_folders, xml, yolo
 from dimaskdino.data.near_duplicates import difference_hash, groups_of_duplicates, shared_between
-from dimaskdino.data.summary import shortened
 from dimaskdino.utils.errors import UserError, writing
 from dimaskdino.utils.progress import progress_bar
 
+# each returns None if the source is not of its kind
+READERS = {
+    "COCO": coco.read,
+    "YOLO segmentation": yolo.read,
+    "CVAT for images": xml.read_cvat,
+    "Pascal VOC": xml.read_voc,
+    "LabelMe": labelme.read,
+    "masks in folders": mask_folders.read,
+}
 _SPLITS = ("train", "val", "test")
 _DRAWS = 200  # random divisions, of which the one with the evenest classes is taken
 
@@ -32,7 +41,7 @@ class Imported:
         layout: what the source was recognised as.
         counts: number of images and of objects of each split.
         classes: their names, in the order of the model's classes.
-        remarks: what was divided, mended or left out.
+        remarks: what was divided, repaired or left out.
     """
 
     folder: Path
@@ -65,7 +74,7 @@ def import_dataset(source: Path, folder: Path, val: float = 0.2, seed: int = 0) 
     almost the same, then stay on one side.
 
     Args:
-        source: an export's folder, or its annotations file. The layouts are those of `exports.READERS`.
+        source: an export's folder, or its annotations file. The layouts are those of `READERS`.
         folder: folder to make.
         val: fraction of the images that becomes the validation split if the source has none.
         seed: of the random division; the same seed divides alike.
@@ -267,3 +276,30 @@ def _place(source: Path, target: Path) -> str:
         return way
     shutil.copyfile(source, target)
     return "copied, since the file system has no links"
+
+
+def read_export(source: Path) -> tuple[str, list[ExportedSplit]]:
+    """Read an export of any known layout.
+
+    Args:
+        source: the export's folder, or its annotations file (json, yaml or xml).
+
+    Returns:
+        The layout's name, and its splits.
+
+    Raises:
+        UserError: there is no such source, its layout is not known, or its content cannot be used.
+    """
+    if not source.exists():
+        raise UserError(f"{source} does not exist")
+    for layout, read in READERS.items():
+        splits = read(source)
+        if splits:
+            return layout, splits
+    found = Counter(path.suffix.lower() or "no suffix" for path in source.rglob("*") if path.is_file())
+    holds = ", ".join(f"{count:,} {suffix}" for suffix, count in found.most_common(6))
+    holds = holds or ("no files" if source.is_dir() else "no annotations")
+    raise UserError(
+        f"{source} is no export of a known layout ({', '.join(READERS)}); it holds {holds}. "
+        "Give the folder with the annotations, or the json, yaml or xml file itself"
+    )

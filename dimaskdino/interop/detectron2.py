@@ -24,8 +24,7 @@ from dimaskdino.checkpoints.published_settings import flatten, known_keys, trans
 from dimaskdino.config import Config, parse_config
 from dimaskdino.data.coco import Sample
 from dimaskdino.data.dataloader import collate
-from dimaskdino.data.exports import ExportedSplit
-from dimaskdino.data.exports.records import split_in
+from dimaskdino.data.exports import ExportedSplit, split_in
 from dimaskdino.data.transforms import PADDING
 from dimaskdino.modeling import Detector, ImageBatch, postprocess
 from dimaskdino.training.criterion import criterion

@@ -28,8 +28,8 @@ from pydantic import BaseModel
 from dimaskdino.checkpoints import load_checkpoint
 from dimaskdino.config import Config, Validation, as_yaml, load_config
 from dimaskdino.data.annotations import read_annotations
+from dimaskdino.data.check import Statistics, describe
 from dimaskdino.data.coco import find_split, find_splits
-from dimaskdino.data.summary import Statistics, describe
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.training.trainer import train
 from dimaskdino.utils.errors import UserError

@@ -28,10 +28,9 @@ from dimaskdino.checkpoints.model_files import (
 )
 from dimaskdino.config import Config
 from dimaskdino.data import shapes
-from dimaskdino.data.check import advice
+from dimaskdino.data.check import advice, describe
 from dimaskdino.data.coco import CocoDataset
 from dimaskdino.data.dataloader import Batch, batches, explaining_dead_workers, training_dataset, training_loader
-from dimaskdino.data.summary import describe
 from dimaskdino.modeling import Detector, ImageBatch
 from dimaskdino.modeling.backbone import ResNet
 from dimaskdino.modeling.precision import autocast

@@ -1,4 +1,4 @@
-"""The schema of annotations: what is mended is counted, what cannot be used is named, nothing else comes through."""
+"""The schema of annotations: what is repaired is counted, what cannot be used is named, nothing else comes through."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def written(folder: Path, annotations: list, images: list | None = None, categor
         ({"iscrowd": 1, "segmentation": None}, "segmentation", [[4, 3, 12, 3, 12, 9, 4, 9]], "crowds without a mask"),
     ],
 )
-def test_what_can_be_mended_is_mended_and_told(change, field, value, told, tmp_path):
+def test_what_can_be_repaired_is_repaired_and_told(change, field, value, told, tmp_path):
     found = read_annotations(written(tmp_path, [{"id": 1} | OBJECT | change]))
     (annotation,) = found.annotations
     assert annotation[field] == value
@@ -155,7 +155,7 @@ def test_whatever_is_accepted_can_be_drawn_and_scored(annotations, tmp_path):
     file.write_text(json.dumps(content))
     again = read_annotations(file)
     assert again.annotations == found.annotations
-    assert again.mended == {}
+    assert again.repaired == {}
     detections = [
         {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 0.5}
         for a in found.annotations

@@ -10,9 +10,8 @@ from PIL import Image
 from dimaskdino.cli.data import check as check_command
 from dimaskdino.config import Config, parse_config
 from dimaskdino.data.annotations import inspect_annotations
-from dimaskdino.data.check import advice, check_dataset, grouped
+from dimaskdino.data.check import advice, check_dataset, describe, grouped
 from dimaskdino.data.coco import CocoDataset, find_split, find_splits
-from dimaskdino.data.summary import describe
 from dimaskdino.utils.errors import UserError
 
 SIDE = 80

@@ -2,7 +2,7 @@
 
 from test_coco import SQUARE, dataset
 
-from dimaskdino.data.summary import describe
+from dimaskdino.data.check import describe
 
 BOX = {"segmentation": [SQUARE], "bbox": [4, 3, 8, 6]}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dimaskdino.data.annotations import inspect_records, parse_json, without_problems
-from dimaskdino.data.exports.records import ExportedSplit, ImageFiles, missing_image, split_of
+from dimaskdino.data.exports import ExportedSplit, ImageFiles, missing_image, split_of
 from dimaskdino.utils.errors import UserError
 
 PARTS = ("images", "annotations", "categories")
@@ -67,7 +67,7 @@ def _split(name: str | None, file: Path, content: dict[str, Any], images: ImageF
     label = {category["id"]: number for number, category in enumerate(categories)}
     split = ExportedSplit(name, [category["name"] for category in categories])
     split.boxes = len(records) - len(with_masks)
-    split.remarks.update(found.mended)
+    split.remarks.update(found.repaired)
     missing = []
     for record in found.images:
         path = images.find(record["file_name"], file, name)

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dimaskdino.data.annotations import parse_json
 from dimaskdino.data.coco import encode_masks
-from dimaskdino.data.exports.records import ExportedSplit, ImageFiles, Outline, missing_image, split_of_folder
+from dimaskdino.data.exports import ExportedSplit, ImageFiles, Outline, missing_image, split_of_folder
 from dimaskdino.utils.errors import UserError
 
 _CIRCLE_POINTS = 64

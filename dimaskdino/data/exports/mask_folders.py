@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from dimaskdino.data.coco import encode_masks
-from dimaskdino.data.exports.records import ExportedSplit, read_mask, split_of_folder, upright_size
+from dimaskdino.data.exports import ExportedSplit, read_mask, split_of_folder, upright_size
 from dimaskdino.data.images import SUFFIXES
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.progress import progress_bar

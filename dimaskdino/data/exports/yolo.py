@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from dimaskdino.data.exports.records import SPLIT_NAMES, ExportedSplit, upright_size
+from dimaskdino.data.exports import SPLIT_NAMES, ExportedSplit, upright_size
 from dimaskdino.data.images import SUFFIXES
 from dimaskdino.utils.errors import UserError
 
