@@ -27,6 +27,7 @@ from dimaskdino.interop.fiftyone import to_fiftyone
 from dimaskdino.interop.supervision import to_supervision
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.precision import Precision, fast_precision
+from dimaskdino.modeling.stages import stage_names
 from dimaskdino.utils.errors import UserError, writing
 from dimaskdino.utils.files import write_text
 from dimaskdino.utils.markdown import escape
@@ -175,14 +176,7 @@ class Model(TrainedModel):
     @property
     def stages(self) -> list[str]:
         """Names of the stages that `predict` takes, in the order of the model; the last is the default."""
-        selection = self.config.model.selection
-        interaction_layers = (len(selection.k) - 1) * selection.token_interaction_layers
-        interactions = [f"token_interaction.{i}" for i in range(interaction_layers)]
-        return [
-            "first_selection",
-            *interactions,
-            *(f"decoder.{i}" for i in range(self.config.model.decoder.layers + 1)),
-        ]
+        return stage_names(self.config.model)
 
     @overload
     def predict(self, images: ImageInput, *, stage: str | None = ..., threshold: float = ...) -> Result: ...

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dimaskdino.config import Config, parse_config
+from dimaskdino.config.sections import RENAMED_MODULES
 from dimaskdino.modeling import Detector, ImageBatch, Predictions
 from dimaskdino.modeling.precision import Precision, autocast
 from dimaskdino.utils.errors import UserError
@@ -27,6 +28,14 @@ _POINTS_BEFORE_0_2 = ("last.pt", "previous.pt")
 CLASS_PARAMETERS = ("heads.label.weight", "heads.label.bias", "denoising.labels.weight")
 # their shape depends on the backbone's channels
 BACKBONE_PARAMETERS = ("pixel_decoder.projections.", "pixel_decoder.lateral.0.")
+
+
+def current_name(stored: str) -> str:
+    """The name of a parameter in this version, from its name in a file of any version of the kit."""
+    module, dot, rest = stored.partition(".")
+    if module == "de_imbalance" and rest[:1].isdigit():  # version 0.2 numbered the selections after the first
+        module = "de_imbalance.second_selections"
+    return RENAMED_MODULES.get(module, module) + dot + rest
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,7 @@ def _read_model(path: Path) -> tuple[dict[str, Tensor], str, list[str], int]:
             classes, step = json.loads(metadata["classes"]), int(metadata["step"])
         except (KeyError, ValueError) as error:
             raise UserError(f"{path} has damaged metadata ({error}); take another copy of the file") from None
+        weights = {current_name(key): value for key, value in weights.items()}
         return weights, metadata["config"], _class_names(classes, path), step
     state = read_resume_point(path)
     return state["model"], state["config"], _class_names(state["classes"], path), state["step"]
@@ -178,6 +188,13 @@ def read_resume_point(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is no resume point: {', '.join(damaged) or 'model'} is missing or damaged; take an earlier one"
         )
+    state["model"] = {current_name(key): value for key, value in state["model"].items()}
+    if state.get("average"):  # of torch's AveragedModel: `module.` before the names, and the number of averages
+        average = {}
+        for key, value in state["average"].items():
+            prefix, dot, name = key.partition(".")
+            average[prefix + dot + current_name(name)] = value
+        state["average"] = average
     return state
 
 
@@ -207,7 +224,8 @@ def initialize_from(
             weights.
         weights: state dict of the trained model.
         source: where the weights come from, for error messages.
-        modules: names of the detector's modules to initialise, such as `backbone`; all if empty.
+        modules: names of the detector's modules to initialise, such as `backbone` or `de_imbalance.first_selection`;
+            all if empty.
 
     Returns:
         Names of the parameters that stay re-initialised for another number of classes or another backbone.
@@ -217,11 +235,15 @@ def initialize_from(
     """
     own = detector.state_dict()
     if modules:
-        known = [name for name, _ in detector.named_children()]
-        if unknown := sorted(set(modules) - set(known)):
-            raise UserError(f"train.weights_of: the model has no module '{unknown[0]}', only {', '.join(known)}")
-        chosen = {key: value for key, value in weights.items() if key.partition(".")[0] in modules}
-        weights = chosen | {key: value for key, value in own.items() if key.partition(".")[0] not in modules}
+        known = {name for name, _ in detector.named_modules()}
+        prefixes = []
+        for name in modules:
+            if name not in known:
+                children = ", ".join(child for child, _ in detector.named_children())
+                raise UserError(f"train.weights_of: the model has no module '{name}', only {children}")
+            prefixes.append(f"{name}.")
+        chosen = {key: value for key, value in weights.items() if key.startswith(tuple(prefixes))}
+        weights = chosen | {key: value for key, value in own.items() if not key.startswith(tuple(prefixes))}
     fresh = [
         key
         for key in sorted(weights.keys() & own.keys())

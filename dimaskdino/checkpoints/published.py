@@ -21,6 +21,7 @@ from dimaskdino.utils.serialization import read_state_dict
 
 _PIXEL = r"sem_seg_head\.pixel_decoder"
 _HEAD = r"sem_seg_head\.predictor"
+_SECOND_SELECTION = "de_imbalance.second_selections.0"
 _FFN = [(r"linear([12])\.", r"ffn.linear\1.")]
 
 # (pattern at the beginning of a published key, replacement); the first match applies
@@ -36,14 +37,14 @@ _RULES: list[tuple[str, str]] = [
     (rf"{_PIXEL}\.layer_1\.norm\.", "pixel_decoder.output.1."),
     (rf"{_PIXEL}\.layer_1\.", "pixel_decoder.output.0."),
     (rf"{_PIXEL}\.mask_features\.", "pixel_decoder.mask_features."),
-    (rf"{_HEAD}\.enc_output\.", "first_selection.project."),
-    (rf"{_HEAD}\.enc_output_norm\.", "first_selection.norm."),
+    (rf"{_HEAD}\.enc_output\.", "de_imbalance.first_selection.project."),
+    (rf"{_HEAD}\.enc_output_norm\.", "de_imbalance.first_selection.norm."),
     (rf"{_HEAD}\.label_enc\.", "denoising.labels."),
     (rf"{_HEAD}\.(?:oldm\.|decoder\.)?class_embed\.", "heads.label."),
     (rf"{_HEAD}\.(?:decoder_norm|decoder\.norm)\.", "heads.norm."),
-    (rf"{_HEAD}\.(?:oldm_norm|oldm\.norm)\.", "de_imbalance.0.norm."),
-    (rf"{_HEAD}\.decoder\.mask_output_conv\.norm\.", "token_optimization.mask_features.1."),
-    (rf"{_HEAD}\.decoder\.mask_output_conv\.", "token_optimization.mask_features.0."),
+    (rf"{_HEAD}\.(?:oldm_norm|oldm\.norm)\.", f"{_SECOND_SELECTION}.norm."),
+    (rf"{_HEAD}\.decoder\.mask_output_conv\.norm\.", "bato.mask_features.1."),
+    (rf"{_HEAD}\.decoder\.mask_output_conv\.", "bato.mask_features.0."),
 ]
 
 # (pattern at the beginning, new beginning, rules for the rest of the key)
@@ -80,7 +81,7 @@ _BLOCKS: list[tuple[str, str, list[tuple[str, str]]]] = [
     ),
     (
         rf"{_HEAD}\.oldm\.layers\.(\d+)\.",
-        "de_imbalance.0.layers.{0}.",
+        "de_imbalance.second_selections.0.layers.{0}.",
         [
             (r"self_attn\.", "attention.attention."),
             (r"norm1\.", "attention.norm."),
@@ -90,7 +91,7 @@ _BLOCKS: list[tuple[str, str, list[tuple[str, str]]]] = [
     ),
     (
         rf"{_HEAD}\.(?:decoder\.)?query_guide_feature_update\.",
-        "token_optimization.",
+        "bato.",
         [
             (r"multihead_attn\.", "attention.attention."),
             (r"norm1\.", "attention.norm."),
@@ -103,9 +104,12 @@ _BLOCKS: list[tuple[str, str, list[tuple[str, str]]]] = [
 # MLPs: layer i is module 2·i of ours, a ReLU in between
 _MLPS: list[tuple[str, str]] = [
     (rf"{_HEAD}\.(?:_bbox_embed|(?:decoder\.)?bbox_embed\.\d+)", "heads.box"),
-    (rf"{_HEAD}\.(?:_oldm_bbox_embed|oldm_bbox_embed\.\d+|oldm\.bbox_embed\.\d+)", "de_imbalance.0.box"),
+    (
+        rf"{_HEAD}\.(?:_oldm_bbox_embed|oldm_bbox_embed\.\d+|oldm\.bbox_embed\.\d+)",
+        f"{_SECOND_SELECTION}.box",
+    ),
     (rf"{_HEAD}\.(?:decoder\.)?mask_embed", "heads.mask"),
-    (rf"{_HEAD}\.oldm\.ref_point_head", "de_imbalance.0.position"),
+    (rf"{_HEAD}\.oldm\.ref_point_head", f"{_SECOND_SELECTION}.position"),
     (rf"{_HEAD}\.decoder\.ref_point_head", "decoder.position_head"),
 ]
 
@@ -198,11 +202,11 @@ def architecture(state: Mapping[str, Tensor], path: Path) -> config.Model:
     def count(prefix: str) -> int:
         return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
 
-    levels, double = count("pixel_decoder.projections."), count("de_imbalance.0.layers.")
+    levels, double = count("pixel_decoder.projections."), count("de_imbalance.second_selections.0.layers.")
     # the encoder reads res2 if its first projection has as many input channels as the lateral convolution on res2
     first, lateral = (state[f"pixel_decoder.{name}.0.weight"].shape[1] for name in ("projections.0", "lateral"))
     finest = "res2" if first == lateral else "res3"
-    bato = any(key.startswith("token_optimization.") for key in state)
+    bato = any(key.startswith("bato.") for key in state)
     published = config.Model()
     return config.Model(
         classes=len(state["heads.label.bias"]),

@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+# names of the model's modules in version 0.2, and today
+RENAMED_MODULES = {"first_selection": "de_imbalance.first_selection", "token_optimization": "bato"}
+
 
 class Section(BaseModel):
     """A node of the tree. It is immutable and refuses unknown keys."""
@@ -332,8 +335,18 @@ class Train(Section):
         description="fine-tuning: a trained model to start from, run folder, file or course model; classes may differ",
     )
     weights_of: tuple[str, ...] = Field(
-        (), description="the modules that start from these weights, such as [backbone, pixel_decoder]; all if empty"
+        (),
+        description="the modules that start from these weights, such as [backbone, de_imbalance.first_selection]; "
+        "all if empty",
     )
+
+    @field_validator("weights_of")
+    @classmethod
+    def _modules(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The names of today's version; modules inside another one of the list are left out."""
+        renamed = [RENAMED_MODULES.get(name, name) for name in names]
+        return tuple(name for name in renamed if name.rpartition(".")[0] not in renamed)
+
     validation: Validation = Validation()
     average: float | None = Field(
         None, gt=0, lt=1, description="decay per step of an average of the weights (EMA), which is validated and saved"

@@ -16,6 +16,7 @@ from torchvision.ops import box_convert
 
 from dimaskdino.checkpoints import TrainedModel
 from dimaskdino.modeling import Detector, ImageBatch
+from dimaskdino.modeling.stages import last_layer
 from dimaskdino.modeling.structures import PIXEL_MEAN, PIXEL_STD, SIZE_DIVISOR
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.files import write_atomically
@@ -112,7 +113,7 @@ def export(model: TrainedModel, path: Path, stage: str | None = None, detections
     if path.suffix not in _EXAMPLES:
         raise UserError(f"{path}: the file must end in .onnx, or in .pt2 for torch.export")
     settings = model.config
-    stage = stage or f"decoder.{settings.model.decoder.layers}"
+    stage = stage or last_layer(settings.model)
     most = settings.model.selection.k[-1] * settings.model.classes
     count = min(detections or settings.evaluation.detections, most)
     module = Exportable(model.detector.cpu().eval(), stage, count)

@@ -1,15 +1,16 @@
 """De-Imbalance: residual double-selection of feature tokens (section 3, Eq. 1–4).
 
-Detection lags in the first decoder layers because a token describes its own place well but not the object around it.
-De-Imbalance keeps more tokens than needed (first selection), lets the tokens of one object exchange information (token
-interaction), and keeps the best of the result (second selection). The residual connection of Eq. 4 is the first decoder
-layer, which attends to the original tokens.
+In the first decoder layers detection lags behind segmentation: a token describes its own place well, but not the whole
+object around it. De-Imbalance first keeps more tokens than the decoder needs (first selection), lets these tokens
+exchange information by self-attention (token interaction), and then keeps the best of them (second selection). The
+residual connection of Eq. 4 is the first decoder layer, which attends to the original tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dimaskdino import config
@@ -18,57 +19,64 @@ from dimaskdino.modeling.layers import (
     MLP,
     Attention,
     FeedForward,
+    gather_rows,
     inverse_sigmoid,
     reset_matrices,
+    select_top,
     sine_boxes,
     through_logits,
 )
+from dimaskdino.modeling.stages import FIRST_SELECTION, token_interaction
 from dimaskdino.modeling.structures import FeatureLevels, SelectedTokens, Stage
 
 MASK_CHUNK = 64  # number of masks computed at a time, to bound memory
 
 
-def gather_rows(x: Float[Tensor, "B N D"], indices: Int[Tensor, "B k"]) -> Float[Tensor, "B k D"]:
-    """The rows `indices` of each image."""
-    return x.gather(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
 class FirstSelection(nn.Module):
-    """The k1 feature tokens that look most like an object, with boxes from their masks (Eq. 1).
+    """Select the k1 feature tokens that look most like an object, and give them boxes from their masks (Eq. 1).
 
         T_s1 = Top_k1(T_i)                               (scored by the class head)
 
-    In the code `T_i.tokens` are the feature tokens, `indices` the rows of T_s1 in them, `content` the selected tokens.
+    `T_i.tokens` are the feature tokens, `indices` the rows of T_s1 in them, `content` the selected tokens.
     """
 
-    def __init__(self, model: config.Model) -> None:
+    def __init__(self, cfg: config.Model) -> None:
         super().__init__()
-        C = model.hidden_dim
-        self.k, self.mask_to_box = model.selection.k[0], model.selection.mask_to_box
-        self.detach = model.selection.detach
+        C = cfg.hidden_dim
+        self.k, self.mask_to_box = cfg.selection.k[0], cfg.selection.mask_to_box
+        self.detach = cfg.selection.detach
         self.project = nn.Linear(C, C)
         self.norm = nn.LayerNorm(C)
         nn.init.xavier_uniform_(self.project.weight)
         nn.init.zeros_(self.project.bias)
 
     def forward(
-        self, T_i: FeatureLevels, heads: PredictionHeads, mask_features: Float[Tensor, "B C h w"]
+        self, T_i: FeatureLevels, mask_features: Float[Tensor, "B C h w"], heads: PredictionHeads
     ) -> tuple[SelectedTokens, Stage]:
         """Select tokens.
 
+        Args:
+            T_i: the feature tokens, coarsest level first.
+            mask_features: F.
+            heads: the shared prediction heads.
+
         Returns:
-            T_s1, detached unless the settings say otherwise, with mask-guided boxes; and the stage `first_selection`,
-            which is supervised.
+            T_s1, detached unless `selection.detach` is false, with boxes from its masks; and the stage
+            `first_selection`, which is supervised.
         """
+        # (N, 4) and (N,): a prior box for every token, and whether it lies inside the image
         proposals = proposal_boxes(T_i)
         valid = ((proposals > 0.01) & (proposals < 0.99)).all(-1)
+        # (B, N, C)
         m = self.norm(self.project(T_i.tokens * valid[:, None]))
-        # quirk: scored without the heads' norm; the stage below predicts with it
-        scores, indices = heads.label(m).amax(-1).topk(min(self.k, m.shape[1]), dim=1)
+        # (B, k1), (B, k1); quirk: scored without the heads' norm, although the stage below predicts with it
+        scores, indices = select_top(heads.label(m), self.k)
+        # (B, k1, C)
         content = gather_rows(m, indices)
+        # (B, k1, 4)
         logit = torch.log(proposals / (1 - proposals)).masked_fill(~valid[:, None], torch.inf)
         boxes = (heads.box(content) + logit[indices]).sigmoid()
-        stage = heads("first_selection", content, boxes, mask_features)
+        stage = heads(FIRST_SELECTION, content, boxes, mask_features)
         if self.mask_to_box != "no":
             boxes = through_logits(mask_guided_boxes(stage, exact=self.mask_to_box == "bitmask"))
         if self.detach:
@@ -127,61 +135,82 @@ def _extent(occupied: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
 class TokenInteractionLayer(nn.Module):
     """Self-attention among the selected tokens, then a feed-forward block (Eq. 2)."""
 
-    def __init__(self, model: config.Model) -> None:
+    def __init__(self, cfg: config.Model) -> None:
         super().__init__()
-        self.attention = Attention(model.hidden_dim, model.heads)
-        self.ffn = FeedForward(model.hidden_dim, model.decoder.ffn_dim)
+        self.attention = Attention(cfg.hidden_dim, cfg.heads)
+        self.ffn = FeedForward(cfg.hidden_dim, cfg.decoder.ffn_dim)
 
-    def forward(self, x: Tensor, position: Tensor, need_weights: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Float[Tensor, "B k C"], position: Float[Tensor, "B k C"], need_weights: bool
+    ) -> tuple[Float[Tensor, "B k C"], Tensor | None]:
+        # (B, k, C), and with need_weights (B, k, k)
         x, attention = self.attention(x, x + position, x + position, x, need_weights=need_weights)
         return self.ffn(x), attention
 
 
 @dataclass(frozen=True)
 class DeImbalanceOutput:
-    """What one round of token interaction and selection gives.
+    """The selected tokens, and the stages predicted on the way.
 
     Attributes:
-        tokens: the selected tokens, undetached.
-        stages: the supervised stages `token_interaction.i`.
-        attention: per layer the attention among the tokens (B, k, k), mean over the heads; None if not asked for.
+        selections: the tokens kept by each selection in order: T_s1, T_s2, and T_s3 in a triple selection. The last
+            become the decoder's queries.
+        stages: the supervised stages in order: `first_selection`, `token_interaction.0`, …
+        attention: per token-interaction layer the attention among the tokens (B, k, k), mean over the heads; empty
+            without `need_weights`.
     """
 
-    tokens: SelectedTokens
+    selections: list[SelectedTokens]
     stages: list[Stage]
-    attention: list[Tensor | None]
+    attention: list[Tensor]
+
+    def __add__(self, other: "DeImbalanceOutput") -> "DeImbalanceOutput":
+        """The steps of this output followed by those of another."""
+        return DeImbalanceOutput(
+            self.selections + other.selections, self.stages + other.stages, self.attention + other.attention
+        )
 
 
-class DeImbalance(nn.Module):
-    """Token interaction and one further selection. A triple selection uses two of these.
+class SecondSelection(nn.Module):
+    """Token interaction, then a further selection. A triple selection has two of these.
 
-    For the double selection of the paper, with `tokens` = T_s1 and the result's `tokens` = T_s2:
+    For the double selection of the paper, with `tokens` = T_s1 and the output's selection T_s2:
 
         T_s1' = FFN(MHSA(T_s1))                          (Eq. 2, `layers`)
-        T_s2  = Top_k2(T_s1')                            (Eq. 3, scored by the class head)
+        T_s2  = Top_k2(T_s1')                            (Eq. 3, scored by `score`)
 
     The residual connection of Eq. 4, Q_bal = MHCA(T_s2, T_i), is the decoder's first layer.
+
+    Args:
+        cfg: the settings of the model.
+        k: number of tokens to keep.
     """
 
-    def __init__(self, model: config.Model, k: int) -> None:
+    def __init__(self, cfg: config.Model, k: int) -> None:
         super().__init__()
-        C = model.hidden_dim
+        C = cfg.hidden_dim
         self.k = k
-        self.layers = nn.ModuleList(
-            TokenInteractionLayer(model) for _ in range(model.selection.token_interaction_layers)
-        )
+        self.layers = nn.ModuleList()
+        for _ in range(cfg.selection.token_interaction_layers):
+            self.layers.append(TokenInteractionLayer(cfg))
         self.position = MLP(2 * C, C, C)
         self.norm = nn.LayerNorm(C)
         reset_matrices(self)
         self.box = box_head(C)
 
     def forward(
-        self, tokens: SelectedTokens, heads: PredictionHeads, first_stage: int, need_weights: bool
+        self,
+        tokens: SelectedTokens,
+        mask_features: Float[Tensor, "B C h w"],
+        heads: PredictionHeads,
+        first_stage: int = 0,
+        need_weights: bool = False,
     ) -> DeImbalanceOutput:
         """Let the tokens interact and keep the best k.
 
         Args:
             tokens: T_s1 (or T_s2 in a triple selection).
+            mask_features: F, for selections that look at masks.
             heads: the shared prediction heads.
             first_stage: number of the first token-interaction stage.
             need_weights: also return the attention.
@@ -189,21 +218,77 @@ class DeImbalance(nn.Module):
         x, reference = tokens.content, tokens.boxes
         C = x.shape[-1]
         stages: list[Stage] = []
-        attention: list[Tensor | None] = []
+        attention: list[Tensor] = []
         for number, layer in enumerate(self.layers, start=first_stage):
             reference = reference.detach()
+            # (B, k1, C), and with need_weights (B, k1, k1)
             x, weights = layer(x, self.position(sine_boxes(reference, C)), need_weights)
-            attention.append(weights)
+            if weights is not None:
+                attention.append(weights)
+            # (B, k1, 4)
             reference = (self.box(x) + inverse_sigmoid(reference)).sigmoid()
             # quirks: the heads' norm on top of this one; a second step from the already refined, undetached box
             y = self.norm(x)
             boxes = (self.box(y) + inverse_sigmoid(reference)).sigmoid()
-            stages.append(heads(f"token_interaction.{number}", y, boxes, None))
-        scores, rows = heads.label(self.norm(x)).amax(-1).topk(min(self.k, x.shape[1]), dim=1)
-        selected = SelectedTokens(
-            gather_rows(x, rows),
-            through_logits(gather_rows(reference, rows)),
-            tokens.indices.gather(1, rows),
-            scores.detach(),
-        )
-        return DeImbalanceOutput(selected, stages, attention)
+            stages.append(heads(token_interaction(number), y, boxes, None))
+        # (B, k2), (B, k2)
+        scores, rows = select_top(self.score(self.norm(x), mask_features, heads), self.k)
+        # (B, k2, C), (B, k2, 4), (B, k2)
+        content = gather_rows(x, rows)
+        boxes = through_logits(gather_rows(reference, rows))
+        indices = tokens.indices.gather(1, rows)
+        return DeImbalanceOutput([SelectedTokens(content, boxes, indices, scores.detach())], stages, attention)
+
+    def score(
+        self, x: Float[Tensor, "B k C"], mask_features: Float[Tensor, "B C h w"], heads: PredictionHeads
+    ) -> Float[Tensor, "B k K"]:
+        """Scores by which tokens are kept: the class logits. The highest score of a token counts.
+
+        Override it to select by something else, for example by mask quality: `heads.mask(x)` are mask embeddings,
+        whose products with `mask_features` are mask logits.
+        """
+        return heads.label(x)
+
+
+class DeImbalance(nn.Module):
+    """The first selection, and for each further number in `selection.k` token interaction with another selection.
+
+    With one number in `selection.k` only the first selection is left, which is MaskDINO's token selection.
+
+    Args:
+        cfg: the settings of the model.
+        second_selection: makes each further selection from the settings and its k; `SecondSelection` by default.
+    """
+
+    def __init__(
+        self, cfg: config.Model, second_selection: Callable[[config.Model, int], nn.Module] = SecondSelection
+    ) -> None:
+        super().__init__()
+        self.first_selection = FirstSelection(cfg)
+        self.second_selections = nn.ModuleList()
+        for k in cfg.selection.k[1:]:
+            self.second_selections.append(second_selection(cfg, k))
+
+    def forward(
+        self,
+        T_i: FeatureLevels,
+        mask_features: Float[Tensor, "B C h w"],
+        heads: PredictionHeads,
+        need_weights: bool = False,
+    ) -> DeImbalanceOutput:
+        """Select the tokens that become decoder queries.
+
+        Args:
+            T_i: the feature tokens, coarsest level first.
+            mask_features: F.
+            heads: the shared prediction heads.
+            need_weights: also return the attention of token interaction.
+        """
+        # Eq. 1: T_s1, (B, k1, C)
+        T_s1, first_stage = self.first_selection(T_i, mask_features, heads)
+        output = DeImbalanceOutput([T_s1], [first_stage], [])
+        # Eq. 2–3: T_s2, (B, k2, C)
+        for selection in self.second_selections:
+            number = len(output.stages) - 1
+            output += selection(output.selections[-1], mask_features, heads, number, need_weights)
+        return output

@@ -30,12 +30,12 @@ class DecoderLayer(nn.Module):
     after BATO.
     """
 
-    def __init__(self, model: config.Model) -> None:
+    def __init__(self, cfg: config.Model) -> None:
         super().__init__()
-        C = model.hidden_dim
-        self.self_attention = Attention(C, model.heads)
-        self.cross_attention = DeformableAttention(C, model.heads, model.pixel_decoder.levels, model.points)
-        self.ffn = FeedForward(C, model.decoder.ffn_dim)
+        C = cfg.hidden_dim
+        self.self_attention = Attention(C, cfg.heads)
+        self.cross_attention = DeformableAttention(C, cfg.heads, cfg.pixel_decoder.levels, cfg.points)
+        self.ffn = FeedForward(C, cfg.decoder.ffn_dim)
 
     def forward(
         self, x: Tensor, position: Tensor, reference: Tensor, memory: FeatureLevels, attention_mask: Tensor | None
@@ -66,10 +66,10 @@ class LayerOutput:
 class Decoder(nn.Module):
     """The stack of layers, run one at a time, so that BATO can optimise the tokens in between."""
 
-    def __init__(self, model: config.Model) -> None:
+    def __init__(self, cfg: config.Model) -> None:
         super().__init__()
-        C = model.hidden_dim
-        self.layers = nn.ModuleList(DecoderLayer(model) for _ in range(model.decoder.layers))
+        C = cfg.hidden_dim
+        self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.decoder.layers))
         self.position_head = MLP(2 * C, C, C)
         reset_matrices(self)
 

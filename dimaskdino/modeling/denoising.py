@@ -23,10 +23,10 @@ class DenoisingQueries:
 class Denoising(nn.Module):
     """Generates denoising queries. Holds the embedding of the class labels."""
 
-    def __init__(self, model: config.Model) -> None:
+    def __init__(self, cfg: config.Model) -> None:
         super().__init__()
-        self.settings = model.denoising
-        self.labels = nn.Embedding(model.classes, model.hidden_dim)
+        self.cfg = cfg.denoising
+        self.labels = nn.Embedding(cfg.classes, cfg.hidden_dim)
 
     def forward(self, targets: Targets, matching: int) -> DenoisingQueries:
         """Generate noised objects.
@@ -41,16 +41,16 @@ class Denoising(nn.Module):
         """
         M = targets.labels.shape[1]
         most = max(targets.counts, default=0)
-        groups = self.settings.queries // most if most else 0
+        groups = self.cfg.queries // most if most else 0
         labels = targets.labels.repeat(1, groups)
         boxes = targets.boxes.repeat(1, groups, 1)
         valid = targets.valid.repeat(1, groups)
 
-        flip = torch.rand(labels.shape, device=labels.device) < self.settings.label_noise
+        flip = torch.rand(labels.shape, device=labels.device) < self.cfg.label_noise
         labels = torch.where(flip, torch.randint_like(labels, self.labels.num_embeddings), labels)
         # centre ± noise·(w, h)/2, size ± noise·(w, h)
         extent = torch.cat([boxes[..., 2:] / 2, boxes[..., 2:]], dim=-1)
-        boxes = boxes + self.settings.box_noise * extent * (2 * torch.rand_like(boxes) - 1)
+        boxes = boxes + self.cfg.box_noise * extent * (2 * torch.rand_like(boxes) - 1)
 
         content = self.labels(labels) * valid.unsqueeze(-1)
         # 0.5 (a logit of 0) where there is no object

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 from dimaskdino import config
 from dimaskdino.modeling.backbone import build_backbone
 from dimaskdino.modeling.bato import BATO, Guide
-from dimaskdino.modeling.de_imbalance import DeImbalance, FirstSelection
+from dimaskdino.modeling.de_imbalance import DeImbalance
 from dimaskdino.modeling.decoder import Decoder, LayerOutput, random_boxes
 from dimaskdino.modeling.denoising import Denoising, DenoisingQueries
 from dimaskdino.modeling.heads import PredictionHeads
 from dimaskdino.modeling.layers import inverse_sigmoid
 from dimaskdino.modeling.pixel_decoder import PixelDecoder
+from dimaskdino.modeling.stages import DECODER_INPUT, decoder, is_decoder
 from dimaskdino.modeling.structures import (
     ImageBatch,
     Predictions,
@@ -28,25 +29,34 @@ class Detector(nn.Module):
     """DI-MaskDINO; with one selection and without BATO its baseline MaskDINO.
 
     Args:
-        model: the settings of the model.
+        cfg: the settings of the model.
+        backbone: a module to use instead of the one that the settings name. It has `channels`, {stride: number of
+            channels} for strides 4, 8, 16 and 32, and maps (B, 3, H, W) to {stride: (B, channels, H/stride, W/stride)}.
+        de_imbalance: a module to use instead of `DeImbalance`, with the same arguments and output.
+        bato: a module to use instead of `BATO`, with the same arguments and output.
 
     Raises:
         UserError: the backbone does not exist, or its weights are not available.
     """
 
-    def __init__(self, model: config.Model) -> None:
+    def __init__(
+        self,
+        cfg: config.Model,
+        backbone: nn.Module | None = None,
+        de_imbalance: nn.Module | None = None,
+        bato: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.settings = model
-        self.backbone = build_backbone(model.backbone)
-        self.pixel_decoder = PixelDecoder(model, self.backbone.channels)
-        self.heads = PredictionHeads(model)
-        self.first_selection = FirstSelection(model)
-        self.de_imbalance = nn.ModuleList(DeImbalance(model, k) for k in model.selection.k[1:])
-        self.denoising = Denoising(model)
-        self.decoder = Decoder(model)
+        self.cfg = cfg
+        self.backbone = backbone or build_backbone(cfg.backbone)
+        self.pixel_decoder = PixelDecoder(cfg, self.backbone.channels)
+        self.heads = PredictionHeads(cfg)
+        self.de_imbalance = de_imbalance or DeImbalance(cfg)
+        self.denoising = Denoising(cfg)
+        self.decoder = Decoder(cfg)
         # with one decoder layer nothing comes after BATO
-        uses_bato = model.bato.enabled and model.decoder.layers > 1
-        self.token_optimization = BATO(model) if uses_bato else None
+        uses_bato = cfg.bato.enabled and cfg.decoder.layers > 1
+        self.bato = (bato or BATO(cfg)) if uses_bato else None
         # faster convolutions; feature tokens (B, N, C) are channels-last maps already
         self.to(memory_format=torch.channels_last)
 
@@ -61,48 +71,49 @@ class Detector(nn.Module):
         Returns:
             The stages `first_selection`, `token_interaction.i`, `decoder.0` (before the first layer) to `decoder.L`.
         """
+        # {stride: (B, channels, H/stride, W/stride)}
         features = self.backbone(images.pixels.contiguous(memory_format=torch.channels_last))
+        # (B, N, C) and (B, C, H/4, W/4)
         T_i, F = self.pixel_decoder(features)
-        T_i = T_i.reversed()  # the decoder wants the levels in the opposite order
+        # the decoder wants the levels in the opposite order
+        T_i = T_i.reversed()
 
-        # De-Imbalance, Eq. 1-3
-        tokens, first = self.first_selection(T_i, self.heads, F)
-        selections, stages, interactions = [tokens], [first], []
-        for block in self.de_imbalance:
-            interactions.append(block(selections[-1], self.heads, len(stages) - 1, need_weights=trace))
-            selections.append(interactions[-1].tokens)
-            stages += interactions[-1].stages
+        # De-Imbalance, Eq. 1–3: (B, k, C) for every selection
+        selected = self.de_imbalance(T_i, F, self.heads, need_weights=trace)
+        stages = list(selected.stages)
 
-        queries, denoising = self._decoder_queries(selections[-1], targets)
-        start = queries.content.shape[1] - selections[-1].content.shape[1]  # the matching queries come last
+        # (B, R + k, C): R denoising queries, then the selected tokens
+        queries, denoising = self._decoder_queries(selected.selections[-1], targets)
+        start = queries.content.shape[1] - selected.selections[-1].content.shape[1]
         attention_mask = denoising.attention_mask if denoising else None
-        stages.append(self.heads("decoder.0", queries.content, queries.boxes, F))
+        stages.append(self.heads(DECODER_INPUT, queries.content, queries.boxes, F))
 
-        # Decoder, Eq. 9-11; its first layer is the residual of Eq. 4, Q_bal = MHCA(T_s2, T_i)
+        # Decoder, Eq. 9–11; its first layer is the residual of Eq. 4, Q_bal = MHCA(T_s2, T_i)
         memory, mask_features = T_i, F
-        layers, optimized = [], []
-        for number in range(1, self.settings.decoder.layers + 1):
+        layers, optimised = [], []
+        for number in range(1, self.cfg.decoder.layers + 1):
+            # (B, R + k, C)
             layers.append(self.decoder(number, queries, memory, self.heads, attention_mask))
-            stages.append(self._predict(f"decoder.{number}", layers[-1], mask_features))
+            stages.append(self._predict(decoder(number), layers[-1], mask_features))
             queries = layers[-1].queries
-            # BATO, Eq. 5-8
-            if self.token_optimization is not None and number in self.settings.bato.after:
-                guide = self._guide(selections, queries.after(start))
-                need_weights = trace and not optimized
-                optimized.append(self.token_optimization(memory, mask_features, guide, self.heads, need_weights))
-                memory, mask_features = optimized[-1].T_bal, optimized[-1].mask_features
+            # BATO, Eq. 5–8: (B, N, C) and (B, C, H/4, W/4)
+            if self.bato is not None and number in self.cfg.bato.after:
+                guide = self._guide(selected.selections, queries.after(start))
+                need_weights = trace and not optimised
+                optimised.append(self.bato(memory, mask_features, guide, self.heads, need_weights))
+                memory, mask_features = optimised[-1].T_bal, optimised[-1].mask_features
 
         notes = None
         if trace:
             notes = Trace(
                 T_i=T_i,
-                T_s=selections,
-                interaction_attention=[attention for output in interactions for attention in output.attention],
+                T_s=selected.selections,
+                interaction_attention=selected.attention,
                 Q_bal=layers[0].queries.after(start),
                 mask_features=F,
                 references=[layer.reference for layer in layers],
                 sampling=[layer.sampling for layer in layers],
-                bato=optimized[0] if optimized else None,
+                bato=optimised[0] if optimised else None,
             )
         return self._collect(stages, start, denoising, notes)
 
@@ -110,9 +121,9 @@ class Detector(nn.Module):
         self, tokens: SelectedTokens, targets: Targets | None
     ) -> tuple[Queries, DenoisingQueries | None]:
         """The denoising queries, if any, followed by the selected tokens."""
-        random = self.settings.decoder.random_positions
-        matching = Queries(tokens.content, random_boxes(tokens.boxes) if random else tokens.boxes)
-        if targets is None or not self.settings.denoising.queries:
+        boxes = random_boxes(tokens.boxes) if self.cfg.decoder.random_positions else tokens.boxes
+        matching = Queries(tokens.content, boxes)
+        if targets is None or not self.cfg.denoising.queries:
             return matching, None
         denoising = self.denoising(targets, tokens.content.shape[1])
         return denoising.queries.before(matching), denoising
@@ -124,10 +135,11 @@ class Detector(nn.Module):
         return self.heads(name, y, boxes, mask_features)
 
     def _guide(self, selections: list[SelectedTokens], queries: Queries) -> Guide:
-        """The source of BATO's guiding tokens, by its name in the settings."""
-        guides = {"T_i": queries, "Q_bal": queries}
-        guides |= {f"T_s{i}": Queries(s.content, s.boxes) for i, s in enumerate(selections, start=1)}
-        source = guides[self.settings.bato.guidance]
+        """The source of BATO's guiding tokens that `bato.guidance` names."""
+        source: Queries | SelectedTokens = queries
+        name = self.cfg.bato.guidance
+        if name.startswith("T_s"):
+            source = selections[int(name.removeprefix("T_s")) - 1]
         return Guide(source.content, self.decoder.position(source.boxes.detach()))
 
     @staticmethod
@@ -135,8 +147,10 @@ class Detector(nn.Module):
         stages: list[Stage], start: int, denoising: DenoisingQueries | None, trace: Trace | None
     ) -> Predictions:
         """Separate the denoising queries from the matching queries in the decoder's stages."""
-        if denoising is None:
-            return Predictions({s.name: s for s in stages}, trace=trace)
-        parts = {s.name: s.split(start) for s in stages if s.name.startswith("decoder.")}
-        matching = {s.name: parts[s.name][1] if s.name in parts else s for s in stages}
-        return Predictions(matching, {name: part[0] for name, part in parts.items()}, denoising.groups, trace)
+        matching, denoised = {}, {}
+        for stage in stages:
+            if denoising is not None and is_decoder(stage.name):
+                denoised[stage.name], stage = stage.split(start)
+            matching[stage.name] = stage
+        groups = 0 if denoising is None else denoising.groups
+        return Predictions(matching, denoised, groups, trace)

@@ -21,13 +21,13 @@ def box_head(C: int) -> MLP:
 class PredictionHeads(nn.Module):
     """Class, box and mask heads with the norm before them (`decoder_norm` of the published code)."""
 
-    def __init__(self, model: config.Model) -> None:
+    def __init__(self, cfg: config.Model) -> None:
         super().__init__()
-        C = model.hidden_dim
+        C = cfg.hidden_dim
         self.norm = nn.LayerNorm(C)
-        self.label = nn.Linear(C, model.classes)
-        if model.class_prior is not None:  # σ⁻¹ of the prior, arXiv 1708.02002, section 4.1
-            nn.init.constant_(self.label.bias, math.log(model.class_prior / (1 - model.class_prior)))
+        self.label = nn.Linear(C, cfg.classes)
+        if cfg.class_prior is not None:  # σ⁻¹ of the prior, arXiv 1708.02002, section 4.1
+            nn.init.constant_(self.label.bias, math.log(cfg.class_prior / (1 - cfg.class_prior)))
         self.box = box_head(C)
         self.mask = MLP(C, C, C, C)
 

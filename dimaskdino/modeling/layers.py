@@ -5,7 +5,7 @@ import itertools
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from ms_deform_attn import ms_deform_attn
 from torch import Tensor, nn
 from torch.nn import functional
@@ -59,6 +59,22 @@ def sine_boxes(boxes: Float[Tensor, "B Q 4"], C: int) -> Float[Tensor, "B Q D"]:
     """`sine4` of the specification: C/2 features each of y, x, w, h, so D = 2·C."""
     yxwh = torch.cat([boxes[..., 1:2], boxes[..., :1], boxes[..., 2:]], dim=-1)
     return sine_features(yxwh, C // 2).flatten(-2)
+
+
+def gather_rows(x: Float[Tensor, "B N D"], indices: Int[Tensor, "B k"]) -> Float[Tensor, "B k D"]:
+    """The rows `indices` of each image."""
+    return x.gather(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def select_top(scores: Float[Tensor, "B N K"], k: int) -> tuple[Float[Tensor, "B k"], Int[Tensor, "B k"]]:
+    """The k rows of each image with the highest score of any class, or all rows if there are fewer.
+
+    Returns:
+        Their highest scores in descending order, and their row numbers.
+    """
+    best = scores.amax(-1)
+    top = best.topk(min(k, best.shape[1]), dim=1)
+    return top.values, top.indices
 
 
 def group_norm(C: int) -> nn.GroupNorm:

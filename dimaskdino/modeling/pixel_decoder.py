@@ -14,11 +14,11 @@ MASK_STRIDE = 4
 class EncoderLayer(nn.Module):
     """Deformable self-attention among the feature tokens, then a feed-forward block."""
 
-    def __init__(self, model: config.Model) -> None:
+    def __init__(self, cfg: config.Model) -> None:
         super().__init__()
-        C, levels = model.hidden_dim, model.pixel_decoder.levels
-        self.attention = DeformableAttention(C, model.heads, levels, model.points)
-        self.ffn = FeedForward(C, model.pixel_decoder.ffn_dim)
+        C, levels = cfg.hidden_dim, cfg.pixel_decoder.levels
+        self.attention = DeformableAttention(C, cfg.heads, levels, cfg.points)
+        self.ffn = FeedForward(C, cfg.pixel_decoder.ffn_dim)
 
     def forward(self, levels: FeatureLevels, position: Tensor, centre: Tensor, cell: Tensor) -> FeatureLevels:
         x = levels.tokens
@@ -33,13 +33,13 @@ class PixelDecoder(nn.Module):
     projections and level embeddings follows.
     """
 
-    def __init__(self, model: config.Model, channels: dict[int, int]) -> None:
+    def __init__(self, cfg: config.Model, channels: dict[int, int]) -> None:
         super().__init__()
-        C, settings = model.hidden_dim, model.pixel_decoder
+        C, settings = cfg.hidden_dim, cfg.pixel_decoder
         self.strides = settings.strides
         self.projections = nn.ModuleList(self._projection(stride, channels, C) for stride in self.strides)
         self.level_embedding = nn.Parameter(torch.empty(len(self.strides), C))
-        self.layers = nn.ModuleList(EncoderLayer(model) for _ in range(settings.layers))
+        self.layers = nn.ModuleList(EncoderLayer(cfg) for _ in range(settings.layers))
         self.lateral = nn.Sequential(nn.Conv2d(channels[MASK_STRIDE], C, kernel_size=1, bias=False), group_norm(C))
         self.output = nn.Sequential(
             nn.Conv2d(C, C, kernel_size=3, padding=1, bias=False), group_norm(C), nn.ReLU(inplace=True)

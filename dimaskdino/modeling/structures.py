@@ -223,7 +223,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class BATOOutput:
-    """What BATO gives.
+    """The output of BATO.
 
     Attributes:
         T_bal: the optimised feature tokens.

@@ -1,7 +1,10 @@
 """AdamW with the paper's parameter groups, and the learning rate as a function of the step (section 9)."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dimaskdino import config
 
@@ -29,6 +32,49 @@ def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim
         ],
         fused=True,  # one kernel for all parameters, on the CPU too
     )
+
+
+def moments_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's state of every parameter, by the name of the parameter."""
+    moments = {}
+    for name, parameter in model.named_parameters():
+        if parameter in optimizer.state:
+            moments[name] = dict(optimizer.state[parameter])
+    return moments
+
+
+def load_moments(
+    optimizer: torch.optim.Optimizer, model: nn.Module, stored: dict[str, Any], names: Iterable[str]
+) -> None:
+    """Load the state of every parameter that `moments_by_name` returned, or that a file of version 0.2 holds.
+
+    Args:
+        optimizer: receives the state; its learning rates and other settings stay.
+        model: the model that it trains.
+        stored: the state by the names of parameters; in files of version 0.2 by position, as torch has it.
+        names: the names of the stored model's parameters and buffers, in the order of the file. In version 0.2 the
+            optimizer counted the parameters of each of its groups in this order.
+    """
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    if "param_groups" in stored:
+        group_of = {}
+        for number, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                group_of[name_of[parameter]] = number
+        groups: dict[int, list[str]] = {}
+        for name in names:
+            if name in group_of:
+                groups.setdefault(group_of[name], []).append(name)
+        order = [name for group in groups.values() for name in group]
+        stored = {order[position]: state for position, state in stored["state"].items()}
+    state = optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state["state"] = {
+        position: stored[name_of[parameter]]
+        for position, parameter in enumerate(parameters)
+        if name_of[parameter] in stored
+    }
+    optimizer.load_state_dict(state)
 
 
 def rate_factor(step: int, schedule: config.Schedule) -> float:

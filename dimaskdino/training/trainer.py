@@ -37,7 +37,7 @@ from dimaskdino.modeling.precision import autocast
 from dimaskdino.runs.folder import Metrics, RunFolder, changed_settings
 from dimaskdino.training.advice import Adviser
 from dimaskdino.training.criterion import Losses, criterion
-from dimaskdino.training.optimizer import build_optimizer, set_rate
+from dimaskdino.training.optimizer import build_optimizer, load_moments, moments_by_name, set_rate
 from dimaskdino.training.resume_points import load_resume_point, save_resume_point
 from dimaskdino.training.validation import Best, Validator, averaged
 from dimaskdino.utils.distributed import DistributedContext
@@ -101,7 +101,8 @@ def _look_at(data: CocoDataset, settings: Config) -> None:
 def _checkpoint_activations(detector: Detector, backbone: bool) -> None:
     """Recompute layers in the backward pass; those of the backbone only if its batch norm is frozen."""
     layers = [*detector.pixel_decoder.layers, *detector.decoder.layers]
-    layers += [layer for block in detector.de_imbalance for layer in block.layers]
+    for selection in detector.de_imbalance.second_selections:
+        layers += selection.layers
     if backbone and isinstance(detector.backbone, ResNet):
         layers += [block for stage in detector.backbone.stages for block in stage]
     chosen = set(layers)
@@ -115,16 +116,6 @@ def arrange(detector: Detector, settings: Config) -> None:
     if settings.train.compile:
         detector.backbone.compile()
         detector.pixel_decoder.compile()
-
-
-def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The tensors of an optimizer's state, named for messages."""
-    return {
-        f"the optimizer's {key} of parameter {number}": value
-        for number, state in enumerate(optimizer.state.values())
-        for key, value in state.items()
-        if isinstance(value, Tensor)
-    }
 
 
 class Trainer:
@@ -175,10 +166,7 @@ class Trainer:
             self._start_from(self.config.train.weights)
             return
         load_weights(self.detector, state["model"], str(self.folder.checkpoints))
-        rates = [group["base_lr"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["base_lr"] = rate  # a resumed run may change the learning rate
+        load_moments(self.optimizer, self.detector, state["optimizer"], state["model"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step = self._saved_step = self._resumed_at = state["step"]
@@ -210,7 +198,11 @@ class Trainer:
         """
         if self.context.rank or self._saved_step == self.step:
             return
-        broken = first_non_finite(self.detector.state_dict() | _moments(self.optimizer))
+        moments = moments_by_name(self.optimizer, self.detector)
+        finite = dict(self.detector.state_dict())
+        for name, values in moments.items():
+            finite |= {f"the optimizer's {key} of {name}": value for key, value in values.items()}
+        broken = first_non_finite(finite)
         if broken is not None:
             raise NonFiniteLossError(
                 f"step {self.step}: {broken} is not finite, so nothing is saved. The newest resume point is that of "
@@ -218,7 +210,7 @@ class Trainer:
             )
         state: dict[str, Any] = {
             "model": self.detector.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": moments,
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "config": self.config.model_dump_json(),

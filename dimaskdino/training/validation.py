@@ -21,6 +21,7 @@ from dimaskdino.evaluation.detections import Detections
 from dimaskdino.evaluation.layerwise_ap import detect_batch
 from dimaskdino.evaluation.predict import predict_images
 from dimaskdino.modeling import Detector
+from dimaskdino.modeling.stages import last_layer
 from dimaskdino.utils.distributed import DistributedContext
 
 PICTURES = 4  # images per validation
@@ -95,7 +96,7 @@ class Validator:
     @property
     def last(self) -> str:
         """Name of the last stage."""
-        return f"decoder.{self.config.model.decoder.layers}"
+        return last_layer(self.config.model)
 
     @contextlib.contextmanager
     def _model(self, detector: Detector) -> Iterator[TrainedModel]:

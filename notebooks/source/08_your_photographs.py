@@ -308,7 +308,7 @@ checks.check_gate(gated)
 
 
 # %%
-class GatedTokenOptimization(nn.Module):
+class GatedBATO(nn.Module):
     """BATO behind a gate."""
 
     def __init__(self, bato: nn.Module, gate: float) -> None:
@@ -325,7 +325,7 @@ class GatedTokenOptimization(nn.Module):
         # end
 
 
-built = checks.check_gated_module(GatedTokenOptimization, lesson.looks(1)[0], lesson.trained.detector)
+built = checks.check_gated_module(GatedBATO, lesson.looks(1)[0], lesson.trained.detector)
 
 # %% [markdown]
 # Insert it and look, before any training: with an open gate the model is unchanged. How much do the later layers rely
@@ -333,14 +333,14 @@ built = checks.check_gated_module(GatedTokenOptimization, lesson.looks(1)[0], le
 
 # %%
 detector = lesson.trained.detector
-bato = detector.token_optimization
+bato = detector.bato
 if built:
     for gate in (0.0, 0.5, 1.0):
-        detector.token_optimization = GatedTokenOptimization(bato, gate)
+        detector.bato = GatedBATO(bato, gate)
         tracks = [track_objects(look) for look in lesson.looks(8)]
         box, mask = (torch.cat([getattr(t, name)[-1] for t in tracks]).mean() for name in ("box_iou", "mask_iou"))
         print(f"gate {gate:.1f}: mean IoU at the last layer, box {box:.2f}, mask {mask:.2f}")
-    detector.token_optimization = bato
+    detector.bato = bato
 
 # %% [markdown]
 # ## Measured against seeds
@@ -364,7 +364,7 @@ def loss_after(seed: int, gate: float | None) -> float:
     )
     detector = load(Path(model), overrides=overrides).detector
     if gate is not None:
-        detector.token_optimization = GatedTokenOptimization(detector.token_optimization, gate)
+        detector.bato = GatedBATO(detector.bato, gate)
     torch.manual_seed(seed)  # of the points at which the loss compares masks, and of the denoising queries
     detector.train()
     optimizer = build_optimizer(detector, settings.optimizer)

@@ -387,7 +387,7 @@ def test_a_module_behind_a_gate_is_compared_in_the_real_model(shapes_data, tmp_p
         (Unfinished, "returns nothing yet"),
     ):
         told(checks.check_gated_module(module, look, model.detector), words, capsys)
-    model.detector.token_optimization = Gated(model.detector.token_optimization, 0.5)  # as the chapter leaves it
+    model.detector.bato = Gated(model.detector.bato, 0.5)  # as the chapter leaves it
     told(checks.check_gated_module(Gated, look, model.detector), "can be trained", capsys)
 
 

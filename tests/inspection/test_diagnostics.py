@@ -182,7 +182,7 @@ def test_a_survey_of_a_model(shapes_data, tmp_path):
     assert len(found.guidance_rank) == 3
     assert ((found.guidance_rank >= 1) & (found.guidance_rank <= 4)).all()
     assert ((found.guidance_entropy > 0.5) & (found.guidance_entropy <= 1)).all()  # an untrained layer attends evenly
-    assert {"backbone", "pixel_decoder", "decoder", "de_imbalance", "token_optimization"} <= set(found.conflict)
+    assert {"backbone", "pixel_decoder", "decoder", "de_imbalance", "bato"} <= set(found.conflict)
     for batches in found.conflict.values():
         assert len(batches) == 2
         for c in batches:  # an untrained box head passes no gradient on

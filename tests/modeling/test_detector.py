@@ -155,7 +155,7 @@ def test_only_undetached_selection_learns_from_the_decoder():
     for detach in (True, False):
         model = detector(f"model.selection.detach={detach}", "model.selection.mask_to_box=mask2box")
         predictions = model(ImageBatch.from_images(noise((64, 64))))
-        weight = model.first_selection.project.weight
+        weight = model.de_imbalance.first_selection.project.weight
         (gradient,) = torch.autograd.grad(predictions.last.class_logits.sum(), [weight], allow_unused=True)
         assert (gradient is None or not gradient.abs().sum()) == detach
 
@@ -260,7 +260,7 @@ def test_frozen_stages_stay_and_the_others_learn(name, stages):
 
 
 @pytest.mark.parametrize(
-    ("setting", "part"), [("model.backbone.freeze=2", "backbone"), ("model.bato.freeze=true", "token_optimization")]
+    ("setting", "part"), [("model.backbone.freeze=2", "backbone"), ("model.bato.freeze=true", "bato")]
 )
 def test_frozen_parameters_are_not_optimized(setting, part):
     detector = Detector(small_model(setting))

@@ -81,7 +81,7 @@ def test_with_both_parts_left_out_bato_is_not_there():
     torch.manual_seed(0)
     detector = Detector(settings).eval()
     plain = Detector(settings.model_copy(update={"bato": settings.bato.model_copy(update={"enabled": False})})).eval()
-    plain.load_state_dict({k: v for k, v in detector.state_dict().items() if not k.startswith("token_optimization.")})
+    plain.load_state_dict({k: v for k, v in detector.state_dict().items() if not k.startswith("bato.")})
     images = ImageBatch.from_images([torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)], torch.device("cpu"))
     with torch.no_grad():
         wanted, found = plain(images).stages, {}

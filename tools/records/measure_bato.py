@@ -36,7 +36,7 @@ def without(model: Model, parts: tuple[str, ...]) -> Iterator[None]:
             output = replace(output, T_bal=T_i)
         return replace(output, mask_features=mask_features) if "features" in parts else output
 
-    handle = model.detector.token_optimization.register_forward_hook(put_back)
+    handle = model.detector.bato.register_forward_hook(put_back)
     try:
         yield
     finally:

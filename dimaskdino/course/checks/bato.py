@@ -22,7 +22,7 @@ def check_guided_tokens(function: Callable[..., Tensor], look: Look, detector: D
         look: an image and what the model made of it.
         detector: the model; its BATO holds the given pieces `attention` and `ffn`.
     """
-    found, bato = look.trace.bato, detector.token_optimization
+    found, bato = look.trace.bato, detector.bato
     assert found is not None
     assert bato is not None
     T_i = look.trace.T_i

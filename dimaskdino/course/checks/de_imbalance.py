@@ -55,7 +55,7 @@ def check_second_selection(function: Callable[..., Tensor], look: Look, detector
     """
     T_s1, T_s2 = look.trace.T_s1, look.trace.T_s2
     assert T_s2 is not None
-    block, heads, k = detector.de_imbalance[0], detector.heads, T_s2.scores.shape[1]
+    block, heads, k = detector.de_imbalance.second_selections[0], detector.heads, T_s2.scores.shape[1]
     hint = (
         "position from the boxes, layer by layer; after each layer the box head moves the boxes; then the best scores"
     )

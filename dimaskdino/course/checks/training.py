@@ -153,7 +153,7 @@ def check_training_step(
     picture = draw_bars(list(norms), list(mine.values()), list(norms.values()), "norm of the gradient")
     problem = difference(answer.detach() if isinstance(answer, Tensor) else answer, expected)
     if problem:
-        groups = detector.settings.denoising.queries // max(targets.counts)
+        groups = detector.cfg.denoising.queries // max(targets.counts)
         denoising = sum(float(value.detach()) for name, value in losses.terms.items() if name.startswith("denoising."))
         mistakes = {
             "the denoising queries have no loss": expected - denoising,

@@ -55,7 +55,7 @@ def check_gated_module(module: Callable[[nn.Module, float], nn.Module], look: Lo
         detector: the model; its BATO may be behind a gate already.
     """
     hint = "gate = nn.Parameter(torch.tensor(gate)); both T_bal's tokens and the mask features go through `gated`"
-    bato = detector.token_optimization
+    bato = detector.bato
     bato = getattr(bato, "bato", bato)
     assert bato is not None
     # copies: gradients cannot go through tensors that inference made
