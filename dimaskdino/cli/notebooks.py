@@ -55,7 +55,7 @@ def study(
     Args:
         name: A study of configs/ablations (table_3 to table_9, figure_1, …) or a YAML file.
         folder: Folder of the runs and reports; runs/studies/SCALE by default.
-        overrides: Settings for every row, after its own.
+        overrides: Settings for every variant, after its own.
         scale: One of the study's scales; shapes takes about ten minutes per run on one core, coco days on eight GPUs.
         seeds: Seeds of the training; the study's by default.
         parallel: Number of simultaneous runs; by default one per GPU, and one without any.

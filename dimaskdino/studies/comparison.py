@@ -1,4 +1,4 @@
-"""Comparison of variants of a model: differences between means of runs, with intervals, tests and power.
+"""ComparisonResult of variants of a model: differences between means of runs, with intervals, tests and power.
 
 A measured AP is one of many: another seed would have given another model, another draw of images another AP. The joint
 interval of a difference counts both. Its variance is the sum of
@@ -33,7 +33,7 @@ from dimaskdino.utils.errors import UserError
 ENOUGH_SEEDS = 3
 POWER = 0.8
 SIMULATIONS = 20_000
-Agreement = Literal["yes", "no", "cannot tell"]
+Verdict = Literal["supported", "contradicted", "inconclusive"]
 Measured = Mapping[str, Mapping[int, "EvaluatedRun"]]  # runs by row and seed
 
 
@@ -43,13 +43,13 @@ class Quantity:
 
     Attributes:
         stage: `first` or `last` for those decoder layers, or a stage's name.
-        what: box AP, mask AP, or the imbalance `AP_mask − AP_box`, in percent.
+        metric: box AP, mask AP, or the imbalance `AP_mask − AP_box`, in percent.
         at: read where the box AP of the stage first reaches this value during the training, between validations; None
             after the training. Models are then compared at equal AP, as a higher one narrows the imbalance by itself.
     """
 
     stage: str
-    what: Literal["box", "mask", "imbalance"]
+    metric: Literal["box", "mask", "imbalance"]
     at: float | None = None
 
     @classmethod
@@ -68,12 +68,12 @@ class Quantity:
         return cls(match[1], match[2], None if match[3] is None else float(match[3]))
 
     def __str__(self) -> str:
-        return f"{self.stage}.{self.what}" + ("" if self.at is None else f"@{self.at:g}")
+        return f"{self.stage}.{self.metric}" + ("" if self.at is None else f"@{self.at:g}")
 
     @property
     def label(self) -> str:
         """Label for tables and figures."""
-        what = {"box": "box AP", "mask": "mask AP", "imbalance": "mask − box"}[self.what]
+        what = {"box": "box AP", "mask": "mask AP", "imbalance": "imbalance"}[self.metric]
         where = f"{self.stage} layer" if self.stage in ("first", "last") else self.stage
         return f"{what}, {where}" + ("" if self.at is None else f", at {self.at:g} box AP")
 
@@ -97,9 +97,9 @@ class Quantity:
                 f"train.validation.every=100 'train.validation.stages=[{name}]'"
             )
         values = [
-            (ap["box"], ap["mask"] - ap["box"] if self.what == "imbalance" else ap[self.what])
+            (ap["box"], ap["mask"] - ap["box"] if self.metric == "imbalance" else ap[self.metric])
             for ap in scored
-            if ap["box"] is not None and (self.what == "box" or ap["mask"] is not None)
+            if ap["box"] is not None and (self.metric == "box" or ap["mask"] is not None)
         ]
         return first_at(values, self.at)
 
@@ -113,9 +113,9 @@ class Quantity:
         if name not in result.stages:
             raise UserError(f"{result.source}: {name} was not evaluated, only {', '.join(result.stages)}")
         stage = result.stages[name]
-        if self.what == "imbalance":
+        if self.metric == "imbalance":
             return stage.imbalance
-        found = getattr(stage, self.what)
+        found = getattr(stage, self.metric)
         return None if found is None else found.AP
 
     def by_seed(self, runs: Mapping[int, "EvaluatedRun"]) -> dict[int, float]:
@@ -129,9 +129,9 @@ class Quantity:
             return None
         name, samples = self.stage_in(run.result), run.samples.samples
         parts = [samples.get(f"{name}/{kind}") for kind in ("box", "mask")]
-        if self.what == "imbalance":
+        if self.metric == "imbalance":
             return None if parts[0] is None or parts[1] is None else parts[1] - parts[0]
-        return parts[0] if self.what == "box" else parts[1]
+        return parts[0] if self.metric == "box" else parts[1]
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Contrast:
+class Comparison:
     """A difference that a study registers: the mean of some rows minus the mean of others, of one quantity.
 
     Attributes:
@@ -214,23 +214,23 @@ class Contrast:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A contrast as measured.
+class ComparisonResult:
+    """A comparison as measured.
 
     Attributes:
-        contrast: what was compared.
+        comparison: what was compared.
         runs: number of runs of each row in it.
         difference: between the means, in points.
         over_images: 95 % interval over other images, for these models. None without bootstrap samples.
         over_trainings: 95 % interval over other trainings, on these images. None if a row has a single run.
         joint: 95 % interval over both; that over trainings alone without bootstrap samples.
         p: of no difference, two-sided, by the joint variance.
-        adjusted_p: Holm's, among all contrasts of the study that can be tested.
-        detectable: the difference that 80 % of such studies would find at Holm's strictest level.
+        adjusted_p: Holm's, among all comparisons of the study that can be tested.
+        mde: the difference that 80 % of such studies would find at Holm's strictest level.
         complete: whether every row has the number of seeds that the study registers.
     """
 
-    contrast: Contrast
+    comparison: Comparison
     runs: dict[str, int]
     difference: float
     over_images: Interval | None
@@ -238,50 +238,52 @@ class Comparison:
     joint: Interval | None
     p: float | None
     adjusted_p: float | None
-    detectable: float | None
+    mde: float | None
     complete: bool
 
-    def agrees(self, published: float) -> Agreement:
-        """Whether the difference has the sign of the published one.
+    def verdict(self, published: float) -> Verdict:
+        """Whether the difference has the sign of a published one.
 
-        The rule: "yes" or "no" if every row has all registered seeds, three or more, and the adjusted p-value is below
-        0.05; "cannot tell" otherwise.
+        `supported` or `contradicted` if every variant has all registered seeds, three or more, and the adjusted
+        p-value is below 0.05; `inconclusive` otherwise.
         """
         decided = self.adjusted_p is not None and self.adjusted_p < 1 - CONFIDENCE
         if not decided or not self.complete or min(self.runs.values()) < ENOUGH_SEEDS or published == 0:
-            return "cannot tell"
-        return "yes" if (self.difference > 0) == (published > 0) else "no"
+            return "inconclusive"
+        return "supported" if (self.difference > 0) == (published > 0) else "contradicted"
 
     def to_json(self) -> dict[str, Any]:
         about = {
-            "label": self.contrast.label,
-            "plus": self.contrast.plus,
-            "minus": self.contrast.minus,
-            "quantity": str(self.contrast.quantity),
+            "label": self.comparison.label,
+            "plus": self.comparison.plus,
+            "minus": self.comparison.minus,
+            "quantity": str(self.comparison.quantity),
         }
-        return about | {key: value for key, value in asdict(self).items() if key != "contrast"}
+        return about | {key: value for key, value in asdict(self).items() if key != "comparison"}
 
 
-def compare(contrasts: Sequence[Contrast], measured: Measured, seeds: int, paired: bool = False) -> list[Comparison]:
-    """The contrasts of a study as measured; those with a row without results are left out.
+def compare(
+    comparisons: Sequence[Comparison], measured: Measured, seeds: int, paired: bool = False
+) -> list[ComparisonResult]:
+    """The comparisons of a study as measured; those with a row without results are left out.
 
     Args:
-        contrasts: all contrasts that the study registers; they are adjusted for each other.
+        comparisons: all comparisons that the study registers; they are adjusted for each other.
         measured: the runs by row and seed.
         seeds: number of seeds that the study registers.
-        paired: compare runs with the same seed, which share a start; seeds that some row of a contrast lacks are left
+        paired: compare runs with the same seed, which share a start; seeds that some row of a comparison lacks are left
             out.
 
     Raises:
-        UserError: the runs of a contrast were evaluated on different images.
+        UserError: the runs of a comparison were evaluated on different images.
     """
-    estimates = [found for contrast in contrasts if (found := _estimate(contrast, measured, paired)) is not None]
+    estimates = [found for comparison in comparisons if (found := _estimate(comparison, measured, paired)) is not None]
     tested = [estimate.p for estimate in estimates if estimate.p is not None]
     adjusted = iter(holm(tested))
     level = (1 - CONFIDENCE) / max(1, len(tested))
     return [
-        Comparison(
-            contrast=e.contrast,
+        ComparisonResult(
+            comparison=e.comparison,
             runs=e.runs,
             difference=e.difference,
             over_images=e.over_images,
@@ -289,7 +291,7 @@ def compare(contrasts: Sequence[Contrast], measured: Measured, seeds: int, paire
             joint=None if e.joint is None else Interval.around(e.difference, *e.joint),
             p=e.p,
             adjusted_p=None if e.p is None else next(adjusted),
-            detectable=None if e.joint is None else detectable(*e.joint, level),
+            mde=None if e.joint is None else minimum_detectable_effect(*e.joint, level),
             complete=all(n >= seeds for n in e.runs.values()),
         )
         for e in estimates
@@ -305,7 +307,7 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def detectable(variance: float, df: float, level: float) -> float | None:
+def minimum_detectable_effect(variance: float, df: float, level: float) -> float | None:
     """The difference that a two-sided t-test finds, with its sign, with 80 % power; None without scatter.
 
     Args:
@@ -319,26 +321,26 @@ def detectable(variance: float, df: float, level: float) -> float | None:
     return float(nctdtrinc(df, 1 - POWER, critical) * variance**0.5)  # the noncentrality is the effect in errors
 
 
-def planned_detectable(
-    contrast: Contrast, seeds: int, deviation: float, contrasts: int, paired: bool = False
+def planned_mde(
+    comparison: Comparison, seeds: int, deviation: float, comparisons: int, paired: bool = False
 ) -> float | None:
     """The difference that a planned study finds with 80 % power, its images aside.
 
     Args:
-        contrast: the comparison.
+        comparison: the comparison.
         seeds: number of runs of each row; None is returned for a single one.
         deviation: expected standard deviation over the trainings of a row; paired, without what a seed has in common.
-        contrasts: number of contrasts that are adjusted together.
+        comparisons: number of comparisons that are adjusted together.
         paired: whether runs with the same seed are compared.
     """
     if seeds < 2:
         return None
-    level = (1 - CONFIDENCE) / contrasts
+    level = (1 - CONFIDENCE) / comparisons
     if paired:
-        variance = deviation**2 * sum(weight**2 for weight in contrast.weights.values()) / seeds
-        return detectable(variance, seeds - 1, level)
+        variance = deviation**2 * sum(weight**2 for weight in comparison.weights.values()) / seeds
+        return minimum_detectable_effect(variance, seeds - 1, level)
     # simulated, since the estimated variances of few runs cost more power than a t-test with known degrees of freedom
-    random, weights = np.random.default_rng(0), np.array(list(contrast.weights.values()))[:, None]
+    random, weights = np.random.default_rng(0), np.array(list(comparison.weights.values()))[:, None]
     shares = weights**2 * random.chisquare(seeds - 1, (len(weights), SIMULATIONS)) / (seeds - 1) / seeds
     variance = shares.sum(0)
     df = variance**2 / (shares**2 / (seeds - 1)).sum(0)
@@ -369,7 +371,7 @@ def pooled_deviation(values: Mapping[str, Mapping[int, float]], paired: bool) ->
 class _Estimate:
     """A difference with its variances and their degrees of freedom, over trainings and in all."""
 
-    contrast: Contrast
+    comparison: Comparison
     runs: dict[str, int]
     difference: float
     over_images: Interval | None
@@ -384,15 +386,15 @@ class _Estimate:
         return float(2 * student.sf(abs(self.difference) / variance**0.5, df)) if variance > 0 else None
 
 
-def _estimate(contrast: Contrast, measured: Measured, paired: bool) -> _Estimate | None:
-    values = {name: contrast.quantity.by_seed(measured.get(name, {})) for name in contrast.weights}
+def _estimate(comparison: Comparison, measured: Measured, paired: bool) -> _Estimate | None:
+    values = {name: comparison.quantity.by_seed(measured.get(name, {})) for name in comparison.weights}
     if paired:
         common = sorted(set.intersection(*map(set, values.values())))
         values = {name: {seed: found[seed] for seed in common} for name, found in values.items()}
     if not all(values.values()):
         return None
     runs = {name: [measured[name][seed] for seed in found] for name, found in values.items()}
-    weights = contrast.weights
+    weights = comparison.weights
     difference = sum(weights[name] * statistics.mean(found.values()) for name, found in values.items())
     trainings = None
     if all(len(found) > 1 for found in values.values()):
@@ -406,14 +408,14 @@ def _estimate(contrast: Contrast, measured: Measured, paired: bool) -> _Estimate
                     for name, found in values.items()
                 ]
             )
-    joint, over_images, drawn = trainings, None, _drawn(contrast, runs)
+    joint, over_images, drawn = trainings, None, _drawn(comparison, runs)
     if drawn is not None:
         tail = 100 * (1 - CONFIDENCE) / 2
         over_images = Interval(*(float(x) for x in np.nanpercentile(drawn, [tail, 100 - tail])))
         if trainings is not None:
             images = next(iter(runs.values()))[0].result.images
             joint = _satterthwaite([trainings, (float(np.nanvar(drawn)), images - 1)])
-    return _Estimate(contrast, {n: len(v) for n, v in values.items()}, difference, over_images, trainings, joint)
+    return _Estimate(comparison, {n: len(v) for n, v in values.items()}, difference, over_images, trainings, joint)
 
 
 def _satterthwaite(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -423,14 +425,14 @@ def _satterthwaite(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return total, (total**2 / below if below > 0 else 1.0)
 
 
-def _drawn(contrast: Contrast, runs: Mapping[str, Sequence["EvaluatedRun"]]) -> Float[np.ndarray, " draws"] | None:
+def _drawn(comparison: Comparison, runs: Mapping[str, Sequence["EvaluatedRun"]]) -> Float[np.ndarray, " draws"] | None:
     """The difference on the bootstrap resamples, which are the same for all runs; None without them."""
-    drawn = {name: [contrast.quantity.drawn(run) for run in rows] for name, rows in runs.items()}
+    drawn = {name: [comparison.quantity.drawn(run) for run in rows] for name, rows in runs.items()}
     if any(samples is None for found in drawn.values() for samples in found):
         return None
     if len({run.samples.images for rows in runs.values() for run in rows if run.samples is not None}) > 1:
         raise UserError("these runs were evaluated on different images; evaluate them on the same split")
-    return sum(contrast.weights[name] * np.mean(np.stack(found), axis=0) for name, found in drawn.items())  # type: ignore[arg-type]
+    return sum(comparison.weights[name] * np.mean(np.stack(found), axis=0) for name, found in drawn.items())  # type: ignore[arg-type]
 
 
 def correlation_of_pairs(of: Mapping[int, float], against: Mapping[int, float]) -> float | None:
@@ -445,7 +447,7 @@ def correlation_of_pairs(of: Mapping[int, float], against: Mapping[int, float]) 
     return statistics.correlation([of[seed] for seed in common], [against[seed] for seed in common])
 
 
-def slope_within_rows(measured: Measured, of: Quantity, over: Quantity) -> float | None:
+def slope_within_variants(measured: Measured, of: Quantity, over: Quantity) -> float | None:
     """How much one quantity changes with another among runs of the same row, pooled over the rows.
 
     With it a difference between rows can be compared with the part that a higher AP alone would bring (analysis of

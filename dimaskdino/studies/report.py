@@ -8,16 +8,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dimaskdino.studies.comparison import Comparison, Contrast, EvaluatedRun, Interval, Quantity, compare
-from dimaskdino.studies.study import Row, Study
+from dimaskdino.studies.comparison import Comparison, ComparisonResult, EvaluatedRun, Interval, Quantity, compare
+from dimaskdino.studies.study import Study, Variant
 from dimaskdino.utils.files import write_text
 from dimaskdino.utils.markdown import escape
 
 _EXPLANATION = (
-    "Differences between the means of rows. The interval is over other trainings and other images together; "
-    "`over images` is for these very models. `p` is adjusted for all comparisons of this table (Holm); `finds` is the "
-    "difference that four of five such studies would find. `as published`: whether the sign is the paper's, which "
-    "requires all registered seeds, at least three, and p < 0.05."
+    "Differences between means, in points; the imbalance is mask AP − box AP. The 95 % interval covers other trainings "
+    "and other images; `over images` covers other images for these trained models. `p` is two-sided and adjusted for "
+    "all comparisons of the study (Holm). `MDE` is the minimum detectable effect: the difference that such a study "
+    "finds with 80 % power. A published difference is *supported* (same sign) or *contradicted* (opposite sign) if "
+    "p < 0.05 and all registered seeds, at least three, were run; otherwise the comparison is *inconclusive*."
 )
 PAPER = Path(__file__).parent / "paper_tables.json"
 
@@ -32,10 +33,10 @@ class StudyReport:
     """The results of a study.
 
     Attributes:
-        study: the definition.
+        study: the study file.
         scale: the scale that was run.
-        measured: by row name and seed; rows without results are left out.
-        published: by column of the study, row name and quantity.
+        measured: evaluated runs by name of the variant and seed; variants without results are left out.
+        published: published values by column of the study, name of the variant and quantity.
     """
 
     study: Study
@@ -53,27 +54,34 @@ class StudyReport:
         published = study.published(paper_tables()) if study.columns else {}
         return cls(study, scale, study.measured(folder), published)
 
-    def values(self, row: str, quantity: Quantity) -> dict[int, float]:
-        """A quantity by seed, where it is defined."""
-        return quantity.by_seed(self.measured.get(row, {}))
+    def values(self, variant: str, quantity: Quantity) -> dict[int, float]:
+        """A quantity of a variant's runs by seed, where it is defined."""
+        return quantity.by_seed(self.measured.get(variant, {}))
 
     @cached_property
-    def comparisons(self) -> list[Comparison]:
-        """The registered contrasts that were measured."""
+    def results(self) -> list[ComparisonResult]:
+        """Results of the registered comparisons whose variants were all measured."""
         paired = self.scale in self.study.starts
         return compare(self.study.registered, self.measured, len(self.study.seeds), paired)
 
-    def published_difference(self, column: str, contrast: Contrast) -> float | None:
-        """The same difference in the paper; None if the paper does not have all its numbers."""
-        values = {n: self.published[column].get(n, {}).get(str(contrast.quantity)) for n in contrast.weights}
-        if any(value is None for value in values.values()):
-            return None
-        return round(sum(weight * values[name] for name, weight in contrast.weights.items()), 2)
+    def published_difference(self, column: str, comparison: Comparison) -> float | None:
+        """The same difference in the paper, in points; None if the paper lacks one of its numbers."""
+        difference = 0.0
+        for name, weight in comparison.weights.items():
+            value = self.published[column].get(name, {}).get(str(comparison.quantity))
+            if value is None:
+                return None
+            difference += weight * value
+        return round(difference, 2)
 
-    def published_differences(self, contrast: Contrast) -> dict[str, float]:
+    def published_differences(self, comparison: Comparison) -> dict[str, float]:
         """The published differences by column, where there are any."""
-        found = {column: self.published_difference(column, contrast) for column in self.published}
-        return {column: value for column, value in found.items() if value is not None}
+        found = {}
+        for column in self.published:
+            difference = self.published_difference(column, comparison)
+            if difference is not None:
+                found[column] = difference
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """The whole report as plain values."""
@@ -81,64 +89,70 @@ class StudyReport:
             "study": self.study.title,
             "scale": self.scale,
             "seeds": len(self.study.seeds),
-            "rows": [self._row(row) for row in self.study.rows],
-            "contrasts": [self._contrast(comparison) for comparison in self.comparisons],
+            "variants": [self._variant(variant) for variant in self.study.variants],
+            "comparisons": [self._result(result) for result in self.results],
         }
 
-    def _row(self, row: Row) -> dict[str, Any]:
-        record: dict[str, Any] = {"name": row.name, "label": row.label, "measured": {}}
+    def _variant(self, variant: Variant) -> dict[str, Any]:
+        measured = {}
         for quantity in self.study.quantities:
-            values = self.values(row.name, quantity)
-            record["measured"][str(quantity)] = {
+            values = self.values(variant.name, quantity)
+            measured[str(quantity)] = {
                 "by_seed": values,
                 "mean": statistics.mean(values.values()) if values else None,
                 "standard_deviation": statistics.stdev(values.values()) if len(values) > 1 else None,
             }
-        record["published"] = {column: rows[row.name] for column, rows in self.published.items()}
-        return record
+        published = {column: by_name[variant.name] for column, by_name in self.published.items()}
+        return {"name": variant.name, "label": variant.label, "measured": measured, "published": published}
 
-    def _contrast(self, comparison: Comparison) -> dict[str, Any]:
-        published = self.published_differences(comparison.contrast)
-        verdicts = {column: comparison.agrees(value) for column, value in published.items()}
-        return comparison.to_json() | {"published": published, "as_published": verdicts}
+    def _result(self, result: ComparisonResult) -> dict[str, Any]:
+        published = self.published_differences(result.comparison)
+        verdicts = {column: result.verdict(value) for column, value in published.items()}
+        return result.to_json() | {"published": published, "verdicts": verdicts}
 
     def markdown(self) -> str:
-        """The report as two tables: the rows, and their differences."""
-        title = f"**{escape(self.study.title)}**, scale {escape(self.scale)}: means of the seeds ± standard deviation"
-        parts = [title, _table(*self._rows_table())]
-        if self.comparisons:
+        """The report as two tables: the variants, and their differences."""
+        title = f"**{escape(self.study.title)}**, scale {escape(self.scale)}: mean over seeds ± standard deviation"
+        parts = [title, _table(*self._variants_table())]
+        if self.results:
             parts += [_EXPLANATION, _table(*self._differences_table())]
         return "\n\n".join(parts)
 
-    def _rows_table(self) -> tuple[list[str], list[list[str]]]:
+    def _variants_table(self) -> tuple[list[str], list[list[str]]]:
         quantities = self.study.quantities
-        published = [(column, q) for column in self.published for q in quantities if self._is_published(column, q)]
+        published = []
+        for column, by_name in self.published.items():
+            for quantity in quantities:
+                if any(str(quantity) in values for values in by_name.values()):
+                    published.append((column, quantity))
         header = ["", *(q.label for q in quantities), "seeds", *(f"{column}: {q.label}" for column, q in published)]
-        rows = []
-        for row in self.study.rows:
-            cells = [_spread(list(self.values(row.name, q).values()), q) for q in quantities]
-            numbers = [_number(self.published[column][row.name].get(str(q)), q) for column, q in published]
-            rows.append([escape(row.label), *cells, str(len(self.measured.get(row.name, {}))), *numbers])
-        return header, rows
-
-    def _is_published(self, column: str, quantity: Quantity) -> bool:
-        return any(str(quantity) in values for values in self.published[column].values())
+        lines = []
+        for variant in self.study.variants:
+            line = [escape(variant.label)]
+            for quantity in quantities:
+                line.append(_spread(list(self.values(variant.name, quantity).values()), quantity))
+            line.append(str(len(self.measured.get(variant.name, {}))))
+            for column, quantity in published:
+                line.append(_number(self.published[column][variant.name].get(str(quantity)), quantity))
+            lines.append(line)
+        return header, lines
 
     def _differences_table(self) -> tuple[list[str], list[list[str]]]:
-        header = ["", "", "difference", "95 % interval", "over images", "p", "finds", "runs"]
-        header += [text for column in self.published for text in (column, "as published")]
-        rows = []
-        for found in self.comparisons:
-            cells = [escape(found.contrast.label), found.contrast.quantity.label, f"{found.difference:+.1f}"]
-            cells += [_interval(found.joint), _interval(found.over_images)]
-            cells.append("–" if found.adjusted_p is None else show_p(found.adjusted_p))
-            cells.append("–" if found.detectable is None else f"±{found.detectable:.1f}")
-            cells.append(" / ".join(map(str, found.runs.values())))
+        header = ["", "", "difference", "95 % interval", "over images", "p", "MDE", "runs"]
+        for column in self.published:
+            header += [column, "verdict"]
+        lines = []
+        for result in self.results:
+            line = [escape(result.comparison.label), result.comparison.quantity.label, f"{result.difference:+.1f}"]
+            line += [_interval(result.joint), _interval(result.over_images)]
+            line.append("–" if result.adjusted_p is None else show_p(result.adjusted_p))
+            line.append("–" if result.mde is None else f"±{result.mde:.1f}")
+            line.append(" / ".join(map(str, result.runs.values())))
             for column in self.published:
-                there = self.published_difference(column, found.contrast)
-                cells += ["–", "–"] if there is None else [f"{there:+.1f}", found.agrees(there)]
-            rows.append(cells)
-        return header, rows
+                published = self.published_difference(column, result.comparison)
+                line += ["–", "–"] if published is None else [f"{published:+.1f}", result.verdict(published)]
+            lines.append(line)
+        return header, lines
 
     def save(self, folder: Path) -> None:
         """Write table.json and table.md.
@@ -160,7 +174,9 @@ def show_p(p: float) -> str:
 
 
 def _number(value: float | None, quantity: Quantity) -> str:
-    return "–" if value is None else f"{value:{'+' if quantity.what == 'imbalance' else ''}.1f}"
+    if value is None:
+        return "–"
+    return f"{value:+.1f}" if quantity.metric == "imbalance" else f"{value:.1f}"
 
 
 def _spread(values: Sequence[float], quantity: Quantity) -> str:
@@ -173,5 +189,8 @@ def _spread(values: Sequence[float], quantity: Quantity) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with columns aligned in plain text."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+    lines = []
+    for row in (header, ["-" * width for width in widths], *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

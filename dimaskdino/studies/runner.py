@@ -18,7 +18,7 @@ from dimaskdino.config import Config, load_config
 from dimaskdino.evaluation.bootstrap import DRAWS
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.runs.processes import TrainingProcess
-from dimaskdino.studies.comparison import planned_detectable, pooled_deviation
+from dimaskdino.studies.comparison import planned_mde, pooled_deviation
 from dimaskdino.studies.study import Study, run_path, start_path
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.progress import progress_bar
@@ -104,12 +104,12 @@ def plan_study(
         study: the study.
         scale: one of its scales.
         seeds: seeds of the training; the study's own if empty.
-        folder: the study folder; each run goes into `folder/runs/ROW_SEED`.
-        changes: settings for every row, after its own.
+        folder: the study folder; each run goes into `folder/runs/VARIANT_SEED`.
+        changes: settings for every variant, after its own.
         parallel: number of simultaneous runs; by default one per GPU, and one without any.
 
     Raises:
-        UserError: a row is no valid configuration, or the folder holds runs with other settings. Nothing is started
+        UserError: a variant is no valid configuration, or the folder holds runs with other settings. Nothing is started
             then.
     """
     if parallel is not None and parallel < 1:
@@ -121,10 +121,10 @@ def plan_study(
         runs.append(_planned(f"start, seed {seed}", start_path(folder, seed), start, settings, is_start=True))
     for seed in chosen:
         weights = [f"train.weights={start_path(folder, seed)}"] if start else []
-        for row in study.rows:
-            settings = (*study.overrides(row, scale, seed), *weights, *changes)
-            title = f"{row.label}, seed {seed}"
-            runs.append(_planned(title, run_path(folder, row, seed), study.scales[scale], settings))
+        for variant in study.variants:
+            settings = (*study.overrides(variant, scale, seed), *weights, *changes)
+            title = f"{variant.label}, seed {seed}"
+            runs.append(_planned(title, run_path(folder, variant, seed), study.scales[scale], settings))
     timed = [
         record["seconds_per_step"]
         for file in (folder / "runs").glob("*/metrics.jsonl")
@@ -148,8 +148,8 @@ def describe_power(study: Study, scale: str, seeds: int, folder: Path) -> Iterat
 
     The deviation over trainings is that of the study's file, otherwise the pooled one of the runs in the folder.
     """
-    contrasts, paired, known = study.registered, scale in study.starts, dict(study.deviation)
-    if not contrasts:
+    comparisons, paired, known = study.registered, scale in study.starts, dict(study.deviation)
+    if not comparisons:
         return
     measured = study.measured(folder)
     for quantity in study.quantities:
@@ -158,19 +158,19 @@ def describe_power(study: Study, scale: str, seeds: int, folder: Path) -> Iterat
         if found is not None:
             known.setdefault(str(quantity), found)
     if seeds < 2:
-        yield "a single seed decides nothing: the comparisons need more"
+        yield "one seed leaves every comparison inconclusive; use at least three"
         return
-    yield f"what {len(contrasts)} comparisons of {seeds} seeds find with 80 % power:"
+    yield f"minimum detectable effects of {len(comparisons)} comparisons with {seeds} seeds, at 80 % power:"
     for quantity in study.quantities:
         deviation = known.get(str(quantity))
         if deviation is None:
             yield f"  {quantity.label}: known after runs of two seeds, or with a `deviation` in the study's file"
             continue
         yield f"  {quantity.label}, at a deviation of {deviation:.1f} points over trainings:"
-        for contrast in contrasts:
-            if contrast.quantity == quantity:
-                found = planned_detectable(contrast, seeds, deviation, len(contrasts), paired)
-                yield f"    {contrast.label}: {'any difference' if found is None else f'±{found:.1f} points'}"
+        for comparison in comparisons:
+            if comparison.quantity == quantity:
+                found = planned_mde(comparison, seeds, deviation, len(comparisons), paired)
+                yield f"    {comparison.label}: {'any difference' if found is None else f'±{found:.1f} points'}"
 
 
 def run_study(plan: Plan) -> dict[str, str]:

@@ -1,54 +1,54 @@
-"""Studies: variants of a model, each some settings of one configuration, trained with several seeds."""
+"""Study files: variants of one model configuration, each trained with several seeds."""
 
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 
 from dimaskdino.config import Config, Section, explain, load_config, parse_yaml
-from dimaskdino.studies.comparison import Contrast, EvaluatedRun, Quantity
+from dimaskdino.studies.comparison import Comparison, EvaluatedRun, Quantity
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.resources import configs_folder
 
 
-class Row(Section):
-    """One variant of the model."""
+class Variant(Section):
+    """One variant of the model: a row of the study's table."""
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$",
-        description="name of the row and of its runs; rows with the same name in several studies share them",
+        description="name of the variant and of its runs; studies in one folder share the runs of a name",
     )
     label: str
     published: str | None = Field(None, description="path in the paper's tables: keys and positions separated by dots")
     settings: dict[str, tuple[str, ...]] = Field({}, description="`key=value` by scale; those of `all` apply first")
 
 
-class Compared(Section):
-    """A comparison that a study registers: the mean of some rows minus the mean of others."""
+class RegisteredComparison(Section):
+    """A comparison in a study file: the mean of some variants minus the mean of others, for every quantity."""
 
-    plus: tuple[str, ...] = Field(min_length=1, description="names of rows")
-    minus: tuple[str, ...] = Field(min_length=1, description="names of the rows that they are compared with")
-    label: str | None = Field(None, description="for people; by default the labels of the rows")
+    plus: tuple[str, ...] = Field(min_length=1, description="names of variants")
+    minus: tuple[str, ...] = Field(min_length=1, description="names of the variants that are subtracted")
+    label: str | None = Field(None, description="name in tables; by default made of the variants' labels")
 
 
 class Study(Section):
-    """Variants of one configuration.
+    """A study file. Those of version 0.2 call the variants `rows` and the comparisons `contrasts`.
 
     Attributes:
-        title: for people.
-        columns: datasets that the paper has numbers for, and the key of each below `Row.published` ("" if none).
-        report: quantities to compare: `STAGE.box`, `STAGE.mask` or `STAGE.imbalance`; the stage may be `first` or
-            `last`, for the decoder layers. `STAGE.imbalance@25` is read where the stage's box AP reaches 25 during the
-            training, which then has to score that stage (`train.validation`).
-        seeds: seeds of the training. Their number is fixed before the first run; comparisons of fewer decide nothing.
+        title: heading of the report.
+        columns: datasets with published numbers, and the key of each below `Variant.published` ("" if none).
+        report: quantities to compare: `STAGE.box`, `STAGE.mask` or `STAGE.imbalance`, where STAGE is a stage's name or
+            `first` or `last` for those decoder layers. `STAGE.imbalance@25` is read where the stage's box AP reaches 25
+            during training; the training must score that stage (`train.validation`).
+        seeds: training seeds. Fix their number before the first run; with fewer, comparisons are inconclusive.
         deviation: expected standard deviation over trainings by quantity, from a pilot, for the power of the plan.
         scales: the configuration that the settings change, by scale; absolute paths after `load_study`.
-        starts: by scale, the configuration of a training that all rows of a seed start from. Comparisons are then made
-            by pairs with one seed, which share their start.
-        rows: the variants.
-        contrasts: the comparisons, of every quantity; their p-values are adjusted together.
+        starts: by scale, the configuration of a training from which all variants of a seed start. Variants are then
+            compared in pairs with the same seed.
+        variants: the variants, in the order of the report.
+        comparisons: which variants to compare. The p-values of all comparisons and quantities are adjusted together.
     """
 
     title: str
@@ -58,42 +58,43 @@ class Study(Section):
     scales: dict[str, Path]
     starts: dict[str, Path] = Field({})
     deviation: dict[str, float] = Field({})
-    rows: tuple[Row, ...]
-    contrasts: tuple[Compared, ...] = Field(())
+    variants: tuple[Variant, ...] = Field(validation_alias=AliasChoices("variants", "rows"))
+    comparisons: tuple[RegisteredComparison, ...] = Field((), validation_alias=AliasChoices("comparisons", "contrasts"))
 
-    @field_validator("rows")
+    @field_validator("variants")
     @classmethod
-    def _names(cls, rows: tuple[Row, ...]) -> tuple[Row, ...]:
-        names = [row.name for row in rows]
+    def _check_names(cls, variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
+        names = [variant.name for variant in variants]
         if "start" in names:
-            raise ValueError("a row cannot be called start, as the trainings are that rows start from")
+            raise ValueError("a variant cannot be called start: this is the name of the trainings that variants share")
         if len(set(names)) != len(names):
-            raise ValueError(f"row names must be unique, got {', '.join(names)}")
-        return rows
-
-    @model_validator(mode="after")
-    def _compared(self) -> "Study":
-        names = [row.name for row in self.rows]
-        for compared in self.contrasts:
-            for name in (*compared.plus, *compared.minus):
-                if name not in names:
-                    raise ValueError(f"'{name}' is compared, but the rows are {', '.join(names)}")
-            if both := set(compared.plus) & set(compared.minus):
-                raise ValueError(f"{', '.join(sorted(both))} cannot be compared with itself")
-        return self
+            raise ValueError(f"names of variants must be unique, got {', '.join(names)}")
+        return variants
 
     @field_validator("report", "deviation")
     @classmethod
-    def _quantities(cls, named: Any) -> Any:
+    def _check_quantities(cls, named: Any) -> Any:
         for text in named:
             Quantity.parse(text)
         return named
 
     @model_validator(mode="after")
-    def _published(self) -> "Study":
-        missing = [row.name for row in self.rows if self.columns and row.published is None]
-        if missing:
-            raise ValueError(f"the study has published columns, but no place of {', '.join(missing)} in them")
+    def _check_comparisons(self) -> "Study":
+        names = [variant.name for variant in self.variants]
+        for comparison in self.comparisons:
+            for name in (*comparison.plus, *comparison.minus):
+                if name not in names:
+                    raise ValueError(f"unknown variant '{name}' in a comparison; the variants are {', '.join(names)}")
+            on_both_sides = set(comparison.plus) & set(comparison.minus)
+            if on_both_sides:
+                raise ValueError(f"{', '.join(sorted(on_both_sides))} cannot be compared with itself")
+        return self
+
+    @model_validator(mode="after")
+    def _check_published(self) -> "Study":
+        missing = [variant.name for variant in self.variants if variant.published is None]
+        if self.columns and missing:
+            raise ValueError(f"the study has published columns; set `published` for {', '.join(missing)}")
         return self
 
     @property
@@ -101,71 +102,84 @@ class Study(Section):
         return tuple(map(Quantity.parse, self.report))
 
     @property
-    def registered(self) -> tuple[Contrast, ...]:
-        """All contrasts of the study: every comparison of every quantity."""
-        return tuple(
-            Contrast(self._label(compared), compared.plus, compared.minus, quantity)
-            for compared in self.contrasts
-            for quantity in self.quantities
-        )
+    def registered(self) -> tuple[Comparison, ...]:
+        """Every comparison of the file, once for each quantity."""
+        found = []
+        for comparison in self.comparisons:
+            label = comparison.label
+            if label is None:
+                plus = ", ".join(self.variant(name).label for name in comparison.plus)
+                minus = ", ".join(self.variant(name).label for name in comparison.minus)
+                label = f"{plus} − {minus}"
+            for quantity in self.quantities:
+                found.append(Comparison(label, comparison.plus, comparison.minus, quantity))
+        return tuple(found)
 
-    def _label(self, compared: Compared) -> str:
-        sides = (", ".join(self.row(name).label for name in names) for names in (compared.plus, compared.minus))
-        return compared.label or " − ".join(sides)
+    def variant(self, name: str) -> Variant:
+        return next(variant for variant in self.variants if variant.name == name)
 
-    def row(self, name: str) -> Row:
-        return next(row for row in self.rows if row.name == name)
-
-    def overrides(self, row: Row, scale: str, seed: int = 0) -> list[str]:
-        """Settings of one run of this row, relative to the configuration of the scale.
+    def overrides(self, variant: Variant, scale: str, seed: int = 0) -> list[str]:
+        """Settings of one run of a variant, relative to the configuration of the scale.
 
         Raises:
             UserError: the study has no such scale.
         """
         if scale not in self.scales:
             raise UserError(f"the study has no scale '{scale}', only {', '.join(self.scales)}")
-        return [*row.settings.get("all", ()), *row.settings.get(scale, ()), f"train.seed={seed}"]
+        return [*variant.settings.get("all", ()), *variant.settings.get(scale, ()), f"train.seed={seed}"]
 
-    def config(self, row: Row, scale: str, seed: int = 0) -> Config:
+    def config(self, variant: Variant, scale: str, seed: int = 0) -> Config:
         """The configuration of one run."""
-        overrides = self.overrides(row, scale, seed)
+        overrides = self.overrides(variant, scale, seed)
         return load_config(self.scales[scale], overrides)
 
     def published(self, tables: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-        """Published values by column, row name and quantity, from the paper's tables (`report.paper_tables`).
+        """Published values by column, name of the variant and quantity.
 
-        A single pair of box and mask AP belongs to the last layer.
+        Args:
+            tables: the paper's tables (`report.paper_tables`). Where they have a single pair of box and mask AP, it
+                belongs to the last layer.
         """
-        published_values: dict[str, dict[str, dict[str, float]]] = {column: {} for column in self.columns}
-        for row in self.rows:
-            for column, key in self.columns.items():
-                node: Any = tables
-                for step in [*(row.published or "").split("."), *([key] if key else [])]:
-                    node = node[int(step) if isinstance(node, list) else step]
-                layers = node if "last" in node else {"last": node}
-                values = {f"{layer}.{kind}": ap[kind] for layer, ap in layers.items() for kind in ("box", "mask")}
-                values |= {f"{layer}.imbalance": ap["mask"] - ap["box"] for layer, ap in layers.items()}
-                published_values[column][row.name] = values
-        return published_values
+        by_column: dict[str, dict[str, dict[str, float]]] = {}
+        for column, key in self.columns.items():
+            by_column[column] = {}
+            for variant in self.variants:
+                path = (variant.published or "").split(".")
+                by_column[column][variant.name] = _published_values(tables, [*path, key] if key else path)
+        return by_column
 
     def measured(self, folder: Path) -> dict[str, dict[int, EvaluatedRun]]:
-        """Results in a study folder by row name and seed; rows without results are left out."""
+        """Results in a study folder by name of the variant and seed; variants without results are left out."""
         results: dict[str, dict[int, EvaluatedRun]] = {}
-        for row in self.rows:
-            for file in sorted((folder / "runs").glob(f"{row.name}_*/evaluation/layers.json")):
-                seed = file.parents[1].name.removeprefix(f"{row.name}_")
+        for variant in self.variants:
+            for file in sorted((folder / "runs").glob(f"{variant.name}_*/evaluation/layers.json")):
+                seed = file.parents[1].name.removeprefix(f"{variant.name}_")
                 if seed.isdigit():
-                    results.setdefault(row.name, {})[int(seed)] = EvaluatedRun.load(file.parents[1])
+                    results.setdefault(variant.name, {})[int(seed)] = EvaluatedRun.load(file.parents[1])
         return results
 
 
-def run_path(folder: Path, row: Row, seed: int) -> Path:
-    """The run folder of a row and seed in a study folder."""
-    return folder / "runs" / f"{row.name}_{seed}"
+def _published_values(tables: Mapping[str, Any], path: list[str]) -> dict[str, float]:
+    """Published values by quantity below a path of keys and positions."""
+    node: Any = tables
+    for step in path:
+        node = node[int(step) if isinstance(node, list) else step]
+    layers = node if "last" in node else {"last": node}
+    values = {}
+    for layer, ap in layers.items():
+        values[f"{layer}.box"] = ap["box"]
+        values[f"{layer}.mask"] = ap["mask"]
+        values[f"{layer}.imbalance"] = ap["mask"] - ap["box"]
+    return values
+
+
+def run_path(folder: Path, variant: Variant, seed: int) -> Path:
+    """The run folder of a variant and seed in a study folder."""
+    return folder / "runs" / f"{variant.name}_{seed}"
 
 
 def start_path(folder: Path, seed: int) -> Path:
-    """The run folder of the training that the rows of a seed start from."""
+    """The run folder of the training from which the variants of a seed start."""
     return folder / "runs" / f"start_{seed}"
 
 
@@ -201,8 +215,6 @@ def load_study(path: Path) -> Study:
         raise UserError(f"{path} is not in UTF-8; save it in that encoding") from None
     except ValidationError as error:
         raise UserError(explain(error, f"{path} is not a study", Study)) from None
-    files = {
-        key: {name: (path.parent / file).resolve() for name, file in getattr(study, key).items()}
-        for key in ("scales", "starts")
-    }
-    return study.model_copy(update=files)
+    scales = {name: (path.parent / file).resolve() for name, file in study.scales.items()}
+    starts = {name: (path.parent / file).resolve() for name, file in study.starts.items()}
+    return study.model_copy(update={"scales": scales, "starts": starts})

@@ -360,28 +360,28 @@ def explore_curves(runs: Mapping[str, LayerwiseAP]) -> Explorer:
 
 
 def explore_studies(
-    rows: Mapping[str, Mapping[str, str]],
+    labels: Mapping[str, Mapping[str, str]],
     columns: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]],
 ) -> Explorer:
-    """Explore studies: box and mask AP of their rows, published and measured.
+    """Explore studies: box and mask AP of their variants, published and measured.
 
     Args:
-        rows: for each study's title the labels by row name.
+        labels: for each study's title the labels by name of the variant.
         columns: for each study's title what `plot_ablation` takes.
     """
 
     def draw(study: str) -> Figure:
-        return plot_ablation(rows[study], columns[study], study)
+        return plot_ablation(labels[study], columns[study], study)
 
     def describe(study: str) -> str:
         parts = []
         for column, detected in columns[study].items():
             values = (
-                f"{rows[study][name]} box AP {sum(p[0] for p in pairs) / len(pairs):.1f}, "
+                f"{labels[study][name]} box AP {sum(p[0] for p in pairs) / len(pairs):.1f}, "
                 f"mask AP {sum(p[1] for p in pairs) / len(pairs):.1f}"
                 for name, pairs in detected.items()
             )
             parts.append(f"{column}: {'; '.join(values) or 'nothing measured'}")
         return f"{study}. {'. '.join(parts)}."
 
-    return Explorer(draw, describe, {"study": _dropdown("study", [(title, title) for title in rows])})
+    return Explorer(draw, describe, {"study": _dropdown("study", [(title, title) for title in labels])})

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from dimaskdino.data.painting import CYCLE, GREY, data_label
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
-from dimaskdino.studies.comparison import Comparison
+from dimaskdino.studies.comparison import ComparisonResult
 from dimaskdino.studies.report import StudyReport
 from dimaskdino.viz.curves import short_name, stage_order
 from dimaskdino.viz.style import BOX, MASK, NotebookFigure, style
@@ -22,7 +22,7 @@ LONGEST_ROW = 48  # characters of a label beside a line
 
 def study_figures(report: StudyReport) -> dict[str, Figure]:
     """The figures of a study by name: `rows`, `differences` if rows are compared, and `layers`."""
-    study, labels = report.study, {row.name: row.label for row in report.study.rows}
+    study, labels = report.study, {row.name: row.label for row in report.study.variants}
     columns = {
         f"{name}, published": {row: [(v["last.box"], v["last.mask"])] for row, v in rows.items()}
         for name, rows in report.published.items()
@@ -32,8 +32,8 @@ def study_figures(report: StudyReport) -> dict[str, Figure]:
         for row, runs in report.measured.items()
     }
     figures = {"rows": plot_ablation(labels, columns, f"{study.title}: last layer")}
-    if report.comparisons:
-        pairs = [(found, report.published_differences(found.contrast)) for found in report.comparisons]
+    if report.results:
+        pairs = [(found, report.published_differences(found.comparison)) for found in report.results]
         figures["differences"] = plot_differences(pairs, f"{study.title}: differences")
     by_label = {labels[row]: [m.result for m in runs.values()] for row, runs in report.measured.items()}
     return figures | {"layers": plot_study_layers(by_label, f"{study.title}: every stage")}
@@ -178,7 +178,7 @@ def _at(results: Sequence[LayerwiseAP], stage: str, what: str) -> list[float]:
     return [value for value in outcome if value is not None]
 
 
-def plot_differences(comparisons: Sequence[tuple[Comparison, Mapping[str, float]]], title: str) -> Figure:
+def plot_differences(comparisons: Sequence[tuple[ComparisonResult, Mapping[str, float]]], title: str) -> Figure:
     """Plot differences between variants with their intervals, one panel per quantity, beside the published differences.
 
     All panels have one scale, so that a point of AP has the same length everywhere.
@@ -187,10 +187,10 @@ def plot_differences(comparisons: Sequence[tuple[Comparison, Mapping[str, float]
         comparisons: each comparison with the published differences by column; at least one.
         title: above all panels.
     """
-    names = list(dict.fromkeys(found.contrast.label for found, _ in comparisons))
+    names = list(dict.fromkeys(found.comparison.label for found, _ in comparisons))
     place = {name: len(names) - 1 - i for i, name in enumerate(names)}
     columns = list(dict.fromkeys(column for _, published in comparisons for column in published))
-    quantities = list(dict.fromkeys(found.contrast.quantity for found, _ in comparisons))
+    quantities = list(dict.fromkeys(found.comparison.quantity for found, _ in comparisons))
     with style():
         across = min(3, len(quantities))
         down = -(-len(quantities) // across)
@@ -199,9 +199,9 @@ def plot_differences(comparisons: Sequence[tuple[Comparison, Mapping[str, float]
         grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
         for quantity, axes in zip(quantities, grid, strict=False):
             for found, published in comparisons:
-                if found.contrast.quantity != quantity:
+                if found.comparison.quantity != quantity:
                     continue
-                y = place[found.contrast.label]
+                y = place[found.comparison.label]
                 for interval, width, colour in ((found.joint, 2.0, GREY), (found.over_images, 6.0, BOX)):
                     if interval:
                         ends = [interval.low, interval.high]

@@ -53,7 +53,7 @@ draw_architecture("token_interaction", "bato")
 # `configs/ablations/table_4.yaml`, for the shapes; what they do to the model's size and stages:
 
 # %%
-for row in modules.rows:
+for row in modules.variants:
     model = Detector(modules.config(row, "shapes").model)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{row.label}: {size:.2f} million parameters")
@@ -100,7 +100,7 @@ def columns_of(study):
     return found | {"shapes, 2,000 steps": measured}
 
 
-labels = {study.title: {row.name: row.label for row in study.rows} for study in studies}
+labels = {study.title: {row.name: row.label for row in study.variants} for study in studies}
 plot_ablation(labels[modules.title], columns_of(modules), modules.title)
 
 # %%
@@ -181,8 +181,8 @@ bet = Choice("How many of the three gains in box AP are decided (adjusted p < 0.
 bet
 
 # %%
-pairs = [(found, report.published_differences(found.contrast)) for found in report.comparisons]
-rows = [found for found, _ in pairs if found.contrast.quantity == box and found.contrast.minus == ("neither",)]
+pairs = [(found, report.published_differences(found.comparison)) for found in report.results]
+rows = [found for found, _ in pairs if found.comparison.quantity == box and found.comparison.minus == ("neither",)]
 decided = sum(found.adjusted_p is not None and found.adjusted_p < 0.05 for found in rows)
 bet.reveal(
     bet.options[decided], {"all": "the gains are large, and so is the scatter of the seeds, most of all with both"}
@@ -197,7 +197,7 @@ Markdown(report.markdown())
 # %% [markdown]
 # Fifteen comparisons, each with a chance of 5 % to look like something when there is nothing: so the p-values are
 # *adjusted* for their number (Holm's method). And before a study is run one asks for its **power**: which difference
-# would such a study find in four of five cases? Compare the column `finds` with the published differences.
+# would such a study find in four of five cases? Compare the column `MDE` with the published differences.
 #
 # Which of the paper's signs could you defend with these runs?
 #
@@ -269,11 +269,11 @@ repeated
 second = StudyReport.of(
     load_study(Path("configs/ablations/box_formula.yaml")), "miniature", Path("notebooks/studies/miniature")
 )
-published = [c for c in second.comparisons if c.contrast.quantity == box and "as published" in c.contrast.label]
-raised = [c.contrast.label.split(",")[0] for c in published if c.adjusted_p < 0.05 and c.difference > 0]
+published = [c for c in second.results if c.comparison.quantity == box and "published formula" in c.comparison.label]
+raised = [c.comparison.label.split(",")[0] for c in published if c.adjusted_p < 0.05 and c.difference > 0]
 right = raised[0] if len(raised) == 1 else "both" if raised else "neither"
 repeated.reveal(right, {"BATO": "its gain was decided above, by five seeds of which two had been added"})
-plot_differences([(found, {}) for found in second.comparisons], "The second miniature: differences")
+plot_differences([(found, {}) for found in second.results], "The second miniature: differences")
 
 # %% [markdown]
 # Read the first column from top to bottom: how much of De-Imbalance's gain is left when the boxes that enter the

@@ -24,7 +24,7 @@ from dimaskdino.evaluation.layerwise_ap import detect_layers
 from dimaskdino.inspection.objects import mask_iou
 from dimaskdino.modeling import ImageBatch
 from dimaskdino.modeling.layers import inverse_sigmoid, sine_boxes
-from dimaskdino.studies.comparison import Contrast, Quantity, compare, holm
+from dimaskdino.studies.comparison import Comparison, Quantity, compare, holm
 from dimaskdino.studies.report import StudyReport
 from dimaskdino.studies.study import load_study
 from dimaskdino.training.criterion import stage_losses
@@ -346,11 +346,11 @@ def test_verdicts_are_compared_with_the_kits_on_a_real_study(capsys):
     bare = {
         row: {seed: replace(run, samples=None) for seed, run in runs.items()} for row, runs in report.measured.items()
     }
-    contrasts = [Contrast(row.name, (row.name,), (study.rows[0].name,), quantity) for row in study.rows[1:]]
+    comparisons = [Comparison(row.name, (row.name,), (study.variants[0].name,), quantity) for row in study.variants[1:]]
     by_kit = [
-        (c.difference, c.joint.low, c.joint.high, c.adjusted_p) for c in compare(contrasts, bare, len(study.seeds))
+        (c.difference, c.joint.low, c.joint.high, c.adjusted_p) for c in compare(comparisons, bare, len(study.seeds))
     ]
-    values = [list(report.values(row.name, quantity).values()) for row in study.rows]
+    values = [list(report.values(row.name, quantity).values()) for row in study.variants]
     np.testing.assert_allclose(verdicts(values), by_kit, rtol=1e-9)
 
 

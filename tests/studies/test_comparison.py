@@ -9,21 +9,21 @@ from dimaskdino.evaluation.bootstrap import BootstrapAP
 from dimaskdino.evaluation.coco_ap import AveragePrecision
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
 from dimaskdino.studies.comparison import (
-    Contrast,
+    Comparison,
     EvaluatedRun,
     Quantity,
     compare,
     correlation_of_pairs,
-    detectable,
     first_at,
-    planned_detectable,
+    minimum_detectable_effect,
+    planned_mde,
     pooled_deviation,
-    slope_within_rows,
+    slope_within_variants,
 )
 from dimaskdino.utils.errors import UserError
 
 BOX = Quantity.parse("last.box")
-B_MINUS_A = Contrast("B − A", ("b",), ("a",), BOX)
+B_MINUS_A = Comparison("B − A", ("b",), ("a",), BOX)
 
 
 def run(ap, draws=None, images=200):
@@ -53,7 +53,7 @@ def test_two_rows_are_a_welch_test():
 def test_a_factor_of_a_two_by_two_by_hand():
     """Rows with variances 1, 4, 9 and 16 and three runs each; weights ±1/2."""
     measured = rows(neither=[9, 10, 11], one=[18, 20, 22], other=[27, 30, 33], both=[41, 45, 49])
-    factor = Contrast("one", ("one", "both"), ("neither", "other"), BOX)
+    factor = Comparison("one", ("one", "both"), ("neither", "other"), BOX)
     [found] = compare([factor], measured, seeds=3)
     assert found.difference == pytest.approx((20 - 10 + 45 - 30) / 2)
     variance = (1 + 4 + 9 + 16) / 3 / 4
@@ -93,7 +93,7 @@ def test_pooled_deviation():
     assert pooled_deviation(under_way, paired=True) == pytest.approx((4 / 2) ** 0.5)
     assert pooled_deviation({"c": {0: 5.0}}, paired=False) is None
     assert pooled_deviation({"a": values["a"]}, paired=True) is None
-    effect = planned_detectable(B_MINUS_A, seeds=6, deviation=1.5, contrasts=1, paired=True)
+    effect = planned_mde(B_MINUS_A, seeds=6, deviation=1.5, comparisons=1, paired=True)
     draw = np.random.default_rng(5).normal(0, 1.5, size=(2, 6, 20_000))
     assert np.mean(ttest_rel(draw[0] + effect, draw[1]).pvalue < 0.05) == pytest.approx(0.8, abs=0.02)
 
@@ -116,8 +116,8 @@ def test_images_widen_the_joint_interval_by_their_variance():
 
 def test_p_values_are_adjusted_by_holm():
     measured = rows(a=[10, 11, 12], b=[20, 21, 22], c=[12, 13, 14], d=[11, 12, 13])
-    contrasts = [Contrast(name, (name,), ("a",), BOX) for name in "bcd"]
-    found = {c.contrast.label: c for c in compare(contrasts, measured, seeds=3)}
+    comparisons = [Comparison(name, (name,), ("a",), BOX) for name in "bcd"]
+    found = {c.comparison.label: c for c in compare(comparisons, measured, seeds=3)}
     p = [found[name].p for name in "bcd"]
     assert p == sorted(p)
     first, second = min(1, 3 * p[0]), min(1, 2 * p[1])
@@ -129,38 +129,38 @@ def test_p_values_are_adjusted_by_holm():
 @pytest.mark.parametrize(
     ("values", "seeds", "published", "expected"),
     [
-        ({"a": [10, 11, 12], "b": [20, 21, 22]}, 3, 0.4, "yes"),
-        ({"a": [10, 11, 12], "b": [20, 21, 22]}, 3, -0.4, "no"),
-        ({"a": [10, 11, 12], "b": [20, 21, 22]}, 3, 0.0, "cannot tell"),
-        ({"a": [10, 11, 12], "b": [20, 21, 22]}, 4, 0.4, "cannot tell"),  # a seed is missing
-        ({"a": [10, 11], "b": [20, 20.1]}, 2, 0.4, "cannot tell"),  # two seeds are never enough
-        ({"a": [10, 11, 12], "b": [11, 12, 13]}, 3, 0.4, "cannot tell"),
-        ({"a": [10, 11, 12], "b": [20]}, 1, 0.4, "cannot tell"),
+        ({"a": [10, 11, 12], "b": [20, 21, 22]}, 3, 0.4, "supported"),
+        ({"a": [10, 11, 12], "b": [20, 21, 22]}, 3, -0.4, "contradicted"),
+        ({"a": [10, 11, 12], "b": [20, 21, 22]}, 3, 0.0, "inconclusive"),
+        ({"a": [10, 11, 12], "b": [20, 21, 22]}, 4, 0.4, "inconclusive"),  # a seed is missing
+        ({"a": [10, 11], "b": [20, 20.1]}, 2, 0.4, "inconclusive"),  # two seeds are never enough
+        ({"a": [10, 11, 12], "b": [11, 12, 13]}, 3, 0.4, "inconclusive"),
+        ({"a": [10, 11, 12], "b": [20]}, 1, 0.4, "inconclusive"),
     ],
 )
 def test_the_rule_of_verdicts(values, seeds, published, expected):
     [found] = compare([B_MINUS_A], rows(**values), seeds)
-    assert found.agrees(published) == expected
+    assert found.verdict(published) == expected
 
 
 def test_single_runs_have_a_difference_and_nothing_more():
     [found] = compare([B_MINUS_A], rows(a=[10, 11, 12], b=[20]), seeds=3)
     assert found.difference == 9
-    assert (found.over_trainings, found.joint, found.p, found.adjusted_p, found.detectable) == (None,) * 5
+    assert (found.over_trainings, found.joint, found.p, found.adjusted_p, found.mde) == (None,) * 5
     assert compare([B_MINUS_A], rows(a=[10]), seeds=1) == []
 
 
 def test_detectable_difference_is_found_four_times_of_five():
     variance, df, level = 0.8, 9.0, 0.01
-    effect = detectable(variance, df, level)
+    effect = minimum_detectable_effect(variance, df, level)
     critical, shift = student.ppf(1 - level / 2, df), effect / variance**0.5
     assert nct.sf(critical, df, shift) + nct.cdf(-critical, df, shift) == pytest.approx(0.8, abs=1e-6)
-    assert detectable(0.0, 9.0, 0.05) is None
+    assert minimum_detectable_effect(0.0, 9.0, 0.05) is None
 
 
 def test_planned_power_holds_in_simulated_studies():
-    effect = planned_detectable(B_MINUS_A, seeds=5, deviation=1.5, contrasts=4)
-    assert planned_detectable(B_MINUS_A, seeds=1, deviation=1.5, contrasts=4) is None
+    effect = planned_mde(B_MINUS_A, seeds=5, deviation=1.5, comparisons=4)
+    assert planned_mde(B_MINUS_A, seeds=1, deviation=1.5, comparisons=4) is None
     draw = np.random.default_rng(7).normal(0, 1.5, size=(2, 5, 20_000))
     p = ttest_ind(draw[0] + effect, draw[1], equal_var=False).pvalue
     assert np.mean(p < 0.05 / 4) == pytest.approx(0.8, abs=0.02)
@@ -208,8 +208,8 @@ def test_slope_within_rows_ignores_how_far_the_rows_are_apart():
         "b": {seed: two(59 + 2 * seed, 10) for seed in range(2)},
     }
     mask = Quantity.parse("last.mask")
-    assert slope_within_rows(measured, mask, BOX) == pytest.approx((2 * 2 + 0) / (2 + 2))
-    assert slope_within_rows({"b": {0: two(1, 2), 1: two(1, 3)}}, mask, BOX) is None
+    assert slope_within_variants(measured, mask, BOX) == pytest.approx((2 * 2 + 0) / (2 + 2))
+    assert slope_within_variants({"b": {0: two(1, 2), 1: two(1, 3)}}, mask, BOX) is None
 
 
 def test_a_value_is_read_where_the_ap_is_reached_first():
@@ -237,10 +237,10 @@ def test_imbalance_at_equal_ap_by_hand():
     imbalance = Quantity.parse("first.imbalance@25")
     assert imbalance == Quantity("first", "imbalance", 25)
     assert str(imbalance) == "first.imbalance@25"
-    assert imbalance.label == "mask − box, first layer, at 25 box AP"
+    assert imbalance.label == "imbalance, first layer, at 25 box AP"
     for rows_of in measured.values():
         assert imbalance.by_seed(rows_of) == pytest.approx({0: 12 - 0.2 * 25, 1: 12 - 0.2 * 25})
-    [found] = compare([Contrast("B − A", ("b",), ("a",), imbalance)], measured, seeds=2)
+    [found] = compare([Comparison("B − A", ("b",), ("a",), imbalance)], measured, seeds=2)
     assert found.difference == pytest.approx(0)
     assert found.over_images is None
     assert Quantity.parse("first.mask@25").by_seed(measured["a"]) == pytest.approx({0: 32, 1: 32})

@@ -33,10 +33,10 @@ TABLES = paper_tables()
 def test_every_row_is_a_configuration_and_has_published_numbers(file):
     study = load_study(file)
     for scale in study.scales:
-        configs = [study.config(row, scale).model_dump_json() for row in study.rows]
+        configs = [study.config(row, scale).model_dump_json() for row in study.variants]
         assert len(set(configs)) == len(configs)
     for numbers in study.published(TABLES).values():
-        assert set(numbers) == {row.name for row in study.rows}
+        assert set(numbers) == {row.name for row in study.variants}
         for values in numbers.values():
             assert all(10 < ap < 150 for name, ap in values.items() if not name.endswith("imbalance"))
             assert values["last.imbalance"] == values["last.mask"] - values["last.box"]
@@ -45,7 +45,7 @@ def test_every_row_is_a_configuration_and_has_published_numbers(file):
 def test_rows_with_one_name_are_one_variant():
     seen = {}
     for study in map(load_study, FILES):
-        for row in study.rows:
+        for row in study.variants:
             for scale in study.scales:
                 config = study.config(row, scale)
                 assert seen.setdefault((row.name, scale), config) == config
@@ -54,7 +54,7 @@ def test_rows_with_one_name_are_one_variant():
 def test_published_numbers_are_those_of_the_row():
     study = load_study(ROOT / "configs" / "ablations" / "table_4.yaml")
     numbers = study.published(TABLES)
-    for number, row in enumerate(study.rows):
+    for number, row in enumerate(study.variants):
         entry = TABLES["table_4_modules"][number]
         config = study.config(row, "coco").model
         assert (len(config.selection.k) > 1, config.bato.enabled) == (entry["di"], entry["bato"])
@@ -71,36 +71,46 @@ def test_published_numbers_of_both_layers():
 
 def write_study(folder, **changes):
     content = {
-        "title": "Two rows",
+        "title": "Two variants",
         "report": ["last.box", "first.imbalance"],
         "seeds": [0],
         "scales": {"tiny": str(ROOT / "configs" / "shapes" / "dimaskdino_r18.yaml")},
-        "rows": [
+        "variants": [
             {"name": "a", "label": "A"},
             {"name": "b", "label": "B", "settings": {"tiny": ["model.bato.enabled=false"]}},
         ],
-        "contrasts": [{"plus": ["b"], "minus": ["a"]}],
+        "comparisons": [{"plus": ["b"], "minus": ["a"]}],
     } | changes
     (folder / "study.yaml").write_text(yaml.safe_dump(content))
     return folder / "study.yaml"
 
 
+def test_study_files_of_version_0_2_are_read(tmp_path):
+    study = load_study(write_study(tmp_path))
+    text = (tmp_path / "study.yaml").read_text()
+    renamed = text.replace("variants:", "rows:").replace("comparisons:", "contrasts:")
+    (tmp_path / "old.yaml").write_text(renamed)
+    assert "rows:" in renamed
+    assert "contrasts:" in renamed
+    assert load_study(tmp_path / "old.yaml") == study
+
+
 def test_mistakes_are_named(tmp_path, monkeypatch):
     row = {"name": "a", "label": "A"}
     for changes, message in (
-        ({"rows": [row, row]}, "row names must be unique, got a, a"),
-        ({"rows": [row]}, "'b' is compared, but the rows are a"),
-        ({"contrasts": [{"plus": ["a", "b"], "minus": ["b"]}]}, "b cannot be compared with itself"),
-        ({"contrasts": [{"plus": [], "minus": ["b"]}]}, r"contrasts.0.plus"),
+        ({"variants": [row, row]}, "names of variants must be unique, got a, a"),
+        ({"variants": [row]}, "unknown variant 'b' in a comparison; the variants are a"),
+        ({"comparisons": [{"plus": ["a", "b"], "minus": ["b"]}]}, "b cannot be compared with itself"),
+        ({"comparisons": [{"plus": [], "minus": ["b"]}]}, r"comparisons.0.plus"),
         ({"deviation": {"last": 1.0}}, "'last' is no quantity"),
         ({"report": ["last.boxes"]}, "'last.boxes' is no quantity; expected STAGE.box"),
-        ({"columns": {"COCO": "coco"}}, "no place of a, b in them"),
+        ({"columns": {"COCO": "coco"}}, "set `published` for a, b"),
     ):
         with pytest.raises(UserError, match=message):
             load_study(write_study(tmp_path, **changes))
     study = load_study(write_study(tmp_path))
     with pytest.raises(UserError, match="no scale 'huge', only tiny"):
-        study.config(study.rows[0], "huge")
+        study.config(study.variants[0], "huge")
     with pytest.raises(UserError, match="cannot read the study"):
         load_study(tmp_path / "none.yaml")
     with pytest.raises(UserError, match="parallel must be at least 1, got 0"):
@@ -118,7 +128,7 @@ def test_rows_start_from_the_training_of_their_seed(tmp_path):
     scales = {"tiny": str(shapes / "miniature.yaml"), "whole": str(shapes / "dimaskdino_r18.yaml")}
     changes = {"scales": scales, "starts": {"tiny": str(shapes / "miniature_start.yaml")}, "seeds": [0, 1]}
     rows = [{"name": "a", "label": "A"}, {"name": "b", "label": "B", "settings": {"tiny": ["model.bato.after=[2]"]}}]
-    study = load_study(write_study(tmp_path, rows=rows, **changes))
+    study = load_study(write_study(tmp_path, variants=rows, **changes))
     plan = plan_study(study, "tiny", [], tmp_path)
     assert [run.title for run in plan.runs] == [
         *("start, seed 0", "start, seed 1"),  # first, so that nothing has to wait for one
@@ -130,10 +140,10 @@ def test_rows_start_from_the_training_of_their_seed(tmp_path):
     assert [run.config.train.seed for run in plan.runs] == [0, 1, 0, 0, 1, 1]
     assert len(plan_study(study, "whole", [], tmp_path).runs) == 4
     with pytest.raises(UserError, match="cannot be called start"):
-        load_study(write_study(tmp_path, rows=[{"name": "start", "label": "A"}], contrasts=[]))
+        load_study(write_study(tmp_path, variants=[{"name": "start", "label": "A"}], comparisons=[]))
 
 
-def measured(folder, row, seed, first, last, samples=None):
+def measured(folder, variant, seed, first, last, samples=None):
     """Write synthetic results: (box, mask) AP of the first and last layer, and draws by stage and kind."""
 
     def stage(box, mask):
@@ -141,7 +151,7 @@ def measured(folder, row, seed, first, last, samples=None):
         return StageAP(AveragePrecision(**values | {"AP": box}), AveragePrecision(**values | {"AP": mask}))
 
     result = LayerwiseAP({"decoder.1": stage(*first), "decoder.2": stage(*last)}, 1, "synthetic")
-    place = folder / "runs" / f"{row}_{seed}" / "evaluation"
+    place = folder / "runs" / f"{variant}_{seed}" / "evaluation"
     result.save(place / "layers.json")
     if samples:
         BootstrapAP("same", {k: np.array(v, float) for k, v in samples.items()}).save(place / "bootstrap.npz")
@@ -156,12 +166,9 @@ def test_a_report_of_means_and_differences(tmp_path):
     report = StudyReport.of(study, "tiny", tmp_path)
     box, imbalance = study.quantities
     assert report.values("a", box) == {0: 30, 1: 34, 2: 32}
-    of_box, of_imbalance = report.comparisons
-    assert (of_box.contrast.label, of_box.contrast.quantity, of_imbalance.contrast.quantity) == (
-        "B − A",
-        box,
-        imbalance,
-    )
+    of_box, of_imbalance = report.results
+    assert of_box.comparison.label == "B − A"
+    assert (of_box.comparison.quantity, of_imbalance.comparison.quantity) == (box, imbalance)
     # draws of the difference: 3 + (2, 0, 0), so its 2.5 and 97.5 % points by linear interpolation are 3 and 4.9
     assert (of_box.over_images.low, of_box.over_images.high) == pytest.approx((3, 4.9))
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.markdown().splitlines() if "|" in line]
@@ -171,11 +178,11 @@ def test_a_report_of_means_and_differences(tmp_path):
     assert lines[6][7] == "3 / 3"
     report.save(tmp_path / "report")
     content = json.loads((tmp_path / "report" / "table.json").read_text())
-    assert content["contrasts"][0]["over_images"]["high"] == pytest.approx(4.9)
-    assert content["rows"][0]["measured"]["last.box"]["standard_deviation"] == 2
+    assert content["comparisons"][0]["over_images"]["high"] == pytest.approx(4.9)
+    assert content["variants"][0]["measured"]["last.box"]["standard_deviation"] == 2
 
 
-def test_published_differences_of_contrasts():
+def test_published_differences_of_comparisons():
     study = load_study(ROOT / "configs" / "ablations" / "table_4.yaml")
     report = StudyReport(study, "shapes", {}, study.published(TABLES))
     box = {(row["di"], row["bato"]): row["coco"]["box"] for row in TABLES["table_4_modules"]}
@@ -201,7 +208,7 @@ def test_the_plan_says_what_it_can_find(tmp_path):
     """Two rows of n runs and a deviation σ: standard error σ·√(2/n), at most 2(n − 1) degrees of freedom."""
     study = load_study(write_study(tmp_path, deviation={"last.box": 1.5}))
     title, box, found, imbalance = describe_power(study, "tiny", 8, tmp_path)
-    assert title == "what 2 comparisons of 8 seeds find with 80 % power:"
+    assert title == "minimum detectable effects of 2 comparisons with 8 seeds, at 80 % power:"
     assert box == "  box AP, last layer, at a deviation of 1.5 points over trainings:"
     error, critical = 1.5 * (2 / 8) ** 0.5, student.ppf(1 - 0.025 / 2, 14)
     effect = float(found.removeprefix("    B − A: ±").removesuffix(" points"))
@@ -209,7 +216,7 @@ def test_the_plan_says_what_it_can_find(tmp_path):
     assert 0.78 < nct.sf(critical, 14, effect / error) < 0.86
     assert imbalance.endswith("known after runs of two seeds, or with a `deviation` in the study's file")
     assert list(describe_power(study, "tiny", 1, tmp_path)) == [
-        "a single seed decides nothing: the comparisons need more"
+        "one seed leaves every comparison inconclusive; use at least three"
     ]
     for seed, imbalance_of_a in enumerate((1.0, 3.0)):  # variance 2 in row a, 0 in row b: deviation 1 when pooled
         measured(tmp_path, "a", seed, (10.0, 10.0 + imbalance_of_a), (30.0, 30.0))
@@ -261,7 +268,7 @@ def test_a_study_runs_and_goes_on_whatever_fails(shapes_data, tmp_path):
     assert (tmp_path / "runs" / "a_0" / "checkpoints" / "model.safetensors").stat().st_mtime_ns == before
     report = StudyReport.of(study, "tiny", tmp_path)
     assert {name: list(runs) for name, runs in report.measured.items()} == {"a": [0, 1], "b": [0, 1]}
-    assert report.comparisons[0].over_images is not None
+    assert report.results[0].over_images is not None
     with pytest.raises(UserError, match="holds a run with other settings"):
         plan_study(study, "tiny", [0], tmp_path, [*changes, "model.decoder.layers=3"])
     # a run may be resumed with another learning rate, but its result is not that of this study
@@ -271,7 +278,7 @@ def test_a_study_runs_and_goes_on_whatever_fails(shapes_data, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_writes_a_report_and_interrupting_it_loses_nothing(shapes_data, tmp_path):
-    study = write_study(tmp_path, rows=[{"name": "a", "label": "A"}], contrasts=[])
+    study = write_study(tmp_path, variants=[{"name": "a", "label": "A"}], comparisons=[])
     changes = overrides(shapes_data, "schedule.steps=150", "train.checkpoint_every=1")
     command = [sys.executable, "-m", "dimaskdino", "study", str(study), str(tmp_path / "out"), *changes]
     run = tmp_path / "out" / "runs" / "a_0"

@@ -73,7 +73,7 @@ def test_the_lag_is_compared_where_the_pilots_rule_says():
 def test_all_registered_runs_of_a_study_are_there(folder, name):
     seeds = {row: sorted(runs) for row, runs in study_blocks.report(name, folder).measured.items()}
     study = load_study(find_study(name))
-    assert seeds == {row.name: sorted(study.seeds) for row in study.rows}
+    assert seeds == {row.name: sorted(study.seeds) for row in study.variants}
 
 
 def test_with_both_parts_left_out_bato_is_not_there():

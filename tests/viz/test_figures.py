@@ -15,7 +15,7 @@ from dimaskdino.inspection.diagnostics import Calibration, GradientConflict, Mat
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.denoising import Denoising
 from dimaskdino.modeling.structures import Targets
-from dimaskdino.studies.comparison import Comparison, Contrast, Interval, Quantity
+from dimaskdino.studies.comparison import Comparison, ComparisonResult, Interval, Quantity
 from dimaskdino.viz import (
     draw_denoising,
     draw_instances,
@@ -246,8 +246,8 @@ def test_an_upper_bound_far_above_the_curves_is_written_not_drawn():
 
 def test_differences_show_intervals_and_published():
     def comparison(label, quantity, difference, images=None, joint=None):
-        contrast = Contrast(label, ("b",), ("a",), Quantity.parse(quantity))
-        return Comparison(contrast, {"a": 2, "b": 2}, difference, images, joint, joint, 0.1, 0.2, 3.0, True)
+        comparison = Comparison(label, ("b",), ("a",), Quantity.parse(quantity))
+        return ComparisonResult(comparison, {"a": 2, "b": 2}, difference, images, joint, joint, 0.1, 0.2, 3.0, True)
 
     found = comparison("b − a", "last.box", 3.0, Interval(1.0, 5.0), Interval(-9.0, 15.0))
     single = comparison("c − a", "last.box", -1.0)

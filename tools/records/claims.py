@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 
-from dimaskdino.studies.comparison import Comparison, Quantity
+from dimaskdino.studies.comparison import ComparisonResult, Quantity
 from tools.records.formats import signed
 from tools.records.miniature_blocks import registered
 from tools.records.sources import measured
-from tools.records.study_blocks import BOX, SIGNS, interval, report
+from tools.records.study_blocks import BOX, VERDICTS, interval, report
 
 LAG = Quantity.parse("first.imbalance")
 BOTH = ("figure_1", "DI-MaskDINO − MaskDINO")
-ON_PHOTOGRAPHS = ("photographs", "DI-MaskDINO − MaskDINO, bounds as published")
+ON_PHOTOGRAPHS = ("photographs", "DI-MaskDINO − MaskDINO, published formula")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Claim:
         plus, minus: rows of that study.
         quantity: what differs.
         column: of the published numbers.
-        as_published, last_cell: study and label of the contrast of the second miniature, under the published formula
+        as_published, last_cell: study and label of the comparison of the second miniature, under the published formula
             for the boxes of masks and under that with the last cell; None if it was not run.
     """
 
@@ -37,33 +37,33 @@ class Claim:
     last_cell: tuple[str, str] | None = None
 
     @property
-    def first(self) -> Comparison:
+    def first(self) -> ComparisonResult:
         """The comparison in the first miniature."""
         wanted = ((self.plus,), (self.minus,), self.quantity)
-        found = report(self.study).comparisons
-        return next(c for c in found if (c.contrast.plus, c.contrast.minus, c.contrast.quantity) == wanted)
+        found = report(self.study).results
+        return next(c for c in found if (c.comparison.plus, c.comparison.minus, c.comparison.quantity) == wanted)
 
     @property
     def published(self) -> float:
         """The difference in the paper."""
-        return report(self.study).published_difference(self.column, self.first.contrast)
+        return report(self.study).published_difference(self.column, self.first.comparison)
 
-    def found_in(self, place: tuple[str, str]) -> Comparison:
+    def found_in(self, place: tuple[str, str]) -> ComparisonResult:
         """The comparison that a registered study has under a label."""
         study, label = place
-        found = registered(study).comparisons
-        return next(c for c in found if (c.contrast.label, c.contrast.quantity) == (label, self.quantity))
+        found = registered(study).results
+        return next(c for c in found if (c.comparison.label, c.comparison.quantity) == (label, self.quantity))
 
     @property
     def verdict(self) -> str:
         """By the second miniature, under the published formula if it was run so; by the first one where it has none."""
         places = [place for place in (self.as_published, self.last_cell) if place]
-        return SIGNS[(self.found_in(places[0]) if places else self.first).agrees(self.published)]
+        return VERDICTS[(self.found_in(places[0]) if places else self.first).verdict(self.published)]
 
 
 def _by_formula(module: str) -> dict[str, tuple[str, str]]:
     return {
-        "as_published": ("box_formula", f"{module}, bounds as published"),
+        "as_published": ("box_formula", f"{module}, published formula"),
         "last_cell": ("box_formula", f"{module}, bounds with the last cell"),
     }
 
@@ -115,7 +115,7 @@ def claims() -> str:
     return "\n".join(lines)
 
 
-def _difference(found: Comparison) -> str:
+def _difference(found: ComparisonResult) -> str:
     """A difference with its interval; none of rows with a single run, which say nothing."""
     return "one run" if min(found.runs.values()) == 1 else f"{signed(found.difference)} ({interval(found)})"
 
@@ -127,6 +127,6 @@ def _on_photographs(claim: Claim) -> str:
     low, high = (signed(ended["joint"][end]) for end in ("low", "high"))
     found = claim.found_in(ON_PHOTOGRAPHS)
     return (
-        f"{signed(ended['difference'])} ({low} to {high}): {SIGNS[ended['agrees']]}; "
-        f"{_difference(found)}: {SIGNS[found.agrees(claim.published)]}"
+        f"{signed(ended['difference'])} ({low} to {high}): {VERDICTS[ended['verdict']]}; "
+        f"{_difference(found)}: {VERDICTS[found.verdict(claim.published)]}"
     )

@@ -21,7 +21,7 @@ from dimaskdino.data.annotations import read_annotations
 from dimaskdino.data.coco import find_split
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.runs.folder import RunFolder
-from dimaskdino.studies.comparison import Contrast, EvaluatedRun, Quantity, compare
+from dimaskdino.studies.comparison import Comparison, EvaluatedRun, Quantity, compare
 from tools.benchmarks import peers
 from tools.records.sources import MEASUREMENTS
 
@@ -94,17 +94,17 @@ def merged(before: list[dict[str, Any]], new: list[dict[str, Any]], *keys: str) 
 
 
 def comparisons(rows: dict[str, list[Path]]) -> list[dict[str, Any]]:
-    """The registered contrasts of the two models."""
-    contrasts = [
-        Contrast(f"DI-MaskDINO − MaskDINO, {q.label}", ("DI-MaskDINO",), ("MaskDINO",), q)
+    """The registered comparisons of the two models."""
+    comparisons = [
+        Comparison(f"DI-MaskDINO − MaskDINO, {q.label}", ("DI-MaskDINO",), ("MaskDINO",), q)
         for q in map(Quantity.parse, QUANTITIES)
     ]
     runs = {
         name: {load_config(run).train.seed: EvaluatedRun.load(run) for run in found} for name, found in rows.items()
     }
-    found = compare(contrasts, runs, SEEDS)
+    found = compare(comparisons, runs, SEEDS)
     published = {"last.box": 1.0, "first.imbalance": -1.0}  # the paper's signs
-    return [c.to_json() | {"agrees": c.agrees(published[str(c.contrast.quantity)])} for c in found]
+    return [c.to_json() | {"verdict": c.verdict(published[str(c.comparison.quantity)])} for c in found]
 
 
 if __name__ == "__main__":

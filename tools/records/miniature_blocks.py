@@ -12,14 +12,23 @@ from dimaskdino.studies.comparison import (
     Interval,
     Quantity,
     compare,
-    planned_detectable,
+    planned_mde,
     pooled_deviation,
 )
 from dimaskdino.studies.report import StudyReport, show_p
 from dimaskdino.studies.study import Study, find_study, load_study
 from tools.records.formats import number, signed
 from tools.records.sources import measured
-from tools.records.study_blocks import BOX, FOLDERS, NAMES, contrasts, interval, lags_by_class, report, with_seeds
+from tools.records.study_blocks import (
+    BOX,
+    FOLDERS,
+    NAMES,
+    comparison_table,
+    interval,
+    lags_by_class,
+    report,
+    with_seeds,
+)
 
 REGISTERED = {  # by folder of runs, in the order of the plan
     "miniature": ("box_formula", "figure_1"),
@@ -56,8 +65,8 @@ def study_reach() -> str:
     """What the second miniature can find if its trainings scatter as much as is allowed."""
     study = study_named("box_formula")
     tables = [report(f"table_{n}") for n in (5, 6, 7, 8, 9)]
-    compared = [(table, c.contrast) for table in tables for c in table.comparisons if c.contrast.quantity == BOX]
-    published = [abs(table.published_difference("COCO", contrast)) for table, contrast in compared]
+    compared = [(table, c.comparison) for table in tables for c in table.results if c.comparison.quantity == BOX]
+    published = [abs(table.published_difference("COCO", comparison)) for table, comparison in compared]
     low, high = number(min(published)), number(max(published))
     return (
         f"If differences between two rows of a seed vary by {LARGEST_DEVIATION} points, {len(study.seeds)} seeds find "
@@ -96,13 +105,13 @@ def _pilot() -> dict[str, dict[int, EvaluatedRun]]:
 def _effect_found(deviation: float) -> float:
     """A module's effect on box AP that `box_formula` finds, if differences between rows of a seed vary so much."""
     study = study_named("box_formula")
-    [contrast, *_] = (c for c in study.registered if c.quantity == BOX)
-    return planned_detectable(contrast, len(study.seeds), deviation / 2**0.5, len(study.registered), paired=True)
+    [comparison, *_] = (c for c in study.registered if c.quantity == BOX)
+    return planned_mde(comparison, len(study.seeds), deviation / 2**0.5, len(study.registered), paired=True)
 
 
 def study_box_formula() -> str:
     """Each module's effect under the three formulas."""
-    return contrasts(registered("box_formula").comparisons)
+    return comparison_table(registered("box_formula").results)
 
 
 def study_formulas() -> str:
@@ -131,7 +140,7 @@ def _means_by_formula(source: StudyReport, model: str, formulas: dict[str, str])
         cells = [formula]
         for what in map(Quantity.parse, quantities.values()):
             means = (statistics.mean(source.values(row + suffix, what).values()) for row in ("neither", model))
-            cells.append(" → ".join(number(mean, sign=what.what == "imbalance") for mean in means))
+            cells.append(" → ".join(number(mean, sign=what.metric == "imbalance") for mean in means))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -139,11 +148,11 @@ def _means_by_formula(source: StudyReport, model: str, formulas: dict[str, str])
 def study_mask_ap() -> str:
     """What each module does to mask AP, which the study does not register, under the published formula."""
     source = registered("box_formula")
-    label = ", bounds as published"
+    label = ", published formula"
     asked = [c for c in source.study.registered if c.quantity == BOX and c.label.endswith(label)]
     masks = [replace(c, quantity=Quantity.parse("last.mask"), label=c.label.removesuffix(label)) for c in asked]
     found = compare(masks, source.measured, len(source.study.seeds), paired=True)
-    texts = (f"with {c.contrast.label} {signed(c.difference)} ({interval(c)})" for c in found)
+    texts = (f"with {c.comparison.label} {signed(c.difference)} ({interval(c)})" for c in found)
     return f"Mask AP of the last layer, which the study does not register, differs {', '.join(texts)}."
 
 
@@ -151,7 +160,7 @@ def study_open_classes() -> str:
     """Lag at the first layer by class in the second miniature."""
     labels = study_named("table_4")  # of its rows with the last cell
     source = registered("box_formula")
-    measured = {row.name: source.measured[row.name] for row in labels.rows}
+    measured = {row.name: source.measured[row.name] for row in labels.variants}
     return lags_by_class(replace(source, study=labels, measured=measured), SOLID, OPEN)
 
 
@@ -162,7 +171,7 @@ def study_figure_1() -> str:
         "| | first layer: box AP | mask AP | lag, 95 % interval | last layer: box AP | mask AP | lag, 95 % interval |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in source.study.rows:
+    for row in source.study.variants:
         cells = []
         for layer in ("first", "last"):
             values = {
@@ -172,13 +181,13 @@ def study_figure_1() -> str:
             cells += [number(statistics.mean(values[what])) for what in ("box", "mask")]
             cells.append(_mean_with_interval(list(values["imbalance"])))
         lines.append(f"| {row.label} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", contrasts(source.comparisons, source)])
+    return "\n".join([*lines, "", comparison_table(source.results, source)])
 
 
 def study_figure_1_all_seeds() -> str:
     """The same with the seeds that `box_formula` registers for these rows, and the study of figure 1 does not."""
     every = StudyReport.of(study_named("figure_1"), "miniature", FOLDERS["miniature"])
-    [lag] = (c for c in every.comparisons if c.contrast.quantity == Quantity.parse("first.imbalance"))
+    [lag] = (c for c in every.results if c.comparison.quantity == Quantity.parse("first.imbalance"))
     seeds = min(lag.runs.values())
     return (
         f"With all {seeds} seeds of these rows, the lag at the first layer differs by {signed(lag.difference)} "
@@ -189,20 +198,20 @@ def study_figure_1_all_seeds() -> str:
 def study_controls() -> str:
     """De-Imbalance against as many parameters, and against interaction alone."""
     source = registered("controls")
-    models = {row.label: Detector(source.study.config(row, source.scale).model) for row in source.study.rows}
+    models = {row.label: Detector(source.study.config(row, source.scale).model) for row in source.study.variants}
     sizes = (f"{label} {sum(p.numel() for p in model.parameters()) / 1e6:.2f}" for label, model in models.items())
-    return f"{contrasts(source.comparisons)}\n\nParameters in millions: {'; '.join(sizes)}."
+    return f"{comparison_table(source.results)}\n\nParameters in millions: {'; '.join(sizes)}."
 
 
 def study_bato_frozen() -> str:
     """BATO with its initial weights."""
-    return contrasts(registered("bato_frozen").comparisons)
+    return comparison_table(registered("bato_frozen").results)
 
 
 def study_table_3() -> str:
     """The models made harder, with the published differences."""
     source = registered("table_3")
-    return contrasts(source.comparisons, source)
+    return comparison_table(source.results, source)
 
 
 def study_photographs() -> str:
@@ -212,7 +221,7 @@ def study_photographs() -> str:
         suffix: f"`{formula}`; ceiling of boxes {number(ceilings[formula]['mean'])}"
         for suffix, formula in (("_mask2box", "mask2box"), ("", "bitmask"))
     }
-    return f"{contrasts(source.comparisons)}\n\n{_means_by_formula(source, 'di_bato', formulas)}"
+    return f"{comparison_table(source.results)}\n\n{_means_by_formula(source, 'di_bato', formulas)}"
 
 
 def study_bato() -> str:
@@ -238,7 +247,7 @@ def study_bato() -> str:
     shown = [step for step in points[0] if step in (100, 200, 500, 1000)]
     lines += ["", f"| step | {' | '.join(map(str, shown))} |", f"|---{'|---' * len(shown)}|"]
     source = registered("bato_frozen")
-    guiding_tokens = source.study.config(source.study.row("di_bato"), source.scale).model.bato.guiding_tokens
+    guiding_tokens = source.study.config(source.study.variant("di_bato"), source.scale).model.bato.guiding_tokens
     for what, label in (("rank", f"effective rank, at most {guiding_tokens}"), ("entropy", "entropy, at most 1")):
         cells = (_range((found[step][what] for found in points), lambda value: number(value, 2)) for step in shown)
         lines.append(f"| {label} | {' | '.join(cells)} |")

@@ -9,7 +9,7 @@ from dimaskdino.studies.report import show_p
 from tools.benchmarks.detectors import LABELS
 from tools.records.formats import counted, number, signed
 from tools.records.sources import measured
-from tools.records.study_blocks import SIGNS
+from tools.records.study_blocks import VERDICTS
 
 
 def mean_ap(runs: list[dict[str, Any]], stage: str, kind: str) -> str:
@@ -90,7 +90,7 @@ def _registered(record: dict[str, Any]) -> str:
     for found in record["comparisons"]:
         interval = f"{signed(found['joint']['low'])} to {signed(found['joint']['high'])}"
         cells = [found["label"], signed(found["difference"]), interval, show_p(found["adjusted_p"])]
-        cells += [" / ".join(map(str, found["runs"].values())), SIGNS[found["agrees"]]]
+        cells += [" / ".join(map(str, found["runs"].values())), VERDICTS[found["verdict"]]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, LayerwiseAP
 from dimaskdino.studies.comparison import (
-    Comparison,
+    ComparisonResult,
     Quantity,
     correlation_of_pairs,
-    planned_detectable,
-    slope_within_rows,
+    planned_mde,
+    slope_within_variants,
 )
 from dimaskdino.studies.report import StudyReport, show_p
 from dimaskdino.studies.study import find_study, load_study
@@ -43,14 +43,14 @@ def with_seeds(source: StudyReport, seeds: Iterable[int]) -> StudyReport:
     return replace(source, measured=measured)
 
 
-def main_comparison(row: str) -> Comparison:
+def main_comparison(row: str) -> ComparisonResult:
     """Box AP of a row of table 4 at the last layer, against the row with neither module."""
     wanted = ((row,), ("neither",), BOX)
-    comparisons = report("table_4").comparisons
-    return next(c for c in comparisons if (c.contrast.plus, c.contrast.minus, c.contrast.quantity) == wanted)
+    comparisons = report("table_4").results
+    return next(c for c in comparisons if (c.comparison.plus, c.comparison.minus, c.comparison.quantity) == wanted)
 
 
-SIGNS = {"yes": "**shown**", "no": "**opposite**", "cannot tell": "cannot be told"}
+VERDICTS = {"supported": "**supported**", "contradicted": "**contradicted**", "inconclusive": "inconclusive"}
 
 
 def share_of_the_formula() -> float:
@@ -107,7 +107,7 @@ def study_classes() -> str:
 
 def lags_by_class(source: StudyReport, solid: tuple[str, ...], open_: tuple[str, ...]) -> str:
     """Lag at the first layer by class, mean of the seeds, of classes without and with holes or spikes."""
-    labels = {row.name: row.label for row in source.study.rows}
+    labels = {row.name: row.label for row in source.study.variants}
     kinds = (*solid, *open_)
     lines = [f"| | {' | '.join(kinds)} | solid | with holes or spikes |", "|---" * (len(kinds) + 3) + "|"]
     for name, runs in source.measured.items():
@@ -124,7 +124,7 @@ def study_equal_ap() -> str:
     """Whether a higher AP alone would narrow the lag as much."""
     measured = report("table_4").measured
     box, lag = Quantity.parse("first.box"), Quantity.parse("first.imbalance")
-    slope = slope_within_rows(measured, lag, box)
+    slope = slope_within_variants(measured, lag, box)
 
     def difference(quantity: Quantity) -> float:
         rows = [report("table_4").values(name, quantity).values() for name in ("di_bato", "neither")]
@@ -149,12 +149,12 @@ def study_crossing() -> str:
 
 def study_table_4() -> str:
     """What each module brings, with and without the other, in table 4."""
-    return contrasts([found for found in report("table_4").comparisons if len(found.contrast.plus) == 2])
+    return comparison_table([found for found in report("table_4").results if len(found.comparison.plus) == 2])
 
 
 def table_4() -> str:
     """The rows of the study of table 4."""
-    rows = report("table_4").to_json()["rows"]
+    rows = report("table_4").to_json()["variants"]
     lines = [
         "| | box AP | mask AP | first layer: mask − box | box AP − baseline, 95 % interval |",
         "|---|---|---|---|---|",
@@ -178,12 +178,12 @@ def study_others() -> str:
     for name in NAMES:
         if name in ("table_4", "figure_1"):
             continue
-        for found in report(name).comparisons:
-            if found.contrast.quantity == BOX:
+        for found in report(name).results:
+            if found.comparison.quantity == BOX:
                 (single if min(found.runs.values()) == 1 else repeated).append((report(name).study.title, found))
     differences = [found.difference for _, found in repeated]
     ends = [end for _, found in repeated for end in (found.joint.low, found.joint.high)]
-    powers = [found.detectable for _, found in repeated]
+    powers = [found.mde for _, found in repeated]
     smallest = min(found.adjusted_p for _, found in repeated)
     runs = sorted({n for _, found in repeated for n in found.runs.values()})
     titles, alone = (", ".join(dict.fromkeys(title for title, _ in some)) for some in (repeated, single))
@@ -203,8 +203,8 @@ def study_power() -> str:
     correlations = [correlation_of_pairs(values[a], values[b]) for i, a in enumerate(names) for b in names[:i]]
     low, high = signed(min(correlations)), signed(max(correlations))
     deviation = statistics.mean(statistics.variance(found.values()) for found in values.values()) ** 0.5
-    [contrast, *_] = (c.contrast for c in report("table_4").comparisons if c.contrast.quantity == BOX)
-    seeds = next(n for n in range(2, 1000) if planned_detectable(contrast, n, deviation, 1) <= 2)
+    [comparison, *_] = (c.comparison for c in report("table_4").results if c.comparison.quantity == BOX)
+    seeds = next(n for n in range(2, 1000) if planned_mde(comparison, n, deviation, 1) <= 2)
     return (
         f"Runs with one seed need not resemble each other (correlations of {low} to {high} between rows), so rows are "
         f"compared without pairing. With the deviation over these trainings, {deviation:.1f} points, a single "
@@ -213,27 +213,27 @@ def study_power() -> str:
     )
 
 
-def contrasts(comparisons: Sequence[Comparison], source: StudyReport | None = None) -> str:
+def comparison_table(results: Sequence[ComparisonResult], source: StudyReport | None = None) -> str:
     """A table of comparisons: what is compared down, quantities across, or quantities down if there is one comparison.
 
     Args:
-        comparisons: those to show.
+        results: those to show.
         source: their study; shows its published numbers and the verdict on the signs.
     """
     [column] = source.published if source else [None]
     cells = {}
-    for found in comparisons:
-        contrast, runs = found.contrast, found.runs.values()
+    for found in results:
+        comparison, runs = found.comparison, found.runs.values()
         p = show_p(found.adjusted_p)
         cell = (
             f"{signed(found.difference)} ({interval(found)}); p {p if p.startswith('<') else f'= {p}'}; "
-            f"n {'/'.join(map(str, sorted(set(runs))))}; finds {found.detectable:.1f}"
+            f"n {'/'.join(map(str, sorted(set(runs))))}; MDE {found.mde:.1f}"
         )
         if source and column:
-            published = source.published_difference(column, contrast)
+            published = source.published_difference(column, comparison)
             if published is not None:
-                cell += f"; {column} {signed(published)}: {SIGNS[found.agrees(published)]}"
-        cells[contrast.label, contrast.quantity.label] = cell
+                cell += f"; {column} {signed(published)}: {VERDICTS[found.verdict(published)]}"
+        cells[comparison.label, comparison.quantity.label] = cell
     labels, quantities = (list(dict.fromkeys(key[end] for key in cells)) for end in (0, 1))
     if len(labels) == 1:
         labels, quantities = quantities, labels
@@ -242,7 +242,7 @@ def contrasts(comparisons: Sequence[Comparison], source: StudyReport | None = No
     return "\n".join(lines + [f"| {row} | {' | '.join(cells[row, head] for head in quantities)} |" for row in labels])
 
 
-def interval(found: Comparison) -> str:
+def interval(found: ComparisonResult) -> str:
     """The joint interval of a comparison."""
     return f"{signed(found.joint.low)} to {signed(found.joint.high)}"
 

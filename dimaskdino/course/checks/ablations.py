@@ -27,10 +27,10 @@ from dimaskdino.studies.study import Study
 from dimaskdino.utils.errors import UserError
 
 
-def check_settings(function: Callable[[], Sequence[str]], row: str, study: Study) -> CheckResult:
-    """Chapter 7: `key=value` settings that make the shapes configuration into one row of a study."""
-    wanted = next(r for r in study.rows if r.name == row)
-    hint = "`dimaskdino config keys` lists every setting; the rows of configs/ablations/*.yaml are examples"
+def check_settings(function: Callable[[], Sequence[str]], variant: str, study: Study) -> CheckResult:
+    """Chapter 7: `key=value` settings that make the shapes configuration into one variant of a study."""
+    wanted = study.variant(variant)
+    hint = "`dimaskdino config keys` lists every setting; the variants in configs/ablations/*.yaml are examples"
     answer = called(function, (), hint)
     if answer is None:
         return CheckResult(False)
@@ -81,7 +81,7 @@ def check_verdicts(
         report: a study's report; its rows must have at least two runs.
         quantity: what is compared.
     """
-    rows = [row for row in report.study.rows if len(report.values(row.name, quantity)) > 1]
+    rows = [row for row in report.study.variants if len(report.values(row.name, quantity)) > 1]
     values = {row.name: list(report.values(row.name, quantity).values()) for row in rows}
     if seed := seed_of_cases():
         values = {
