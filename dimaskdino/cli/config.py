@@ -1,4 +1,4 @@
-"""The commands about configurations: `dimaskdino config …`."""
+"""The commands for configurations: `dimaskdino config …`."""
 
 from tyro.conf import Positional
 
@@ -10,7 +10,7 @@ def show(config: Positional[str], overrides: Positional[SettingsArguments] = ())
 
     For example: dimaskdino config show shapes/dimaskdino_r18
 
-    A file of the published code is shown as this kit's settings; what differs is listed.
+    A file of the published code is shown as this kit's settings, and the differences are listed.
 
     Args:
         config: Name of a configuration, or a YAML file.

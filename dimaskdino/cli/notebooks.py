@@ -14,7 +14,7 @@ def run(
     folder: Positional[Path],
     parameters: Positional[Annotated[tuple[str, ...], arg(metavar="NAME=VALUE")]] = (),
 ) -> int:
-    """Run a parameterised notebook with papermill; the executed notebook goes into a folder.
+    """Run a notebook with parameters, and write the executed notebook to a folder.
 
     For example: dimaskdino run train runs/mine config=shapes/dimaskdino_r18
 
@@ -22,15 +22,15 @@ def run(
         notebook: A notebook, or the name of one of the kit's: train, evaluate, compare, study, diagnostics.
             'papermill --help-notebook NOTEBOOK' lists its parameters.
         folder: Run folder; also the value of the notebook's parameter `run`.
-        parameters: Parameters of the notebook.
+        parameters: Parameters of the notebook; values are YAML, such as 'overrides=[train.seed=1, train.keep=2]'.
     """
     from dimaskdino.runs.notebooks import parse_parameters, run_notebook
     from dimaskdino.runs.processes import project_root
     from dimaskdino.utils.resources import find_notebook
 
     file = find_notebook(notebook)
-    # notebooks take relative paths from the project's folder, wherever they are started
-    values = {"run": os.path.relpath(folder, project_root())} | parse_parameters(file, parameters)
+    # notebooks resolve relative paths from the project's folder, wherever they are started
+    values = {"run": os.path.relpath(folder, project_root())} | parse_parameters(parameters)
     print(f"written: {run_notebook(file, folder, values, echo=True)}")
     return 0
 
@@ -44,18 +44,18 @@ def study(
     parallel: int | None = None,
     plan: bool = False,
 ) -> int:
-    """Train and evaluate the variants of a study, such as a table of the paper, with several seeds; compare them.
+    """Train and evaluate the variants of a study, such as a table of the paper, with several seeds, and compare them.
 
     For example: dimaskdino study table_4
 
-    Runs that have a result are not run again, so the same command resumes an interrupted study, and studies that share
-    a variant share its runs. A run that fails does not stop the others. FOLDER/NAME receives the executed notebook
-    study.ipynb, table.md, table.json and figures; FOLDER/runs the runs.
+    Runs with a result are not repeated, so the same command resumes an interrupted study, and studies with a common
+    variant use the same runs. A run that fails does not stop the others. FOLDER/NAME receives the executed notebook
+    study.ipynb, table.md, table.json and figures; FOLDER/runs receives the runs.
 
     Args:
         name: A study of configs/ablations (table_3 to table_9, figure_1, …) or a YAML file.
         folder: Folder of the runs and reports; runs/studies/SCALE by default.
-        overrides: Settings for every variant, after its own.
+        overrides: Settings for every variant, applied after its own.
         scale: One of the study's scales; shapes takes about ten minutes per run on one core, coco days on eight GPUs.
         seeds: Seeds of the training; the study's by default.
         parallel: Number of simultaneous runs; by default one per GPU, and one without any.

@@ -1,8 +1,9 @@
-"""Options that several commands share."""
+"""Options that several commands have, and settings on the command line."""
 
 import os
 import re
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
@@ -10,8 +11,8 @@ from tyro.conf import arg
 if TYPE_CHECKING:
     from dimaskdino.checkpoints.published_settings import PublishedConfig
 
-SETTING = re.compile(r"[a-z]\w*(\.\w+)+=")  # how an argument begins that is a setting
-PUBLISHED_KEY = re.compile(  # of the published configurations; its value is the next argument
+SETTING = re.compile(r"[a-z]\w*(\.\w+)+=")  # the beginning of an argument such as train.seed=1
+PUBLISHED_KEY = re.compile(  # a key of the published configurations; the next argument is its value
     r"(MODEL|INPUT|DATASETS|DATALOADER|SOLVER|TEST|GLOBAL)(\.\w+)+$|(OUTPUT_DIR|SEED|CUDNN_BENCHMARK|VIS_PERIOD|VERSION)$"
 )
 
@@ -68,8 +69,22 @@ ProcessCount = Annotated[
 ]
 
 
+def settings_first(arguments: Sequence[str]) -> list[str]:
+    """Move all settings before the first option, since tyro reads positional arguments from one place only.
+
+    Settings are `train.seed=1` and, in the form of the published code, `SOLVER.IMS_PER_BATCH 8`.
+    """
+    settings, others, key_before = [], [], False
+    for argument in arguments:
+        is_value = key_before and not argument.startswith("--")  # a key without a value is reported later
+        key_before = not is_value and bool(PUBLISHED_KEY.match(argument))
+        (settings if is_value or key_before or SETTING.match(argument) else others).append(argument)
+    first_option = next((i for i, argument in enumerate(others) if argument.startswith("-")), len(others))
+    return [*others[:first_option], *settings, *others[first_option:]]
+
+
 def relaunch_distributed(count: int) -> None:
-    """Run this command again under torchrun with `count` processes; does nothing for one, or inside torchrun."""
+    """Replace this process by torchrun with `count` processes of this command. No-op for one or inside torchrun."""
     from dimaskdino.utils.errors import UserError
 
     if count < 1:
@@ -82,6 +97,6 @@ def relaunch_distributed(count: int) -> None:
 
 
 def print_remarks(settings: "PublishedConfig") -> None:
-    """Print what is done differently than a published configuration says, and which of its keys have no effect."""
+    """Print how this kit differs from a published configuration, and which of its keys have no effect."""
     for line in settings.notes():
         print(f"note: {line}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A run folder: the files of one run, readable by people and programs during the run and afterwards.
+"""A run folder: the files of one run.
 
 config.yaml     the complete configuration        versions.json   python, packages, machine
 metrics.jsonl   one record every few steps        tensorboard/    the same for TensorBoard
@@ -7,7 +7,7 @@ samples/        detections in a few validation images, a picture per validation
 status.json     running, finished, stopped or failed, and why
 lock            held while a process writes to the folder
 
-Small files are written atomically. Those that a crash has damaged are left out when read, never in the way.
+Small files are written atomically. Readers leave out what a crash has damaged.
 """
 
 import contextlib
@@ -16,26 +16,34 @@ import json
 import os
 import platform
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import filelock
-import numpy as np
-from jaxtyping import UInt8
-from PIL import Image
 
 from dimaskdino.config import Config, dump_config, load_config, read_tree
-from dimaskdino.runs.trackers import Tracker, open_trackers
+from dimaskdino.runs.trackers import Metrics, hide_disk_errors_of_threads, open_trackers
 from dimaskdino.utils.errors import Stopped, UserError, explain_os_error, writing
-from dimaskdino.utils.files import parse_json_object, read_json_object, write_atomically, write_text
+from dimaskdino.utils.files import parse_json_object, read_json_object, write_text
 
 State = Literal["running", "finished", "stopped", "failed"]
 LOCK_SECONDS = 5.0  # a reader of the status holds the lock for an instant
 PROBE_SECONDS = 0.2
+_VANISHED = "the process vanished; it was probably killed. Run the same command again to resume"
 _PACKAGES = ("dimaskdino", "torch", "torchvision", "numpy", "pycocotools", "hotcoco", "papermill")
+# settings that do not change what a training computes
+_NEUTRAL = (
+    *("data.root", "data.workers", "data.val", "data.resize"),
+    *("train.accumulate", "train.compile", "train.checkpoint_activations"),
+    *("train.checkpoint_every", "train.keep", "train.log_every", "train.trackers", "train.validation", "evaluation"),
+)
+# settings that a resumed run may change, since the weights keep their meaning; the number of steps may only grow
+_RESUMABLE = (
+    *("data.skip_bad_images", "optimizer.lr", "schedule.steps"),
+    *("train.average", "train.batch_size", "train.precision"),
+)
 
 
 class RunFolder:
@@ -48,7 +56,7 @@ class RunFolder:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._started: dict[str, Any] = {}
-        self._is_finished = False  # by an earlier process, and this one has not changed it
+        self._is_finished = False  # by an earlier process, and unchanged since
 
     @property
     def checkpoints(self) -> Path:
@@ -81,8 +89,8 @@ class RunFolder:
 
         Args:
             config: the configuration.
-            same_result: also require the settings that a resumed run may change, such as the learning rate: the result
-                of the run in this folder is to stand for this configuration.
+            same_result: also require the settings that a resumed run may change, such as the learning rate, so that
+                the result in this folder is that of this configuration.
 
         Raises:
             UserError: settings that matter differ.
@@ -91,13 +99,11 @@ class RunFolder:
         if before is None:
             return
         free = _NEUTRAL if same_result else (*_NEUTRAL, *_RESUMABLE)
-        changed = [
-            key
-            for key in changed_settings(before.model_dump(mode="json"), config.model_dump(mode="json"))
-            if not any(key == name or key.startswith(f"{name}.") for name in free)
-        ]
-        if config.schedule.steps < before.schedule.steps:
-            changed = [*dict.fromkeys([*changed, "schedule.steps"])]
+        changed = []
+        for key in changed_settings(before.model_dump(mode="json"), config.model_dump(mode="json")):
+            shorter = key == "schedule.steps" and config.schedule.steps < before.schedule.steps
+            if shorter or not any(key == name or key.startswith(f"{name}.") for name in free):
+                changed.append(key)
         if changed:
             raise UserError(
                 f"{self.path} holds a run with other settings ({', '.join(changed[:5])}); resuming needs the same "
@@ -105,38 +111,36 @@ class RunFolder:
             )
 
     def _config_before(self) -> Config | None:
-        """The configuration of the run in this folder: config.yaml or, if that is damaged, the checkpoints' copy."""
+        """Read the configuration of the run in this folder: config.yaml or, if it is damaged, the checkpoints' copy."""
         with contextlib.suppress(UserError):
             if Config.model_fields.keys() <= read_tree(self.path / "config.yaml").keys():
                 return load_config(self.path / "config.yaml")
-        from dimaskdino.checkpoints.model_files import recorded_config  # with PyTorch, which is rarely needed here
+        from dimaskdino.checkpoints.model_files import recorded_config  # imports PyTorch, which is rarely needed here
 
         return recorded_config(self.path)
 
     def write_config(self, config: Config) -> None:
-        """Write the configuration and the versions. A file that says the same, with comments perhaps, stays.
+        """Write the configuration and the versions. A config.yaml with the same settings keeps its comments.
 
         Raises:
             UserError: the folder belongs to a run with another model, or cannot be written.
         """
         if self.checkpoints.exists():
             self.check_config(config)
-        if self._written_config() != config:
-            write_text(self.path / "config.yaml", dump_config(config))
-        write_text(self.path / "versions.json", json.dumps(versions(), indent=1))
-
-    def _written_config(self) -> Config | None:
+        written = None
         with contextlib.suppress(UserError):
-            return load_config(self.path / "config.yaml")
-        return None
+            written = load_config(self.path / "config.yaml")
+        if written != config:
+            write_text(self.path / "config.yaml", dump_config(config))
+        write_text(self.path / "versions.json", json.dumps(environment() | {"command": sys.argv}, indent=1))
 
     @contextlib.contextmanager
     def running(self, keep_finished: bool = False) -> Iterator[None]:
         """Lock the folder for this process, and write a status that says how it ended, even after an exception.
 
         Args:
-            keep_finished: a finished run stays finished until `reopen` is called, so that a command that is refused
-                does not spoil it.
+            keep_finished: a finished run keeps its status until `reopen` is called, so that a command that is refused
+                does not overwrite it.
 
         Raises:
             UserError: another process is using the folder, or it cannot be written.
@@ -150,7 +154,7 @@ class RunFolder:
             raise UserError(f"another run is using {self.path}; wait for it to end or choose another folder") from None
         except OSError as error:
             raise UserError(f"cannot lock {self.path}: {explain_os_error(error)}") from None
-        except NotImplementedError:  # filelock's word for ENOSYS
+        except NotImplementedError:  # from filelock, for ENOSYS
             raise UserError(
                 f"cannot lock {self.path}: the file system has no locks; choose a folder on a local disk"
             ) from None
@@ -164,17 +168,18 @@ class RunFolder:
             except BaseException as error:
                 if not self._is_finished:
                     state: State = "stopped" if isinstance(error, Stopped) else "failed"
-                    reason = _reason(error, self.path)
-                    with contextlib.suppress(UserError):  # a full disk must not hide what happened
+                    reason = str(error) or type(error).__name__
+                    if isinstance(error, OSError) and error.errno is not None:
+                        reason = f"{error.filename or self.path}: {explain_os_error(error)}"
+                    with contextlib.suppress(UserError):  # a full disk must not hide the error
                         self._write_status(state, reason=reason, started=self._started["started"], ended=_now())
                 raise
-            else:
-                self._write_status("finished", started=self._started["started"], ended=_now())
+            self._write_status("finished", started=self._started["started"], ended=_now())
         finally:
             lock.release()
 
     def reopen(self) -> None:
-        """Change a finished run: from now on its status is that of this process. Other runs are open already."""
+        """Give a finished run the status of this process, which changes it. No-op for other runs."""
         if self._is_finished:
             self._is_finished = False
             self._write_status("running", **self._started)
@@ -184,7 +189,7 @@ class RunFolder:
         return filelock.FileLock(self.path / "lock", preserve_lock_file=True, fallback_to_soft=False)
 
     def _is_locked(self) -> bool | None:
-        """Whether a process holds the folder's lock; None if that cannot be told, as on a read-only disk."""
+        """Whether a process holds the folder's lock; None if it cannot be checked, as on a read-only disk."""
         if not (self.path / "lock").exists():
             return None
         lock = self._lock()
@@ -204,7 +209,7 @@ class RunFolder:
         except UserError:
             if not file.exists():
                 raise
-            # on a full disk the old file's own block is still there to be used
+            # on a full disk the block of the old file can still be written
             try:
                 with file.open("r+") as stream:
                     stream.write(text)
@@ -213,11 +218,12 @@ class RunFolder:
                 raise UserError(f"cannot write {file}: {explain_os_error(error)}") from None
 
     def note_failure(self, reason: str, since: float) -> None:
-        """Set the status to failed, unless the folder's status is another run's, or says itself what happened.
+        """Set the status to failed, unless another process runs, or the status already explains the failure.
 
         Args:
             reason: what failed.
-            since: when the work began that failed, as `time.time` gives it. A run that finished before stays finished.
+            since: start of the work that failed, in seconds as from `time.time`. A run that finished before it stays
+                finished.
         """
         state = self.status()["state"]
         explained = state in ("failed", "stopped") and self.ended_since(since)
@@ -226,27 +232,28 @@ class RunFolder:
             self._write_status("failed", reason=reason, ended=_now())
 
     def ended_since(self, since: float) -> bool:
-        """Whether the run has ended after a moment, which `time.time` gave."""
+        """Whether the run has ended after a time, in seconds as from `time.time`."""
         return self.status().get("ended", "") >= _now(since)
 
     def status(self) -> dict[str, Any]:
-        """How the run is going: `state`, and `reason`, `started`, `ended`, `note` where there is one. Writes nothing.
+        """Return the `state` of the run, and `reason`, `started`, `ended`, `note` where there is one.
 
-        A run that says `running` and holds no lock on its folder has vanished, so it is failed. Where the lock says
-        nothing, as seen from another machine, the state stays `running` and `note` says so.
+        A run that says `running` without holding its lock has vanished, so it counts as failed. Where the lock cannot
+        be checked, as from another machine, the state stays `running` and `note` says so. Nothing is written.
         """
         status = self._recorded_status()
         if status["state"] != "running" or (locked := self._is_locked()):
             return status
-        status = self._recorded_status()  # a run that ended in the meantime wrote how before it gave up its lock
+        status = self._recorded_status()  # a run that has just ended wrote its status before it released its lock
         if status["state"] != "running":
             return status
-        # the same start of the same machine sees its locks, from every container; another machine may not
+        # containers of one machine see each other's locks; another machine, or this one after a restart, may not
         elsewhere = status.get("boot") != _boot() and status.get("host") != platform.node()
         if locked is None or elsewhere:
             where = status.get("host", "another machine")
-            return status | {"note": f"as {where} left it; whether it still runs cannot be told from here"}
-        return {"state": "failed", "reason": _VANISHED} | {k: status[k] for k in ("started",) if k in status}
+            return status | {"note": f"written on {where}; its lock cannot be checked from this machine"}
+        vanished = {"state": "failed", "reason": _VANISHED}
+        return vanished | {"started": status["started"]} if "started" in status else vanished
 
     def _recorded_status(self) -> dict[str, Any]:
         file = self.path / "status.json"
@@ -261,13 +268,13 @@ class RunFolder:
     @contextlib.contextmanager
     def metrics(
         self, step: int, enabled: bool = True, trackers: Sequence[str] = (), settings: Mapping[str, Any] | None = None
-    ) -> Iterator["Metrics"]:
-        """Open the metrics file; records after `step` are removed, since they belong to lost work.
+    ) -> Iterator[Metrics]:
+        """Open the metrics file, and remove records after `step`, since they belong to lost work.
 
         Args:
             step: the step that the training starts or resumes from.
             enabled: whether this process records anything.
-            trackers: what receives the records too, see `dimaskdino.runs.trackers`.
+            trackers: names of trackers that receive the records too, see `dimaskdino.runs.trackers`.
             settings: all settings of the run, for the trackers.
 
         Raises:
@@ -277,89 +284,32 @@ class RunFolder:
             yield Metrics(None, [], self.samples)
             return
         self.reopen()
-        kept = [json.dumps(r) + "\n" for r in self.read_metrics() if r["step"] <= step]
         file = self.path / "metrics.jsonl"
+        kept = [json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step]
         write_text(file, "".join(kept))
         with contextlib.ExitStack() as stack:
             stream = stack.enter_context(file.open("a"))
-            stack.enter_context(_one_report_of_disk_errors())
+            stack.enter_context(hide_disk_errors_of_threads())
             opened = open_trackers(trackers, self.path, settings or {}, step)
             for tracker in opened:
                 stack.callback(tracker.close)
             yield Metrics(stream, opened, self.samples)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All complete records; damaged lines are left out."""
+        """Read all complete records; damaged lines are left out."""
         file = self.path / "metrics.jsonl"
         if not file.exists():
             return []
-        lines = file.read_text(errors="replace").split("\n")[:-1]  # after the last line end: still being written
-        records = (parse_json_object(line) for line in lines)
-        return [record for record in records if isinstance(record.get("step"), int)]
-
-
-@contextlib.contextmanager
-def _one_report_of_disk_errors() -> Iterator[None]:
-    """Keep tensorboard's thread from printing a traceback of a full disk, which the main thread reports in one line."""
-    before = threading.excepthook
-    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else before(args)
-    try:
-        yield
-    finally:
-        threading.excepthook = before
-
-
-class Metrics:
-    """Writes records, one line of json each, and pictures; their numbers and the pictures go to the trackers too."""
-
-    def __init__(self, stream: TextIO | None, trackers: Sequence[Tracker], samples: Path) -> None:
-        self.stream, self.trackers, self.samples = stream, trackers, samples
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Write one record, which must have a `step`."""
-        if self.stream is None:
-            return
-        self.stream.write(json.dumps(record | {"time": _now()}) + "\n")
-        self.stream.flush()
-        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
-        numbers |= _flat(record.get("validation", {}), "validation")
-        numbers |= record.get("losses", {})
-        if numbers:
-            for tracker in self.trackers:
-                tracker.numbers(numbers, record["step"])
-
-    def picture(self, pixels: UInt8[np.ndarray, "h w 3"], step: int) -> None:
-        """Write a picture of a step to `samples/`."""
-        if self.stream is None:
-            return
-        write_atomically(self.samples / f"step_{step:06d}.png", lambda path: Image.fromarray(pixels).save(path, "PNG"))
-        for tracker in self.trackers:
-            tracker.picture("samples", pixels, step)
-
-
-def _flat(record: dict[str, Any], name: str) -> dict[str, float]:
-    """The numbers of a record by their paths, such as `validation/box_AP`."""
-    numbers: dict[str, float] = {}
-    for key, value in record.items():
-        path = f"{name}/{key}"
-        if isinstance(value, dict):
-            numbers |= _flat(value, path)
-        elif value is not None:
-            numbers[path] = value
-    return numbers
-
-
-_VANISHED = "the process vanished; it was probably killed. Run the same command again to resume"
-
-
-def _reason(error: BaseException, folder: Path) -> str:
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.filename or folder}: {explain_os_error(error)}"
-    return str(error) or type(error).__name__
+        records = []
+        for line in file.read_text(errors="replace").split("\n")[:-1]:  # the last line may still be written
+            record = parse_json_object(line)
+            if isinstance(record.get("step"), int):
+                records.append(record)
+        return records
 
 
 def _boot() -> str | None:
-    """An identifier of this start of the machine, the same in all containers on it; None outside Linux."""
+    """Return the identifier of this start of the machine, the same in its containers; None outside Linux."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return None
@@ -369,42 +319,25 @@ def _now(seconds: float | None = None) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
 
 
-# settings that do not change what a training computes
-_NEUTRAL = (
-    *("data.root", "data.workers", "data.val", "data.resize"),
-    *("train.accumulate", "train.compile", "train.checkpoint_activations"),
-    *("train.checkpoint_every", "train.keep", "train.log_every", "train.trackers", "train.validation", "evaluation"),
-)
-# settings that do not change what the weights mean, so that a resumed run may change them; steps only grow
-_RESUMABLE = (
-    "data.skip_bad_images",
-    "optimizer.lr",
-    "schedule.steps",
-    "train.average",
-    "train.batch_size",
-    "train.precision",
-)
-
-
 def distinct_names(paths: Sequence[Path | str]) -> list[str]:
-    """A short name for each path: its last part, with as many parts before it as tell all of them apart.
+    """Return a short name for each path: its last part, preceded by as many parts as distinguish all of them.
 
     Raises:
-        UserError: a path is there twice.
+        UserError: a path is listed twice.
     """
     absolute = [Path(path).absolute() for path in paths]
     for path in absolute:
         if absolute.count(path) > 1:
             raise UserError(f"{path} is listed twice")
-    for length in range(1, max((len(path.parts) for path in absolute), default=1) + 1):
+    names, length = [path.name for path in absolute], 1
+    while len(set(names)) < len(names):
+        length += 1
         names = ["/".join(path.parts[-length:]) for path in absolute]
-        if len(set(names)) == len(names):
-            break
-    return names if paths else []
+    return names
 
 
 def changed_settings(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings that differ between two configurations (as plain values), by key, with their new values."""
+    """Return the settings that differ between two configurations (plain values), by key, with their new values."""
     changed: dict[str, Any] = {}
     for name, value in after.items():
         key = prefix + name
@@ -417,25 +350,19 @@ def changed_settings(before: dict[str, Any], after: dict[str, Any], prefix: str 
     return changed
 
 
-def versions() -> dict[str, Any]:
-    """Versions and machine, as `environment`, and the command."""
-    return environment() | {"command": sys.argv}
-
-
 def environment() -> dict[str, Any]:
-    """Python, packages, machine and devices, on which measurements depend."""
-    import torch  # here, so that a run folder is looked at without waiting for it
+    """Return the versions of Python and packages, the machine and its devices, on which measurements depend."""
+    import torch  # imported here, since reading a run folder needs no PyTorch
 
     packages = {}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
-    packages["torch"] = torch.__version__  # with the kind of build, which the metadata leave out
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    packages["torch"] = torch.__version__  # names the kind of build, which the metadata leave out
     return {
         "python": platform.python_version(),
         "packages": packages,
         "platform": platform.platform(),
         "cpu_threads": torch.get_num_threads(),
-        "devices": devices,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }

@@ -1,252 +1,281 @@
-"""Running parameterised notebooks with papermill."""
+"""Notebooks of runs: the summary and the progress that they show, and their execution with papermill."""
 
-import difflib
 import logging
 import os
-import re
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from dimaskdino.config import load_config, parse_yaml
+from dimaskdino.config import parse_yaml
 from dimaskdino.runs.folder import RunFolder
-from dimaskdino.runs.live import NOTEBOOK_FOLDER
-from dimaskdino.utils.errors import Stopped, UserError
+from dimaskdino.runs.processes import TrainingProcess, project_root
+from dimaskdino.utils.errors import Stopped, UserError, first_line
 from dimaskdino.utils.markdown import escape
-from dimaskdino.utils.progress import PipedBars, can_overwrite, progress_bar
+from dimaskdino.utils.progress import PIPED, progress_bar
 from dimaskdino.utils.signals import STOP_SECONDS, stop_signals_interrupt
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 POLL_SECONDS = 1.0
+NOTEBOOK_FOLDER = "DIMASKDINO_NOTEBOOK_FOLDER"  # environment variable: folder of the executed notebook
+# Python types of the values that a notebook's parameter accepts, by the type that papermill infers for it
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "str": str,
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "list": list,
+    "dict": dict,
+}
 
 
-def notebook_parameters(notebook: Path) -> dict[str, dict[str, Any]]:
-    """The parameters that a notebook's `parameters` cell declares: type, default and help by name.
+class Summary:
+    """The top of a run's notebook: state, results and links, which the cells below fill in.
+
+    Create it before changing the working folder, since its links are relative to the notebook's folder. As a context
+    manager it shows the error if the statements inside fail.
+
+    Args:
+        run: the run folder, relative to the project's folder.
+    """
+
+    def __init__(self, run: str) -> None:
+        from IPython.display import display
+
+        self._start = Path(os.environ.get(NOTEBOOK_FOLDER) or Path.cwd())
+        self.folder = (project_root() / run).resolve()
+        self._text = display({"text/plain": ""}, raw=True, display_id=True)
+        self._figure = display({"text/plain": ""}, raw=True, display_id=True)
+        self.show("running", [f"results will be in {escape(run)}"])
+
+    def show(
+        self,
+        state: str,
+        lines: Sequence[str],
+        figure: "Figure | None" = None,
+        links: Mapping[str, Path | str] | None = None,
+    ) -> None:
+        """Replace the content of the summary.
+
+        Args:
+            state: one word, such as finished.
+            lines: paragraphs in Markdown; use `dimaskdino.utils.markdown.escape` for text that comes from data.
+            figure: shown below the text.
+            links: paths by their names; paths that do not exist are left out.
+        """
+        shown = []
+        for name, path in (links or {}).items():
+            target = project_root() / path
+            if target.exists():
+                relative = os.path.relpath(target.resolve(), self._start.resolve()).replace(os.sep, "/")
+                shown.append(f"[{escape(name)}]({relative})")
+        text = "\n\n".join([f"**{state}**", *lines, " · ".join(shown)])
+        self._text.update({"text/markdown": text, "text/plain": text}, raw=True)
+        if figure is not None:
+            self._figure.update(figure)
+
+    def __enter__(self) -> "Summary":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            return
+        state, reason = "failed", first_line(error)
+        if isinstance(error, Stopped | KeyboardInterrupt):
+            state, reason = "stopped", RunFolder(self.folder).status().get("reason", reason)
+        self.show(state, [escape(reason)], links={"run folder": self.folder})
+
+
+def show_training(
+    training: TrainingProcess,
+    steps: int,
+    plot: "Callable[[Mapping[str, Sequence[dict[str, Any]]]], Figure]",
+    refresh: float = 10,
+) -> None:
+    """Show a progress bar and the loss curves of a training in a notebook, until it ends.
+
+    Interrupting the cell stops the training after its current step, with a checkpoint.
+
+    Args:
+        training: the running process.
+        steps: number of steps of the training.
+        plot: draws the records of runs, by name: `dimaskdino.viz.plot_losses`.
+        refresh: seconds between updates of the curves.
 
     Raises:
-        UserError: there is no such notebook, or the file is none.
+        UserError: the training failed; the message is its own.
     """
-    with _no_grammar():
-        import nbformat
-        import papermill  # only for those who run notebooks
+    from IPython.display import display
+
+    records = training.folder.read_metrics()
+    before = records[-1]["step"] if records else 0  # of a training that is resumed
+    bar = progress_bar(description="training", total=steps, initial=before, unit="step")
+    curves = display({"text/plain": ""}, raw=True, display_id=True)
+    drawn = time.monotonic()
+    try:
+        for records in training.follow():
+            latest = next((record for record in reversed(records) if "loss" in record), None)
+            if latest is None or latest["step"] <= bar.n:
+                continue
+            bar.set_postfix(loss=f"{latest['loss']:.2f}", refresh=False)
+            bar.update(latest["step"] - bar.n)
+            if time.monotonic() - drawn >= refresh:
+                curves.update(plot({training.folder.path.name: records}))
+                drawn = time.monotonic()
+    except KeyboardInterrupt:
+        training.stop()
+        raise
+    finally:
+        bar.close()
+    curves.update(plot({training.folder.path.name: records}))
+
+
+def notebook_parameters(notebook: Path) -> dict[str, Any]:
+    """Inspect the parameters that a notebook's `parameters` cell declares, with papermill.
+
+    Raises:
+        UserError: there is no such notebook, or the file is not a notebook.
+    """
+    import nbformat
+    import papermill  # imported here, since only notebooks need it
 
     if not notebook.exists():
         raise UserError(f"the notebook {notebook} does not exist")
     try:
         return papermill.inspect_notebook(str(notebook))
     except (ValueError, LookupError, AttributeError, nbformat.ValidationError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{notebook} is not a notebook of Jupyter: {reason}") from None
+        raise UserError(f"{notebook} is not a notebook of Jupyter: {first_line(error)}") from None
 
 
-def parse_parameters(notebook: Path, assignments: Sequence[str]) -> dict[str, Any]:
-    """`name=value` texts as parameters of a notebook; values are YAML.
+def parse_parameters(assignments: Sequence[str]) -> dict[str, Any]:
+    """Parse `name=value` texts, whose values are YAML.
 
     Raises:
-        UserError: not of that form, a parameter that the notebook does not have, or a value of another type.
+        UserError: a text is not of that form.
     """
     values = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"'{assignment}' is not of the form name=value")
-        values[name] = _settings(text) or parse_yaml(text, f"the value of {name}")
-    return check_parameters(notebook, values)
+        values[name] = parse_yaml(text, f"the value of {name}")
+    return values
 
 
-def _settings(text: str) -> list[str]:
-    """The texts of a list of settings, such as `[a.b=[1, 2], c.d=3]`, which is no YAML; empty for anything else."""
-    if not re.fullmatch(r"\[\s*[\w.]+=.*\]", text.strip(), re.DOTALL):
-        return []
-    settings, depth = [""], 0
-    for letter in text.strip()[1:-1]:
-        depth += (letter in "[{") - (letter in "]}")
-        if letter == "," and not depth:
-            settings.append("")
-        else:
-            settings[-1] += letter
-    return [setting.strip() for setting in settings if setting.strip()]
-
-
-def check_parameters(notebook: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Check that a notebook has these parameters and that the values have the types it declares."""
+def _check_parameters(notebook: Path, values: Mapping[str, Any]) -> None:
+    """Check that a notebook declares these parameters with these types; papermill only warns."""
     declared = notebook_parameters(notebook)
     for name, value in values.items():
         if name not in declared:
-            near = difflib.get_close_matches(name, declared, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else "."
-            raise UserError(f"{notebook.name} has no parameter '{name}'{hint} It has {', '.join(declared)}")
+            raise UserError(f"{notebook.name} has no parameter '{name}'; it has {', '.join(declared)}")
         wanted = declared[name]["inferred_type_name"].split("[")[0]
-        types = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
-        right = isinstance(value, types.get(wanted, object)) and not (wanted == "int" and isinstance(value, bool))
-        if not right:
+        is_bool_for_number = isinstance(value, bool) and wanted in ("int", "float")
+        if is_bool_for_number or not isinstance(value, _TYPES.get(wanted, object)):
             raise UserError(f"{notebook.name}: parameter '{name}' must be of type {wanted}, got {value!r}")
-    return dict(values)
 
 
 def kernel_config() -> Any:
-    """Settings of notebook kernels.
+    """Return the configuration of notebook kernels.
 
-    Messages are encrypted, without which a kernel warns at every start. A kernel logs nothing: an interrupt is part of
-    how it is shut down, and it would call that an error. What a cell raises is in the notebook all the same.
+    Messages are encrypted, since a kernel otherwise warns at every start. A kernel logs nothing, since it would log
+    its own interrupt at shutdown as an error; errors of cells stand in the notebook. Of a progress bar, the executed
+    notebook keeps the last line.
     """
     import zmq
     from traitlets.config import Config
 
-    settings: dict[str, Any] = {"NotebookClient": {"extra_arguments": [f"--IPKernelApp.log_level={logging.CRITICAL}"]}}
+    quiet = f"--IPKernelApp.log_level={logging.CRITICAL}"
+    settings: dict[str, Any] = {"NotebookClient": {"extra_arguments": [quiet], "coalesce_streams": True}}
     if zmq.has("curve"):
         settings["KernelManager"] = {"transport_encryption": "auto"}
     return Config(settings)
 
 
 def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], echo: bool = False) -> Path:
-    """Execute a notebook with parameters; the executed copy goes into the folder.
+    """Execute a notebook with parameters, and write the executed copy to a folder.
 
     Args:
         notebook: the notebook.
         folder: folder for the executed copy.
         parameters: values of its parameters; the others keep their defaults.
-        echo: show in the terminal what it writes to standard error, and the progress of a training in the folder.
+        echo: show the notebook's standard error, which has the progress bars, in the terminal.
 
     Returns:
         The executed notebook.
 
     Raises:
-        UserError: unknown parameters, or the notebook failed. The message is the notebook's own, and the status of the
-            folder has it too.
+        UserError: a parameter is unknown or has the wrong type, or the notebook failed. The message is the notebook's
+            own, and the status of the folder has it too.
         Stopped: a signal asked to stop, and the training in the folder has saved its state.
     """
-    with _no_grammar():
-        import papermill
-        from nbclient.exceptions import DeadKernelError
+    import papermill
+    from nbclient.exceptions import DeadKernelError
 
     output = folder / notebook.name
-    values = check_parameters(notebook, parameters)
+    _check_parameters(notebook, parameters)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.time()
     os.environ[NOTEBOOK_FOLDER] = str(folder.resolve())
+    if echo and not sys.stderr.isatty():
+        os.environ[PIPED] = "1"
+    run = RunFolder(folder)
     try:
-        with _TrainingProgress(folder, echo), _shown_errors(echo) as errors, stop_signals_interrupt():
+        with stop_signals_interrupt():
             papermill.execute_notebook(
-                *(str(notebook), str(output), values),
+                str(notebook),
+                str(output),
+                dict(parameters),
                 progress_bar=not echo,
-                stderr_file=errors,
+                stderr_file=sys.stderr if echo else None,
                 kernel_name="python3",
                 config=kernel_config(),
             )
     except papermill.PapermillExecutionError as error:
-        reason = f"{error.ename}: {error.evalue}" if error.ename not in ("UserError", "Stopped") else error.evalue
+        reason = error.evalue if error.ename in ("UserError", "Stopped") else f"{error.ename}: {error.evalue}"
         interrupted = error.ename in ("KeyboardInterrupt", "Stopped")
-        status = RunFolder(folder).status()
+        status = run.status()
     except DeadKernelError:
         reason, interrupted = "the notebook's kernel died, perhaps because memory ran out", False
-        status = _final_status(RunFolder(folder))
+        status = _final_status(run)
     except KeyboardInterrupt:
         reason, interrupted = "interrupted", True
-        status = _final_status(RunFolder(folder))
+        status = _final_status(run)
     else:
         return output
     where = f"the notebook as far as it got: {output}"
-    if status["state"] == "stopped" and RunFolder(folder).ended_since(started):
+    if status["state"] == "stopped" and run.ended_since(started):
         _finish_summary(output, "stopped", status["reason"])
         raise Stopped(f"{status['reason']}\n{where}")
     _finish_summary(output, "interrupted" if interrupted else "failed", reason)
     if interrupted:
         raise KeyboardInterrupt
-    RunFolder(folder).note_failure(reason, started)
+    run.note_failure(reason, started)
     raise UserError(f"{reason}\n{where}")
 
 
-@contextmanager
-def _no_grammar() -> Iterator[None]:
-    """Import jsonschema, which nbformat needs, without its checks of IRIs, which notebooks do not have.
-
-    The package for these, optional for jsonschema, builds the grammar of IRIs at its import. That takes three quarters
-    of the time that papermill's import takes.
-    """
-    name = "rfc3987_syntax"
-    if name in sys.modules:
-        yield
-        return
-    sys.modules[name] = None  # type: ignore[assignment]  # its import raises ImportError
-    try:
-        yield
-    finally:
-        del sys.modules[name]
-
-
-@contextmanager
-def _shown_errors(echo: bool) -> Iterator[TextIO | PipedBars | None]:
-    """Where to show what a notebook writes to standard error."""
-    if not echo or can_overwrite(sys.stderr):
-        yield sys.stderr if echo else None
-        return
-    with closing(PipedBars(sys.stderr)) as lines:
-        yield lines
-
-
-def _final_status(folder: RunFolder) -> dict[str, Any]:
-    """The status once the run has ended: a training whose notebook died saves its state first."""
+def _final_status(run: RunFolder) -> dict[str, Any]:
+    """Wait for the end of a run whose notebook died, since its training saves its state first."""
     end = time.monotonic() + STOP_SECONDS
-    while (status := folder.status())["state"] == "running" and time.monotonic() < end:
+    while (status := run.status())["state"] == "running" and time.monotonic() < end:
         time.sleep(POLL_SECONDS)
     return status
 
 
 def _finish_summary(notebook: Path, state: str, reason: str) -> None:
-    """Correct the summary at the top of a notebook that had no time to do so."""
+    """Correct the summary at the top of a notebook that was stopped before it could do so."""
     import nbformat
 
     content = nbformat.read(notebook, as_version=4)
-    for output in (output for cell in content.cells for output in cell.get("outputs", [])):
-        text = output.get("data", {}).get("text/markdown", "")
-        if text.startswith("**running**"):
-            output.data["text/markdown"] = output.data["text/plain"] = f"**{state}**\n\n{escape(reason)}\n\n"
-            nbformat.write(content, notebook)
-            return
-
-
-class _TrainingProgress:
-    """Shows the training that a notebook starts in a folder as a progress bar in the terminal.
-
-    A notebook shows its own progress to those who look at it; those who started it from a terminal see this bar. It
-    reads the folder's metrics, so it works whatever process trains.
-    """
-
-    def __init__(self, folder: Path, enabled: bool) -> None:
-        self._folder, self._enabled = RunFolder(folder), enabled
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-
-    def __enter__(self) -> None:
-        if self._enabled:
-            self._seen = len(self._folder.read_metrics())
-            self._thread.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._enabled:
-            self._ended.set()
-            self._thread.join()
-
-    def _follow(self) -> None:
-        bar = None
-        while True:
-            ended = self._ended.wait(POLL_SECONDS)
-            records = [record for record in self._folder.read_metrics()[self._seen :] if "loss" in record]
-            if records and bar is None:
-                steps = load_config(self._folder.path / "config.yaml").schedule.steps
-                bar = progress_bar(description="training", total=steps, initial=records[0]["step"], unit="step")
-            if records and bar is not None and records[-1]["step"] > bar.n:
-                bar.set_postfix(loss=f"{records[-1]['loss']:.2f}", refresh=False)
-                bar.update(records[-1]["step"] - bar.n)
-            finished = bar is not None and bar.n >= (bar.total or 0)
-            if ended or finished:
-                break
-        if bar is not None:
-            bar.close()
+    for cell in content.cells:
+        for output in cell.get("outputs", []):
+            if output.get("data", {}).get("text/markdown", "").startswith("**running**"):
+                text = f"**{state}**\n\n{escape(reason)}\n\n"
+                output.data["text/markdown"] = output.data["text/plain"] = text
+                nbformat.write(content, notebook)
+                return

@@ -1,4 +1,4 @@
-"""Training processes: how they are started, followed through their metrics, and stopped."""
+"""Starting training processes, following them through their metrics, and stopping them."""
 
 import contextlib
 import os
@@ -20,43 +20,39 @@ POLL_SECONDS = 0.5
 
 
 def project_root() -> Path:
-    """The folder that relative paths in notebooks refer to: the nearest parent with `configs/`, or the current one."""
+    """Return the folder that paths in notebooks are relative to: the nearest with `configs/`, or the current one."""
     here = Path.cwd()
     return next((folder for folder in (here, *here.parents) if (folder / "configs").is_dir()), here)
 
 
 def launch_command(module: str, arguments: Sequence[str], processes: int) -> tuple[list[str], dict[str, str]]:
-    """Command line and additional environment to run a module in a number of processes on this machine.
+    """Return the command and the additional environment that run a module in several processes on this machine.
 
-    A single process runs the module itself. Several share the cores and run under torchrun, which meets through a file
-    that only this user can read; the processes connect over the loopback interface alone.
+    A single process runs the module itself. Several run under torchrun and share the cores. They find each other
+    through a file that only this user can read, and connect over the loopback interface only.
     """
     command = [sys.executable, "-m"]
     if processes == 1:
         return [*command, module, *arguments], {}
-    from dimaskdino.utils.distributed import STORE  # with PyTorch, which a single process need not wait for
+    from dimaskdino.utils.distributed import STORE  # imports PyTorch, which the other case does not need
 
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))}
     meeting = Path(tempfile.mkdtemp(prefix="dimaskdino-"))
     torchrun = [
         *("torch.distributed.run", "--nnodes=1", f"--nproc-per-node={processes}", "--local-addr=127.0.0.1"),
         *("--rdzv-backend=c10d", f"--rdzv-endpoint={meeting / 'torchrun'}", "--rdzv-conf=store_type=file"),
         *(f"--rdzv-id={meeting.name}", "-m", module),
     ]
-    loopback = _loopback_interface()
-    variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-    interfaces = {variable: os.environ.get(variable, loopback) for variable in variables}
-    own_store = {STORE: str(meeting / "workers"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return [*command, *torchrun, *arguments], threads | own_store | (interfaces if loopback else {})
-
-
-def _loopback_interface() -> str:
-    interfaces = psutil.net_if_addrs()
-    return next((name for name, addresses in interfaces.items() if "127.0.0.1" in [a.address for a in addresses]), "")
+    defaults = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    for name, addresses in psutil.net_if_addrs().items():
+        if "127.0.0.1" in [address.address for address in addresses]:
+            defaults |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
+    environment = {name: os.environ.get(name, value) for name, value in defaults.items()}
+    environment |= {STORE: str(meeting / "workers"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return [*command, *torchrun, *arguments], environment
 
 
 class TrainingProcess:
-    """A running training, a context manager: leaving it early stops the training cleanly.
+    """A running training. As a context manager it stops the training cleanly when it is left early.
 
     Args:
         config: name of a configuration, or a YAML file.
@@ -85,7 +81,7 @@ class TrainingProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # an interrupted cell must not interrupt it in the middle of a step
+                start_new_session=True,  # an interrupted cell must not interrupt a step
                 env=os.environ | needed | child_environment() | (environment or {}),
             )
 
@@ -100,31 +96,27 @@ class TrainingProcess:
 
         Raises:
             UserError: the training failed; the message is its own.
-            Stopped: the training was asked to stop, and has saved its state.
+            Stopped: the training was asked to stop and has saved its state.
         """
-        seen = -1
-        while True:
+        seen, ended = -1, False
+        while not ended:
             ended = self.process.poll() is not None
             records = self.folder.read_metrics()
             if len(records) != seen or ended:
                 seen = len(records)
                 yield records
-            if ended:
-                break
-            time.sleep(POLL_SECONDS)
+            if not ended:
+                time.sleep(POLL_SECONDS)
         status = self.folder.status()
         if status["state"] == "stopped":
             raise Stopped(status.get("reason", "stopped"))
         if self.process.returncode or status["state"] != "finished":
             reason = status.get("reason") or "no reason was recorded"
-            raise UserError(f"the training did not finish: {reason}\n{self._last_lines()}")
-
-    def _last_lines(self, count: int = 5) -> str:
-        lines = self.folder.log.read_text(errors="replace").replace("\r", "\n").splitlines()
-        return "\n".join(["last lines of train.log:", *lines[-count:]])
+            last_lines = self.folder.log.read_text(errors="replace").splitlines()[-5:]
+            raise UserError("\n".join([f"the training did not finish: {reason}", "end of train.log:", *last_lines]))
 
     def stop(self) -> None:
-        """Stop the training after its current step, with its state saved. Does nothing if it has ended."""
+        """Stop the training after its current step, with its state saved. No-op if it has ended."""
         if self.process.poll() is not None:
             return
         self.process.terminate()

@@ -1,4 +1,4 @@
-"""A copy of a run for sharing: weights in half precision, and the records of the training."""
+"""Copying a run for sharing: weights in half precision, and the records of the training."""
 
 import json
 import shutil
@@ -11,18 +11,18 @@ from dimaskdino.runs.folder import RunFolder
 from dimaskdino.utils.errors import UserError, writing
 from dimaskdino.utils.files import read_json_object, write_text
 
-DIGITS = 5  # of the numbers in the metrics, which are most of what is written besides the weights
+DIGITS = 5  # of the numbers in the metrics, the largest part of the copy besides the weights
 
 
 def copy_for_sharing(run: RunFolder, target: RunFolder) -> None:
-    """Copy a finished run without its resume points, the weights in half precision.
+    """Copy a finished run without its resume points, with weights in half precision.
 
     Rounding changes results slightly, so the evaluation is not copied: evaluate the target. Absolute paths in the
-    recorded command are shortened to file names, and metrics to five digits.
+    recorded command are shortened to file names, and metrics are rounded to five digits.
 
     Args:
         run: a finished run.
-        target: a folder that does not exist.
+        target: a folder that does not exist yet.
 
     Raises:
         UserError: the run is not finished, or the target exists or cannot be written.
@@ -32,7 +32,7 @@ def copy_for_sharing(run: RunFolder, target: RunFolder) -> None:
     if target.path.exists():
         raise UserError(f"{target.path} exists already; choose another folder or delete it")
     trained = load_checkpoint(run.path)
-    # the target appears when it is complete, so that a failure is not in the way of the next try
+    # the target appears when it is complete, so that the command can be repeated after a failure
     made = RunFolder(target.path.with_name(f"{target.path.name}.partial"))
     shutil.rmtree(made.path, ignore_errors=True)
     try:

@@ -1,45 +1,93 @@
-"""Where a training sends its numbers and pictures besides its folder: TensorBoard, MLflow, Weights & Biases.
+"""The records of a training: its metrics file, and trackers (TensorBoard, MLflow, Weights & Biases).
 
-A tracker of your own is a class with the methods of `Tracker` and a name in `TRACKERS`.
+To add a tracker, write a class with the methods of `Tracker` and give it a name in `TRACKERS`.
 """
 
+import contextlib
 import importlib
 import json
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from dimaskdino.utils.errors import UserError, first_line
-from dimaskdino.utils.files import read_json_object, write_text
+from dimaskdino.utils.files import read_json_object, write_atomically, write_text
 
 PROJECT = "dimaskdino"
-MOST_PARAMS = 100  # that MLflow takes at a time
+MOST_PARAMS = 100  # MLflow's limit for one request
 
 
 class Tracker(Protocol):
     """Receives the records of a training, in the process that writes its folder."""
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
-        """Take named numbers of a step."""
+        """Record named numbers of a step."""
 
     def picture(self, name: str, pixels: UInt8[np.ndarray, "h w 3"], step: int) -> None:
-        """Take a picture of a step."""
+        """Record a picture of a step."""
 
     def close(self) -> None:
-        """Finish; the training has ended or was stopped."""
+        """Finish, since the training has ended or was stopped."""
+
+
+class Metrics:
+    """Writes records to the metrics file, one JSON object per line, and pictures to a folder; trackers get both.
+
+    Args:
+        stream: the metrics file; None for a process that records nothing.
+        trackers: open trackers.
+        samples: folder of the pictures.
+    """
+
+    def __init__(self, stream: TextIO | None, trackers: Sequence[Tracker], samples: Path) -> None:
+        self.stream, self.trackers, self.samples = stream, trackers, samples
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write one record, which must have a `step`."""
+        if self.stream is None:
+            return
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self.stream.write(json.dumps(record | {"time": now}) + "\n")
+        self.stream.flush()
+        values = record | record.get("losses", {}) | _flat({"validation": record.get("validation", {})}, "/")
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
+        if numbers:
+            for tracker in self.trackers:
+                tracker.numbers(numbers, record["step"])
+
+    def picture(self, pixels: UInt8[np.ndarray, "h w 3"], step: int) -> None:
+        """Write a picture of a step to the folder of samples."""
+        if self.stream is None:
+            return
+        write_atomically(self.samples / f"step_{step:06d}.png", lambda path: Image.fromarray(pixels).save(path, "PNG"))
+        for tracker in self.trackers:
+            tracker.picture("samples", pixels, step)
+
+
+@contextlib.contextmanager
+def hide_disk_errors_of_threads() -> Iterator[None]:
+    """Hide the traceback of TensorBoard's thread on a full disk; the main thread reports it in one line."""
+    before = threading.excepthook
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else before(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 class TensorBoard:
-    """Event files in the run folder; records after the first step are those of lost work, and hidden."""
+    """Event files in the run folder; records of lost work after the first step are hidden."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by training alone
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only trainings need it
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
@@ -55,7 +103,7 @@ class TensorBoard:
 
 
 class MLflow:
-    """A run of MLflow, in the experiment and on the server that MLflow's environment variables name."""
+    """A run of MLflow; its environment variables name the server and the experiment."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], step: int) -> None:
         mlflow = _imported("mlflow")
@@ -67,7 +115,7 @@ class MLflow:
             created = self._client.create_run(experiment.experiment_id, run_name=folder.name)
             self._run = created.info.run_id
             _record_id(folder, "mlflow", self._run)
-            params = [mlflow.entities.Param(key, str(value)) for key, value in _flat(settings).items()]
+            params = [mlflow.entities.Param(key, str(value)) for key, value in _flat(settings, ".").items()]
             for start in range(0, len(params), MOST_PARAMS):
                 self._client.log_batch(self._run, params=params[start : start + MOST_PARAMS])
         else:
@@ -75,8 +123,8 @@ class MLflow:
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
         now = int(1000 * time.time())
-        # one request for all numbers of a step
-        self._client.log_batch(self._run, [self._metric(name, value, now, step) for name, value in values.items()])
+        metrics = [self._metric(name, value, now, step) for name, value in values.items()]
+        self._client.log_batch(self._run, metrics)  # one request for all numbers of a step
 
     def picture(self, name: str, pixels: UInt8[np.ndarray, "h w 3"], step: int) -> None:
         self._client.log_image(self._run, pixels, key=name.replace("/", "_"), step=step)
@@ -86,7 +134,7 @@ class MLflow:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, named after the run folder; its environment variables apply."""
+    """A run of Weights & Biases, named after the run folder. Its environment variables apply."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], step: int) -> None:
         self._wandb = _imported("wandb")
@@ -114,7 +162,7 @@ class WeightsAndBiases:
 
 
 class _Forgiving:
-    """A tracker whose failure does not end the training: it is told once, and nothing more is sent."""
+    """A tracker whose failure does not end the training: it is reported once, and nothing more is sent."""
 
     def __init__(self, name: str, tracker: Tracker) -> None:
         self._name, self._tracker = name, tracker
@@ -134,7 +182,7 @@ class _Forgiving:
             return
         try:
             action()
-        except Exception as error:  # each package has errors of its own
+        except Exception as error:  # each package has its own exceptions
             self._failed = True
             print(f"note: {self._name} fails ({first_line(error)}); the training goes on without it", file=sys.stderr)
 
@@ -160,9 +208,9 @@ def open_trackers(names: Sequence[str], folder: Path, settings: Mapping[str, Any
             tracker: Tracker = TRACKERS[name](folder, settings, step)
         except (UserError, OSError):
             raise
-        except Exception as error:  # each package has errors of its own
+        except Exception as error:
             raise UserError(f"train.trackers: {name} cannot record ({first_line(error)})") from error
-        # what cannot be written to the run folder is an error of the run
+        # TensorBoard writes to the run folder, whose errors end the run
         trackers.append(tracker if isinstance(tracker, TensorBoard) else _Forgiving(name, tracker))
     return trackers
 
@@ -174,15 +222,19 @@ def _imported(name: str) -> Any:
         raise UserError(f"train.trackers: {name} is not installed: pip install {name}") from None
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
+def _flat(tree: Mapping[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
+    """Return the values of a tree by their paths, such as `validation/box_AP`."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, separator, f"{prefix}{name}{separator}")
+        else:
+            flat[prefix + name] = value
+    return flat
 
 
 def _recorded_id(folder: Path, tracker: str) -> str | None:
-    """The tracker's own name of this run, so that a resumed training continues its record."""
+    """Return the tracker's own id of this run, so that a resumed training continues it."""
     return read_json_object(folder / "trackers.json").get(tracker)
 
 

@@ -1,1 +1,1 @@
-"""Files, progress, signals, threads, processes and errors: what every other package builds on."""
+"""Helpers that every other package builds on: errors, files, progress, signals, threads, processes."""

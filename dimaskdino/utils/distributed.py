@@ -1,4 +1,4 @@
-"""Distributed training and evaluation: this process's place among the others, and sums over all of them."""
+"""Distributed training and evaluation: rank, device and collective operations of this process."""
 
 import contextlib
 import os
@@ -11,12 +11,12 @@ from torch import Tensor
 from torch import distributed as dist
 
 T = TypeVar("T")
-STORE = "DIMASKDINO_STORE"  # a file through which the processes of one machine meet
+STORE = "DIMASKDINO_STORE"  # environment variable: file of the store of processes on one machine
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process's rank among `world_size` processes, and its device, as torchrun announces them.
+    """Rank and device of this process, from the environment variables that torchrun sets.
 
     Attributes:
         rank: from 0 to `world_size` - 1.
@@ -31,7 +31,7 @@ class DistributedContext:
     @classmethod
     @contextlib.contextmanager
     def join(cls) -> Iterator["DistributedContext"]:
-        """Join the process group that torchrun announces, if any, and leave it at the end."""
+        """Join torchrun's process group, if there is one, and leave it at the end."""
         world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -51,7 +51,7 @@ class DistributedContext:
         return self.rank == 0
 
     def sum(self, *values: float) -> Tensor:
-        """Sum each value over all processes; the result stays on the device, so nothing waits for it."""
+        """Sum each value over all processes. The result stays on the device, so that the host does not wait."""
         tensor = torch.tensor(values, dtype=torch.float32).to(self.device, non_blocking=True)
         if self.world_size > 1:
             dist.all_reduce(tensor)
@@ -65,7 +65,7 @@ class DistributedContext:
         return values / self.world_size
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank; values are pickled, so keep them small."""
+        """Return the values of all processes, by rank. Values are pickled, so keep them small."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -81,8 +81,8 @@ class DistributedContext:
 def _init_process_group(backend: str, world_size: int) -> None:
     """Initialise the process group so that it survives restarts by torchrun.
 
-    The store keeps the addresses of the processes before a restart, and Gloo may read those (with torch 2.15 every
-    second restart failed to connect). A prefix per restart keeps the generations apart.
+    The store still holds the addresses of the processes before a restart, and Gloo may read those: with torch 2.15
+    every second restart failed to connect. A prefix per restart keeps them apart.
     """
     store: dist.Store
     if STORE in os.environ:

@@ -1,4 +1,4 @@
-"""What a person is meant to read instead of a traceback."""
+"""Exceptions whose message a user reads instead of a traceback."""
 
 import contextlib
 import errno
@@ -8,11 +8,11 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Something outside the program is wrong: a file, a setting, a disk. The message says what to do about it."""
+    """A file, a setting or a disk is wrong. The message says what to do about it."""
 
 
 class Stopped(Exception):
-    """A run was asked to stop, and has saved its state. The message says by what, and how to resume."""
+    """A run was asked to stop and has saved its state. The message names the signal and says how to resume."""
 
 
 _REASONS = {
@@ -29,14 +29,14 @@ _BY_NUMBER = {getattr(errno, name): text for names, text in _REASONS.items() for
 
 
 def explain_os_error(error: OSError) -> str:
-    """What the operating system reports, and what to do about it."""
+    """Describe an error of the operating system and what to do about it."""
     text = error.strerror or str(error)
     advice = _BY_NUMBER.get(error.errno) if error.errno is not None else None
     return text if advice is None else f"{advice} ({text})"
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type if it has none."""
+    """Return the first line of an error's message, or its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

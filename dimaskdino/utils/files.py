@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, and read even where a crash has damaged them."""
+"""Writing files atomically, and reading JSON files that a crash may have damaged."""
 
 import contextlib
 import json
@@ -14,13 +14,13 @@ from dimaskdino.utils.errors import UserError, explain_os_error, first_line
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that readers see the old content or the new one, never a part.
+    """Write a file so that readers see the old or the new content, never a part.
 
-    The content is written beside the target, flushed to disk, then renamed. The folder is made if it does not exist.
+    The content is written to a file beside the target, flushed to disk, and renamed. Missing folders are created.
 
     Args:
         path: the target.
-        write: writes the content to the path it is given.
+        write: function that writes the content to the path it is called with.
 
     Raises:
         UserError: the file cannot be written, for example because the disk is full. An existing file is kept.
@@ -32,11 +32,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         permissions = partial.stat().st_mode
         write(partial)
         with contextlib.suppress(OSError):  # file systems without permissions
-            partial.chmod(permissions)  # safetensors makes files that their owner alone can read
+            partial.chmod(permissions)  # safetensors creates files that only their owner can read
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    # a full disk surfaces as OSError from Python, as RuntimeError or SafetensorError from the writers
+    # on a full disk Python raises OSError; torch and safetensors raise RuntimeError and SafetensorError
     except (OSError, RuntimeError, SafetensorError) as error:
         system_error = _system_error(partial, error)
         _discard(partial)
@@ -55,7 +55,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _discard(partial: Path) -> None:
-    """Delete a file, and free its space even if a writer still holds it open."""
+    """Delete a file, and free its disk space even if a writer still has it open."""
     with contextlib.suppress(OSError):
         os.truncate(partial, 0)
     with contextlib.suppress(OSError):
@@ -63,9 +63,9 @@ def _discard(partial: Path) -> None:
 
 
 def _system_error(path: Path, error: Exception) -> OSError | None:
-    """The operating system's reason for a failed write.
+    """Find the operating system's error behind a failed write.
 
-    safetensors names its number in the message. torch's writer does not pass it on, so a write is tried.
+    safetensors has its number in the message. torch drops it, so this function writes to the file again.
     """
     if isinstance(error, OSError):
         return error
@@ -80,7 +80,7 @@ def _system_error(path: Path, error: Exception) -> OSError | None:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """A small json file; empty if it is damaged or missing."""
+    """Read a JSON object from a file; empty if the file is damaged or missing."""
     try:
         return parse_json_object(file.read_text(errors="replace"))
     except OSError:
@@ -88,7 +88,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def parse_json_object(text: str) -> dict[str, Any]:
-    """A json object; empty if the text is damaged or holds something else."""
+    """Parse a JSON object; empty if the text is damaged or holds something else."""
     with contextlib.suppress(ValueError, RecursionError):
         content = json.loads(text)
         if isinstance(content, dict):

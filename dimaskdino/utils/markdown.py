@@ -1,10 +1,10 @@
-"""Text from data in Markdown."""
+"""Escaping text for Markdown."""
 
 import re
 
 
 def escape(text: str) -> str:
-    """Text that comes from data, such as a file's name, to be shown by Markdown as it is: no HTML, links or styles.
+    """Escape text from data, such as a file's name, so that Markdown shows it literally: no HTML, links or styles.
 
     Line breaks become spaces, so that the text stays in its paragraph or table cell.
     """

@@ -1,6 +1,6 @@
 """Files that come with the kit: configurations, the course's models and the run notebooks.
 
-In a checkout they lie in the folders `configs/` and `notebooks/`, in an installed wheel inside the package.
+A checkout has them in `configs/` and `notebooks/`, an installed wheel in the package.
 """
 
 import difflib
@@ -9,31 +9,26 @@ from pathlib import Path
 from dimaskdino.utils.errors import UserError
 
 _PACKAGE = Path(__file__).parents[1]
-# by kind: the folder in an installed wheel, the folder in a checkout
-_FOLDERS = {
-    "configs": (_PACKAGE / "_data" / "configs", _PACKAGE.parent / "configs"),
-    "models": (_PACKAGE / "_data" / "models", _PACKAGE.parent / "notebooks" / "models"),
-    "notebooks": (_PACKAGE / "_data" / "notebooks", _PACKAGE.parent / "notebooks" / "runs"),
-}
+_IN_CHECKOUT = {"configs": "configs", "models": "notebooks/models", "notebooks": "notebooks/runs"}
 # the course's models by the name that `dimaskdino.load` takes
 MODELS = {"dimaskdino-shapes": "dimaskdino", "maskdino-shapes": "maskdino", "dimaskdino-solids": "solids"}
 
 
 def _folder(kind: str) -> Path:
-    installed, checkout = _FOLDERS[kind]
-    return installed if installed.is_dir() else checkout
+    installed = _PACKAGE / "_data" / kind
+    return installed if installed.is_dir() else _PACKAGE.parent / _IN_CHECKOUT[kind]
 
 
 def configs_folder() -> Path:
-    """The folder of the configurations."""
+    """Return the folder of the configurations."""
     return _folder("configs")
 
 
 def find_config(name: str | Path) -> Path:
-    """The file of a configuration.
+    """Find the file of a configuration.
 
     Args:
-        name: a path to a YAML file, a run folder, or the name of a configuration of the kit, such as
+        name: a YAML file, a run folder, or the name of one of the kit's configurations, such as
             `shapes/dimaskdino_r18`.
 
     Raises:
@@ -55,19 +50,19 @@ def find_config(name: str | Path) -> Path:
 
 
 def config_names() -> list[str]:
-    """Names of the kit's configurations, without the studies."""
+    """List the names of the kit's configurations, without the studies."""
     folder = configs_folder()
     names = (file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
     return sorted(name for name in names if not name.startswith("ablations/"))
 
 
 def find_model(name: str) -> Path | None:
-    """The run folder of one of the course's models, None if there is none of that name."""
+    """Find the run folder of one of the course's models; None for any other name."""
     return _folder("models") / MODELS[name] if name in MODELS else None
 
 
 def find_notebook(name: str | Path) -> Path:
-    """The file of a notebook: a path, or the name of a run notebook such as `train`.
+    """Find a notebook by its path, or by the name of a run notebook such as `train`.
 
     Raises:
         UserError: it is neither.

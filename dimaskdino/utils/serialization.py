@@ -1,4 +1,4 @@
-"""Reading files of tensors from anywhere without running code in them."""
+"""Reading files of tensors without running code in them, whoever made the file."""
 
 import collections
 import io
@@ -17,7 +17,7 @@ from dimaskdino.utils.errors import UserError, first_line
 
 
 class _DType:
-    """Stands for `numpy.dtype` in a pickle: numbers and booleans of a fixed size, nothing else."""
+    """Replaces `numpy.dtype` in a pickle; allows numbers and booleans of a fixed size only."""
 
     def __init__(self, code: Any, *_: Any) -> None:
         text = code.decode() if isinstance(code, bytes) else code
@@ -33,7 +33,7 @@ class _DType:
 
 
 class _Array:
-    """Stands for an array in a pickle, filled by `__setstate__`."""
+    """Replaces an array in a pickle; `__setstate__` fills it."""
 
     value: np.ndarray | None = None
 
@@ -43,7 +43,7 @@ class _Array:
 
 
 class _NDArray:
-    """Stands for the class `numpy.ndarray`, which a pickle of arrays names and never calls."""
+    """Replaces the class `numpy.ndarray`, which a pickle of arrays refers to but never calls."""
 
     def __init__(self, *_: Any) -> None:
         raise pickle.UnpicklingError("it calls numpy.ndarray, which arrays do not need")
@@ -62,7 +62,7 @@ def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
 
 
 def _plain(value: Any) -> Any:
-    """The content of a pickle with arrays in the place of what stood for them."""
+    """Put the arrays back into the content of a pickle."""
     if isinstance(value, _Array):
         if value.value is None:
             raise pickle.UnpicklingError("it has an array without values")
@@ -72,7 +72,7 @@ def _plain(value: Any) -> Any:
     return type(value)(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
-# What a pickle of arrays refers to. NumPy 2 renamed numpy.core to numpy._core.
+# the functions and classes that a pickle of arrays needs; NumPy 2 renamed numpy.core to numpy._core
 _ALLOWED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("numpy", "dtype"): _DType,
@@ -88,9 +88,9 @@ _ALLOWED = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """An unpickler of dictionaries, lists, numbers, strings and arrays of numbers that refuses everything else.
+    """An unpickler that allows dictionaries, lists, numbers, strings and arrays of numbers only.
 
-    NumPy's own classes are never called: a crafted file could make them read any memory.
+    It never calls NumPy's own classes: a crafted file could make them read any memory.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -99,7 +99,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
 
-DAMAGED = (  # what unpickling raises for damaged bytes
+DAMAGED = (  # the exceptions of unpickling damaged bytes
     OSError,
     EOFError,
     RuntimeError,
@@ -122,14 +122,14 @@ def read_pt(path: Path) -> Any:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about files that are refused anyway
+            warnings.simplefilter("ignore")  # the warnings concern files that are refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"the checkpoint {path} does not exist") from None
     except pickle.UnpicklingError:  # torch's message advises to switch the protection off
         raise UserError(
-            f"{path} cannot be read as a checkpoint: it is no file of torch.save, is truncated, or holds more than "
-            "tensors and plain values, whose code is not run"
+            f"{path} cannot be read as a checkpoint: it was not written by torch.save, is truncated, or holds more "
+            "than tensors and plain values, whose code is not run"
         ) from None
     except DAMAGED as error:
         raise UserError(f"{path} cannot be read as a checkpoint: it may be truncated ({first_line(error)})") from None

@@ -1,4 +1,4 @@
-"""Signals that ask a process to stop, and the death of the process that started it, which counts as one."""
+"""Stop signals, and stopping when the process that started this one ends."""
 
 import atexit
 import contextlib
@@ -16,11 +16,11 @@ import psutil
 EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again to resume
 POLL_SECONDS = 0.5
 STOP_SECONDS = 120  # a step of a large model on a CPU, and writing its checkpoint
-_PARENT = "DIMASKDINO_PARENT"  # id of a process whose end ends this one
+_PARENT = "DIMASKDINO_PARENT"  # environment variable: id of the process whose end stops this one
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """SIGTERM and SIGINT, and SIGHUP where there is one and nobody asked to ignore it, as nohup does."""
+    """Return SIGTERM, SIGINT and, unless the system lacks it or nohup ignores it, SIGHUP."""
     names = ["SIGTERM", "SIGINT"]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         names.append("SIGHUP")
@@ -28,7 +28,7 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 
 
 class StopRequest:
-    """Remembers a stop signal, instead of dying in the middle of a step. A context manager.
+    """Context manager that remembers a stop signal, so that a training can finish its step.
 
     Attributes:
         received: name of the first signal received, None before.
@@ -50,7 +50,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_signals_interrupt() -> Iterator[None]:
-    """Let every stop signal do what Ctrl-C does: raise `KeyboardInterrupt`. Only the main thread receives signals."""
+    """Raise `KeyboardInterrupt` at every stop signal. No-op outside the main thread, which alone receives signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -63,9 +63,9 @@ def stop_signals_interrupt() -> Iterator[None]:
 
 
 class HelperSignals:
-    """Makes helper processes outlive a stop signal to all processes, so that their parent can finish what it does.
+    """Keeps helper processes alive when a stop signal reaches all processes, so that their parent can finish its step.
 
-    Make it in the parent and call it in the helper. The helper ends with its parent, which asks it to when it exits.
+    Create it in the parent and call it in the helper. The helper ends when its parent exits.
     """
 
     def __init__(self) -> None:
@@ -82,14 +82,14 @@ class HelperSignals:
 
 
 def child_environment() -> dict[str, str]:
-    """Environment variable that makes a child end with this process, if it calls `end_with_parent`."""
+    """Return the environment variable that lets a child call `end_with_parent`."""
     return {_PARENT: str(os.getpid())}
 
 
 def end_with_parent() -> None:
-    """Stop this process, as SIGTERM does, when the process that it works for ends, however that ends.
+    """Stop this process, as SIGTERM does, when its parent ends in any way.
 
-    That is the process that set `child_environment`, and torchrun for its workers. Without either, nothing happens.
+    The parent is the process that set `child_environment`, and torchrun for its workers. No-op without either.
     """
     numbers = {int(os.environ[_PARENT])} if _PARENT in os.environ else set()
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -113,7 +113,7 @@ def _stop_after(parents: Sequence[psutil.Process]) -> None:
     else:
         os.kill(os.getpid(), signal.SIGTERM)  # unlike raise_signal it interrupts a wait of the main thread
     time.sleep(STOP_SECONDS)
-    os._exit(EXIT_STOPPED)  # it hangs, perhaps waiting for a process that is gone
+    os._exit(EXIT_STOPPED)  # the main thread hangs, perhaps waiting for a process that has ended
 
 
 def _lives(process: psutil.Process) -> bool:

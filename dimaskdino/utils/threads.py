@@ -1,10 +1,9 @@
-"""Computing threads: as many as there are free cores.
+"""Adapting the number of PyTorch's threads to the free cores.
 
-PyTorch's threads wait for each other after every operation. If one of them has to share its core with another program,
-all of them wait, and a step takes many times as long as its share of the cores would allow (docs/performance.md). So
-while the model computes, the number of threads follows the load of the machine. `OMP_NUM_THREADS`, or
-`torch.set_num_threads`, fixes the number instead; then results repeat bit for bit, since the order of sums depends on
-the number of threads.
+PyTorch's threads wait for each other after every operation. If one shares its core with another program, all of them
+wait, and a step becomes several times slower (docs/performance.md). So the number of threads follows the load of the
+machine while the model computes. `OMP_NUM_THREADS` or `torch.set_num_threads` fixes the number; results then repeat
+bit for bit, since the order of sums depends on the number of threads.
 """
 
 import os
@@ -16,12 +15,12 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
-INTERVAL = 0.5  # seconds between two looks at the load
+INTERVAL = 0.5  # seconds between two readings of the load
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """Seconds of all cores together since the machine started, in use and by this process."""
+    """Seconds that all cores together were busy since the machine started, and those of this process."""
 
     time: float
     busy: float
@@ -30,24 +29,24 @@ class _Reading:
     @classmethod
     def now(cls) -> "_Reading":
         times, own = psutil.cpu_times(), psutil.Process().cpu_times()
-        # on Linux `user` includes guests; what a hypervisor takes away is busy, too
+        # on Linux `user` includes guests; time that a hypervisor takes ("steal") counts as busy
         kinds = ("user", "nice", "system", "irq", "softirq", "steal", "interrupt", "dpc")
         busy = sum(getattr(times, kind, 0.0) for kind in kinds)
         return cls(time.monotonic(), busy, own.user + own.system)
 
 
 def available_cores() -> int:
-    """Number of cores that this process may use, which a container or a scheduler may bound."""
+    """Return the number of cores that this process may use, which a scheduler may limit."""
     affinity = getattr(psutil.Process(), "cpu_affinity", None)  # not on macOS
     return len(affinity()) if affinity else psutil.cpu_count() or 1
 
 
 def thread_count(cores: int, others: float, most: int) -> int:
-    """Number of threads beside other programs.
+    """Return the number of threads to compute with under CPU load.
 
     Args:
         cores: number of cores of the machine.
-        others: cores that other programs keep busy, on average.
+        others: mean number of cores that other programs keep busy.
         most: number of threads on an idle machine.
     """
     return min(most, max(1, int(cores - others + 0.5)))
@@ -55,11 +54,11 @@ def thread_count(cores: int, others: float, most: int) -> int:
 
 @dataclass
 class ThreadControl:
-    """The number of computing threads, adapted to the load while a block runs.
+    """Adapts the number of PyTorch's threads to the load while a block runs.
 
     Attributes:
         most: number of threads on an idle machine; PyTorch's default.
-        fixed: whether the number was chosen by the user.
+        fixed: whether the user chose the number.
     """
 
     most: int = field(default_factory=torch.get_num_threads)
@@ -68,7 +67,7 @@ class ThreadControl:
     _chosen: int = 0
 
     def choose(self) -> int:
-        """The number of threads for the load since the last look."""
+        """Return the number of threads for the load since the last reading."""
         if time.monotonic() - self._last.time >= INTERVAL:
             now, last = _Reading.now(), self._last
             others = (now.busy - last.busy - (now.own - last.own)) / (now.time - last.time)
@@ -77,7 +76,7 @@ class ThreadControl:
 
     @contextmanager
     def adaptive_threads(self) -> Iterator[None]:
-        """Compute with the free cores in this block."""
+        """Use the free cores only in this block."""
         if self.fixed or self.most == 1 or torch.get_num_threads() != self.most:
             yield
             return

@@ -4,7 +4,7 @@ import nbformat
 import pytest
 from nbconvert import HTMLExporter
 
-from dimaskdino.runs import live
+from dimaskdino.runs import Summary
 from dimaskdino.utils.markdown import escape
 
 HOSTILE = (
@@ -42,7 +42,7 @@ def test_a_summary_of_a_failure_is_plain(text, tmp_path, monkeypatch):
             shown.append(data["text/markdown"])
 
     monkeypatch.setattr("IPython.display.display", lambda *_, **__: Display())
-    with pytest.raises(ValueError, match="image"), live.Summary(str(tmp_path)):
+    with pytest.raises(ValueError, match="image"), Summary(str(tmp_path)):
         raise ValueError(f"the image {text}")
     assert shown[-1].startswith("**failed**")
     body = html_of(shown[-1])

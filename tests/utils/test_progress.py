@@ -2,10 +2,8 @@
 
 import io
 
-from tqdm import tqdm
-
 from dimaskdino.utils import progress
-from dimaskdino.utils.progress import PipedBars, progress_bar
+from dimaskdino.utils.progress import progress_bar
 
 
 def lines(text: str) -> list[str]:
@@ -42,38 +40,25 @@ def test_a_pipe_gets_a_line_now_and_then(capsys, monkeypatch):
     assert "left" not in last  # the number of frames is not known
 
 
+class OutStream(io.StringIO):
+    """Standard error in a notebook."""
+
+    __module__ = "ipykernel.iostream"
+
+
 def test_a_notebook_gets_one_bar_that_is_updated(monkeypatch):
-    written = []
-    stream = type(
-        "OutStream", (), {"__module__": "ipykernel.iostream", "write": lambda self, text: written.append(text)}
-    )()
-    stream.isatty, stream.flush = (lambda: False), (lambda: None)
-    monkeypatch.setattr(progress.sys, "stderr", stream)
+    monkeypatch.setattr(progress.sys, "stderr", OutStream())
     assert list(progress_bar([1, 2, 3], "reading", mininterval=0)) == [1, 2, 3]
-    text = "".join(written)
+    text = progress.sys.stderr.getvalue()
     assert text.count("\r") >= 3
     assert text.count("\n") == 1
 
 
-def piped(*texts: str) -> str:
-    pipe = io.StringIO()
-    stream = PipedBars(pipe)
-    for text in texts:
-        stream.write(text)
-    stream.close()
-    return pipe.getvalue()
-
-
-def test_a_pipe_gets_a_notebooks_bars_as_lines_now_and_then(monkeypatch):
-    written = io.StringIO()
-    assert list(tqdm([1, 2, 3], "reading", file=written, mininterval=0)) == [1, 2, 3]
-    first, last = lines(piped(*written.getvalue()))
-    assert ("0/3" in first, "3/3" in last) == (True, True)
-    monkeypatch.setattr(progress, "PIPE_SECONDS", 0.0)
-    counts = [line.split("/3")[0][-1] for line in lines(piped(written.getvalue()))]
-    assert counts == ["0", "1", "2", "3", "3"]  # tqdm draws the last one twice
-
-
-def test_a_pipe_gets_a_notebooks_other_text_as_it_is():
-    assert piped("a warn", "ing\n\n", "and more") == "a warning\n\nand more\n"
-    assert piped("\r 10%\r 90%\r    \r") == " 10%\n"  # a bar that ends by taking itself back
+def test_a_notebook_whose_errors_go_to_a_pipe_gets_lines(monkeypatch):
+    monkeypatch.setattr(progress.sys, "stderr", OutStream())
+    monkeypatch.setenv(progress.PIPED, "1")
+    assert list(progress_bar([1, 2, 3], "reading")) == [1, 2, 3]
+    assert [line.split(",")[0] for line in lines(progress.sys.stderr.getvalue())] == [
+        "reading: 0 of 3",
+        "reading: 3 of 3",
+    ]
