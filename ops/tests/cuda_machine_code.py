@@ -1,8 +1,8 @@
 """The CUDA kernels as machine code for GPUs that are not here: `python ops/tests/cuda_machine_code.py 80 90`.
 
-Prints a line of json per compute capability and kernel: its registers, the bytes that it keeps in memory for want of
-registers, and, of the loop over the samples, the instructions and the atomic additions per sample. With --output the
-kernels that the model calls become the record behind the table in ops/README.md.
+Prints a line of JSON per compute capability and kernel: its registers, the bytes that it spills to local memory, and
+the instructions and atomic additions per sample of its loop over the samples. `--output` writes those of the kernels
+that the model calls, such as `ops/benchmarks/machine_code.json`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ OF_THE_MODEL = {
     "backward, fp32": "backward_kernel<float, float, 4, 8, true, true>",
     "backward, bf16": "backward_kernel<c10::BFloat16, float, 4, 8, true, true>",
 }
-SHUFFLES, LOADS = 6, 2  # that hand a sample round: between lanes, or from shared memory
+SHUFFLES = 6  # between lanes, for each sample that they exchange
 
 
 def loops(code: list[tuple[str, str, str]]) -> list[list[str]]:
@@ -42,21 +42,19 @@ def loops(code: list[tuple[str, str, str]]) -> list[list[str]]:
 
 
 def loop_over_samples(code: list[tuple[str, str, str]]) -> dict[str, float | dict[str, float]]:
-    """Instructions per sample of the shortest loop in which lanes hand samples round."""
+    """Instructions per sample of the shortest loop in which lanes exchange samples."""
     best: list[str] = []
     samples = 0
     for body in loops(code):
-        shuffles, loads = (sum(x.startswith(kind) for x in body) for kind in ("SHFL.IDX", "LDS"))
-        handed = shuffles // SHUFFLES or loads // LOADS
-        if handed and (not best or len(body) < len(best)):
-            best, samples = body, handed
+        exchanged = sum(x.startswith("SHFL.IDX") for x in body) // SHUFFLES
+        if exchanged and (not best or len(body) < len(best)):
+            best, samples = body, exchanged
     if not best:
         return {}
-    kinds = collections.Counter(x.split(".")[0] for x in best)
+    atomics = collections.Counter(x for x in best if "RED" in x)
     return {
         "instructions": len(best) / samples,
-        "kinds": {name: n / samples for name, n in kinds.most_common(8)},
-        "atomics": {name: n / samples for name, n in collections.Counter(x for x in best if "RED" in x).items()},
+        "atomics": {name: count / samples for name, count in atomics.items()},
     }
 
 
@@ -98,11 +96,10 @@ def main() -> None:
             print(json.dumps(kernel), flush=True)
     if arguments.output:
         by_name = {(kernel["capability"], kernel["kernel"]): kernel for kernel in found}
-        chosen = [
-            {"name": name, **{k: v for k, v in by_name[capability, symbol].items() if k != "kinds"}}
-            for name, symbol in OF_THE_MODEL.items()
-            for capability in arguments.capabilities
-        ]
+        chosen = []
+        for name, symbol in OF_THE_MODEL.items():
+            for capability in arguments.capabilities:
+                chosen.append({"name": name, **by_name[capability, symbol]})
         record = {"compiler": compiler_version(), "kernels": chosen}
         arguments.output.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import variants
 from cuda_machine_code import OF_THE_MODEL, compiler_version, kernels
 from machine_code import cuobjdump
 from ms_deform_attn.build import compiler
@@ -15,12 +14,6 @@ from ms_deform_attn.functional import available
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 # instructions per sample and group of lanes, head dimension 32
 MOST_INSTRUCTIONS = {"forward, fp32": 52, "forward, bf16": 100, "backward, fp32": 150, "backward, bf16": 160}
-
-
-def test_the_tables_of_the_readme_are_those_of_the_records():
-    table = runpy.run_path(str(BENCHMARKS / "table.py"))
-    readme = table["README"].read_text()
-    assert table["updated"](readme) == readme
 
 
 @pytest.mark.skipif(not available("cpu"), reason="CPU kernels are not built (no compiler here)")
@@ -36,15 +29,6 @@ needs_compiler = pytest.mark.skipif(
     compiler("cuda") is None or torch.version.cuda is None or cuobjdump() is None,
     reason="no nvcc, torch without CUDA, or no program that lists machine code",
 )
-
-
-@pytest.mark.slow
-@needs_compiler
-@pytest.mark.parametrize("name", variants.VARIANTS)
-def test_other_versions_stay_in_registers(name, tmp_path):
-    found = {kernel["kernel"]: kernel for kernel in kernels(90, variants.write(tmp_path)[name])}
-    for symbol in OF_THE_MODEL.values():
-        assert found[symbol]["stack"] == 0, found[symbol]
 
 
 @pytest.mark.slow

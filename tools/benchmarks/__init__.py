@@ -1,1 +1,1 @@
-"""Time and memory of the model, the data loader, COCO AP and the explorers. Each module is a command."""
+"""Time and memory of the model, the data loader and COCO AP, also beside other detectors. Each module is a command."""

@@ -1,96 +1,44 @@
-"""All benchmarks, one after the other: `make benchmark`, or `python -m tools.benchmarks STEP …`.
+"""The benchmarks that need no GPU, one after the other: `make benchmark`, or `python -m tools.benchmarks STEP …`."""
 
-Each step writes its record, of which README and docs are made. The machine should do nothing else meanwhile.
-"""
-
-import importlib.util
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import tyro
 from tyro.conf import Positional
 
 from dimaskdino.runs.processes import project_root
-from dimaskdino.utils.errors import UserError
 
-
-@dataclass(frozen=True)
-class Step:
-    """One benchmark.
-
-    Attributes:
-        title: what it measures.
-        command: what is run, after `python`.
-        needs: packages without which a part of it is left out.
-    """
-
-    title: str
-    command: tuple[str, ...]
-    needs: tuple[str, ...] = ()
-
-
-def _module(name: str, record: str, *arguments: str) -> tuple[str, ...]:
-    return ("-m", f"tools.benchmarks.{name}", *arguments, "--output", f"docs/measurements/{record}")
-
-
-STEPS = {
-    "operator": Step(
-        "deformable attention",
-        ("-m", "ms_deform_attn.benchmark", "--output", "ops/benchmarks/results"),
-        ("transformers",),
-    ),
-    "detectors": Step("other detectors with a ResNet-50", _module("detectors", "detectors.json"), ("transformers",)),
-    "runtimes": Step(
-        "an exported model in other runtimes",
-        _module("runtimes", "runtimes.json", "dimaskdino-solids", "notebooks/scenes"),
-        ("onnxruntime", "openvino"),
-    ),
-    "coco_ap": Step("AP and bootstrap at COCO's size", _module("coco_ap", "coco_size.jsonl")),
+Step = Literal["operator", "detectors", "runtimes", "coco_ap"]
+COMMANDS: dict[Step, str] = {
+    "operator": "ms_deform_attn.benchmark --output ops/benchmarks/results",
+    "detectors": "tools.benchmarks.detectors --output docs/measurements/detectors.json",
+    "runtimes": "tools.benchmarks.runtimes dimaskdino-solids notebooks/scenes --output docs/measurements/runtimes.json",
+    "coco_ap": "tools.benchmarks.coco_ap --output docs/measurements/coco_size.jsonl",
 }
 
 
-def main(steps: Positional[tuple[str, ...]] = ()) -> None:
-    """Run benchmarks and write their tables. All of them take about an hour.
+def main(steps: Positional[tuple[Step, ...]] = ()) -> int:
+    """Run benchmarks on an otherwise idle machine and write their records; all of them take about an hour.
 
-    For example: python -m tools.benchmarks operator detectors
+    A benchmark that fails does not stop the next.
+
+    Example: python -m tools.benchmarks operator detectors
 
     Args:
-        steps: Which ones; all by default.
+        steps: All by default: deformable attention, other detectors with a ResNet-50, an exported model in other
+            runtimes, AP at COCO's size.
     """
-    unknown = set(steps) - set(STEPS)
-    if unknown:
-        raise UserError(f"no benchmark '{min(unknown)}'; there are {', '.join(STEPS)}")
-    root = project_root()
-    failed = [name for name in steps or STEPS if not _run(name, STEPS[name], root)]
-    for script in ("tools/records/records.py", "ops/benchmarks/table.py"):
-        subprocess.run([sys.executable, root / script], cwd=root, check=True)
+    failed = []
+    for step in steps or COMMANDS:
+        print(f"\n{step}: python -m {COMMANDS[step]}", flush=True)
+        command = [sys.executable, "-m", *COMMANDS[step].split()]
+        if subprocess.run(command, cwd=project_root(), check=False).returncode:
+            failed.append(step)
     if failed:
-        raise UserError(f"without a result: {', '.join(failed)}; the others are written")
-
-
-def _run(name: str, step: Step, root: Path) -> bool:
-    """Run a step and say how it went."""
-    print(f"\n{name}: {step.title}", flush=True)
-    for package in step.needs:
-        if importlib.util.find_spec(package) is None:
-            print(f"note: rows that need {package} are left out (pip install {package})", flush=True)
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, *step.command], cwd=root, check=False)
-    print(f"{name}: {'failed' if done.returncode else 'done'} after {(time.perf_counter() - started) / 60:.1f} minutes")
-    return not done.returncode
-
-
-def run(arguments: Sequence[str] | None = None) -> None:
-    """The command line, with errors in one line."""
-    try:
-        tyro.cli(main, args=arguments, prog="python -m tools.benchmarks")
-    except UserError as error:
-        sys.exit(str(error))
+        print(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    run()
+    sys.exit(tyro.cli(main, prog="python -m tools.benchmarks"))

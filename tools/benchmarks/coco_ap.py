@@ -1,12 +1,8 @@
-"""Time and memory of layer-wise AP at COCO's size, on synthetic detections, compared with pycocotools.
-
-python -m tools.benchmarks.coco_ap --output docs/measurements/coco_size.jsonl
-"""
+"""Time and memory of layer-wise AP at COCO's size, on synthetic detections, compared with pycocotools."""
 
 import contextlib
 import io
 import json
-import resource
 import tempfile
 import time
 from dataclasses import dataclass
@@ -24,17 +20,19 @@ from dimaskdino.evaluation.coco_ap import average_precision, read_truth
 from dimaskdino.evaluation.detections import Detections, DetectionStore
 from dimaskdino.evaluation.layerwise_ap import score_layers
 from dimaskdino.utils.progress import progress_bar
-from tools.benchmarks.record import report
+from tools.benchmarks.measuring import peak_memory_gib, save
 
 HEIGHT, WIDTH = 480, 640
 CLASSES = 80
 OBJECTS = 7.4  # per image, as in val2017
-SHAPES, VARIANTS = 3000, 6  # different outlines, and how many displaced ones of each
+SHAPES, VARIANTS = 3000, 6  # outlines, and displaced versions of each
+
+Objects = list[tuple[np.ndarray, np.ndarray]]  # of each image: shapes and categories
 
 
 @dataclass(frozen=True)
 class _Pool:
-    """Ellipses with wavy outlines; variant 0 of each is what an object looks like, the others are detections of it."""
+    """Ellipses with wavy outlines. Variant 0 of each is the object, the others are detections of it."""
 
     codes: list[list[bytes]]
     boxes: np.ndarray  # (shapes, variants, 4) xywh
@@ -61,17 +59,17 @@ def _pool(rng: np.random.Generator) -> _Pool:
     return _Pool(codes, np.stack(boxes), np.stack(areas))
 
 
-def _truth(images: int, pool: _Pool, rng: np.random.Generator, file: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Write annotations; returns the shapes and categories of each image's objects."""
+def _write_truth(images: int, pool: _Pool, rng: np.random.Generator, file: Path) -> Objects:
+    """Write COCO annotations of random objects."""
     objects, annotations = [], []
     for image in range(1, images + 1):
         shapes = rng.integers(0, SHAPES, rng.poisson(OBJECTS))
         shapes = shapes[pool.areas[shapes, 0] > 0]
         categories = rng.integers(1, CLASSES + 1, len(shapes))
         objects.append((shapes, categories))
-        annotations += [
-            {
-                "id": len(annotations) + i + 1,
+        for shape, category in zip(shapes, categories, strict=True):
+            annotation = {
+                "id": len(annotations) + 1,
                 "image_id": image,
                 "category_id": int(category),
                 "segmentation": {"size": [HEIGHT, WIDTH], "counts": pool.codes[shape][0].decode()},
@@ -79,8 +77,7 @@ def _truth(images: int, pool: _Pool, rng: np.random.Generator, file: Path) -> li
                 "area": int(pool.areas[shape, 0]),
                 "iscrowd": 0,
             }
-            for i, (shape, category) in enumerate(zip(shapes, categories, strict=True))
-        ]
+            annotations.append(annotation)
     content = {
         "images": [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(1, images + 1)],
         "annotations": annotations,
@@ -114,99 +111,91 @@ def _detections(
     )
 
 
-def write_synthetic(
-    folder: Path, images: int, stages: int, detections: int
-) -> tuple[DetectionStore, Path, list[tuple[np.ndarray, np.ndarray]]]:
-    """Write synthetic annotations and detections of a number of stages.
+def measure(images: int, stages: int, detections: int) -> dict[str, Any]:
+    """Write synthetic detections, score all stages, and compare one stage with pycocotools.
+
+    Args:
+        images: number of images.
+        stages: number of stages.
+        detections: number of detections per image and stage.
 
     Returns:
-        The detections; the annotations, COCO json; the objects of each image.
+        Seconds, memory, box and mask AP of every stage, and the comparison (`one_stage`).
     """
     rng = np.random.default_rng(0)
-    pool = _pool(rng)
-    folder.mkdir(parents=True, exist_ok=True)
-    annotations = folder / "truth.json"
-    objects = _truth(images, pool, rng, annotations)
-    store = DetectionStore(folder / "detections", {"synthetic": True}, images)
-    for part in progress_bar(store.parts, "writing"):
-        store.write(
-            part,
-            {
-                f"decoder.{s}": [_detections(i + 1, objects[i], pool, detections, rng) for i in store.images_of(part)]
-                for s in range(stages)
-            },
-        )
-    return store, annotations, objects
-
-
-def measure(images: int, stages: int, detections: int) -> dict[str, Any]:
-    """Write synthetic detections, score all stages, and one of them with pycocotools too."""
     with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        store, annotations, objects = write_synthetic(Path(folder), images, stages, detections)
-        written = time.perf_counter() - started
-        size = sum(file.stat().st_size for file in store.folder.iterdir())
+        pool = _pool(rng)
+        annotations = Path(folder) / "truth.json"
+        objects = _write_truth(images, pool, rng, annotations)
+        store = DetectionStore(Path(folder) / "detections", {"synthetic": True}, images)
+        for part in progress_bar(store.parts, "writing"):
+            found = {}
+            for stage in range(stages):
+                found[f"decoder.{stage}"] = [
+                    _detections(i + 1, objects[i], pool, detections, rng) for i in store.images_of(part)
+                ]
+            store.write(part, found)
         started = time.perf_counter()
         result = score_layers(store, read_truth(annotations), "synthetic")
-        scored = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         return {
             "images": images,
             "stages": stages,
             "detections": detections,
-            "objects": sum(len(shapes) for shapes, _ in objects),
-            "gigabytes_on_disk": size / 1e9,
-            "write_seconds": written,
-            "score_seconds": scored,
-            "peak_memory_gib": peak,
-            "ap": {
-                name: [stage.box.AP, stage.mask.AP if stage.mask else None] for name, stage in result.stages.items()
-            },
+            "score_seconds": time.perf_counter() - started,
+            "peak_memory_gib": peak_memory_gib(),
+            "ap": {name: [stage.box.AP, stage.mask and stage.mask.AP] for name, stage in result.stages.items()},
             "one_stage": _compare(store["decoder.0"], annotations),
         }
 
 
 def _compare(detections: Detections, annotations: Path) -> dict[str, Any]:
-    """One stage with both libraries: seconds, and whether every number is the same."""
+    """Score one stage with the kit and with pycocotools: seconds, and the largest difference of a summary number."""
     compared = {}
-    with contextlib.redirect_stdout(io.StringIO()):
-        reference = COCO(str(annotations))
     truth = read_truth(annotations)
     for kind, name, rows in (("box", "bbox", detections.boxes), ("mask", "segm", detections.masks)):
         started = time.perf_counter()
         ours = average_precision(truth, rows, kind)  # type: ignore[arg-type]
         seconds = time.perf_counter() - started
-        started = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
+            reference = COCO(str(annotations))
+            started = time.perf_counter()
             evaluation = COCOeval(reference, reference.loadRes(rows), name)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-        theirs = time.perf_counter() - started
+            pycocotools_seconds = time.perf_counter() - started
         values = [ours.AP, ours.AP50, ours.AP75, ours.APs, ours.APm, ours.APl]
-        difference = max(abs(a - 100 * b) for a, b in zip(values, evaluation.stats[:6], strict=True) if a is not None)
+        pairs = zip(values, evaluation.stats[:6], strict=True)
         started = time.perf_counter()
         resampled_ap(truth, rows, kind, image_draws(len(truth.dataset["images"]), DRAWS))  # type: ignore[arg-type]
         compared[kind] = {
-            "bootstrap_seconds": time.perf_counter() - started,
             "seconds": seconds,
-            "pycocotools_seconds": theirs,
-            "ratio": theirs / seconds,
-            "largest_difference": difference,
+            "pycocotools_seconds": pycocotools_seconds,
+            "largest_difference": max(abs(a - 100 * b) for a, b in pairs if a is not None),
+            "bootstrap_seconds": time.perf_counter() - started,
         }
     return compared
 
 
 def main(images: int = 5000, stages: int = 9, detections: int = 100, output: Path | None = None) -> None:
-    """Measure layer-wise AP on synthetic detections.
+    """Measure layer-wise AP on synthetic detections, by default at the size of COCO's val2017.
+
+    Example: python -m tools.benchmarks.coco_ap --images 200 --stages 2
 
     Args:
-        images: Number of images, as in val2017.
-        stages: Number of stages, as in a model with six decoder layers.
+        images: Number of images.
+        stages: Number of stages; nine, as in a model with six decoder layers.
         detections: Number of detections per image and stage.
-        output: File to append the result to, one line of json.
+        output: File to append the result to, one line of JSON.
     """
-    report(measure(images, stages, detections), output)
+    result = measure(images, stages, detections)
+    print(f"all stages: {result['score_seconds']:.1f} s, peak memory {result['peak_memory_gib']:.1f} GiB")
+    for kind, one in result["one_stage"].items():
+        print(
+            f"{kind} AP of one stage: {one['seconds']:.2f} s, pycocotools {one['pycocotools_seconds']:.1f} s, "
+            f"largest difference {one['largest_difference']:g}; bootstrap {one['bootstrap_seconds']:.1f} s"
+        )
+    save(result, output)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,13 @@
-"""Other models on the same photographs: torchvision's Mask R-CNN and transformers' Mask2Former.
+"""Train Mask R-CNN (torchvision) or Mask2Former (transformers) on the kit's batches.
 
-    python -m tools.benchmarks.peers time RUN
-    python -m tools.benchmarks.peers train mask_rcnn RUN FOLDER --steps 5000
-
-`RUN` is a run folder of the kit, or a configuration. A peer gets its images, augmentation, batches, image sizes, and
-backbone with the same weights; it learns with AdamW, and the same code scores it. Its other modules start from random
-numbers. `time` measures a training step of each model in turns, which gives the number of steps that fit into the same
-time.
+A peer gets the images, augmentation, batches, image sizes and backbone weights of a run of the kit. It is trained with
+AdamW and scored by the same code. Its other modules start from random weights.
 """
 
 import json
-import resource
-import subprocess
-import sys
 import time
-from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 from typing import Literal
 
@@ -45,29 +33,16 @@ from dimaskdino.data.dataloader import (
 )
 from dimaskdino.evaluation.coco_ap import average_precision, read_truth
 from dimaskdino.evaluation.detections import Detections
-from dimaskdino.modeling import Detector, ImageBatch, Instances
+from dimaskdino.modeling import ImageBatch, Instances
 from dimaskdino.modeling.backbone import ResNet, TimmBackbone, build_backbone
 from dimaskdino.modeling.structures import PIXEL_MEAN, PIXEL_STD
-from dimaskdino.training.criterion import criterion
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.progress import progress_bar
 from dimaskdino.utils.threads import adaptive_threads
-from tools.benchmarks.record import save
+from tools.benchmarks.measuring import peak_memory_gib, save
 
 Name = Literal["mask_rcnn", "mask2former"]
-TIMED_STEPS, ROUNDS = 5, 4
-
-
-class Peer(nn.Module, ABC):
-    """Another model, with the kit's batches."""
-
-    @abstractmethod
-    def losses(self, batch: Batch) -> Tensor:
-        """The sum of its losses in training mode."""
-
-    @abstractmethod
-    def detect(self, batch: Batch, most: int) -> list[Instances]:
-        """At most `most` detections in each image, at its original size, in evaluation mode."""
+CLIP_NORM = 1.0  # largest norm of the gradient
 
 
 class _Pyramid(nn.Module):
@@ -85,11 +60,11 @@ class _Pyramid(nn.Module):
         return self.pyramid(OrderedDict((str(level), x) for level, x in enumerate(features.values())))
 
 
-class MaskRCNNPeer(Peer):
+class MaskRCNNPeer(nn.Module):
     """torchvision's Mask R-CNN with the width of the kit's configuration, for images of a few hundred pixels.
 
-    By default a step spends nearly all its time in the heads, which learn from 512 proposals per image. Here they are
-    64, and anchors have half the usual size.
+    The heads learn from 64 proposals per image: with the default of 512 they take nearly all the time of a step.
+    Anchors have half the default size.
     """
 
     def __init__(self, settings: Config) -> None:
@@ -154,7 +129,7 @@ class _Features(nn.Module):
         return SimpleNamespace(feature_maps=tuple(self.backbone(pixels).values()))
 
 
-class Mask2FormerPeer(Peer):
+class Mask2FormerPeer(nn.Module):
     """transformers' Mask2Former with the widths, numbers of layers and of queries of the kit's configuration."""
 
     def __init__(self, settings: Config) -> None:
@@ -219,60 +194,35 @@ class Mask2FormerPeer(Peer):
         return results
 
 
-PEERS: dict[str, Callable[[Config], Peer]] = {"mask_rcnn": MaskRCNNPeer, "mask2former": Mask2FormerPeer}
+Peer = MaskRCNNPeer | Mask2FormerPeer
+PEERS: dict[Name, type[Peer]] = {"mask_rcnn": MaskRCNNPeer, "mask2former": Mask2FormerPeer}
 
 
-class _Kit(nn.Module):
-    """The kit's model, for timing beside the peers."""
-
-    def __init__(self, settings: Config) -> None:
-        super().__init__()
-        self.settings, self.detector = settings, Detector(settings.model)
-
-    def losses(self, batch: Batch) -> Tensor:
-        predictions = self.detector(ImageBatch.from_images(batch.images), batch.targets)
-        objects = torch.tensor(float(sum(batch.targets.counts)))
-        return criterion(predictions, batch.targets, self.settings.loss, objects).total
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a peer is trained: AdamW with a tenth of the rate for the backbone, warm-up, and two drops of the rate.
-
-    Attributes:
-        lr: learning rate.
-        clip_norm: largest norm of the gradient.
-        seed: of weights and data.
-    """
-
-    lr: float = 3e-4
-    clip_norm: float = 1.0
-    seed: int = 0
-
-    def optimizer(self, peer: nn.Module) -> torch.optim.Optimizer:
-        backbones = [module for module in peer.modules() if isinstance(module, ResNet | TimmBackbone)]
-        backbone = [parameter for module in backbones for parameter in module.parameters()]
-        known = set(map(id, backbone))
-        rest = [p for p in peer.parameters() if id(p) not in known]
-        groups = [{"params": rest, "lr": self.lr}, {"params": backbone, "lr": 0.1 * self.lr}]
-        return torch.optim.AdamW(groups, weight_decay=0.05, fused=True)
-
-    def factor(self, step: int, steps: int) -> float:
-        """Of the learning rate: warm-up over 100 steps, a tenth after 74 %, a hundredth after 91 % of the steps."""
-        drops = sum(step >= share * steps for share in (2600 / 3500, 3200 / 3500))
-        return min(1.0, (step + 1) / 100) * 0.1**drops
+def build_optimizer(peer: Peer, lr: float) -> torch.optim.Optimizer:
+    """AdamW with a tenth of the learning rate for the backbone."""
+    backbone = []
+    for module in peer.modules():
+        if isinstance(module, ResNet | TimmBackbone):
+            backbone += module.parameters()
+    known = set(map(id, backbone))
+    rest = [p for p in peer.parameters() if id(p) not in known]
+    groups = [{"params": rest, "lr": lr}, {"params": backbone, "lr": 0.1 * lr}]
+    return torch.optim.AdamW(groups, weight_decay=0.05, fused=True)
 
 
-USUAL = Recipe()
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Warm-up over 100 steps, a tenth after 74 % and a hundredth after 91 % of the steps."""
+    drops = (step >= steps * 2600 / 3500) + (step >= steps * 3200 / 3500)
+    return min(1.0, (step + 1) / 100) * 0.1**drops
 
 
-def step_of(peer: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, clip_norm: float) -> float:
-    """One training step; returns the loss."""
+def step_of(peer: Peer, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+    """Do one training step; returns the loss."""
     loss = peer.losses(batch)
     if not loss.isfinite():
-        raise UserError(f"the loss is {loss.item()}; take a lower --lr")
+        raise UserError(f"the loss is {loss.item()}; use a lower --lr")
     loss.backward()
-    nn.utils.clip_grad_norm_(peer.parameters(), clip_norm)
+    nn.utils.clip_grad_norm_(peer.parameters(), CLIP_NORM)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss.item()
@@ -286,9 +236,8 @@ def score(peer: Peer, settings: Config) -> dict[str, float | None]:
     loader = evaluation_loader(data, settings, [range(len(data))])
     with torch.inference_mode():
         for batch in progress_bar(batches(loader), "evaluating", total=len(loader)):
-            for image_id, instances in zip(
-                batch.image_ids, peer.detect(batch, settings.evaluation.detections), strict=True
-            ):
+            detected = peer.detect(batch, settings.evaluation.detections)
+            for image_id, instances in zip(batch.image_ids, detected, strict=True):
                 found.append(Detections.of(image_id, instances, data.category_ids))
     joined, truth = Detections.joined(found), read_truth(data.annotations_file)
     return {
@@ -298,124 +247,60 @@ def score(peer: Peer, settings: Config) -> dict[str, float | None]:
 
 
 def train(
-    name: Positional[Name], run: Positional[str], folder: Positional[Path], steps: int, recipe: Recipe = USUAL
+    name: Positional[Name],
+    run: Positional[str],
+    folder: Positional[Path],
+    steps: int,
+    lr: float = 3e-4,
+    seed: int = 0,
 ) -> None:
-    """Train and score a peer; writes FOLDER/result.json and its weights.
+    """Train and score a peer; writes FOLDER/result.json and FOLDER/weights.pt.
+
+    Example: python -m tools.benchmarks.peers mask_rcnn runs/mine build/mask_rcnn --steps 5000
 
     Args:
-        name: the peer.
-        run: run folder or configuration of the kit, for data, sizes and backbone.
-        folder: folder to make.
-        steps: number of training steps.
-        recipe: how it is trained.
+        name: The peer.
+        run: Run folder or configuration of the kit, for data, sizes and backbone.
+        folder: Folder to write to.
+        steps: Number of training steps.
+        lr: Learning rate; the backbone has a tenth of it.
+        seed: Of weights and data.
     """
-    config = load_config(run)
-    schedule = config.schedule.model_copy(update={"steps": steps})
-    settings = config.model_copy(
-        update={"schedule": schedule, "train": config.train.model_copy(update={"seed": recipe.seed})}
-    )
-    torch.manual_seed(recipe.seed)
+    settings = load_config(run, [f"schedule.steps={steps}", f"train.seed={seed}"])
+    torch.manual_seed(seed)
     peer = PEERS[name](settings).train()
-    optimizer = recipe.optimizer(peer)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    data = training_dataset(settings)
-    loader = training_loader(data, settings, 0, 0, 1)
+    optimizer = build_optimizer(peer, lr)
+    initial = [group["lr"] for group in optimizer.param_groups]
+    loader = training_loader(training_dataset(settings), settings, 0, 0, 1)
     started, losses = time.perf_counter(), []
     bar = progress_bar(description=name, total=steps, log_by_hand=True)
     for step, batch in enumerate(batches(loader)):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * recipe.factor(step, steps)
+        for group, rate in zip(optimizer.param_groups, initial, strict=True):
+            group["lr"] = rate * learning_rate_factor(step, steps)
         with adaptive_threads():
-            losses.append(step_of(peer, optimizer, batch, recipe.clip_norm))
+            losses.append(step_of(peer, optimizer, batch))
         bar.update()
         if (step + 1) % 50 == 0:
             bar.set_postfix(loss=f"{sum(losses[-50:]) / 50:.3f}")
     bar.close()
-    minutes = (time.perf_counter() - started) / 60
     result = {
         "model": name,
         "backbone": settings.model.backbone.name,
         "steps": steps,
         "batch": settings.train.batch_size,
         "size": settings.data.jitter.size,
-        "seed": recipe.seed,
-        "lr": recipe.lr,
-        "minutes": round(minutes, 1),
+        "seed": seed,
+        "lr": lr,
+        "minutes": round((time.perf_counter() - started) / 60, 1),
         "parameters": sum(p.numel() for p in peer.parameters()),
-        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory": int(peak_memory_gib() * 2**30),
         **score(peer, settings),
     }
+    folder.mkdir(parents=True, exist_ok=True)
     save(result, folder / "result.json")
     torch.save(peer.state_dict(), folder / "weights.pt")
     print(json.dumps(result, indent=1))
 
 
-def _model(name: str, settings: Config) -> nn.Module:
-    return (_Kit(settings) if name == "kit" else PEERS[name](settings)).train()
-
-
-def _some_batches(settings: Config) -> list[Batch]:
-    source = batches(training_loader(training_dataset(settings), settings, 0, 0, 1))
-    chosen = [next(source) for _ in range(TIMED_STEPS)]
-    source.close()
-    return chosen
-
-
-def memory(name: Positional[str], run: Positional[str]) -> None:
-    """Print the bytes that a process holds at most in some training steps of a model.
-
-    Args:
-        name: the peer, or `kit`.
-        run: run folder or configuration of the kit.
-    """
-    settings = load_config(run)
-    model = _model(name, settings)
-    optimizer = USUAL.optimizer(model)
-    for batch in _some_batches(settings):
-        step_of(model, optimizer, batch, USUAL.clip_norm)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
-def _memory_of(name: str, run: str) -> int:
-    command = [sys.executable, "-m", "tools.benchmarks.peers", "memory", name, run]
-    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
-
-
-def measure(
-    run: Positional[str], names: Sequence[Name] = ("mask_rcnn", "mask2former"), output: Path | None = None
-) -> None:
-    """Time a training step of the kit's model and of each peer, in turns on the same batches, and measure memory.
-
-    Args:
-        run: run folder or configuration of the kit.
-        names: the peers.
-        output: json file to write.
-    """
-    settings = load_config(run)
-    # first: a process inherits the peak of the one that started it, which is small as long as it has no models
-    memory_of = {name: _memory_of(name, run) for name in ("kit", *names)}
-    models = {name: _model(name, settings) for name in ("kit", *names)}
-    optimizers = {name: USUAL.optimizer(model) for name, model in models.items()}
-    chosen = _some_batches(settings)
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for number in range(ROUNDS + 1):
-        for name, model in models.items():
-            for batch in chosen:
-                started = time.perf_counter()
-                step_of(model, optimizers[name], batch, 0.1)
-                if number:  # the first round prepares kernels
-                    seconds[name].append(time.perf_counter() - started)
-    result = {
-        "seconds": {name: median(values) for name, values in seconds.items()},
-        "peak_memory": memory_of,
-        "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
-        "batch": settings.train.batch_size,
-        "size": settings.data.jitter.size,
-        "threads": torch.get_num_threads(),
-    }
-    print(json.dumps(result, indent=1))
-    save(result, output)
-
-
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"train": train, "time": measure, "memory": memory})
+    tyro.cli(train)

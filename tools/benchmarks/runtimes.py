@@ -1,13 +1,12 @@
-"""An exported model in other runtimes: `python -m tools.benchmarks.runtimes MODEL IMAGES`.
+"""An exported model in other runtimes: PyTorch, ONNX Runtime and OpenVINO.
 
 The runtimes take turns on the same images, one at a time, with the same number of threads: the kit with its compiled
-operator, PyTorch with plain operators as in the exported graph, ONNX Runtime, and OpenVINO with 32-bit numbers and as
-it chooses (16-bit ones where the processor has them). Where a package is missing, its rows are left out.
+operator, PyTorch with plain operators as in the exported graph, ONNX Runtime, and OpenVINO with 32-bit numbers and with
+its own choice (16-bit numbers where the processor has them). Missing packages are skipped.
 """
 
-import contextlib
 import importlib.metadata
-import json
+import importlib.util
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,23 +21,21 @@ import tyro
 from torch import Tensor
 from tyro.conf import Positional
 
-from dimaskdino.config import Resize
 from dimaskdino.data.images import SUFFIXES, find_files, load_image
 from dimaskdino.data.transforms import resize_image
 from dimaskdino.interop.export import Exportable, export, told_apart
 from dimaskdino.model import load
-from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.progress import progress_bar
-from tools.benchmarks.record import save
+from tools.benchmarks.measuring import save
 
 ROUNDS = 3
-EQUAL = 1e-4  # of the scores
+EQUAL = 1e-4  # tolerance of the scores
 
 Run = Callable[[Tensor], Sequence[Tensor]]
 
 
 def runtimes(module: Exportable, file: Path) -> dict[str, Run]:
-    """What runs the model, by name; each takes (1, 3, h, w) and gives boxes, scores, labels and masks."""
+    """The installed runtimes by name. Each maps (1, 3, h, w) to boxes, scores, labels and masks."""
 
     def plain(images: Tensor) -> Sequence[Tensor]:
         with ms_deform_attn.backend("reference"):
@@ -54,15 +51,17 @@ def runtimes(module: Exportable, file: Path) -> dict[str, Run]:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         found["ONNX Runtime"] = lambda images: _tensors(session.run(None, {"images": images.numpy()}))
     except ImportError:
-        print("note: without ONNX Runtime: pip install onnxruntime")
+        print("note: ONNX Runtime is skipped: pip install onnxruntime")
     try:
         import openvino
 
-        for name, hint in (("OpenVINO, 32 bits", {"INFERENCE_PRECISION_HINT": "f32"}), ("OpenVINO, as it chooses", {})):
-            network = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_NUM_THREADS": threads, **hint})
-            found[name] = lambda images, network=network: _tensors(network(images.numpy()).values())
+        options = {"INFERENCE_NUM_THREADS": threads}
+        exact = openvino.Core().compile_model(str(file), "CPU", options | {"INFERENCE_PRECISION_HINT": "f32"})
+        found["OpenVINO, 32 bits"] = lambda images: _tensors(exact(images.numpy()).values())
+        fast = openvino.Core().compile_model(str(file), "CPU", options)
+        found["OpenVINO, as it chooses"] = lambda images: _tensors(fast(images.numpy()).values())
     except ImportError:
-        print("note: without OpenVINO: pip install openvino")
+        print("note: OpenVINO is skipped: pip install openvino")
     return found
 
 
@@ -71,29 +70,30 @@ def _tensors(arrays: Any) -> list[Tensor]:
 
 
 def measure(module: Exportable, file: Path, images: Sequence[Tensor]) -> dict[str, Any]:
-    """Seconds per image of each runtime, and how many images have the scores of the first one.
+    """Time each runtime, and count the images on which its scores equal those of the first one.
 
     Args:
         module: the model.
         file: its ONNX file.
         images: (3, h, w), RGB, resized as in testing.
+
+    Returns:
+        By runtime: seconds per image (median, `low`, `high`), and `equal`.
     """
     seconds: dict[str, list[float]] = {}
-    equal: dict[str, int] = {}
     with torch.inference_mode():
         runs = runtimes(module, file)
+        equal = dict.fromkeys(runs, 0)
         for image in progress_bar(images, "images"):
-            batch, wanted = image[None].float(), None
-            for number in range(ROUNDS + 1):
+            batch = image[None].float()
+            wanted = module(batch)
+            for name, run in runs.items():  # the first call prepares kernels for the size
+                equal[name] += _same(run(batch), wanted)
+            for _ in range(ROUNDS):
                 for name, run in runs.items():
                     started = time.perf_counter()
-                    outputs = run(batch)
-                    if number:  # the first time prepares kernels for the size
-                        seconds.setdefault(name, []).append(time.perf_counter() - started)
-                    elif wanted is None:
-                        wanted, equal[name] = outputs, equal.get(name, 0) + 1
-                    else:
-                        equal[name] = equal.get(name, 0) + _same(outputs, wanted)
+                    run(batch)
+                    seconds.setdefault(name, []).append(time.perf_counter() - started)
     return {
         name: {"seconds": median(values), "low": min(values), "high": max(values), "equal": equal[name]}
         for name, values in seconds.items()
@@ -101,7 +101,7 @@ def measure(module: Exportable, file: Path, images: Sequence[Tensor]) -> dict[st
 
 
 def _same(outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
-    """Equal scores, and equal labels where no rounding can exchange two detections."""
+    """Whether scores are equal, and labels where rounding cannot exchange two detections."""
     rows = told_apart(wanted[1][0], EQUAL)
     scores = bool((outputs[1] - wanted[1]).abs().max() < EQUAL)
     return scores and torch.equal(outputs[2][0][rows], wanted[2][0][rows].to(outputs[2].dtype))
@@ -112,18 +112,18 @@ def main(
 ) -> None:
     """Time a model on photographs in every runtime that is installed.
 
+    Example: python -m tools.benchmarks.runtimes dimaskdino-solids notebooks/scenes
+
     Args:
-        model: as for predict.
-        images: image files, or folders of them.
-        count: number of images, spread over those found.
-        output: json file to write.
+        model: Model file, run folder or name of a shipped model.
+        images: Image files, or folders of them.
+        count: Number of images, spread over those found; at least 1.
+        output: JSON file to write.
     """
     loaded = load(model, device="cpu")
     files = [path for path, _ in find_files(images, SUFFIXES)]
-    if count < 1:
-        raise UserError(f"--count must be at least 1, got {count}")
     chosen = files[:: max(1, len(files) // count)][:count]
-    resize: Resize = loaded.config.data.resize
+    resize = loaded.config.data.resize
     module = Exportable(loaded.detector, loaded.stages[-1], loaded.config.evaluation.detections).eval()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
@@ -131,8 +131,12 @@ def main(
         results = measure(module, file, [resize_image(load_image(path), resize) for path in chosen])
     packages = {}
     for name in ("onnxruntime", "openvino"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        if importlib.util.find_spec(name):
             packages[name] = importlib.metadata.version(name)
+    print(f"| {len(chosen)} images | median | fastest to slowest | equal scores |\n|---|---|---|---|")
+    for name, row in results.items():
+        milliseconds = f"{1000 * row['seconds']:.0f} ms | {1000 * row['low']:.0f} to {1000 * row['high']:.0f} ms"
+        print(f"| {name} | {milliseconds} | {row['equal']} |")
     record = {
         "runtimes": results,
         "packages": packages,
@@ -142,7 +146,6 @@ def main(
         "images": len(chosen),
         "threads": torch.get_num_threads(),
     }
-    print(json.dumps(record, indent=1))
     save(record, output)
 
 

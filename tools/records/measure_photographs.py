@@ -76,7 +76,7 @@ def settings_of(run: Path) -> dict[str, Any]:
 def peer(folder: Path) -> dict[str, Any]:
     """The record of a peer, with the lines of code that it took."""
     result = json.loads((folder / "result.json").read_text())
-    own = (peers.PEERS[result["model"]], peers.Recipe, peers.step_of, peers.score, peers.train)
+    own = (peers.PEERS[result["model"]], peers.build_optimizer, peers.step_of, peers.score, peers.train)
     lines = sum(len(inspect.getsource(part).splitlines()) for part in own)
     return {key: value for key, value in result.items() if key != "versions"} | {"lines": lines}
 

@@ -1,6 +1,7 @@
-"""The clocks behind the tables of times: every moment belongs to one part, and nothing is left behind."""
+"""Time by part, data loading, and the check on a GPU."""
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from dimaskdino.config import load_config
 from dimaskdino.modeling import Detector, ImageBatch
 from dimaskdino.utils.errors import UserError
 from tools.benchmarks.dataloader import measure as measure_loading
-from tools.benchmarks.gpu_check import BASELINE, MODEL, Case, Step, cases, main, outlook, run
+from tools.benchmarks.gpu_check import Case, Step, cases, main, run, summary
 from tools.benchmarks.model import PartClock, measure
 
 ROOT = Path(__file__).parents[3]
@@ -28,8 +29,8 @@ def test_parts_add_up_to_the_whole(shapes_data):
     started = time.perf_counter()
     with torch.no_grad(), PartClock(detector, torch.device("cpu")) as clock:
         detector(batch)
-        with clock.part("sleep"):
-            time.sleep(0.05)
+        clock.start("sleep")
+        time.sleep(0.05)
     whole = time.perf_counter() - started
     assert 0.05 <= clock.seconds["sleep"] < 0.2
     assert abs(sum(clock.seconds.values()) - whole) < 0.02
@@ -39,15 +40,16 @@ def test_parts_add_up_to_the_whole(shapes_data):
 
 def test_measurements_name_their_parts(shapes_data):
     config = settings(shapes_data)
-    trained = measure(config, "training", 64, 64, 2, 1)
-    assert {"matching and losses", "backward", "clipping and optimizer"} <= set(trained.parts)
-    assert min(trained.parts.values()) >= 0
-    assert "postprocess" in measure(config, "inference", 64, 64, 0, 1).parts
-    in_parts = measure(settings(shapes_data, "train.precision=bf16", "train.accumulate=2"), "training", 64, 64, 2, 1, 3)
-    assert (in_parts.images, in_parts.parts_per_step, in_parts.precision) == (3, 2, "bf16")
-    assert in_parts.images_per_second == 3 / in_parts.seconds
+    trained = measure(config, "training", 64, 64, 1)
+    assert {"matching and losses", "backward", "clipping and optimizer"} <= set(trained["parts"])
+    assert min(trained["parts"].values()) >= 0
+    assert trained["gflop"] > 0
+    assert "postprocess" in measure(config, "inference", 64, 64, 1)["parts"]
+    in_parts = measure(settings(shapes_data, "train.precision=bf16", "train.accumulate=2"), "training", 64, 64, 1, 3)
+    assert (in_parts["images"], in_parts["parts_per_step"], in_parts["precision"]) == (3, 2, "bf16")
+    assert in_parts["images_per_second"] == 3 / in_parts["seconds"]
     loading = measure_loading(config, 6)
-    assert set(loading["milliseconds_per_image"]) == {"decode", "masks", "decode and masks", "jitter", "collate"}
+    assert set(loading["milliseconds_per_image"]) == {"decode", "decode and masks", "jitter", "collate"}
     assert loading["images_per_second"] > 0
 
 
@@ -58,7 +60,7 @@ def test_cases_of_the_gpu_check_are_configurations(dry_run, tmp_path):
         file, *arguments = case.command[3:]
         overrides = [a for a in arguments if "=" in a]
         assert load_config(file, overrides).model.backbone.name == "resnet50"
-        assert arguments[len(overrides)] == "--task"
+        assert "--task" in arguments[len(overrides) :]
     everything = [case for step in get_args(Step) for case in cases(step, tmp_path, dry_run=dry_run)]
     assert len({case.name for case in everything}) == len(everything) > 20
 
@@ -67,7 +69,7 @@ def test_the_gpu_check_goes_on_after_failures_and_resumes(tmp_path, capsys):
     def python(name: str, code: str, seconds: float = 60) -> Case:
         return Case(name, (sys.executable, "-c", code), seconds)
 
-    flag = tmp_path / "mended"
+    flag = tmp_path / "repaired"
     todo = [
         python("good", "print('something measured')"),
         python("bad", f"import pathlib, sys; sys.exit(not pathlib.Path({str(flag)!r}).exists())"),
@@ -88,7 +90,7 @@ def test_the_gpu_check_goes_on_after_failures_and_resumes(tmp_path, capsys):
     assert [(line["case"], line["exit"]) for line in lines] == [
         ("good", 0), ("bad", 1), ("slow", 124), ("absent", 127), ("last", 0), ("bad", 0),
     ]  # fmt: skip
-    assert run("operator", [python("late", "")], tmp_path / "out", 0) == ["not run, for want of time: late"]
+    assert run("operator", [python("late", "")], tmp_path / "out", 0) == ["no time left: late"]
 
 
 def test_the_gpu_check_says_what_it_needs(tmp_path, monkeypatch):
@@ -100,19 +102,18 @@ def test_the_gpu_check_says_what_it_needs(tmp_path, monkeypatch):
         main(tmp_path, dry_run=True)
 
 
-def test_outlook_of_the_gpu_check():
-    def line(config: str, task: str, images: int, seconds: float) -> dict:
-        made = {"task": task, "config": config, "images": images, "seconds": seconds, "height": 800}
-        return {**made, "precision": "bf16", "compiled": False, "graphs": False}
+def test_the_gpu_check_ends_with_a_table(tmp_path):
+    def row(precision: str, seconds: float) -> dict:
+        made = {"config": "dimaskdino_r50_4scale", "task": "inference", "images": 8, "height": 800, "width": 1333}
+        made |= {"precision": precision, "compiled": False, "graphs": precision == "bf16", "busy_seconds": 0.1}
+        made |= {"seconds": seconds, "fastest": seconds, "slowest": seconds}
+        return {**made, "images_per_second": 8 / seconds, "peak_memory_gib": 1.5}
 
-    measured = [
-        line(MODEL, "inference", 8, 4.0),  # measured again below
-        line(MODEL, "inference", 8, 2.0),
-        line(BASELINE, "inference", 8, 1.6),
-        line(MODEL, "training", 2, 0.5),
-        line(MODEL, "training", 16, 3.6),
-    ]
-    ratio, eight, one = outlook(measured, 1000)
-    assert "4.0 images/s, MaskDINO 5.0, ratio 0.800" in ratio
-    assert eight.endswith("8 such GPUs: 0.1 h")
-    assert one.endswith("1 such GPU: 1.0 h")
+    rows = [row("fp32", 4.0), row("bf16", 1.0), row("fp32", 2.0)]  # fp32 was measured again
+    (tmp_path / "models.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    shutil.copytree(ROOT / "notebooks" / "models" / "dimaskdino" / "evaluation", tmp_path / "ap_bf16")
+    text = summary(tmp_path)
+    assert "| dimaskdino, inference, 8 × 800×1333, fp32 | 2.0000 (2.0000 to 2.0000) | 0.1000 | 4.0 | 1.5 GiB |" in text
+    assert "bf16, CUDA graph | 1.0000" in text
+    assert "4.0000" not in text
+    assert "AP in bf16, last layer: box 69.4, mask 72.6" in text

@@ -1,4 +1,4 @@
-"""The clock of exported models: every runtime that is installed takes part, and equal scores are counted."""
+"""Exported models in every runtime that is installed, and the images on which they agree."""
 
 import json
 import subprocess
