@@ -26,11 +26,17 @@ def sum_and_norm(tensor: torch.Tensor) -> list[float]:
 
 
 def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, list[float]]) -> None:
-    """Compare by name; the expected names are those of version 0.2."""
+    """Compare by name; the expected names are those of version 0.2.
+
+    The order of sums may differ, which AdamW's first steps turn into changes of single weights: sums of weights are
+    compared at the scale of the tensor.
+    """
     renamed = {current_name(name): numbers for name, numbers in expected.items()}
     assert found.keys() == renamed.keys()
     for name, numbers in renamed.items():
-        assert sum_and_norm(found[name]) == pytest.approx(numbers, rel=1e-4, abs=1e-4), name
+        total, norm = sum_and_norm(found[name])
+        assert total == pytest.approx(numbers[0], rel=1e-4, abs=1e-3 * numbers[1] + 1e-5), name
+        assert norm == pytest.approx(numbers[1], rel=1e-4, abs=1e-5), name
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,32 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Backbone(Section):
+TYPE = r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"  # MODULE:NAME
+
+
+class Replaceable(Section):
+    """Settings of a module in whose place a module of the user's can be used (docs/extend.md)."""
+
+    type: str | None = Field(
+        None, pattern=TYPE, description="MODULE:NAME of a module of your own, such as my_project.gates:GatedBATO"
+    )
+    options: dict[str, Any] = Field({}, description="keyword arguments of that module")
+
+
+class Named(Section):
+    """An object of the user's: `docs/extend.md`."""
+
+    type: str = Field(pattern=TYPE, description="MODULE:NAME of a function, such as my_project.losses:boundary")
+    options: dict[str, Any] = Field({}, description="its keyword arguments")
+
+
+class LossTerm(Named):
+    """A term that is added to the loss or to the matching cost."""
+
+    weight: float = 1.0
+
+
+class Backbone(Replaceable):
     """Section 1."""
 
     name: str = Field("resnet50", description="a ResNet of torchvision (resnet18, resnet50, …) or a backbone of timm")
@@ -63,7 +88,7 @@ class PixelDecoder(Section):
         return strides[::-1] if self.levels == 3 else strides
 
 
-class Selection(Section):
+class Selection(Replaceable):
     """First selection and De-Imbalance, section 3."""
 
     k: tuple[PositiveInt, ...] = Field(
@@ -101,8 +126,8 @@ class Decoder(Section):
     random_positions: bool = Field(False, description="table 3: start the decoder's queries at random boxes")
 
 
-class BATO(Section):
-    """Balance-aware tokens optimisation, section 4."""
+class BATO(Replaceable):
+    """Balance-aware tokens optimization, section 4."""
 
     enabled: bool = True
     guidance: Literal["T_i", "T_s1", "T_s2", "Q_bal"] = Field(
@@ -196,6 +221,8 @@ class Loss(Section):
 
     weights: Weights = Weights()
     cost: Weights = Weights()
+    terms: dict[str, LossTerm] = Field({}, description="additional terms of the loss by name")
+    costs: dict[str, LossTerm] = Field({}, description="additional terms of the matching cost by name")
     points: PositiveInt = Field(12544, description="number of points at which masks are compared")
     oversample: float = Field(3.0, ge=1, description="candidates per point in the search for uncertain points")
     uncertain_fraction: float = Field(0.75, ge=0, le=1)
@@ -277,6 +304,9 @@ class Data(Section):
     )
     copy_paste: float = Field(
         0.0, ge=0, le=1, description="probability that objects of another training image are pasted into an image"
+    )
+    transforms: tuple[Named, ...] = Field(
+        (), description="functions from sample to sample, applied after the augmentation of a training image"
     )
     resize: Resize = Resize()
     workers: int = Field(4, ge=0, description="number of loader processes per training process")

@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 
 from dimaskdino import config
 from dimaskdino.data.coco import Sample, without_empty
+from dimaskdino.utils import plugins
 
 PADDING = 128  # of the image, where the crop reaches beyond it
 
@@ -52,7 +53,13 @@ _COLOURS: dict[str, tuple[nn.Module, ...]] = {
 
 
 def training_transform(settings: config.Data) -> Callable[[Sample], Sample]:
-    """Flip, scale, pad and crop to a fixed square, then change colours. Objects outside the crop are removed."""
+    """Flip, scale, pad and crop to a fixed square, change colours, then apply `data.transforms`.
+
+    Objects outside the crop are removed.
+
+    Raises:
+        UserError: a function of `data.transforms` cannot be used.
+    """
     jitter = settings.jitter
     square = (jitter.size, jitter.size)
     pipeline = v2.Compose(
@@ -64,7 +71,15 @@ def training_transform(settings: config.Data) -> Callable[[Sample], Sample]:
             *_COLOURS[settings.augmentation],
         ]
     )
-    return lambda sample: without_empty(_apply(pipeline, sample))
+    own = [(plugins.resolve(each.type, "data.transforms"), each.options) for each in settings.transforms]
+
+    def transform(sample: Sample) -> Sample:
+        sample = without_empty(_apply(pipeline, sample))
+        for function, options in own:
+            sample = function(sample, **options)
+        return sample
+
+    return transform
 
 
 def copy_paste(sample: Sample, other: Sample) -> Sample:

@@ -23,6 +23,7 @@ from dimaskdino.modeling.structures import (
     Targets,
     Trace,
 )
+from dimaskdino.utils import plugins
 
 
 class Detector(nn.Module):
@@ -36,7 +37,8 @@ class Detector(nn.Module):
         bato: a module to use instead of `BATO`, with the same arguments and output.
 
     Raises:
-        UserError: the backbone does not exist, or its weights are not available.
+        UserError: the backbone does not exist, its weights are not available, or a module that the settings name cannot
+            be used.
     """
 
     def __init__(
@@ -48,15 +50,17 @@ class Detector(nn.Module):
     ) -> None:
         super().__init__()
         self.cfg = cfg
-        self.backbone = backbone or build_backbone(cfg.backbone)
+        self.backbone = backbone or plugins.build(cfg.backbone, "model.backbone", cfg) or build_backbone(cfg.backbone)
         self.pixel_decoder = PixelDecoder(cfg, self.backbone.channels)
         self.heads = PredictionHeads(cfg)
-        self.de_imbalance = de_imbalance or DeImbalance(cfg)
+        self.de_imbalance = de_imbalance or plugins.build(cfg.selection, "model.selection", cfg) or DeImbalance(cfg)
         self.denoising = Denoising(cfg)
         self.decoder = Decoder(cfg)
         # with one decoder layer nothing comes after BATO
         uses_bato = cfg.bato.enabled and cfg.decoder.layers > 1
-        self.bato = (bato or BATO(cfg)) if uses_bato else None
+        self.bato = None
+        if uses_bato:
+            self.bato = bato or plugins.build(cfg.bato, "model.bato", cfg) or BATO(cfg)
         # faster convolutions; feature tokens (B, N, C) are channels-last maps already
         self.to(memory_format=torch.channels_last)
 

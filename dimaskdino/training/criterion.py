@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional
 
@@ -13,6 +14,14 @@ from dimaskdino.modeling.structures import Predictions, Stage, Targets
 from dimaskdino.training.boxes import generalized_iou
 from dimaskdino.training.matcher import ALPHA, GAMMA, Matches, match
 from dimaskdino.training.points import sample_maps, sample_masks, uncertain_points
+from dimaskdino.utils import plugins
+
+LOSS_TERMS = ("label", "l1", "giou", "mask", "dice")
+
+# a CPU is slower with all masks at once (2.1 s instead of 1.1 s per step), since temporaries leave its caches
+ROWS_AT_A_TIME = {"cpu": 64, "cuda": 1024}
+
+Pair = tuple[Stage, Matches]
 
 
 @dataclass(frozen=True)
@@ -26,41 +35,49 @@ class Losses:
         return torch.stack(list(self.terms.values())).sum()
 
 
-def criterion(predictions: Predictions, targets: Targets, settings: config.Loss, objects: float | Tensor) -> Losses:
-    """All weighted losses of a batch.
+def criterion(predictions: Predictions, targets: Targets, cfg: config.Loss, objects: float | Tensor) -> Losses:
+    """Compute all weighted losses of a batch.
 
     Args:
         predictions: every stage, and the denoising part.
         targets: the objects.
-        settings: weights and mask points.
+        cfg: weights, mask points and additional terms.
         objects: divisor of the sums: number of objects in the global batch / number of processes; at least 1.
+
+    Raises:
+        UserError: an additional term or matching cost cannot be used.
     """
-    stages = list(predictions.stages.values())
     n = (torch.ones((), device=targets.boxes.device) * objects).clamp(min=1)
     groups = predictions.denoising_groups
+    terms: dict[str, Tensor] = {}
     with torch.autocast(targets.boxes.device.type, enabled=False):
-        judged = list(zip(stages, match(stages, targets, settings), strict=True))
-        names, divisors = [stage.name for stage in stages], [n] * len(stages)
+        stages = list(predictions.stages.values())
+        pairs: list[Pair] = list(zip(stages, match(stages, targets, cfg), strict=True))
+        names, divisors = list(predictions.stages), [n] * len(stages)
         if groups:
             restored = denoising_matches(targets, groups)
-            judged += [(stage, restored) for stage in predictions.denoising.values()]
-            names += [f"denoising.{name}" for name in predictions.denoising]
-            divisors += [n * groups] * len(predictions.denoising)
-        sums = stage_losses(judged, targets, settings)
-    terms = {
-        f"{name}/{term}": getattr(settings.weights, term) * value / divisor
-        for name, divisor, losses in zip(names, divisors, sums, strict=True)
-        for term, value in losses.items()
-    }
-    if not groups:  # no denoising, but every parameter stays part of the graph
+            for name, stage in predictions.denoising.items():
+                pairs.append((stage, restored))
+                names.append(f"denoising.{name}")
+                divisors.append(n * groups)
+        # all stages in one call, since the masks of all of them are compared at the same random points
+        sums = stage_losses(pairs, targets, cfg)
+    for name, losses, divisor in zip(names, sums, divisors, strict=True):
+        for term, value in losses.items():
+            terms[f"{name}/{term}"] = _weight(term, cfg) * value / divisor
+    if not groups:  # without objects nothing is denoised, but every parameter stays part of the graph
         for name, stage in predictions.denoising.items():
-            zeros = dict.fromkeys(("label", "l1", "giou", "mask", "dice"), stage.class_logits.sum())
-            terms |= {f"denoising.{name}/{term}": zero for term, zero in zeros.items()}
+            for term in LOSS_TERMS:
+                terms[f"denoising.{name}/{term}"] = stage.class_logits.sum()
     return Losses(terms)
 
 
+def _weight(term: str, cfg: config.Loss) -> float:
+    return cfg.terms[term].weight if term in cfg.terms else getattr(cfg.weights, term)
+
+
 def denoising_matches(targets: Targets, groups: int) -> Matches:
-    """Denoising query g·M + j stands for object j, by construction."""
+    """Match the denoising queries: by construction, query g·M + j stands for object j."""
     M = targets.labels.shape[1]
     pairs = []
     for count in targets.counts:
@@ -69,93 +86,108 @@ def denoising_matches(targets: Targets, groups: int) -> Matches:
     return Matches.from_lists(pairs, targets.labels.device)
 
 
-# a CPU is slower with all masks at once (2.1 s instead of 1.1 s per step), since temporaries leave its caches
-ROWS_AT_A_TIME = {"cpu": 64, "cuda": 1024}
+def stage_losses(pairs: Sequence[Pair], targets: Targets, cfg: config.Loss) -> list[dict[str, Tensor]]:
+    """Compute the unweighted sums of the losses of every stage.
 
-Judged = Sequence[tuple[Stage, Matches]]
+    Args:
+        pairs: stages with their matches.
+        targets: the objects.
+        cfg: number of mask points and their choice, and additional terms.
 
-
-def stage_losses(judged: Judged, targets: Targets, settings: config.Loss) -> list[dict[str, Tensor]]:
-    """Unweighted sums of the losses of every stage: label, l1, giou, and mask and dice where the stage has masks.
-
-    All stages are computed together: on a GPU a few large operations take less time than many small ones.
+    Returns:
+        For each stage label, l1 and giou, with masks also mask and dice, and the additional terms of `loss.terms`.
     """
-    counts = [sum(matches.counts) for _, matches in judged]
-    boxes = torch.cat([stage.boxes[m.image, m.query].float() for stage, m in judged])
-    wanted = torch.cat([targets.boxes[m.image, m.target] for _, m in judged])
-    l1 = (boxes - wanted).abs().sum(-1).split(counts)
-    giou = (1 - generalized_iou(boxes, wanted)).split(counts)
-    losses = [
-        {"label": label, "l1": a.sum(), "giou": b.sum()}
-        for label, a, b in zip(label_losses(judged, targets), l1, giou, strict=True)
-    ]
-    with_masks = [i for i, (stage, _) in enumerate(judged) if stage.has_masks]
+    losses = []
+    for stage, matches in pairs:
+        # (R, 4) boxes of the matched queries, and of their objects
+        boxes = stage.boxes[matches.image, matches.query].float()
+        wanted = targets.boxes[matches.image, matches.target]
+        losses.append(
+            {
+                "label": label_loss(stage, matches, targets),
+                "l1": (boxes - wanted).abs().sum(),
+                "giou": (1 - generalized_iou(boxes, wanted)).sum(),
+            }
+        )
+    with_masks = [i for i, (stage, _) in enumerate(pairs) if stage.has_masks]
     if with_masks:
-        found = mask_losses([judged[i] for i in with_masks], targets, settings)
-        for i, mask, dice in zip(with_masks, *found, strict=True):
-            losses[i] |= {"mask": mask, "dice": dice}
+        mask, dice = mask_losses([pairs[i] for i in with_masks], targets, cfg)
+        for row, i in enumerate(with_masks):
+            losses[i] |= {"mask": mask[row], "dice": dice[row]}
+    for name, term in cfg.terms.items():
+        function = plugins.resolve(term.type, f"loss.terms.{name}.type")
+        for (stage, matches), found in zip(pairs, losses, strict=True):
+            found[name] = function(stage, matches, targets, **term.options)
     return losses
 
 
-def label_losses(judged: Judged, targets: Targets) -> list[Tensor]:
-    """Focal loss per stage, summed over queries and classes. Queries without an object have no class."""
-    losses: dict[int, Tensor] = {}
-    for shape in {stage.class_logits.shape for stage, _ in judged}:
-        alike = [i for i, (stage, _) in enumerate(judged) if stage.class_logits.shape == shape]
-        logits = torch.stack([judged[i][0].class_logits.float() for i in alike])
-        wanted = torch.zeros_like(logits)
-        matches = [judged[i][1] for i in alike]
-        image, query, target = (torch.cat([getattr(m, key) for m in matches]) for key in ("image", "query", "target"))
-        place = torch.from_numpy(np.repeat(np.arange(len(matches)), [sum(m.counts) for m in matches]))
-        place = place.to(logits.device, non_blocking=True)
-        # the number 1 itself would be copied from the host, which waits for the copy
-        wanted[place, image, query, targets.labels[image, target]] = wanted.new_ones(())
-        cross_entropy = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-        p = logits.sigmoid()
-        wrong = wanted * (1 - p) + (1 - wanted) * p
-        balance = wanted * ALPHA + (1 - wanted) * (1 - ALPHA)
-        losses |= dict(zip(alike, (balance * wrong**GAMMA * cross_entropy).flatten(1).sum(1), strict=True))
-    return [losses[i] for i in range(len(judged))]
+def label_loss(stage: Stage, matches: Matches, targets: Targets) -> Float[Tensor, ""]:
+    """Focal loss summed over queries and classes. Queries without an object have no class."""
+    # (B, Q, K), (B, Q, K)
+    logits = stage.class_logits.float()
+    wanted = torch.zeros_like(logits)
+    # the number 1 itself would be copied from the host, which waits for the copy
+    wanted[matches.image, matches.query, targets.labels[matches.image, matches.target]] = wanted.new_ones(())
+    cross_entropy = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    p = logits.sigmoid()
+    wrong = wanted * (1 - p) + (1 - wanted) * p
+    balance = wanted * ALPHA + (1 - wanted) * (1 - ALPHA)
+    return (balance * wrong**GAMMA * cross_entropy).sum()
 
 
-def mask_losses(judged: Judged, targets: Targets, settings: config.Loss) -> tuple[Tensor, Tensor]:
-    """BCE averaged over points, and dice, summed over the masks of each stage: two tensors with one value per stage.
+def mask_losses(pairs: Sequence[Pair], targets: Targets, cfg: config.Loss) -> tuple[Tensor, Tensor]:
+    """BCE averaged over points, and dice, summed over the matched masks of each stage.
+
+    The masks of all stages form one batch: they share random points, and a GPU prefers few large operations.
 
     Args:
-        judged: stages with masks.
+        pairs: stages with masks, and their matches.
         targets: the objects.
-        settings: number of points and their choice.
+        cfg: number of mask points and their choice.
+
+    Returns:
+        Two tensors with one value per stage.
     """
     B, M, H, W = targets.masks.shape
-    logits, objects, owners = [], [], []
     # stages that share their mask features are multiplied with them in one operation per image
-    for features in {id(stage.mask_features): stage.mask_features for stage, _ in judged}.values():
-        sharing = [i for i, (stage, _) in enumerate(judged) if stage.mask_features is features]
-        queries = {i: judged[i][1].query.split(list(judged[i][1].counts)) for i in sharing}
-        chosen = {i: judged[i][1].target.split(list(judged[i][1].counts)) for i in sharing}
+    sharing: dict[int, list[int]] = {}
+    for i, (stage, _) in enumerate(pairs):
+        sharing.setdefault(id(stage.mask_features), []).append(i)
+    queries = [matches.query.split(list(matches.counts)) for _, matches in pairs]
+    objects = [matches.target.split(list(matches.counts)) for _, matches in pairs]
+    logits, rows, owners = [], [], []
+    for group in sharing.values():
+        features = pairs[group[0]][0].mask_features
         for b in range(B):
-            embeddings = torch.cat([judged[i][0].mask_embedding[b, queries[i][b]].float() for i in sharing])
+            # (R, C) of this image and all stages of the group, and (R, h, w)
+            embeddings = torch.cat([pairs[i][0].mask_embedding[b, queries[i][b]].float() for i in group])
             logits.append(torch.einsum("rc,chw->rhw", embeddings, features[b].float()))
-            objects += [b * M + chosen[i][b] for i in sharing]
-            owners += [np.full(judged[i][1].counts[b], i) for i in sharing]
-    x = torch.cat(logits)
+            for i in group:
+                rows.append(b * M + objects[i][b])
+                owners += [i] * pairs[i][1].counts[b]
+    x, row = torch.cat(logits), torch.cat(rows)
     if not len(x):  # nothing matched: zero, but part of the graph
-        zeros = x.sum().expand(len(judged))
+        zeros = x.sum().expand(len(pairs))
         return zeros, zeros
     masks, size = targets.masks.reshape(B * M, H, W), ROWS_AT_A_TIME.get(x.device.type, len(x))
-    parts = [
-        _compare(*part, masks, settings) for part in zip(x.split(size), torch.cat(objects).split(size), strict=True)
-    ]
-    bce, dice = (torch.cat(values) for values in zip(*parts, strict=True))
+    bce, dice = [], []
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        part_bce, part_dice = _compare(x[part], row[part], masks, cfg)
+        bce.append(part_bce)
+        dice.append(part_dice)
     # (stages, masks), 1 where the mask belongs to the stage: a sum in a fixed order
-    member = torch.from_numpy(np.arange(len(judged))[:, None] == np.concatenate(owners))
+    member = torch.from_numpy(np.arange(len(pairs))[:, None] == np.array(owners))
     member = member.to(x.device, non_blocking=True).float()
-    return member @ bce, member @ dice
+    return member @ torch.cat(bce), member @ torch.cat(dice)
 
 
-def _compare(logits: Tensor, rows: Tensor, masks: Tensor, settings: config.Loss) -> tuple[Tensor, Tensor]:
-    """BCE and dice of mask logits (R, h, w) against the masks `rows` (R,) of (N, H, W), one value per row."""
-    points = uncertain_points(logits, settings)
+def _compare(
+    logits: Float[Tensor, "R h w"], rows: Int[Tensor, " R"], masks: UInt8[Tensor, "N H W"], cfg: config.Loss
+) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
+    """BCE and dice of mask logits against the masks `rows`."""
+    # (R, P, 2), then target t and prediction x at these points, (R, P)
+    points = uncertain_points(logits, cfg)
     t = sample_masks(masks, rows, points)
     x = sample_maps(logits.unsqueeze(1), points).squeeze(1)
     bce = functional.binary_cross_entropy_with_logits(x, t, reduction="none").mean(-1)

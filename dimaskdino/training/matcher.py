@@ -14,6 +14,7 @@ from dimaskdino import config
 from dimaskdino.modeling.structures import Stage, Targets
 from dimaskdino.training.boxes import generalized_iou
 from dimaskdino.training.points import sample_maps, sample_masks
+from dimaskdino.utils import plugins
 
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss, arXiv 1708.02002
 
@@ -35,13 +36,15 @@ class Matches:
         """From one pair (queries, targets) per image."""
         counts = tuple(len(queries) for queries, _ in pairs)
         image = np.repeat(np.arange(len(pairs)), counts)
-        columns = np.stack([image, *(np.concatenate(c) for c in zip(*pairs, strict=True))]).astype(np.int64)
+        query = np.concatenate([queries for queries, _ in pairs])
+        target = np.concatenate([targets for _, targets in pairs])
+        columns = np.stack([image, query, target]).astype(np.int64)
         moved = torch.from_numpy(columns).to(device, non_blocking=True)
         return cls(moved[0], moved[1], moved[2], counts)
 
 
 @torch.no_grad()
-def match(stages: Sequence[Stage], targets: Targets, settings: config.Loss) -> list[Matches]:
+def match(stages: Sequence[Stage], targets: Targets, cfg: config.Loss) -> list[Matches]:
     """Match the queries of every stage to the objects, one to one, with the lowest total cost.
 
     The cost matrices of all stages and images reach the CPU in one transfer. If an image has more objects than queries,
@@ -51,42 +54,47 @@ def match(stages: Sequence[Stage], targets: Targets, settings: config.Loss) -> l
     Args:
         stages: stages without masks are matched by classes and boxes.
         targets: the objects.
-        settings: cost weights and number of mask points.
+        cfg: cost weights, number of mask points and additional costs.
 
     Returns:
         Matches of each stage.
     """
-    costs = matching_costs(stages, targets, settings)
-    shapes = [cost.shape for cost in costs]
+    costs = matching_costs(stages, targets, cfg)
     flat = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
     flat = np.nan_to_num(flat, nan=1e8, posinf=1e8, neginf=-1e8)
-    matrices = np.split(flat, np.cumsum([shape.numel() for shape in shapes])[:-1])
-    matches = []
-    for matrix, shape in zip(matrices, shapes, strict=True):
-        per_image = matrix.reshape(shape)
-        pairs = [linear_sum_assignment(per_image[b, :, :count]) for b, count in enumerate(targets.counts)]
+    matches, start = [], 0
+    for cost in costs:
+        # (B, Q, M)
+        matrix = flat[start : start + cost.numel()].reshape(cost.shape)
+        start += cost.numel()
+        pairs = [linear_sum_assignment(matrix[b, :, :count]) for b, count in enumerate(targets.counts)]
         matches.append(Matches.from_lists(pairs, targets.labels.device))
     return matches
 
 
-def matching_costs(stages: Sequence[Stage], targets: Targets, settings: config.Loss) -> list[Float[Tensor, "B Q M"]]:
+def matching_costs(stages: Sequence[Stage], targets: Targets, cfg: config.Loss) -> list[Float[Tensor, "B Q M"]]:
     """Cost of each query for each object, per stage: weighted label, box and, with masks, mask cost."""
     B, M, H, W = targets.masks.shape
-    points = torch.rand(B, settings.points, 2, device=targets.masks.device)
+    # (B, P, 2), shared by all masks of an image, and the masks there, (B, M, P)
+    points = torch.rand(B, cfg.points, 2, device=targets.masks.device)
     expanded = points[:, None].expand(B, M, -1, -1).flatten(0, 1)
     every = torch.arange(B * M, device=targets.masks.device)
-    target_points = sample_masks(targets.masks.reshape(B * M, H, W), every, expanded).view(B, M, settings.points)
+    target_points = sample_masks(targets.masks.reshape(B * M, H, W), every, expanded).view(B, M, cfg.points)
     sampled: dict[int, Tensor] = {}  # most stages share their mask features
     costs = []
     for stage in stages:
-        cost = _label_and_box_cost(stage, targets, settings.cost)
+        # (B, Q, M)
+        cost = _label_and_box_cost(stage, targets, cfg.cost)
         if stage.mask_embedding is not None and stage.mask_features is not None:
             key = id(stage.mask_features)
             if key not in sampled:
                 sampled[key] = sample_maps(stage.mask_features.float(), points)
-            # sampling is linear: (embedding · F) at a point = embedding · (F at the point)
+            # (B, Q, P); sampling is linear: (embedding · F) at a point = embedding · (F at the point)
             logits = stage.mask_embedding.float() @ sampled[key]
-            cost = cost + _mask_cost(logits, target_points, settings.cost)
+            cost = cost + _mask_cost(logits, target_points, cfg.cost)
+        for name, term in cfg.costs.items():
+            function = plugins.resolve(term.type, f"loss.costs.{name}.type")
+            cost = cost + term.weight * function(stage, targets, **term.options)
         costs.append(cost)
     return costs
 

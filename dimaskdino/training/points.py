@@ -25,27 +25,32 @@ def sample_masks(
     _, H, W = masks.shape
     # with a border of zeros every point has four corners
     padded = functional.pad(masks, (1, 2, 1, 2))
-    x, y = ((points[..., axis] * size + 0.5).clamp(0, size + 1) for axis, size in enumerate((W, H)))
+    # (R, P) in pixels of the padded masks, and the pixels left of and above the points
+    x = (points[..., 0] * W + 0.5).clamp(0, W + 1)
+    y = (points[..., 1] * H + 0.5).clamp(0, H + 1)
     left, above = x.long(), y.long()
     width = padded.shape[2]
     first = rows[:, None] * (padded.shape[1] * width) + above * width + left
     flat = padded.flatten()
-    upper, lower = (flat[i].float().lerp(flat[i + 1].float(), x - left) for i in (first, first + width))
+    # (R, P): between the two upper corners, between the two lower ones, then between both
+    upper = flat[first].float().lerp(flat[first + 1].float(), x - left)
+    lower = flat[first + width].float().lerp(flat[first + width + 1].float(), x - left)
     return upper.lerp(lower, y - above)
 
 
 @torch.no_grad()
-def uncertain_points(logits: Float[Tensor, "N h w"], settings: config.Loss) -> Float[Tensor, "N P 2"]:
+def uncertain_points(logits: Float[Tensor, "N h w"], cfg: config.Loss) -> Float[Tensor, "N P 2"]:
     """Points where a mask is most uncertain (small |logit|), mixed with random ones (PointRend, arXiv 1912.08193).
 
-    All masks of a call choose from the same random points, as all masks of an image are matched at the same ones: each
-    mask's points are random as before, and one set of numbers is drawn instead of N.
+    All masks of a call choose from one set of random points, as all masks of an image are matched at the same points.
     """
-    N, P = logits.shape[0], settings.points
-    uncertain = int(settings.uncertain_fraction * P)
-    # drawn in [−1, 1], where they are sampled
-    candidates = torch.empty(int(settings.oversample * P), 2, device=logits.device).uniform_(-1, 1)
+    N, P = logits.shape[0], cfg.points
+    uncertain = int(cfg.uncertain_fraction * P)
+    # (3·P, 2), drawn in [−1, 1], where they are sampled
+    candidates = torch.empty(int(cfg.oversample * P), 2, device=logits.device).uniform_(-1, 1)
+    # (N, 3·P)
     certainty = _sample_grid(logits.unsqueeze(1), candidates.expand(N, -1, -1)).squeeze(1).abs_()
+    # (N, 0.75·P) uncertain points and (N, 0.25·P, 2) random ones
     rows = certainty.topk(uncertain, dim=1, largest=False, sorted=False).indices
     others = torch.rand(P - uncertain, 2, device=logits.device).expand(N, -1, -1)
     return torch.cat([(candidates[rows] + 1) / 2, others], dim=1)

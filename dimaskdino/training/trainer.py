@@ -33,6 +33,9 @@ from dimaskdino.data.coco import CocoDataset
 from dimaskdino.data.dataloader import Batch, batches, explaining_dead_workers, training_dataset, training_loader
 from dimaskdino.modeling import Detector, ImageBatch
 from dimaskdino.modeling.backbone import ResNet
+from dimaskdino.modeling.de_imbalance import TokenInteractionLayer
+from dimaskdino.modeling.decoder import DecoderLayer
+from dimaskdino.modeling.pixel_decoder import EncoderLayer
 from dimaskdino.modeling.precision import autocast
 from dimaskdino.runs.folder import Metrics, RunFolder, changed_settings
 from dimaskdino.training.advice import Adviser
@@ -100,9 +103,8 @@ def _look_at(data: CocoDataset, settings: Config) -> None:
 
 def _checkpoint_activations(detector: Detector, backbone: bool) -> None:
     """Recompute layers in the backward pass; those of the backbone only if its batch norm is frozen."""
-    layers = [*detector.pixel_decoder.layers, *detector.decoder.layers]
-    for selection in detector.de_imbalance.second_selections:
-        layers += selection.layers
+    kinds = (EncoderLayer, DecoderLayer, TokenInteractionLayer)
+    layers: list[nn.Module] = [module for module in detector.modules() if isinstance(module, kinds)]
     if backbone and isinstance(detector.backbone, ResNet):
         layers += [block for stage in detector.backbone.stages for block in stage]
     chosen = set(layers)

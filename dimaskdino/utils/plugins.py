@@ -1,0 +1,109 @@
+"""Your own modules and functions, named in a configuration as `MODULE:NAME`.
+
+No file runs code by itself: a module is imported only after it was allowed, by `--plugin MODULE` on the command line or
+`dimaskdino.load(..., plugins=["MODULE"])`. It is searched in the installed packages and in the folder from which it was
+allowed, which is appended to Python's path. An environment variable passes the permission on to subprocesses: training
+processes, torchrun's workers and the kernels of notebooks.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable
+from functools import reduce
+from pathlib import Path
+from typing import Any, Protocol
+
+from dimaskdino.utils.errors import UserError
+
+_VARIABLE = "DIMASKDINO_PLUGINS"  # {module: folder} as json
+
+
+class Named(Protocol):
+    """A section of the configuration that names an object: `MODULE:NAME`, and its keyword arguments."""
+
+    type: str | None
+    options: dict[str, Any]
+
+
+def allow(modules: Iterable[str]) -> None:
+    """Allow this process and its subprocesses to import modules, and the modules inside them.
+
+    Args:
+        modules: dotted names, such as `my_project.gates`.
+
+    Raises:
+        UserError: a name is not the dotted name of a module.
+    """
+    allowed = _allowed()
+    for module in modules:
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", module):
+            raise UserError(f"'{module}' is not the name of a Python module, such as my_project.gates")
+        allowed[module] = os.getcwd()
+    os.environ[_VARIABLE] = json.dumps(allowed)
+
+
+def _allowed() -> dict[str, str]:
+    return json.loads(os.environ.get(_VARIABLE, "{}"))
+
+
+def resolve(name: str, key: str) -> Any:
+    """Import the object that a setting names.
+
+    Args:
+        name: `MODULE:NAME`.
+        key: the setting, for error messages.
+
+    Raises:
+        UserError: the module is not allowed or does not exist, or has no such object.
+    """
+    module, _, attribute = name.partition(":")
+    folders = [folder for known, folder in _allowed().items() if f"{module}.".startswith(f"{known}.")]
+    if not folders:
+        raise UserError(
+            f"{key} = {name} needs the module {module}, which may not run yet: if you trust it, add --plugin {module}, "
+            f"in Python load(..., plugins=['{module}'])"
+        )
+    if folders[0] not in sys.path:
+        sys.path.append(folders[0])
+    try:
+        return reduce(getattr, attribute.split("."), importlib.import_module(module))
+    except ModuleNotFoundError as error:
+        raise UserError(f"{key} = {name}: {error}, neither installed nor in {folders[0]}") from None
+    except AttributeError as error:
+        raise UserError(f"{key} = {name}: {error}") from None
+
+
+def build(section: Named, key: str, *arguments: Any) -> Any:
+    """Make the module that a section names with its options, None if it names none.
+
+    Args:
+        section: `type` is called with the arguments and, as keyword arguments, `options`.
+        key: the section, for error messages.
+        arguments: such as the settings of the model.
+
+    Raises:
+        UserError: as `resolve`, or the options do not fit.
+    """
+    if section.type is None:
+        if section.options:
+            raise UserError(f"{key}.options are for a module of your own: name it with {key}.type=MODULE:NAME")
+        return None
+    factory = resolve(section.type, f"{key}.type")
+    try:
+        return factory(*arguments, **section.options)
+    except TypeError as error:
+        raise UserError(f"{key}: {section.type} cannot be made with the options {section.options}: {error}") from error
+
+
+def hashes() -> dict[str, str]:
+    """SHA-256 of the source of every allowed module that was imported."""
+    found = {}
+    for name in _allowed():
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if file is not None:
+            found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return found
