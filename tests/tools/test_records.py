@@ -1,34 +1,21 @@
-"""README and docs: numbers come from records, links lead somewhere, commands exist, the README fits."""
+"""README and docs: blocks are what the records say, links lead somewhere, commands parse."""
 
+import functools
+import importlib.util
 import re
-import subprocess
-import sys
+import shlex
 from pathlib import Path
-from types import SimpleNamespace
 
-import nbformat
 import pytest
-import torch
-from PIL import Image
-from small import FILE, MODEL
+from tyro.extras import SubcommandApp
 
-from dimaskdino.config import load_config
-from dimaskdino.modeling import Detector, ImageBatch
-from dimaskdino.modeling.structures import Stage
-from dimaskdino.studies.study import find_study, load_study
+from dimaskdino import cli
 
 ROOT = Path(__file__).parents[2]
-from tools.records import measure_bato, measure_ceilings, miniature_blocks, records, sources, study_blocks  # noqa: E402
+from tools.records import figures, records  # noqa: E402
 
-TEXTS = [*records.PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "ops" / "README.md"]
-TEXTS += sorted((ROOT / "notebooks").glob("studies/README.md"))
-
-
-def outside_blocks(text: str) -> str:
-    """The page without its written blocks, code, links and tables of settings."""
-    text = re.sub(r"<!-- records: \w+ -->.*?<!-- end -->", "", text, flags=re.DOTALL)
-    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    return re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)
+PAGES = [*records.PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "ops/README.md"))]
+PAGES.append(ROOT / "notebooks" / "studies" / "README.md")
 
 
 @pytest.mark.parametrize("page", records.PAGES, ids=lambda page: page.name)
@@ -43,92 +30,29 @@ def test_a_changed_number_is_noticed():
     assert records.rewritten(changed) == text
 
 
-@pytest.mark.parametrize(("folder", "name"), miniature_blocks.all_reports())
-def test_tables_of_studies_are_what_the_runs_say(folder, name, tmp_path):
-    study_blocks.report(name, folder).save(tmp_path)
-    for file in ("table.json", "table.md"):
-        committed = study_blocks.FOLDERS[folder] / name / file
-        assert (tmp_path / file).read_text() == committed.read_text(), "run `make figures`"
-
-
-def test_the_studys_notebook_makes_every_number_of_the_page(monkeypatch):
-    shown = []
-    monkeypatch.setattr("IPython.display.display", shown.append)
-    cells = nbformat.read(ROOT / "docs" / "study.ipynb", as_version=4).cells
-    program = [cell.source for cell in cells if cell.cell_type == "code"]
-    exec("\n".join(program[:-1]), {})  # without the figures
+def test_included_tables_are_those_of_the_studies():
     page = (ROOT / "docs" / "study.md").read_text()
-    assert len(shown) == page.count("<!-- records:") > 0
-    assert all(text.data.split("\n\n", 1)[1] in page for text in shown)
+    included = re.findall(
+        r"<!-- records: table (\S+) (?:variants|differences) -->\n(.*?)\n<!-- end -->", page, re.DOTALL
+    )
+    assert included
+    for file, table in included:
+        assert f"\n\n{table}\n" in (ROOT / file).read_text()
 
 
-def test_the_lag_is_compared_where_the_pilots_rule_says():
-    levels = {quantity.at for quantity in load_study(find_study("box_formula")).quantities} - {None}
-    assert levels == {miniature_blocks.equal_ap()}
+def test_upper_bounds_of_the_shapes_are_those_of_the_course_model():
+    recorded, bounds = records.measured("ceilings")["shapes"]["128"], records.course_model("maskdino").upper_bounds
+    assert recorded["mask"]["mean"] == bounds.mask.mean
+    assert {name: recorded[name]["mean"] for name in bounds.box} == {n: recall.mean for n, recall in bounds.box.items()}
 
 
-@pytest.mark.parametrize(
-    ("folder", "name"), [(folder, name) for folder, names in miniature_blocks.REGISTERED.items() for name in names]
-)
-def test_all_registered_runs_of_a_study_are_there(folder, name):
-    seeds = {row: sorted(runs) for row, runs in study_blocks.report(name, folder).measured.items()}
-    study = load_study(find_study(name))
-    assert seeds == {row.name: sorted(study.seeds) for row in study.variants}
+def test_the_figures_are_those_that_are_drawn_and_shown():
+    pictures = {path.stem for path in (ROOT / "docs" / "figures").glob("*.png")}
+    shown = re.findall(r"figures/(\w+)\.png", "".join(page.read_text() for page in records.PAGES))
+    assert pictures == set(figures.FIGURES) == set(shown)
 
 
-def test_with_both_parts_left_out_bato_is_not_there():
-    settings = load_config(FILE, MODEL).model
-    torch.manual_seed(0)
-    detector = Detector(settings).eval()
-    plain = Detector(settings.model_copy(update={"bato": settings.bato.model_copy(update={"enabled": False})})).eval()
-    plain.load_state_dict({k: v for k, v in detector.state_dict().items() if not k.startswith("bato.")})
-    images = ImageBatch.from_images([torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)], torch.device("cpu"))
-    with torch.no_grad():
-        wanted, found = plain(images).stages, {}
-        for name, parts in measure_bato.LEFT_OUT.items():
-            with measure_bato.without(SimpleNamespace(detector=detector), parts):
-                found[name] = detector(images).stages
-        after = detector(images).stages
-    for name, stage in wanted.items():
-        assert_same(found["both"][name], stage)
-        assert_same(found["nothing"][name], after[name])
-    assert_same(found["nothing"]["decoder.1"], wanted["decoder.1"])  # BATO acts after it
-    last = {name: stages["decoder.2"] for name, stages in found.items()}
-    torch.testing.assert_close(last["mask features"].class_logits, last["nothing"].class_logits)  # masks alone see them
-    assert not torch.allclose(last["mask features"].mask_logits(), last["nothing"].mask_logits())
-    assert not torch.allclose(last["tokens"].class_logits, last["nothing"].class_logits)
-
-
-def assert_same(found: Stage, expected: Stage) -> None:
-    torch.testing.assert_close(found.class_logits, expected.class_logits)
-    torch.testing.assert_close(found.boxes, expected.boxes)
-    if expected.has_masks:
-        torch.testing.assert_close(found.mask_logits(), expected.mask_logits())
-
-
-def test_the_record_of_ceilings_is_what_the_shapes_have(tmp_path):
-    recorded = sources.measured("ceilings.json")["shapes"]["128"]
-    found = measure_ceilings.shapes(tmp_path, 128)
-    assert found.keys() == recorded.keys()
-    for kind in ("mask", "mask2box", "bitmask"):
-        assert found[kind]["mean"] == pytest.approx(recorded[kind]["mean"])
-        assert found[kind]["per_class"] == pytest.approx(recorded[kind]["per_class"])
-
-
-@pytest.mark.parametrize("name", ["README.md", "docs/results.md", "docs/study.md"])
-def test_results_stand_in_blocks_alone(name):
-    prose = outside_blocks((ROOT / name).read_text())
-    allowed = {"3.11", "2.11", "0.1", "0.2", "2.0", "2410.16707"}  # versions, and the paper's number
-    assert not set(re.findall(r"\d+\.\d+", prose)) - allowed
-
-
-def test_the_readme_fits():
-    lines = (ROOT / "README.md").read_text().splitlines()
-    assert len(lines) <= 130
-    assert max(map(len, lines)) <= 220
-
-
-@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_local_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if "://" in target or target.startswith("mailto:"):
@@ -142,25 +66,49 @@ def test_local_links_lead_somewhere(page):
             assert anchor in slugs, target
 
 
-def test_figures_are_pictures_of_their_command():
-    pictures = {path.stem for path in (ROOT / "docs" / "figures").glob("*.png")}
-    source = (ROOT / "tools" / "records" / "figures.py").read_text()
-    listed = re.search(r"FIGURES = \((.*?)\)", source)[1].split(", ")
-    assert pictures == set(listed)
-    for name in listed:
-        with Image.open(ROOT / "docs" / "figures" / f"{name}.png") as picture:
-            assert min(picture.size) > 300
+def printed_commands(program: str) -> list[str]:
+    """What the pages tell people to type, after the name of a program: lines of code blocks, and code in the text."""
+    found = []
+    for page in PAGES:
+        if page.name == "CHANGELOG.md":  # it has the commands of its time
+            continue
+        text = page.read_text().replace("\\\n", " ")
+        found += re.findall(rf"^(?:\S*python -m )?{program} (.+)$", text, re.MULTILINE)
+        found += re.findall(rf"`{program} ([^`]+)`", text)
+    assert found
+    return found
 
 
-def test_commands_in_the_docs_exist():
-    text = "\n".join(page.read_text() for page in TEXTS)
-    used = set(re.findall(r"^dimaskdino ([a-z]+)", text, re.MULTILINE)) | set(re.findall(r"`dimaskdino ([a-z]+)", text))
-    help_text = subprocess.run([sys.executable, "-m", "dimaskdino", "--help"], capture_output=True, text=True).stdout
-    commands = set(re.search(r"\{([a-z,]+)\}", help_text)[1].split(","))
-    assert used
-    assert used <= commands
-    modules = set(re.findall(r"python -m (dimaskdino[\w.]*)", text))
-    for module in modules:
-        assert (ROOT / Path(*module.split("."))).with_suffix(".py").exists() or (
-            ROOT / Path(*module.split("."))
-        ).is_dir()
+def without_work(app: SubcommandApp) -> SubcommandApp:
+    """The command line with its own parser, whose commands do nothing."""
+    copied = SubcommandApp()
+    for name, spec in app._subcommands.items():
+        if isinstance(spec.target, SubcommandApp):
+            copied.command(without_work(spec.target), name=name)
+        else:
+            copied.command(functools.wraps(spec.target)(lambda *_, **__: None), name=name)
+    return copied
+
+
+def test_commands_of_the_docs_parse(capsys):
+    app = without_work(cli.app)
+    for command in printed_commands("dimaskdino"):
+        words = cli.settings_first(shlex.split(command, comments=True))
+        if all(
+            re.fullmatch("[a-z0-9]+", word) for word in words
+        ):  # the name of a command, as in `dimaskdino data check`
+            words.append("--help")
+        try:
+            app.cli(prog="dimaskdino", args=words)
+        except SystemExit as stopped:
+            if stopped.code:
+                pytest.fail(f"dimaskdino {command}\n{capsys.readouterr()}")
+
+
+def test_targets_and_modules_of_the_docs_exist():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for command in printed_commands("make"):
+        assert command.split()[0] in targets, command
+    for page in PAGES[:-3]:
+        for module in re.findall(r"python -m ((?:dimaskdino|tools|ms_deform_attn)[\w.]*)", page.read_text()):
+            assert importlib.util.find_spec(module), module
