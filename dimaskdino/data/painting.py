@@ -19,6 +19,11 @@ LONGEST_NAME = 36  # characters
 GAP = 4  # pixels between two pictures
 
 
+def colour_of(number: int) -> str:
+    """The colour of an object, a class or a run by its number; the colours repeat after eight."""
+    return CYCLE[number % len(CYCLE)]
+
+
 def data_label(name: str, longest: int = LONGEST_NAME) -> str:
     """A name from data, such as a class, on one line and not longer than a figure can take."""
     line = " ".join(name.split())

@@ -1,63 +1,37 @@
 """Figures of records and arrays; nothing here trains or runs a model."""
 
-from dimaskdino.viz.architecture import draw_architecture, draw_flow
-from dimaskdino.viz.curves import plot_first_and_last_layer, plot_layerwise_ap, plot_losses, plot_precision_recall
-from dimaskdino.viz.detections import draw_beside_truth, draw_instances, draw_samples, draw_stages
-from dimaskdino.viz.diagnostics import (
-    plot_calibration,
-    plot_gradient_conflict,
-    plot_guidance_rank,
-    plot_imbalance_by_group,
-    plot_matched_queries,
-    plot_selection_recall,
-)
-from dimaskdino.viz.error_analysis import plot_confusion, plot_error_analysis
-from dimaskdino.viz.objects import draw_object_stages, draw_objects, plot_mean_ious
-from dimaskdino.viz.studies import plot_ablation, plot_differences, plot_study_layers, study_figures
-from dimaskdino.viz.tokens import (
-    draw_guidance,
-    draw_interaction,
-    draw_mask_features,
-    draw_sampling,
-    draw_selection,
-    draw_token_maps,
-)
-from dimaskdino.viz.training import draw_denoising, draw_matching, plot_loss_terms, plot_trainings
-
-__all__ = [
-    "draw_architecture",
-    "draw_beside_truth",
-    "draw_denoising",
-    "draw_flow",
-    "draw_guidance",
-    "draw_instances",
-    "draw_interaction",
-    "draw_mask_features",
-    "draw_matching",
-    "draw_object_stages",
-    "draw_objects",
-    "draw_samples",
-    "draw_sampling",
-    "draw_selection",
-    "draw_stages",
-    "draw_token_maps",
-    "plot_ablation",
-    "plot_calibration",
-    "plot_confusion",
-    "plot_differences",
-    "plot_error_analysis",
-    "plot_first_and_last_layer",
-    "plot_gradient_conflict",
-    "plot_guidance_rank",
-    "plot_imbalance_by_group",
-    "plot_layerwise_ap",
-    "plot_loss_terms",
-    "plot_losses",
-    "plot_matched_queries",
-    "plot_mean_ious",
-    "plot_precision_recall",
-    "plot_selection_recall",
-    "plot_study_layers",
-    "plot_trainings",
-    "study_figures",
-]
+from dimaskdino.viz.architecture import draw_architecture as draw_architecture
+from dimaskdino.viz.architecture import draw_flow as draw_flow
+from dimaskdino.viz.curves import plot_first_and_last_layer as plot_first_and_last_layer
+from dimaskdino.viz.curves import plot_layerwise_ap as plot_layerwise_ap
+from dimaskdino.viz.curves import plot_losses as plot_losses
+from dimaskdino.viz.curves import plot_precision_recall as plot_precision_recall
+from dimaskdino.viz.diagnostics import plot_calibration as plot_calibration
+from dimaskdino.viz.diagnostics import plot_confusion as plot_confusion
+from dimaskdino.viz.diagnostics import plot_error_analysis as plot_error_analysis
+from dimaskdino.viz.diagnostics import plot_gradient_conflict as plot_gradient_conflict
+from dimaskdino.viz.diagnostics import plot_guidance_rank as plot_guidance_rank
+from dimaskdino.viz.diagnostics import plot_imbalance_by_group as plot_imbalance_by_group
+from dimaskdino.viz.diagnostics import plot_matched_queries as plot_matched_queries
+from dimaskdino.viz.diagnostics import plot_selection_recall as plot_selection_recall
+from dimaskdino.viz.objects import draw_beside_truth as draw_beside_truth
+from dimaskdino.viz.objects import draw_instances as draw_instances
+from dimaskdino.viz.objects import draw_object_stages as draw_object_stages
+from dimaskdino.viz.objects import draw_objects as draw_objects
+from dimaskdino.viz.objects import draw_samples as draw_samples
+from dimaskdino.viz.objects import draw_stages as draw_stages
+from dimaskdino.viz.objects import plot_mean_ious as plot_mean_ious
+from dimaskdino.viz.studies import plot_ablation as plot_ablation
+from dimaskdino.viz.studies import plot_differences as plot_differences
+from dimaskdino.viz.studies import plot_study_layers as plot_study_layers
+from dimaskdino.viz.studies import study_figures as study_figures
+from dimaskdino.viz.tokens import draw_guidance as draw_guidance
+from dimaskdino.viz.tokens import draw_interaction as draw_interaction
+from dimaskdino.viz.tokens import draw_mask_features as draw_mask_features
+from dimaskdino.viz.tokens import draw_sampling as draw_sampling
+from dimaskdino.viz.tokens import draw_selection as draw_selection
+from dimaskdino.viz.tokens import draw_token_maps as draw_token_maps
+from dimaskdino.viz.training import draw_denoising as draw_denoising
+from dimaskdino.viz.training import draw_matching as draw_matching
+from dimaskdino.viz.training import plot_loss_terms as plot_loss_terms
+from dimaskdino.viz.training import plot_trainings as plot_trainings

@@ -1,4 +1,4 @@
-"""Figures of the instruments (`dimaskdino.inspection.diagnostics`), for one or several models by name."""
+"""Figures of the diagnostics (`dimaskdino.inspection.diagnostics`) and of a model's errors."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,112 +6,93 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dimaskdino.data.painting import CYCLE, GREY, data_label
+from dimaskdino.data.painting import GREY, colour_of, data_label
+from dimaskdino.evaluation.coco_ap import Kind
+from dimaskdino.evaluation.error_analysis import KINDS as ERRORS
+from dimaskdino.evaluation.error_analysis import Confusion, TideAnalysis
 from dimaskdino.inspection.diagnostics import Calibration, GradientConflict, Survey, query_stability
-from dimaskdino.viz.curves import short_name
-from dimaskdino.viz.style import BOX, MASK, NotebookFigure, style
+from dimaskdino.viz.curves import stage_ticks, stage_title
+from dimaskdino.viz.style import BOX, KINDS, LINES, MASK, bar_places, panels, strokes_of, style
 
-_LINES = ("-", "--", ":", "-.")
+MOST_CLASSES = 20  # with a row of their own in a confusion matrix
 
 
+@style()
 def plot_imbalance_by_group(models: Mapping[str, Mapping[str, Mapping[str, float]]], title: str) -> Figure:
-    """Plot `AP_mask − AP_box` at every stage: one line per group of objects, one panel per model.
+    """Plot the imbalance `AP_mask − AP_box` at every stage: one line per group of objects, one panel per model.
 
     Args:
-        models: by the name to show, what `imbalance_by_group` returns.
+        models: results of `imbalance_by_group`, by the name to show.
         title: above all panels.
     """
-    with style():
-        figure = NotebookFigure(figsize=(5.2 * len(models), 3.8), layout="constrained")
-        panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
-        for axes, (label, groups) in zip(panels, models.items(), strict=True):
-            names = list(dict.fromkeys(stage for stages in groups.values() for stage in stages))
-            for number, (group, stages) in enumerate(groups.items()):
-                x = [names.index(stage) for stage in stages]
-                axes.plot(
-                    x,
-                    list(stages.values()),
-                    marker="os^Dv<>p"[number % 8],
-                    color=CYCLE[number % 8],
-                    label=data_label(group),
-                )
-            axes.axhline(0, color="black", linewidth=0.8)
-            _stages(axes, names)
-            axes.set(title=label)
-            axes.legend(fontsize=9)
-        panels[0].set(ylabel="mask − box (points)")
-        figure.suptitle(title)
+    figure, columns = panels(1, len(models), 5.2 * len(models), 3.8, sharey=True)
+    for axes, (label, groups) in zip(columns, models.items(), strict=True):
+        names = list(dict.fromkeys(stage for stages in groups.values() for stage in stages))
+        for number, (group, stages) in enumerate(groups.items()):
+            x = [names.index(stage) for stage in stages]
+            look = {"marker": "os^Dv<>p"[number % 8], "color": colour_of(number)}
+            axes.plot(x, list(stages.values()), label=data_label(group), **look)
+        axes.axhline(0, color="black", linewidth=0.8)
+        stage_ticks(axes, names, 8)
+        axes.set(title=label)
+        axes.legend(fontsize=9)
+    columns[0].set(ylabel="mask − box (points)")
+    figure.suptitle(title)
     return figure
 
 
-def _stages(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_xticks(range(len(names)), [short_name(name) for name in names], fontsize=8)
-
-
+@style()
 def plot_matched_queries(models: Mapping[str, Survey]) -> Figure:
     """Plot mean box and mask IoU of the matched queries per stage, and the fraction of objects that keep their query.
 
     Args:
         models: surveys by the name to show: a line style each.
     """
-    names = list(max((survey_result.matched.stages for survey_result in models.values()), key=len))
-    with style():
-        figure = NotebookFigure(figsize=(12, 3.8), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-        for number, (label, survey_result) in enumerate(models.items()):
-            stages, line = survey_result.matched.stages, _LINES[number % 4]
-            for kind, colour, marker in (("box", BOX, "s"), ("mask", MASK, "o")):
-                means = getattr(survey_result.matched, f"{kind}_iou").mean(1).numpy()
-                x = [names.index(stage) for stage in stages]
-                keep = ~np.isnan(means)
-                left.plot(
-                    np.array(x)[keep], means[keep], line, marker=marker, color=colour, label=f"{label}: {kind} IoU"
-                )
-            stable = query_stability(survey_result.matched)
-            layers = [int(stage.partition(".")[2]) for stage in stable]
-            right.plot(layers, list(stable.values()), line, marker="D", color=CYCLE[2 + number % 6], label=label)
-            right.set_xticks(layers, [f"{layer - 1 or 'input'} → {layer}" for layer in layers])
-        _stages(left, names)
-        left.set(ylabel="mean IoU", title="Boxes and masks of the matched queries", ylim=(0, 1))
-        right.set(
-            ylabel="share of the objects",
-            xlabel="decoder layers",
-            title="Objects that keep their query",
-            ylim=(0, 1.02),
-        )
-        left.legend(fontsize=9)
-        right.legend(fontsize=9)
+    names = list(max((survey.matched.stages for survey in models.values()), key=len))
+    figure, (left, right) = panels(1, 2, 12, 3.8, width_ratios=[3, 2])
+    for number, (label, survey) in enumerate(models.items()):
+        line = LINES[number % len(LINES)]
+        for kind, colour, marker in KINDS:
+            ious = survey.matched.box_iou if kind == "box" else survey.matched.mask_iou
+            x = [names.index(stage) for stage in survey.matched.stages]
+            left.plot(x, ious.mean(1), line, marker=marker, color=colour, label=f"{label}: {kind} IoU")
+        stable = query_stability(survey.matched)
+        layers = [int(stage.partition(".")[2]) for stage in stable]
+        right.plot(layers, list(stable.values()), line, marker="D", color=colour_of(2 + number % 6), label=label)
+        right.set_xticks(layers, [f"{layer - 1 or 'input'} → {layer}" for layer in layers])
+    stage_ticks(left, names, 8)
+    left.set(ylabel="mean IoU", title="Boxes and masks of the matched queries", ylim=(0, 1))
+    right.set(ylabel="fraction of the objects", xlabel="decoder layers", ylim=(0, 1.02))
+    right.set_title("Objects that keep their query")
+    left.legend(fontsize=9)
+    right.legend(fontsize=9)
     return figure
 
 
+@style()
 def plot_selection_recall(models: Mapping[str, Survey]) -> Figure:
     """Plot the fraction of objects with at least one token, after each selection.
 
     Args:
         models: surveys by the name to show.
     """
-    selections = list(dict.fromkeys(name for survey_result in models.values() for name in survey_result.recall))
-    width = 0.8 / len(models)
-    with style():
-        figure = NotebookFigure(figsize=(6, 3.6), layout="constrained")
-        axes = figure.subplots()
-        for number, (label, survey_result) in enumerate(models.items()):
-            x = [selections.index(name) + (number - (len(models) - 1) / 2) * width for name in survey_result.recall]
-            shares = [float(kept.float().mean()) for kept in survey_result.recall.values()]
-            bars = axes.bar(x, shares, width * 0.92, color=CYCLE[number % 8], label=label)
-            axes.bar_label(bars, [f"{share:.2f}" for share in shares], padding=2, fontsize=9)
-        texts = {"T_i": "$T_i$: all tokens"}
-        axes.set_xticks(
-            range(len(selections)),
-            [texts.get(n, f"$T_{{{n.removeprefix('T_')}}}$") for n in selections],
-            parse_math=True,
-        )
-        axes.set(ylabel="share of the objects", title="Objects with at least one token on them", ylim=(0, 1.12))
-        axes.grid(axis="x", visible=False)
-        figure.legend(loc="outside lower center", ncols=4, fontsize=9)
+    selections = list(dict.fromkeys(name for survey in models.values() for name in survey.recall))
+    figure, [axes] = panels(1, 1, 6, 3.6)
+    for number, (label, survey) in enumerate(models.items()):
+        x, width = bar_places([selections.index(name) for name in survey.recall], number, len(models))
+        fractions = [float(kept.float().mean()) for kept in survey.recall.values()]
+        bars = axes.bar(x, fractions, 0.92 * width, color=colour_of(number), label=label)
+        axes.bar_label(bars, [f"{fraction:.2f}" for fraction in fractions], padding=2, fontsize=9)
+    names = [f"$T_{{{name.removeprefix('T_')}}}$" for name in selections]
+    names[selections.index("T_i")] = "$T_i$: all tokens"
+    axes.set_xticks(range(len(selections)), names, parse_math=True)
+    axes.set(ylabel="fraction of the objects", title="Objects with at least one token on them", ylim=(0, 1.12))
+    axes.grid(axis="x", visible=False)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=9)
     return figure
 
 
+@style()
 def plot_guidance_rank(models: Mapping[str, Survey], guiding_tokens: int) -> Figure:
     """Plot the effective rank of BATO's attention per image.
 
@@ -119,21 +100,20 @@ def plot_guidance_rank(models: Mapping[str, Survey], guiding_tokens: int) -> Fig
         models: surveys by the name to show; those without BATO are left out.
         guiding_tokens: how many there are, the largest rank possible.
     """
-    with style():
-        figure = NotebookFigure(figsize=(6, 3.2), layout="constrained")
-        axes = figure.subplots()
-        for number, (label, survey_result) in enumerate(models.items()):
-            if len(survey_result.guidance_rank):
-                ranks = survey_result.guidance_rank.numpy()
-                text = f"{label}: mean {ranks.mean():.1f} of {guiding_tokens}"
-                axes.hist(ranks, bins=20, color=CYCLE[number % 8], alpha=0.6, label=text)
-                axes.axvline(ranks.mean(), color=CYCLE[number % 8])
-        axes.set(xlabel="effective rank of the guidance attention", ylabel="images", title="What guides the tokens")
-        if axes.has_data():
-            axes.legend(fontsize=9)
+    figure, [axes] = panels(1, 1, 6, 3.2)
+    for number, (label, survey) in enumerate(models.items()):
+        if len(survey.guidance_rank):
+            ranks = survey.guidance_rank.numpy()
+            text = f"{label}: mean {ranks.mean():.1f} of {guiding_tokens}"
+            axes.hist(ranks, bins=20, color=colour_of(number), alpha=0.6, label=text)
+            axes.axvline(ranks.mean(), color=colour_of(number))
+    axes.set(xlabel="effective rank of the guidance attention", ylabel="images", title="Rank of the guidance")
+    if axes.has_data():
+        axes.legend(fontsize=9)
     return figure
 
 
+@style()
 def plot_gradient_conflict(models: Mapping[str, Mapping[str, Sequence[GradientConflict]]]) -> Figure:
     """Plot the norms of the gradients of box and mask losses per part of the model, and their cosine.
 
@@ -141,56 +121,108 @@ def plot_gradient_conflict(models: Mapping[str, Mapping[str, Sequence[GradientCo
         models: by the name to show, `Survey.conflict`: batches by part of the model. Bars show means over the batches,
             thin lines the cosines' standard deviation.
     """
-    parts = list(dict.fromkeys(part for survey_result in models.values() for part in survey_result))
-    width = 0.8 / len(models)
-    with style():
-        figure = NotebookFigure(figsize=(12, 4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for number, (label, survey_result) in enumerate(models.items()):
-            # a part that a loss sends no gradient to in a batch has neither ratio nor direction there
-            usable = {part: [c for c in some if not np.isnan(c.cosine)] for part, some in survey_result.items()}
-            usable = {part: some for part, some in usable.items() if some}
-            x = np.array([parts.index(part) for part in usable]) + (number - (len(models) - 1) / 2) * width
-            ratios = [np.mean([c.box_norm / c.mask_norm for c in some]) for some in usable.values()]
-            cosines = [np.mean([c.cosine for c in some]) for some in usable.values()]
-            spread = [np.std([c.cosine for c in some]) for some in usable.values()]
-            colour = CYCLE[number % 8]
-            left.bar(x, ratios, width * 0.92, color=colour, label=label)
-            right.bar(x, cosines, width * 0.92, yerr=spread, ecolor=GREY, color=colour, label=label)
-        for axes in (left, right):
-            axes.set_xticks(range(len(parts)), [part.replace("_", "\n") for part in parts], fontsize=8)
-            axes.grid(axis="x", visible=False)
-            axes.legend(fontsize=9)
-        left.axhline(1, color="black", linewidth=0.8)
-        left.set(
-            yscale="log", ylabel="box norm / mask norm", title="Strength of the box losses against the mask losses"
-        )
-        right.axhline(0, color="black", linewidth=0.8)
-        right.set(ylabel="cosine", title="Direction: below 0 they conflict")
+    parts = list(dict.fromkeys(part for conflicts in models.values() for part in conflicts))
+    figure, (left, right) = panels(1, 2, 12, 4)
+    for number, (label, conflicts) in enumerate(models.items()):
+        places, ratios, cosines, spread = [], [], [], []
+        for part, batches in conflicts.items():
+            # where a loss sends no gradient to a part there is neither ratio nor direction
+            usable = [batch for batch in batches if not np.isnan(batch.cosine)]
+            if usable:
+                places.append(parts.index(part))
+                ratios.append(np.mean([batch.box_norm / batch.mask_norm for batch in usable]))
+                cosines.append(np.mean([batch.cosine for batch in usable]))
+                spread.append(np.std([batch.cosine for batch in usable]))
+        x, width = bar_places(places, number, len(models))
+        left.bar(x, ratios, 0.92 * width, color=colour_of(number), label=label)
+        right.bar(x, cosines, 0.92 * width, yerr=spread, ecolor=GREY, color=colour_of(number), label=label)
+    for axes in (left, right):
+        axes.set_xticks(range(len(parts)), [part.replace("_", "\n") for part in parts], fontsize=8)
+        axes.grid(axis="x", visible=False)
+        axes.legend(fontsize=9)
+    left.axhline(1, color="black", linewidth=0.8)
+    left.set(yscale="log", ylabel="box norm / mask norm", title="Gradient norm of the box losses over the mask losses'")
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set(ylabel="cosine", title="Cosine of the two gradients: below 0 they conflict")
     return figure
 
 
+@style()
 def plot_calibration(models: Mapping[str, Mapping[str, Calibration]]) -> Figure:
     """Plot the fraction of right detections against their score, one panel per model.
 
     Args:
-        models: by the name to show, calibrations by name; one that begins with `box` or `mask` gives the colour, the
-            rest of it the line.
+        models: by the name to show, calibrations by name, such as `box, decoder.1`: the kind sets the colour, the rest
+            the line.
     """
-    with style():
-        figure = NotebookFigure(figsize=(4.6 * len(models), 4.2), layout="constrained")
-        panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
-        for axes, (label, survey_result) in zip(panels, models.items(), strict=True):
-            lines: dict[str, str] = {}
-            axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
-            for name, measured in survey_result.items():
-                kind, _, rest = name.partition(",")
-                line = lines.setdefault(rest, _LINES[len(lines) % 4])
-                colour = {"box": BOX, "mask": MASK}.get(kind, GREY)
-                text = f"{name}: error {measured.error:.2f}"
-                axes.plot(measured.score, measured.precision, line, marker="o", markersize=4, color=colour, label=text)
-            axes.set(title=label, xlabel="score", xlim=(0, 1), ylim=(0, 1.02))
-            axes.legend(fontsize=8, loc="upper left")
-        panels[0].set(ylabel="share of right detections")
-        figure.suptitle("Calibration: are scores what they seem?")
+    figure, columns = panels(1, len(models), 4.6 * len(models), 4.2, sharey=True)
+    for axes, (label, measured) in zip(columns, models.items(), strict=True):
+        axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
+        for (name, bins), stroke in zip(measured.items(), strokes_of(list(measured)), strict=True):
+            text = f"{name}: error {bins.error:.2f}"
+            axes.plot(bins.score, bins.precision, marker="o", markersize=4, label=text, **stroke)
+        axes.set(title=label, xlabel="score", xlim=(0, 1), ylim=(0, 1.02))
+        axes.legend(fontsize=8, loc="upper left")
+    columns[0].set(ylabel="fraction of right detections")
+    figure.suptitle("Calibration of the scores")
     return figure
+
+
+@style()
+def plot_error_analysis(stages: Mapping[str, Mapping[Kind, TideAnalysis]]) -> Figure:
+    """Plot how many points of AP at IoU 0.5 each kind of error costs, for boxes and masks.
+
+    Args:
+        stages: by stage, the analysis of boxes and of masks; one panel per stage.
+    """
+    figure, columns = panels(1, len(stages), 4.6 * len(stages) + 1.2, 3.6, sharex=True, sharey=True)
+    for axes, (stage, kinds) in zip(columns, stages.items(), strict=True):
+        for number, (kind, analysis) in enumerate(kinds.items()):
+            places, height = bar_places(range(len(ERRORS)), number, len(kinds))
+            values = [analysis.lost[name] for name in ERRORS]
+            colour, label = BOX if kind == "box" else MASK, f"{kind}: {analysis.ap:.1f} AP50"
+            bars = axes.barh(places, values, height, color=colour, label=label)
+            axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=2, fontsize=8)
+        axes.set(title=stage_title(stage), xlabel="AP50 gained if corrected (points)")
+        axes.legend(fontsize=9, loc="lower right")
+        axes.margins(x=0.15)
+    columns[0].set_yticks(range(len(ERRORS)), list(ERRORS.values()))
+    columns[0].invert_yaxis()
+    figure.suptitle("AP lost by kind of error")
+    return figure
+
+
+@style()
+def plot_confusion(confused: Confusion) -> Figure:
+    """Plot how the objects of each class were classified, in percent of the class.
+
+    Args:
+        confused: the counts. With more than `MOST_CLASSES` classes, those with the most confusions are shown.
+    """
+    matrix, count = confused.matrix, len(confused.classes)
+    wrong = matrix[:count, :count].sum(1) - np.diag(matrix)[:count]
+    chosen = np.sort(np.argsort(-wrong, kind="stable")[:MOST_CLASSES])
+    totals = matrix[chosen].sum(1)
+    shown, missed = matrix[np.ix_(chosen, chosen)], matrix[chosen, count]
+    other = totals - shown.sum(1) - missed
+    names = [data_label(confused.classes[i]) for i in chosen]
+    columns, rows = [shown, missed], [*names, "missed"]
+    if other.any():
+        columns, rows = [shown, other, missed], [*names, "another class", "missed"]
+    percent = 100 * np.column_stack(columns) / np.maximum(totals, 1)[:, None]
+    figure, [axes] = panels(1, 1, 0.5 * len(rows) + 2.8, 0.5 * len(names) + 2.2)
+    _draw_confusion(axes, percent, rows, names)
+    axes.set_title(f"Objects of each class, % (scores of {confused.threshold:g} and more)", fontsize=10)
+    return figure
+
+
+def _draw_confusion(axes: Axes, percent: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> None:
+    axes.imshow(percent, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    for (row, column), value in np.ndenumerate(percent):
+        if value >= 0.5:
+            ink = "white" if value > 60 else "black"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=ink)
+    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=9)
+    axes.set_yticks(range(len(rows)), rows, fontsize=9)
+    axes.grid(False)
+    axes.set(xlabel="predicted", ylabel="true")

@@ -1,9 +1,10 @@
 """Explorers: figures with controls, for notebooks.
 
 Each explorer is a drawing function and widgets for its arguments. Where widgets cannot run, in a printed or exported
-notebook, its figure stands there as a picture.
+notebook, it is shown as a picture.
 """
 
+import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,14 +27,14 @@ from dimaskdino.evaluation.coco_ap import Kind, precision_curves
 from dimaskdino.evaluation.detections import Detections
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.inspection.look import Look
-from dimaskdino.inspection.objects import track_objects
+from dimaskdino.inspection.objects import ObjectTrack, track_objects
 from dimaskdino.modeling.structures import Predictions, Targets
 from dimaskdino.training.matcher import matching_costs
 from dimaskdino.utils.collection import without_collection
-from dimaskdino.viz.architecture import FLOWS, describe_flow, draw_flow, place_of
-from dimaskdino.viz.curves import plot_layerwise_ap, plot_precision_recall, short_name
-from dimaskdino.viz.detections import Formula, boxes_of_true_masks, draw_true_boxes
-from dimaskdino.viz.objects import draw_objects
+from dimaskdino.viz.architecture import FLOWS, draw_flow, flows_of, place_of
+from dimaskdino.viz.curves import plot_layerwise_ap, plot_precision_recall, stage_title
+from dimaskdino.viz.objects import Formula, draw_objects, draw_true_boxes
+from dimaskdino.viz.style import NotebookFigure
 from dimaskdino.viz.studies import plot_ablation
 from dimaskdino.viz.tokens import draw_guidance, draw_sampling, draw_selection
 from dimaskdino.viz.training import draw_matching
@@ -44,7 +45,7 @@ class Picture(anywidget.AnyWidget):
 
     Attributes:
         png: the picture.
-        alt: what it shows, in words.
+        alt: its alternative text.
         clicked: (x, y) of the last click, as parts of width and height.
     """
 
@@ -79,17 +80,15 @@ class Picture(anywidget.AnyWidget):
 class Explorer:
     """A figure and the widgets that change it.
 
+    The alternative text of the picture has the chosen values, then the titles and legends of the figure.
+
     Args:
-        draw: makes the figure from the controls' values, given by name.
-        describe: says in words what the figure shows, from the same values.
+        draw: makes the figure from the values of the controls, given by name.
         controls: widgets by the name of the argument they set.
     """
 
-    def __init__(
-        self, draw: Callable[..., Figure], describe: Callable[..., str], controls: Mapping[str, widgets.ValueWidget]
-    ) -> None:
-        self.draw, self.describe, self.controls = draw, describe, dict(controls)
-        self.figure: Figure | None = None
+    def __init__(self, draw: Callable[..., NotebookFigure], controls: Mapping[str, widgets.ValueWidget]) -> None:
+        self.draw, self.controls = draw, dict(controls)
         self.picture = Picture()
         self._places: dict[tuple[float, ...], list[Bbox]] = {}
         for control in self.controls.values():
@@ -99,7 +98,7 @@ class Explorer:
 
     @property
     def values(self) -> dict[str, Any]:
-        """What the controls say, by argument."""
+        """The values of the controls, by argument."""
         return {name: control.value for name, control in self.controls.items()}
 
     def _update(self, change: Any = None) -> None:
@@ -110,8 +109,16 @@ class Explorer:
             self._arrange(self.figure)
             FigureCanvasAgg(self.figure).print_png(buffer, pil_kwargs={"compress_level": 1})
             with self.picture.hold_sync():
-                self.picture.alt = self.describe(**self.values)
+                self.picture.alt = self._words()
                 self.picture.png = buffer.getvalue()
+
+    def _words(self) -> str:
+        chosen = []
+        for control in self.controls.values():
+            label = getattr(control, "label", control.value)
+            shown = ", ".join(label) if isinstance(label, tuple) else label
+            chosen.append(f"{control.description} {shown}".replace("$", ""))
+        return f"{', '.join(chosen)}. {self.figure.alt}"
 
     def _arrange(self, figure: Figure) -> None:
         """Put the axes where the first figure of this kind has them: computing the layout takes half of a drawing."""
@@ -135,103 +142,84 @@ _STYLE = {"description_width": "initial"}
 
 
 def _dropdown(label: str, options: Sequence[tuple[str, Any]], value: Any = None) -> widgets.Dropdown:
-    return widgets.Dropdown(
-        options=options, value=options[0][1] if value is None else value, description=label, style=_STYLE
-    )
+    chosen = options[0][1] if value is None else value
+    return widgets.Dropdown(options=options, value=chosen, description=label, style=_STYLE)
 
 
 def _slider(label: str, low: int, high: int, value: int) -> widgets.IntSlider:
     return widgets.IntSlider(value, low, high, description=label, style=_STYLE, continuous_update=False)
 
 
-def _images(looks: Sequence[Look]) -> widgets.Dropdown:
-    return _dropdown("image", [(f"{i + 1}: {look.sample.file.split('/')[-1]}", i) for i, look in enumerate(looks)])
+def _images(samples: Sequence[Sample]) -> widgets.Dropdown:
+    return _dropdown("image", [(f"{i + 1}: {s.file.split('/')[-1]}", i) for i, s in enumerate(samples)])
+
+
+def _images_of(looks: Sequence[Look]) -> widgets.Dropdown:
+    return _images([look.sample for look in looks])
+
+
+def _stages(names: Sequence[str], value: str) -> widgets.Dropdown:
+    return _dropdown("stage", [(stage_title(name), name) for name in names], value)
 
 
 def explore_layers(looks: Sequence[Look]) -> Explorer:
     """Choose an image, a stage and a score threshold: detections, objects and their IoUs through the stages."""
-    stages = list(looks[0].predictions.stages)
-    tracks: dict[tuple[int, float], Any] = {}
 
-    def track(image: int, threshold: float) -> Any:
-        key = (image, threshold)
-        if key not in tracks:
-            tracks[key] = track_objects(looks[image], threshold=threshold)
-        return tracks[key]
+    @functools.cache
+    def track(image: int, threshold: float) -> ObjectTrack:
+        return track_objects(looks[image], threshold=threshold)
 
     def draw(image: int, stage: str, threshold: float) -> Figure:
         return draw_objects(looks[image], track(image, threshold), stage, threshold)
 
-    def describe(image: int, stage: str, threshold: float) -> str:
-        detected = track(image, threshold)
-        row = detected.stages.index(stage)
-        parts = [
-            f"object {i + 1}: box IoU {box:.2f}, mask IoU {mask:.2f}"
-            for i, (box, mask) in enumerate(zip(detected.box_iou[row], detected.mask_iou[row], strict=True))
-        ]
-        return f"Image {image + 1} at stage {stage}, score at least {threshold:g}. " + "; ".join(parts)
-
-    controls = {
-        "image": _images(looks),
-        "stage": _dropdown("stage", [(short_name(s).replace("\n", " "), s) for s in stages], stages[-1]),
-        "threshold": widgets.FloatSlider(
-            value=0.3, min=0.05, max=0.95, step=0.05, description="score ≥", style=_STYLE, continuous_update=False
-        ),
-    }
-    return Explorer(draw, describe, controls)
+    names = list(looks[0].predictions.stages)
+    settings = {"description": "score ≥", "style": _STYLE, "continuous_update": False}
+    threshold = widgets.FloatSlider(value=0.3, min=0.05, max=0.95, step=0.05, **settings)
+    controls = {"image": _images_of(looks), "stage": _stages(names, names[-1]), "threshold": threshold}
+    return Explorer(draw, controls)
 
 
 def explore_selection(looks: Sequence[Look]) -> Explorer:
-    """From T_s1 to T_s2 over the image, with as many of the best tokens of each as the sliders say."""
-    sizes = [tokens.scores.shape[1] for tokens in looks[0].trace.T_s]
-    names = [f"k{i + 1}" for i in range(len(sizes))]
+    """From T_s1 to T_s2 over the image; sliders set how many of the best tokens of each are shown."""
 
     def draw(image: int, **k: int) -> Figure:
-        return draw_selection(looks[image], range(len(sizes)), [k[name] for name in names])
+        return draw_selection(looks[image], list(k.values()))
 
-    def describe(image: int, **k: int) -> str:
-        kept = ", ".join(f"{k[name]} tokens of selection {i + 1}" for i, name in enumerate(names))
-        return f"Image {image + 1} with the places and boxes of the best {kept}."
-
-    sliders = {
-        name: _slider(f"$k_{i + 1}$", 1, size, size) for i, (name, size) in enumerate(zip(names, sizes, strict=True))
-    }
-    return Explorer(draw, describe, {"image": _images(looks), **sliders})
+    controls = {"image": _images_of(looks)}
+    for number, tokens in enumerate(looks[0].trace.T_s, start=1):
+        size = tokens.scores.shape[1]
+        controls[f"k{number}"] = _slider(f"$k_{number}$", 1, size, size)
+    return Explorer(draw, controls)
 
 
 def explore_sampling(looks: Sequence[Look]) -> Explorer:
-    """Where a query samples the feature levels. Choose it by number, or click: the nearest query answers."""
+    """Where a query samples the feature levels. Choose it by number, or click: the query nearest to the click."""
     locations = looks[0].trace.sampling[0][0]
     layers, queries, heads = len(looks[0].trace.sampling), locations.shape[1], locations.shape[2]
 
     def draw(image: int, layer: int, query: int, head: int) -> Figure:
         return draw_sampling(looks[image], layer, query, None if head < 0 else head)
 
-    def describe(image: int, layer: int, query: int, head: int) -> str:
-        which = "all heads" if head < 0 else f"head {head + 1}"
-        return f"Sampling points of query {query} in decoder layer {layer + 1}, {which}, over image {image + 1}."
-
     controls = {
-        "image": _images(looks),
-        "layer": _dropdown("decoder layer", [(str(i + 1), i) for i in range(layers)], 0),
+        "image": _images_of(looks),
+        "layer": _dropdown("decoder layer", [(str(i + 1), i) for i in range(layers)]),
         "query": _slider("query", 0, queries - 1, 0),
-        "head": _dropdown("head", [("all", -1), *((str(i + 1), i) for i in range(heads))], -1),
+        "head": _dropdown("head", [("all", -1), *((str(i + 1), i) for i in range(heads))]),
     }
-    explorer = Explorer(draw, describe, controls)
+    explorer = Explorer(draw, controls)
 
     def click(change: Any) -> None:
-        look, at = looks[explorer.values["image"]], _in_panel(explorer.figure, *change["new"])
+        look, at = looks[controls["image"].value], _in_panel(explorer.figure, *change["new"])
         if at is not None:
-            centres = look.pixels(look.trace.references[explorer.values["layer"]][0, :, :2])
+            centres = look.pixels(look.trace.references[controls["layer"].value][0, :, :2])
             controls["query"].value = int((centres - torch.tensor(at)).norm(dim=1).argmin())
 
     explorer.picture.observe(click, names="clicked")
     return explorer
 
 
-def _in_panel(figure: Figure | None, x: float, y: float, panels: int | None = None) -> tuple[float, float] | None:
+def _in_panel(figure: Figure, x: float, y: float, panels: int | None = None) -> tuple[float, float] | None:
     """Data coordinates of a place in a figure, given from its left and top; None outside its (first) panels."""
-    assert figure is not None
     width, height = figure.bbox.size
     for axes in figure.axes[:panels]:
         if axes.bbox.contains(x * width, (1 - y) * height):
@@ -241,7 +229,7 @@ def _in_panel(figure: Figure | None, x: float, y: float, panels: int | None = No
 
 
 def explore_guidance(looks: Sequence[Look]) -> Explorer:
-    """Choose a guiding token of BATO: what every feature token takes from it."""
+    """Choose a guiding token of BATO: how much of it every feature token takes."""
     attention = looks[0].trace.guidance_attention
     if attention is None:
         raise ValueError("this model has no BATO, so there are no guiding tokens")
@@ -249,33 +237,25 @@ def explore_guidance(looks: Sequence[Look]) -> Explorer:
     def draw(image: int, token: int) -> Figure:
         return draw_guidance(looks[image], token - 1)
 
-    def describe(image: int, token: int) -> str:
-        return f"How much each feature token of image {image + 1} takes from guiding token {token}."
-
-    controls = {"image": _images(looks), "token": _slider("guiding token", 1, attention.shape[-1], 1)}
-    return Explorer(draw, describe, controls)
+    token = _slider("guiding token", 1, attention.shape[-1], 1)
+    return Explorer(draw, {"image": _images_of(looks), "token": token})
 
 
 def explore_architecture(looks: Sequence[Look]) -> Explorer:
-    """Choose a place of the architecture, or click on it: what flows there for an image, and its shape."""
-    trace = looks[0].trace
-    missing = {"T_bal"} if trace.bato is None else set()
-    missing |= {"T_s2"} if len(trace.T_s) < 2 else set()
-    places = [(name, name) for name in FLOWS if name not in missing]
+    """Choose a place of the architecture, or click on it: the data that flow there for an image, and their shape."""
+    flows = flows_of(looks[0])
+    places = [(name, name) for name in FLOWS if name in flows]
 
     def draw(image: int, place: str) -> Figure:
         return draw_flow(looks[image], place)
 
-    def describe(image: int, place: str) -> str:
-        return f"Image {image + 1}, {place}: {describe_flow(looks[image], place)}."
-
-    controls = {"image": _images(looks), "place": _dropdown("place", places, "T_i")}
-    explorer = Explorer(draw, describe, controls)
+    controls = {"image": _images_of(looks), "place": _dropdown("place", places, "T_i")}
+    explorer = Explorer(draw, controls)
 
     def click(change: Any) -> None:
         at = _in_panel(explorer.figure, *change["new"], panels=1)
         name = None if at is None else place_of(*at)
-        if name in dict(places):
+        if name in flows:
             controls["place"].value = name
 
     explorer.picture.observe(click, names="clicked")
@@ -284,51 +264,39 @@ def explore_architecture(looks: Sequence[Look]) -> Explorer:
 
 def explore_precision(found: Mapping[str, Detections], truth: COCO, classes: Sequence[str]) -> Explorer:
     """Precision-recall curves of boxes and masks: choose a class, a stage and an IoU threshold."""
-    known: dict[tuple[str, Kind, float], Float[np.ndarray, "K 101"]] = {}
 
-    def curves(label: int, stage: str, threshold: float) -> dict[str, Float[np.ndarray, "101"]]:
-        kinds: tuple[Kind, ...] = ("box", "mask") if found[stage].has_masks else ("box",)
-        for kind in kinds:
-            if (stage, kind, threshold) not in known:
-                detections = found[stage].boxes if kind == "box" else found[stage].masks
-                known[stage, kind, threshold] = precision_curves(truth, detections, kind, threshold)
-        return {kind: known[stage, kind, threshold][label] for kind in kinds}
+    @functools.cache
+    def curves(stage: str, kind: Kind, threshold: float) -> Float[np.ndarray, "K 101"]:
+        detections = found[stage].boxes if kind == "box" else found[stage].masks
+        return precision_curves(truth, detections, kind, threshold)
 
     def draw(label: int, stage: str, threshold: float) -> Figure:
-        return plot_precision_recall(curves(label, stage, threshold), f"{classes[label]}, {stage}, IoU ≥ {threshold:g}")
+        shown = {"box": curves(stage, "box", threshold)[label]}
+        if found[stage].has_masks:
+            shown["mask"] = curves(stage, "mask", threshold)[label]
+        return plot_precision_recall(shown, f"{classes[label]}, {stage_title(stage)}, IoU ≥ {threshold:g}")
 
-    def describe(label: int, stage: str, threshold: float) -> str:
-        areas = (f"{kind} AP {100 * curve.mean():.1f}" for kind, curve in curves(label, stage, threshold).items())
-        return f"{classes[label]} at {stage}, IoU at least {threshold:g}: {', '.join(areas)}."
-
+    names, thresholds = list(found), (0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95)
     controls = {
-        "label": _dropdown("class", [(name, i) for i, name in enumerate(classes)], 0),
-        "stage": _dropdown("stage", [(short_name(s).replace("\n", " "), s) for s in found], list(found)[-1]),
-        "threshold": _dropdown("IoU ≥", [(f"{t:.2f}", t) for t in (0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95)], 0.75),
+        "label": _dropdown("class", [(name, i) for i, name in enumerate(classes)]),
+        "stage": _stages(names, names[-1]),
+        "threshold": _dropdown("IoU ≥", [(f"{t:.2f}", t) for t in thresholds], 0.75),
     }
-    return Explorer(draw, describe, controls)
+    return Explorer(draw, controls)
 
 
-def explore_matching(predictions: Predictions, targets: Targets, sample: Sample, settings: config.Loss) -> Explorer:
+def explore_matching(predictions: Predictions, targets: Targets, sample: Sample, cfg: config.Loss) -> Explorer:
     """The costs and the matching of one image at a stage."""
-    costs = dict(
-        zip(predictions.stages, matching_costs(list(predictions.stages.values()), targets, settings), strict=True)
-    )
-
-    def pairs(stage: str) -> list[tuple[int, int]]:
-        return list(zip(*(part.tolist() for part in linear_sum_assignment(costs[stage][0].numpy())), strict=True))
+    names = list(predictions.stages)
+    costs = dict(zip(names, matching_costs(list(predictions.stages.values()), targets, cfg), strict=True))
 
     def draw(stage: str) -> Figure:
-        boxes = predictions.stages[stage].boxes[0]
-        return draw_matching(sample.image, targets.boxes[0], boxes, costs[stage][0], pairs(stage))
+        cost, boxes = costs[stage][0], predictions.stages[stage].boxes[0]
+        queries, objects = linear_sum_assignment(cost.numpy())
+        pairs = list(zip(queries.tolist(), objects.tolist(), strict=True))
+        return draw_matching(sample.image, targets.boxes[0], boxes, cost, pairs)
 
-    def describe(stage: str) -> str:
-        matched = ", ".join(f"object {number + 1} to query {query}" for query, number in pairs(stage))
-        return f"Matching at {stage}: {matched}."
-
-    stages = list(predictions.stages)
-    names = [(short_name(name).replace("\n", " "), name) for name in stages]
-    return Explorer(draw, describe, {"stage": _dropdown("stage", names, stages[0])})
+    return Explorer(draw, {"stage": _stages(names, names[0])})
 
 
 def explore_true_boxes(samples: Sequence[Sample]) -> Explorer:
@@ -337,51 +305,32 @@ def explore_true_boxes(samples: Sequence[Sample]) -> Explorer:
     def draw(image: int, formula: Formula) -> Figure:
         return draw_true_boxes(samples[image], formula)
 
-    def describe(image: int, formula: Formula) -> str:
-        _, ious = boxes_of_true_masks(samples[image], formula)
-        return f"Image {image + 1}, {formula}: IoU of the boxes {', '.join(f'{iou:.2f}' for iou in ious)}."
-
     formulas = [("mask2box, as published", "mask2box"), ("bitmask, with the last cell", "bitmask"), ("none", "no")]
-    images = _dropdown("image", [(f"{i + 1}: {s.file.split('/')[-1]}", i) for i, s in enumerate(samples)])
-    return Explorer(draw, describe, {"image": images, "formula": _dropdown("formula", formulas)})
+    return Explorer(draw, {"image": _images(samples), "formula": _dropdown("formula", formulas)})
 
 
 def explore_curves(runs: Mapping[str, LayerwiseAP]) -> Explorer:
-    """Box and mask AP at every stage of the runs that are chosen, side by side."""
+    """Box and mask AP at every stage of the chosen runs, side by side."""
     chosen = widgets.SelectMultiple(options=list(runs), value=list(runs), description="runs", style=_STYLE)
 
     def draw(names: tuple[str, ...]) -> Figure:
         return plot_layerwise_ap({name: runs[name] for name in names or runs})
 
-    def describe(names: tuple[str, ...]) -> str:
-        return "Last stage: " + "; ".join(f"{n} box AP {runs[n].last.box.AP:.1f}" for n in names or runs)
-
-    return Explorer(draw, describe, {"names": chosen})
+    return Explorer(draw, {"names": chosen})
 
 
 def explore_studies(
-    labels: Mapping[str, Mapping[str, str]],
+    rows: Mapping[str, Mapping[str, str]],
     columns: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]],
 ) -> Explorer:
     """Explore studies: box and mask AP of their variants, published and measured.
 
     Args:
-        labels: for each study's title the labels by name of the variant.
-        columns: for each study's title what `plot_ablation` takes.
+        rows: for each study's title the labels by row name.
+        columns: for each study's title the `columns` of `plot_ablation`.
     """
 
     def draw(study: str) -> Figure:
-        return plot_ablation(labels[study], columns[study], study)
+        return plot_ablation(rows[study], columns[study], study)
 
-    def describe(study: str) -> str:
-        parts = []
-        for column, detected in columns[study].items():
-            values = (
-                f"{labels[study][name]} box AP {sum(p[0] for p in pairs) / len(pairs):.1f}, "
-                f"mask AP {sum(p[1] for p in pairs) / len(pairs):.1f}"
-                for name, pairs in detected.items()
-            )
-            parts.append(f"{column}: {'; '.join(values) or 'nothing measured'}")
-        return f"{study}. {'. '.join(parts)}."
-
-    return Explorer(draw, describe, {"study": _dropdown("study", [(title, title) for title in labels])})
+    return Explorer(draw, {"study": _dropdown("study", [(title, title) for title in rows])})

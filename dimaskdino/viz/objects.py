@@ -1,133 +1,244 @@
-"""Single objects through the stages."""
+"""Objects and detections over their images, and how well each object is found at every stage."""
 
-import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import Tensor
+from torchvision.ops import box_convert, box_iou
 
-from dimaskdino.data.painting import CYCLE, data_label
+from dimaskdino.data.coco import Sample
+from dimaskdino.data.painting import (
+    blend_masks,
+    colour_of,
+    data_label,
+    label,
+    masks_of,
+    paint_instances,
+    paint_sample,
+)
+from dimaskdino.evaluation.upper_bounds import coverage, true_stage, with_bounds
 from dimaskdino.inspection.look import Look
 from dimaskdino.inspection.objects import ObjectTrack
-from dimaskdino.viz.curves import short_name
-from dimaskdino.viz.detections import draw_instances
-from dimaskdino.viz.style import BOX, MASK, NotebookFigure, style
-from dimaskdino.viz.tokens import draw_image
+from dimaskdino.modeling import Instances
+from dimaskdino.modeling.structures import padded_size
+from dimaskdino.viz.curves import stage_ticks, stage_title
+from dimaskdino.viz.style import BOX, KINDS, MASK, add_boxes, add_labels, panels, show_image, style
 
 
-def draw_objects(look: Look, track: ObjectTrack, stage: str, threshold: float = 0.3) -> Figure:
-    """Draw the true objects, the detections of one stage, and box and mask IoU of every object per stage."""
-    objects = len(look.sample.labels)
-    with style():
-        figure = NotebookFigure(figsize=(13.5, 4.4), layout="constrained")
-        truth, detected, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.25])
-        draw_image(look, truth, "1 true object" if objects == 1 else f"{objects} true objects")
-        for number, (x0, y0, x1, y1) in enumerate(look.sample.boxes.tolist()):
-            colour = CYCLE[number % len(CYCLE)]
-            truth.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=colour, linewidth=1.8))
-            name = f"{number + 1} {data_label(look.classes[int(look.sample.labels[number])])}"
-            patch = {"facecolor": colour, "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
-            truth.text(x0, y0, name, color="white", fontsize=9, bbox=patch, va="bottom", clip_on=True)
-        instances = look.instances(stage)
-        title = f"{short_name(stage)}: score at least {threshold:g}".replace("\n", " ")
-        draw_instances(look.sample.image, instances, look.classes, threshold, detected, title)
-        place = range(len(track.stages))
-        for number in range(objects):
-            colour = CYCLE[number % len(CYCLE)]
-            right.plot(place, track.box_iou[:, number], "-s", color=colour, label=f"object {number + 1}", markersize=5)
-            right.plot(place, track.mask_iou[:, number], "--o", color=colour, markersize=5, markerfacecolor="white")
-        if stage in track.stages:
-            right.axvline(track.stages.index(stage), color="black", linewidth=0.8, linestyle=":")
-        right.set(ylim=(-0.03, 1.03), ylabel="IoU with the true object", title="— ■ box    - - ○ mask")
-        right.set_xticks(list(place), [short_name(name) for name in track.stages], fontsize=9)
-        if objects:
-            right.legend(loc="lower right", fontsize=9)
+@style()
+def draw_instances(
+    image: Tensor, instances: Instances, classes: Sequence[str], threshold: float = 0.3, title: str | None = None
+) -> Figure:
+    """Draw masks, boxes, class names and scores over an image.
+
+    Args:
+        image: (3, h, w) uint8 RGB.
+        instances: detections at the image's size.
+        classes: class names.
+        threshold: detections with a lower score are left out.
+        title: above the image.
+    """
+    height, width = image.shape[-2:]
+    scale = 7.0 / max(height, width)
+    figure, [axes] = panels(1, 1, max(2.0, width * scale), max(2.0, height * scale))
+    shown = int((instances.scores >= threshold).sum())
+    title = title or f"{shown} of {len(instances.scores)} detections score at least {threshold:g}"
+    _draw_detections(axes, image, instances, classes, threshold, title)
     return figure
 
 
+def _draw_detections(
+    axes: Axes, image: Tensor, instances: Instances, classes: Sequence[str], threshold: float, title: str
+) -> None:
+    """The detections with a score of at least `threshold`, a colour each."""
+    kept = (instances.scores >= threshold).nonzero().flatten().tolist()
+    texts = [label(instances, classes, i) for i in kept]
+    colours = [colour_of(number) for number in range(len(kept))]
+    _draw(axes, image, masks_of(instances, kept), instances.boxes[kept], colours, texts, title)
+
+
+def _draw(
+    axes: Axes,
+    image: Tensor,
+    masks: Sequence[np.ndarray],
+    boxes: Tensor,
+    colours: Sequence[str],
+    texts: Sequence[str],
+    title: str,
+) -> None:
+    """An image with masks (none, or one for each box), boxes (n, 4) xyxy in pixels, and their labels."""
+    show_image(axes, blend_masks(image, masks, colours[: len(masks)]), title)
+    add_boxes(axes, boxes, colours)
+    add_labels(axes, boxes, texts, colours)
+
+
+@style()
+def draw_stages(
+    image: Tensor, stages: Mapping[str, Instances], classes: Sequence[str], threshold: float = 0.3
+) -> Figure:
+    """Draw one image with the detections of several stages side by side; the arguments are those of `draw_instances`.
+
+    Args:
+        image: (3, h, w) uint8 RGB.
+        stages: detections at the image's size by stage name.
+        classes: class names.
+        threshold: detections with a lower score are left out.
+    """
+    figure, grid = _image_grid(len(stages), 4, 3.4, 3.4 * image.shape[-2] / image.shape[-1] + 0.4)
+    for axes, (name, instances) in zip(grid, stages.items(), strict=False):
+        _draw_detections(axes, image, instances, classes, threshold, stage_title(name))
+    return figure
+
+
+def _image_grid(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with panels of `width` × `height` inches, at least `count`."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure, grid = panels(rows, columns, width * columns, height * rows)
+    for axes in grid:
+        axes.set_axis_off()
+    return figure, grid
+
+
+@style()
+def draw_samples(samples: Sequence[Sample], classes: Sequence[str]) -> Figure:
+    """Draw annotated images in a grid: masks, boxes and class names in the colours of the classes."""
+    figure, grid = _image_grid(len(samples), 4, 3.0, 3.2)
+    for axes, sample in zip(grid, samples, strict=False):
+        show_image(axes, paint_sample(sample, classes), data_label(Path(sample.file).name), fontsize=7)
+    return figure
+
+
+@style()
+def draw_beside_truth(
+    samples: Sequence[Sample], detections: Sequence[Instances], classes: Sequence[str], notes: Sequence[str]
+) -> Figure:
+    """Draw images with their objects on the left and with detections on the right, in the colours of the classes.
+
+    Args:
+        samples: images with their objects.
+        detections: in each of them, at its size.
+        classes: class names.
+        notes: what to write above the detections of each image.
+    """
+    figure, grid = _image_grid(2 * len(samples), 2, 3.6, 3.5)
+    for row, (sample, found, note) in enumerate(zip(samples, detections, notes, strict=True)):
+        names = Counter(data_label(classes[number]) for number in sample.labels.tolist())
+        listed = ", ".join(f"{count} {name}" for name, count in names.most_common(4)) or "no object"
+        title = f"{data_label(Path(sample.file).name)}\n{listed}"
+        show_image(grid[2 * row], paint_sample(sample, classes), title, fontsize=8)
+        count = len(found.scores)
+        title = f"{count} detection{'s' * (count != 1)}\n{note}"
+        show_image(grid[2 * row + 1], paint_instances(sample.image, found, classes), title, fontsize=8)
+    return figure
+
+
+@style()
+def draw_objects(look: Look, track: ObjectTrack, stage: str, threshold: float = 0.3) -> Figure:
+    """Draw the true objects, the detections of one stage, and box and mask IoU of every object per stage.
+
+    Args:
+        look: an image with its objects, and the model's predictions for it.
+        track: `track_objects(look)`: how well each object is found at each stage.
+        stage: the stage whose detections are drawn.
+        threshold: detections with a lower score are left out.
+    """
+    sample, objects = look.sample, len(look.sample.labels)
+    colours = [colour_of(number) for number in range(objects)]
+    figure, (truth, detected, curves) = panels(1, 3, 13.5, 4.4, width_ratios=[1, 1, 1.25])
+    texts = [f"{i + 1} {data_label(look.classes[number])}" for i, number in enumerate(sample.labels.tolist())]
+    title = "1 true object" if objects == 1 else f"{objects} true objects"
+    _draw(truth, sample.image, [], sample.boxes, colours, texts, title)
+    title = f"{stage_title(stage)}: score at least {threshold:g}"
+    _draw_detections(detected, sample.image, look.instances(stage), look.classes, threshold, title)
+    place, chosen = range(len(track.stages)), track.stages.index(stage)
+    for number, colour in enumerate(colours):
+        box, mask = track.box_iou[:, number], track.mask_iou[:, number]
+        text = f"object {number + 1}: box {box[chosen]:.2f}, mask {mask[chosen]:.2f}"
+        curves.plot(place, box, "-s", color=colour, label=text, markersize=5)
+        curves.plot(place, mask, "--o", color=colour, markersize=5, markerfacecolor="white")
+    curves.axvline(chosen, color="black", linewidth=0.8, linestyle=":")
+    curves.set(ylim=(-0.03, 1.03), ylabel="IoU with the true object", title="— ■ box    - - ○ mask")
+    stage_ticks(curves, track.stages)
+    if objects:
+        curves.legend(loc="lower right", fontsize=9)
+    return figure
+
+
+@style()
 def draw_object_stages(look: Look, stages: Sequence[str], track: ObjectTrack) -> Figure:
     """Draw the true objects and each object's best detection at some stages, one colour per object throughout.
 
     Args:
-        look: an image with its objects.
+        look: an image with its objects, and the model's predictions for it.
         stages: names of the stages, in the order of the columns.
         track: `track_objects(look, stages)`: which detection belongs to each object.
     """
-    image, sample = look.sample.image, look.sample
-    with style():
-        figure = NotebookFigure(figsize=(3.1 * (len(stages) + 1), 3.5), layout="constrained")
-        columns = figure.subplots(1, len(stages) + 1)
-        names = [data_label(look.classes[label]) for label in sample.labels.tolist()]
-        _draw_numbered(columns[0], image, sample.masks.bool(), sample.boxes, dict(enumerate(names)))
-        columns[0].set_title("ground truth")
-        for axes, stage, rows in zip(columns[1:], stages, track.detection, strict=True):
-            instances = look.instances(stage)
-            detected = {number: row for number, row in enumerate(rows.tolist()) if row >= 0}
-            texts = {number: f"{names[number]} {float(instances.scores[row]):.2f}" for number, row in detected.items()}
-            keep = list(detected.values())
-            masks = None if instances.query_masks is None else instances.masks[keep]
-            _draw_numbered(axes, image, masks, instances.boxes[keep], texts)
-            lost = len(names) - len(detected)
-            axes.set_title(short_name(stage).replace("\n", " ") + (f", {lost} not found" if lost else ""))
+    sample = look.sample
+    names = [data_label(look.classes[number]) for number in sample.labels.tolist()]
+    figure, columns = panels(1, len(stages) + 1, 3.1 * (len(stages) + 1), 3.5)
+    colours = [colour_of(number) for number in range(len(names))]
+    masks = list(sample.masks.bool().numpy())
+    _draw(columns[0], sample.image, masks, sample.boxes, colours, names, "ground truth")
+    for axes, stage, rows in zip(columns[1:], stages, track.detection.tolist(), strict=True):
+        found = look.instances(stage)
+        kept, texts, own = [], [], []
+        for number, row in enumerate(rows):
+            if row >= 0:  # −1 where nothing was detected
+                kept.append(row)
+                texts.append(f"{names[number]} {float(found.scores[row]):.2f}")
+                own.append(colours[number])
+        lost = len(names) - len(kept)
+        title = stage_title(stage) + (f", {lost} not found" if lost else "")
+        _draw(axes, sample.image, masks_of(found, kept), found.boxes[kept], own, texts, title)
     return figure
 
 
-def _draw_numbered(axes: Axes, image: Tensor, masks: Tensor | None, boxes: Tensor, texts: Mapping[int, str]) -> None:
-    """Masks and boxes in the colours of their objects' numbers, with labels that do not overlap."""
-    height, width = image.shape[-2:]
-    canvas = image.permute(1, 2, 0).numpy().astype(np.float64) / 255
-    colours = [CYCLE[number % len(CYCLE)] for number in texts]
-    if masks is not None:
-        for mask, colour in zip(masks.numpy(), colours, strict=True):
-            canvas[mask] = 0.45 * canvas[mask] + 0.55 * np.array(to_rgb(colour))
-    axes.imshow(canvas, extent=(0, width, height, 0))
-    taken: list[tuple[float, float, float, float]] = []
-    for (x0, y0, x1, y1), colour, text in zip(boxes.tolist(), colours, texts.values(), strict=True):
-        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=colour, linewidth=1.8))
-        size = (0.027 * width * (len(text) + 1), 0.062 * height)
-        x, y = _free_place((x0, y0, x1, y1), size, (width, height), taken)
-        taken.append((x, y, x + size[0], y + size[1]))
-        patch = {"facecolor": colour, "edgecolor": "none", "pad": 1.2, "alpha": 0.92}
-        axes.text(x, y + size[1], text, color="white", fontsize=8, bbox=patch, va="bottom")
-    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-
-
-def _free_place(
-    box: tuple[float, float, float, float],
-    size: tuple[float, float],
-    image: tuple[int, int],
-    taken: Sequence[tuple[float, float, float, float]],
-) -> tuple[float, float]:
-    """Upper left corner of a label at a box that overlaps no other label: above, inside, below, then further down."""
-    x0, y0, x1, y1 = box
-    rows = [y0 - size[1], y0, y1 - size[1], y1, *(y0 + k * size[1] for k in range(1, 20))]
-    for y, x in itertools.product(rows, (x0, x1 - size[0])):
-        x, y = min(max(x, 0), image[0] - size[0]), min(max(y, 0), image[1] - size[1])
-        if all(x + size[0] <= a or x >= c or y + size[1] <= b or y >= d for a, b, c, d in taken):
-            return x, y
-    return x0, y0
-
-
-def plot_mean_ious(tracks: list[ObjectTrack]) -> Figure:
+@style()
+def plot_mean_ious(tracks: Sequence[ObjectTrack]) -> Figure:
     """Plot mean box and mask IoU over the objects of several images, per stage.
 
-    Objects that nothing of their class was detected for count with 0.
+    An object counts with 0 where nothing of its class was detected.
     """
     stages = tracks[0].stages
-    with style():
-        figure = NotebookFigure(figsize=(7.5, 3.8), layout="constrained")
-        axes = figure.subplots()
-        for kind, colour, marker in (("box", BOX, "s"), ("mask", MASK, "o")):
-            sums = sum(getattr(t, f"{kind}_iou").sum(1) for t in tracks)
-            mean = sums / sum(t.box_iou.shape[1] for t in tracks)
-            axes.plot(range(len(stages)), mean, marker=marker, color=colour, label=f"{kind} IoU")
-        axes.set(ylabel="mean IoU", title="How well objects are located, stage by stage")
-        axes.set_xticks(range(len(stages)), [short_name(name) for name in stages])
-        axes.legend(loc="lower right")
+    figure, [axes] = panels(1, 1, 7.5, 3.8)
+    for kind, colour, marker in KINDS:
+        values = torch.cat([track.box_iou if kind == "box" else track.mask_iou for track in tracks], dim=1)
+        axes.plot(range(len(stages)), values.mean(1), marker=marker, color=colour, label=f"{kind} IoU")
+    axes.set(ylabel="mean IoU", title="How well objects are located, stage by stage")
+    stage_ticks(axes, stages, 11)
+    axes.legend(loc="lower right")
+    return figure
+
+
+Formula = Literal["mask2box", "bitmask", "no"]
+
+
+@style()
+def draw_true_boxes(sample: Sample, formula: Formula) -> Figure:
+    """Draw the boxes that a formula makes of true masks at a quarter of the resolution, beside the true boxes.
+
+    Args:
+        sample: an image with its objects.
+        formula: the convention of `model.selection.mask_to_box`; `no` leaves the true boxes.
+    """
+    size = (sample.image.shape[-2], sample.image.shape[-1])
+    height, width = padded_size([size])
+    boxes = sample.boxes
+    if formula != "no":
+        stage = with_bounds(true_stage(sample.labels, sample.masks, size, int(sample.labels.max()) + 1), formula)
+        boxes = box_convert(stage.boxes[0], "cxcywh", "xyxy") * boxes.new_tensor([width, height, width, height])
+    ious = ", ".join(f"{iou:.2f}" for iou in box_iou(boxes, sample.boxes).diagonal().tolist())
+    cells = (coverage(sample.masks, size) > 0.5).any(0)
+    seen = cells.repeat_interleave(4, 0).repeat_interleave(4, 1)[: size[0], : size[1]].numpy()
+    figure, [axes] = panels(1, 1, 5.6, 5.9)
+    show_image(axes, blend_masks(sample.image, [seen], [MASK]), f"{formula}: IoU of the boxes {ious}", fontsize=10)
+    add_boxes(axes, sample.boxes, "black", 2.4)
+    add_boxes(axes, boxes, BOX, 1.8)
     return figure

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from dimaskdino.data.painting import BLUE, ORANGE
 from dimaskdino.inspection.look import Look
-from dimaskdino.viz.style import NotebookFigure, style
-from dimaskdino.viz.tokens import draw_image
+from dimaskdino.viz.style import NotebookFigure, show_image, style
 
 YOURS, PACKAGE = "yours", "the package's"
 
@@ -20,7 +19,7 @@ def draw_errors(look: Look, places: Float[Tensor, "n 2"], errors: Float[Tensor, 
     with style():
         figure = NotebookFigure(figsize=(5.4, 4.6), layout="constrained")
         axes = figure.subplots()
-        draw_image(look, axes, title, dim=0.6)
+        show_image(axes, look.sample.image, title, dim=0.6)
         x, y = look.pixels(places).T.numpy()
         dots = axes.scatter(x, y, s=26, c=errors.numpy(), cmap="viridis_r", edgecolors="white", linewidths=0.3)
         figure.colorbar(dots, label="distance from the package's", shrink=0.8)
@@ -32,7 +31,7 @@ def draw_choices(look: Look, groups: Sequence[tuple[str, Float[Tensor, "n 2"]]],
     with style():
         figure = NotebookFigure(figsize=(4.8, 4.9), layout="constrained")
         axes = figure.subplots()
-        draw_image(look, axes, title, dim=0.6)
+        show_image(axes, look.sample.image, title, dim=0.6)
         looks = (("o", "none", BLUE, 90), ("x", ORANGE, ORANGE, 40))
         for (label, places), (marker, face, edge, size) in zip(groups, looks, strict=True):
             x, y = look.pixels(places).T.numpy()
