@@ -95,8 +95,7 @@ class Result:
         """Draw masks, boxes, class names and scores over the image."""
         from dimaskdino.viz import draw_instances
 
-        title = f"{len(self)} detection{'' if len(self) == 1 else 's'}"
-        return draw_instances(self.image, self.instances, self.classes, threshold=0, title=title)
+        return draw_instances(self.image, self.instances, self.classes, threshold=0)
 
     def _repr_png_(self) -> Any:
         return self.plot()._repr_png_()  # type: ignore[attr-defined]

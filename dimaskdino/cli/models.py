@@ -138,10 +138,13 @@ def _write_error_analysis(
     model: "Model", store: "DetectionStore", split: str | None, folder: Path, images: int = 6
 ) -> None:
     """Write the error analysis of the detections to a folder, and print the AP that each kind of error costs."""
+    from PIL import Image
+
     from dimaskdino.data.coco import CocoDataset
+    from dimaskdino.data.painting import paint_beside_truth
     from dimaskdino.evaluation.error_analysis import KINDS, confusion, save_analysis, tide_analysis, worst_images
     from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, truth_of
-    from dimaskdino.viz import draw_beside_truth, plot_confusion, plot_error_analysis
+    from dimaskdino.viz import plot_confusion, plot_error_analysis
 
     truth, _ = truth_of(model, split)
     last = tuple(store)[-1]
@@ -161,13 +164,14 @@ def _write_error_analysis(
     places = {image["id"]: place for place, image in enumerate(data.images)}
     samples = [data[places[image]] for image in worst]
     results = model.predict([sample.image for sample in samples], threshold=SHOWN_SCORE)
-    notes = [f"F1 {value:.2f}" for value in worst.values()]
+    pictures = paint_beside_truth(samples, [result.instances for result in results], model.classes, width=1200)
+    for sample, score in zip(samples, worst.values(), strict=True):
+        print(f"F1 {score:.2f}: {sample.file}")
     with writing(folder):
         save_analysis(folder / "errors.json", stages, confused)
         plot_error_analysis(stages).savefig(folder / "errors.png", dpi=150)
         plot_confusion(confused).savefig(folder / "confusion.png", dpi=150)
-        pictures = [result.instances for result in results]
-        draw_beside_truth(samples, pictures, model.classes, notes).savefig(folder / "worst.png", dpi=110)
+        Image.fromarray(pictures).save(folder / "worst.png")
     written = ", ".join(str(folder / name) for name in ("errors.json", "errors.png", "confusion.png", "worst.png"))
     print(f"written: {written}")
 

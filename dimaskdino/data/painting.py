@@ -1,6 +1,6 @@
 """Detections painted into the pixels of an image, and the colours of all pictures and figures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -22,6 +22,11 @@ GAP = 4  # pixels between two pictures
 def colour_of(number: int) -> str:
     """The colour of an object, a class or a run by its number; the colours repeat after eight."""
     return CYCLE[number % len(CYCLE)]
+
+
+def colours_of(numbers: Iterable[int]) -> list[str]:
+    """The colour of each number."""
+    return [colour_of(number) for number in numbers]
 
 
 def data_label(name: str, longest: int = LONGEST_NAME) -> str:
@@ -63,7 +68,7 @@ def paint_instances(
         classes: class names.
     """
     kept = range(len(instances.scores))
-    colours = [CYCLE[int(instances.labels[i]) % len(CYCLE)] for i in kept]
+    colours = colours_of(instances.labels.tolist())
     masks = masks_of(instances, kept)
     texts = [label(instances, classes, i) for i in kept]
     return _paint(blend_masks(image, masks, colours[: len(masks)]), instances.boxes, texts, colours)
@@ -72,7 +77,7 @@ def paint_instances(
 def paint_sample(sample: Sample, classes: Sequence[str]) -> UInt8[np.ndarray, "h w 3"]:
     """Paint the annotated objects into their image, as `paint_instances` does with detections."""
     labels = sample.labels.tolist()
-    colours = [CYCLE[number % len(CYCLE)] for number in labels]
+    colours = colours_of(labels)
     canvas = blend_masks(sample.image, list(sample.masks.bool().numpy()), colours)
     return _paint(canvas, sample.boxes, [data_label(classes[number]) for number in labels], colours)
 

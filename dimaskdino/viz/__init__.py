@@ -14,7 +14,6 @@ from dimaskdino.viz.diagnostics import plot_guidance_rank as plot_guidance_rank
 from dimaskdino.viz.diagnostics import plot_imbalance_by_group as plot_imbalance_by_group
 from dimaskdino.viz.diagnostics import plot_matched_queries as plot_matched_queries
 from dimaskdino.viz.diagnostics import plot_selection_recall as plot_selection_recall
-from dimaskdino.viz.objects import draw_beside_truth as draw_beside_truth
 from dimaskdino.viz.objects import draw_instances as draw_instances
 from dimaskdino.viz.objects import draw_object_stages as draw_object_stages
 from dimaskdino.viz.objects import draw_objects as draw_objects

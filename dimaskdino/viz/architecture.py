@@ -29,11 +29,6 @@ class _Box:
     width: float
     kind: Kind = "module"
 
-    def side(self, name: str) -> tuple[float, float]:
-        """The middle of a side."""
-        across, up = {"left": (-1, 0), "right": (1, 0), "top": (0, 1), "bottom": (0, -1)}[name]
-        return self.x + across * self.width / 2, self.y + up * HEIGHT / 2
-
 
 _BOXES = {
     "image": _Box("image", 0.6, 2.0, 0.95, "image"),
@@ -53,50 +48,33 @@ _BOXES = {
     "heads": _Box("heads, at\nevery stage", 13.45, 2.0, 1.25),
     "answers": _Box("classes\nboxes, masks", 15.1, 2.0, 1.35, "masks"),
 }
-# from box and side, to box and side
 _ARROWS = (
-    ("image", "right", "backbone", "left"),
-    ("backbone", "right", "pixel_decoder", "left"),
-    ("pixel_decoder", "right", "T_i", "left"),
-    ("pixel_decoder", "bottom", "F", "left"),
-    ("T_i", "top", "first_selection", "bottom"),
-    ("first_selection", "right", "T_s1", "left"),
-    ("T_s1", "right", "token_interaction", "left"),
-    ("token_interaction", "right", "T_s2", "left"),
-    ("T_s2", "bottom", "decoder_1", "top"),
-    ("T_i", "right", "decoder_1", "left"),
-    ("decoder_1", "right", "Q_bal", "left"),
-    ("Q_bal", "right", "decoder", "left"),
-    ("Q_bal", "bottom", "bato", "top"),
-    ("T_i", "bottom", "bato", "left"),
-    ("F", "right", "bato", "left"),
-    ("bato", "right", "T_bal", "left"),
-    ("T_bal", "right", "decoder", "bottom"),
-    ("decoder", "right", "heads", "left"),
-    ("heads", "right", "answers", "left"),
+    ("image", "backbone"),
+    ("backbone", "pixel_decoder"),
+    ("pixel_decoder", "T_i"),
+    ("pixel_decoder", "F"),
+    ("T_i", "first_selection"),
+    ("first_selection", "T_s1"),
+    ("T_s1", "token_interaction"),
+    ("token_interaction", "T_s2"),
+    ("T_s2", "decoder_1"),
+    ("T_i", "decoder_1"),
+    ("decoder_1", "Q_bal"),
+    ("Q_bal", "decoder"),
+    ("Q_bal", "bato"),
+    ("T_i", "bato"),
+    ("F", "bato"),
+    ("bato", "T_bal"),
+    ("T_bal", "decoder"),
+    ("decoder", "heads"),
+    ("heads", "answers"),
 )
 _DE_IMBALANCE = (4.0, 2.85, 10.75, 3.78)  # the frame around the two selections: left, bottom, right, top
-
-FLOWS = {
-    "image": "the image, normalised and padded",
-    "T_i": "feature tokens of all levels; colour: length of the vectors of the finest level",
-    "F": "mask features; colour: length of the vectors",
-    "T_s1": "tokens of the first selection and their boxes",
-    "T_s2": "tokens of the second selection and their boxes",
-    "Q_bal": "balanced queries and their boxes",
-    "T_bal": "tokens after BATO; colour: how far those of the finest level moved",
-    "answers": "class logits of the last layer, and its detections with a score of at least 0.3",
-}
 
 
 @style()
 def draw_architecture(*parts: str) -> Figure:
-    """Draw the model as figure 2 of the paper does, with some parts lit.
-
-    Args:
-        *parts: the modules to light, such as `bato`, with the arrows that enter and leave them; without any,
-            everything is lit.
-    """
+    """Draw the model as figure 2 of the paper does, with some modules lit, such as `bato`; all without any."""
     figure = NotebookFigure(figsize=(11.5, 3.1), layout="constrained")
     axes = figure.subplots()
     _draw_boxes(axes, parts)
@@ -105,16 +83,58 @@ def draw_architecture(*parts: str) -> Figure:
     return figure
 
 
+@dataclass(frozen=True)
+class Flow:
+    """Data that flow between modules for an image.
+
+    Attributes:
+        text: what they are.
+        tensor: the data.
+        heat: a map (h, w) of the padded input to show over the image.
+        boxes: (n, 4) cxcywh relative to the padded input, to show over the image.
+    """
+
+    text: str
+    tensor: Tensor
+    heat: Tensor | None = None
+    boxes: Tensor | None = None
+
+
+def flows_of(look: Look) -> dict[str, Flow]:
+    """The data that flow at each place; a model without De-Imbalance has no T_s2, one without BATO no T_bal."""
+    trace, last = look.trace, look.predictions.last
+    finest = min(trace.T_i.strides)
+    T_i, F, first, second, Q_bal = (
+        trace.T_i.map(finest)[0],
+        trace.mask_features,
+        trace.T_s[0],
+        trace.T_s[-1],
+        trace.Q_bal,
+    )
+    detected = last.boxes[0][last.class_logits[0].amax(-1).sigmoid() >= 0.3]
+    flows = {
+        "image": Flow("the image, normalised and padded", look.batch.pixels),
+        "T_i": Flow("feature tokens; colour: their length at the finest level", trace.T_i.tokens, heat=T_i.norm(dim=0)),
+        "F": Flow("mask features; colour: their length", F, heat=F[0].norm(dim=0)),
+        "T_s1": Flow("tokens of the first selection and their boxes", first.content, boxes=first.boxes[0]),
+        "T_s2": Flow("tokens of the second selection and their boxes", second.content, boxes=second.boxes[0]),
+        "Q_bal": Flow("balanced queries and their boxes", Q_bal.content, boxes=Q_bal.boxes[0]),
+    }
+    if len(trace.T_s) == 1:
+        del flows["T_s2"]
+    if trace.T_bal is not None:
+        change = (trace.T_bal.map(finest)[0] - T_i).norm(dim=0)
+        flows["T_bal"] = Flow("tokens after BATO; colour: how far they moved", trace.T_bal.tokens, heat=change)
+    flows["answers"] = Flow("class logits of the last layer; boxes that score 0.3", last.class_logits, boxes=detected)
+    return flows
+
+
 @style()
 def draw_flow(look: Look, name: str) -> Figure:
     """Draw the model, and below it the data that flow at one place for an image, with their shape.
 
-    Args:
-        look: an image and the model's predictions for it.
-        name: one of `FLOWS`, such as `T_s1`.
-
     Raises:
-        ValueError: there is no such place, or this model does not have it.
+        ValueError: the model has no such place.
     """
     flows = flows_of(look)
     if name not in flows:
@@ -122,48 +142,15 @@ def draw_flow(look: Look, name: str) -> Figure:
     figure = NotebookFigure(figsize=(11.5, 6.4))  # a layout engine would take a third of the time
     top, bottom = figure.add_axes((0.0, 0.55, 1.0, 0.45)), figure.add_axes((0.3, 0.02, 0.4, 0.47))
     _draw_boxes(top, (name,))
-    title = f"{FLOWS[name]}, shape {tuple(flows[name].shape)}"
+    flow = flows[name]
+    title = f"{flow.text}, shape {tuple(flow.tensor.shape)}"
     show_image(bottom, look.sample.image, title, dim=0.0 if name == "image" else 0.35)
-    trace = look.trace
-    finest = min(trace.T_i.strides)
-    values = None
-    if name == "F":
-        values = trace.mask_features[0].norm(dim=0)
-    elif name == "T_i":
-        values = trace.T_i.map(finest)[0].norm(dim=0)
-    elif name == "T_bal":
-        values = (trace.T_bal.map(finest) - trace.T_i.map(finest))[0].norm(dim=0)
-    elif name == "answers":
-        found = look.instances(look.predictions.last.name)
-        add_boxes(bottom, found.boxes[found.scores >= 0.3], ORANGE, 2)
-    elif name != "image":
-        tokens = {"T_s1": trace.T_s[0], "T_s2": trace.T_s[-1], "Q_bal": trace.Q_bal}[name]
-        add_boxes(bottom, boxes_in_pixels(look, tokens.boxes[0]), COLOURS[_BOXES[name].kind], 0.9, alpha=0.7)
-    if values is not None:
-        shown = show_map(bottom, look, values, alpha=0.7, interpolation="nearest")
+    if flow.boxes is not None:
+        add_boxes(bottom, boxes_in_pixels(look, flow.boxes), COLOURS[_BOXES[name].kind], 1.2, alpha=0.7)
+    if flow.heat is not None:
+        shown = show_map(bottom, look, flow.heat, alpha=0.7, interpolation="nearest")
         figure.colorbar(shown, cax=figure.add_axes((0.72, 0.06, 0.012, 0.38)))
     return figure
-
-
-def flows_of(look: Look) -> dict[str, Tensor]:
-    """The tensors that flow between the modules, by their names in `FLOWS`.
-
-    A model without De-Imbalance has no T_s2, one without BATO no T_bal.
-    """
-    trace = look.trace
-    flows = {
-        "image": look.batch.pixels,
-        "T_i": trace.T_i.tokens,
-        "F": trace.mask_features,
-        "T_s1": trace.T_s[0].content,
-        "Q_bal": trace.Q_bal.content,
-        "answers": look.predictions.last.class_logits,
-    }
-    if len(trace.T_s) > 1:
-        flows["T_s2"] = trace.T_s[-1].content
-    if trace.T_bal is not None:
-        flows["T_bal"] = trace.T_bal.tokens
-    return flows
 
 
 def place_of(x: float, y: float) -> str | None:
@@ -183,27 +170,29 @@ def _draw_boxes(axes: Axes, parts: Collection[str]) -> None:
     frame = FancyBboxPatch((left, bottom), *size, "round,pad=0.03", fill=False, edgecolor=GREY, linestyle=":")
     axes.add_artist(frame)
     axes.text(right, top + 0.08, "De-Imbalance", ha="right", va="bottom", color=GREY, fontsize=9)
-    lit_boxes = set(parts)
-    for start, start_side, end, end_side in _ARROWS:
+    lit = set(_BOXES) if not parts else set(parts)
+    for arrow in _ARROWS:
+        if parts and set(arrow) & set(parts):
+            lit |= set(arrow)
+    patches = {}
+    for name, box in _BOXES.items():
+        patches[name] = _draw_box(axes, box, lit=name in lit, strong=name in parts)
+    for start, end in _ARROWS:
         touched = start in parts or end in parts
-        if touched:
-            lit_boxes |= {start, end}
         arrow = FancyArrowPatch(
-            _BOXES[start].side(start_side),
-            _BOXES[end].side(end_side),
+            (_BOXES[start].x, _BOXES[start].y),
+            (_BOXES[end].x, _BOXES[end].y),
+            patchA=patches[start],
+            patchB=patches[end],
             arrowstyle="-|>",
             mutation_scale=11,
             color="black" if touched or not parts else "#C8C8C8",
             linewidth=1.6 if touched else 1.1,
-            shrinkA=1,
-            shrinkB=1,
         )
         axes.add_artist(arrow)
-    for name, box in _BOXES.items():
-        _draw_box(axes, box, lit=not parts or name in lit_boxes, strong=name in parts)
 
 
-def _draw_box(axes: Axes, box: _Box, lit: bool, strong: bool) -> None:
+def _draw_box(axes: Axes, box: _Box, lit: bool, strong: bool) -> FancyBboxPatch:
     colour = COLOURS[box.kind]
     corner = (box.x - box.width / 2 + 0.05, box.y - HEIGHT / 2 + 0.05)
     patch = FancyBboxPatch(
@@ -219,3 +208,4 @@ def _draw_box(axes: Axes, box: _Box, lit: bool, strong: bool) -> None:
     ink = "white" if strong else "black" if lit else "#9A9A9A"
     middle = {"ha": "center", "va": "center", "linespacing": 1.05}
     axes.text(box.x, box.y, box.text, fontsize=9, color=ink, parse_math=True, **middle)
+    return patch

@@ -11,30 +11,23 @@ from matplotlib.ticker import LogFormatter
 
 from dimaskdino.data.painting import GREY, colour_of, data_label
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
+from dimaskdino.modeling.stages import short_name
 from dimaskdino.viz.style import BOX, KINDS, LINES, MASK, NotebookFigure, bar_places, panels, strokes_of, style
 
 TERMS = ("label", "l1", "giou", "mask", "dice")
 RUNNING_MEANS = 60  # about this many windows over a long run
-_SHORT = {"first_selection": "first\nselection"}
-
-
-def short_name(stage: str) -> str:
-    """A stage's name for an axis: `decoder.0` is the input of the first layer, `decoder.3` layer 3."""
-    if stage == "decoder.0":
-        return "decoder\ninput"
-    if stage.startswith("decoder."):
-        return f"layer {stage.removeprefix('decoder.')}"
-    if stage.startswith("token_interaction."):
-        return f"token\ninter. {int(stage.removeprefix('token_interaction.')) + 1}"
-    return _SHORT.get(stage, stage)
 
 
 def stage_order(results: Iterable[LayerwiseAP]) -> list[str]:
     """The names of all stages that any of the results has, in the order of the model."""
-    names = dict.fromkeys(name for result in results for name in result.stages)
     kinds = ("first_selection", "token_interaction", "decoder")
-    parts = {name: name.partition(".") for name in names}
-    return sorted(names, key=lambda name: (kinds.index(parts[name][0]), int(parts[name][2] or 0)))
+    names = {name for result in results for name in result.stages}
+    return sorted(names, key=lambda name: (kinds.index(name.partition(".")[0]), int(name.partition(".")[2] or 0)))
+
+
+def places(names: Iterable[str], order: Sequence[str]) -> list[int]:
+    """The place of each name in an order."""
+    return [order.index(name) for name in names]
 
 
 def stage_title(stage: str) -> str:
@@ -61,7 +54,7 @@ def plot_layerwise_ap(runs: Mapping[str, LayerwiseAP]) -> Figure:
     figure, (top, bottom) = panels(2, 1, max(7.0, 1.05 * len(names)), 5.6, sharex=True, height_ratios=[3, 1.3])
     for number, (label, result) in enumerate(runs.items()):
         label = data_label(label)
-        x = [names.index(name) for name in result.stages]
+        x = places(result.stages, names)
         aps = {"box": _aps(result, "box"), "mask": _aps(result, "mask")}
         for (kind, own, marker), line in zip(KINDS, LINES, strict=False):
             colour = own if alone else colour_of(number)
@@ -106,9 +99,9 @@ def _draw_bounds(axes: Axes, result: LayerwiseAP, names: Sequence[str], colour: 
     if limits is None:
         return
     lines = []
-    with_masks = [names.index(name) for name, stage in result.stages.items() if stage.mask is not None]
+    with_masks = [name for name, stage in result.stages.items() if stage.mask is not None]
     if with_masks:
-        lines.append((min(with_masks), max(with_masks), limits.mask.mean, MASK, "masks"))
+        lines.append((names.index(with_masks[0]), names.index(with_masks[-1]), limits.mask.mean, MASK, "masks"))
     for stage, convention in limits.boxes_from_masks.items():
         if stage in result.stages:
             place = names.index(stage)
@@ -124,7 +117,7 @@ def _draw_imbalance(axes: Axes, result: LayerwiseAP, names: Sequence[str], numbe
     """Bars of the imbalance, and diamonds of the imbalance relative to the upper bounds."""
     stages = [name for name, stage in result.stages.items() if stage.imbalance is not None]
     values = [result.stages[name].imbalance for name in stages]
-    x, width = bar_places([names.index(name) for name in stages], number, count)
+    x, width = bar_places(places(stages, names), number, count)
     colour = GREY if count == 1 else colour_of(number)
     bars = axes.bar(x, values, 0.75 * width, color=colour)
     relative = [result.relative_imbalance(name) for name in stages]

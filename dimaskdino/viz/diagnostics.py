@@ -1,4 +1,7 @@
-"""Figures of the diagnostics (`dimaskdino.inspection.diagnostics`) and of a model's errors."""
+"""Figures of the diagnostics (`dimaskdino.inspection.diagnostics`) and of the error analysis.
+
+`models` has the results of one or several models by the name to show.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +14,7 @@ from dimaskdino.evaluation.coco_ap import Kind
 from dimaskdino.evaluation.error_analysis import KINDS as ERRORS
 from dimaskdino.evaluation.error_analysis import Confusion, TideAnalysis
 from dimaskdino.inspection.diagnostics import Calibration, GradientConflict, Survey, query_stability
-from dimaskdino.viz.curves import stage_ticks, stage_title
+from dimaskdino.viz.curves import places, stage_ticks, stage_title
 from dimaskdino.viz.style import BOX, KINDS, LINES, MASK, bar_places, panels, strokes_of, style
 
 MOST_CLASSES = 20  # with a row of their own in a confusion matrix
@@ -19,17 +22,12 @@ MOST_CLASSES = 20  # with a row of their own in a confusion matrix
 
 @style()
 def plot_imbalance_by_group(models: Mapping[str, Mapping[str, Mapping[str, float]]], title: str) -> Figure:
-    """Plot the imbalance `AP_mask − AP_box` at every stage: one line per group of objects, one panel per model.
-
-    Args:
-        models: results of `imbalance_by_group`, by the name to show.
-        title: above all panels.
-    """
+    """Plot results of `imbalance_by_group` at every stage: one line per group of objects, one panel per model."""
     figure, columns = panels(1, len(models), 5.2 * len(models), 3.8, sharey=True)
     for axes, (label, groups) in zip(columns, models.items(), strict=True):
         names = list(dict.fromkeys(stage for stages in groups.values() for stage in stages))
         for number, (group, stages) in enumerate(groups.items()):
-            x = [names.index(stage) for stage in stages]
+            x = places(stages, names)
             look = {"marker": "os^Dv<>p"[number % 8], "color": colour_of(number)}
             axes.plot(x, list(stages.values()), label=data_label(group), **look)
         axes.axhline(0, color="black", linewidth=0.8)
@@ -43,18 +41,14 @@ def plot_imbalance_by_group(models: Mapping[str, Mapping[str, Mapping[str, float
 
 @style()
 def plot_matched_queries(models: Mapping[str, Survey]) -> Figure:
-    """Plot mean box and mask IoU of the matched queries per stage, and the fraction of objects that keep their query.
-
-    Args:
-        models: surveys by the name to show: a line style each.
-    """
+    """Plot mean box and mask IoU of the matched queries per stage, and how many objects keep their query."""
     names = list(max((survey.matched.stages for survey in models.values()), key=len))
     figure, (left, right) = panels(1, 2, 12, 3.8, width_ratios=[3, 2])
     for number, (label, survey) in enumerate(models.items()):
         line = LINES[number % len(LINES)]
         for kind, colour, marker in KINDS:
             ious = survey.matched.box_iou if kind == "box" else survey.matched.mask_iou
-            x = [names.index(stage) for stage in survey.matched.stages]
+            x = places(survey.matched.stages, names)
             left.plot(x, ious.mean(1), line, marker=marker, color=colour, label=f"{label}: {kind} IoU")
         stable = query_stability(survey.matched)
         layers = [int(stage.partition(".")[2]) for stage in stable]
@@ -71,18 +65,14 @@ def plot_matched_queries(models: Mapping[str, Survey]) -> Figure:
 
 @style()
 def plot_selection_recall(models: Mapping[str, Survey]) -> Figure:
-    """Plot the fraction of objects with at least one token, after each selection.
-
-    Args:
-        models: surveys by the name to show.
-    """
+    """Plot the fraction of objects with at least one token, after each selection."""
     selections = list(dict.fromkeys(name for survey in models.values() for name in survey.recall))
     figure, [axes] = panels(1, 1, 6, 3.6)
     for number, (label, survey) in enumerate(models.items()):
-        x, width = bar_places([selections.index(name) for name in survey.recall], number, len(models))
+        x, width = bar_places(places(survey.recall, selections), number, len(models))
         fractions = [float(kept.float().mean()) for kept in survey.recall.values()]
         bars = axes.bar(x, fractions, 0.92 * width, color=colour_of(number), label=label)
-        axes.bar_label(bars, [f"{fraction:.2f}" for fraction in fractions], padding=2, fontsize=9)
+        axes.bar_label(bars, fmt="{:.2f}", padding=2, fontsize=9)
     names = [f"$T_{{{name.removeprefix('T_')}}}$" for name in selections]
     names[selections.index("T_i")] = "$T_i$: all tokens"
     axes.set_xticks(range(len(selections)), names, parse_math=True)
@@ -94,12 +84,7 @@ def plot_selection_recall(models: Mapping[str, Survey]) -> Figure:
 
 @style()
 def plot_guidance_rank(models: Mapping[str, Survey], guiding_tokens: int) -> Figure:
-    """Plot the effective rank of BATO's attention per image.
-
-    Args:
-        models: surveys by the name to show; those without BATO are left out.
-        guiding_tokens: how many there are, the largest rank possible.
-    """
+    """Plot the effective rank of BATO's attention per image; the largest rank is the number of guiding tokens."""
     figure, [axes] = panels(1, 1, 6, 3.2)
     for number, (label, survey) in enumerate(models.items()):
         if len(survey.guidance_rank):
@@ -115,31 +100,29 @@ def plot_guidance_rank(models: Mapping[str, Survey], guiding_tokens: int) -> Fig
 
 @style()
 def plot_gradient_conflict(models: Mapping[str, Mapping[str, Sequence[GradientConflict]]]) -> Figure:
-    """Plot the norms of the gradients of box and mask losses per part of the model, and their cosine.
+    """Plot the ratio of the gradient norms of box and mask losses per part of the model, and their cosine.
 
-    Args:
-        models: by the name to show, `Survey.conflict`: batches by part of the model. Bars show means over the batches,
-            thin lines the cosines' standard deviation.
+    Bars are means over the batches of `Survey.conflict`, thin lines the standard deviation of the cosines.
     """
     parts = list(dict.fromkeys(part for conflicts in models.values() for part in conflicts))
     figure, (left, right) = panels(1, 2, 12, 4)
     for number, (label, conflicts) in enumerate(models.items()):
-        places, ratios, cosines, spread = [], [], [], []
+        shown, ratios, cosines, spread = [], [], [], []
         for part, batches in conflicts.items():
             # where a loss sends no gradient to a part there is neither ratio nor direction
             usable = [batch for batch in batches if not np.isnan(batch.cosine)]
             if usable:
-                places.append(parts.index(part))
+                shown.append(part)
                 ratios.append(np.mean([batch.box_norm / batch.mask_norm for batch in usable]))
                 cosines.append(np.mean([batch.cosine for batch in usable]))
                 spread.append(np.std([batch.cosine for batch in usable]))
-        x, width = bar_places(places, number, len(models))
+        x, width = bar_places(places(shown, parts), number, len(models))
         left.bar(x, ratios, 0.92 * width, color=colour_of(number), label=label)
-        right.bar(x, cosines, 0.92 * width, yerr=spread, ecolor=GREY, color=colour_of(number), label=label)
+        right.bar(x, cosines, 0.92 * width, yerr=spread, ecolor=GREY, color=colour_of(number))
     for axes in (left, right):
         axes.set_xticks(range(len(parts)), [part.replace("_", "\n") for part in parts], fontsize=8)
         axes.grid(axis="x", visible=False)
-        axes.legend(fontsize=9)
+    left.legend(fontsize=9)
     left.axhline(1, color="black", linewidth=0.8)
     left.set(yscale="log", ylabel="box norm / mask norm", title="Gradient norm of the box losses over the mask losses'")
     right.axhline(0, color="black", linewidth=0.8)
@@ -151,9 +134,7 @@ def plot_gradient_conflict(models: Mapping[str, Mapping[str, Sequence[GradientCo
 def plot_calibration(models: Mapping[str, Mapping[str, Calibration]]) -> Figure:
     """Plot the fraction of right detections against their score, one panel per model.
 
-    Args:
-        models: by the name to show, calibrations by name, such as `box, decoder.1`: the kind sets the colour, the rest
-            the line.
+    Calibrations have names such as `box, decoder.1`: the kind sets the colour, the rest the line.
     """
     figure, columns = panels(1, len(models), 4.6 * len(models), 4.2, sharey=True)
     for axes, (label, measured) in zip(columns, models.items(), strict=True):
@@ -170,19 +151,15 @@ def plot_calibration(models: Mapping[str, Mapping[str, Calibration]]) -> Figure:
 
 @style()
 def plot_error_analysis(stages: Mapping[str, Mapping[Kind, TideAnalysis]]) -> Figure:
-    """Plot how many points of AP at IoU 0.5 each kind of error costs, for boxes and masks.
-
-    Args:
-        stages: by stage, the analysis of boxes and of masks; one panel per stage.
-    """
+    """Plot how many points of AP at IoU 0.5 each kind of error costs for boxes and masks, one panel per stage."""
     figure, columns = panels(1, len(stages), 4.6 * len(stages) + 1.2, 3.6, sharex=True, sharey=True)
     for axes, (stage, kinds) in zip(columns, stages.items(), strict=True):
         for number, (kind, analysis) in enumerate(kinds.items()):
-            places, height = bar_places(range(len(ERRORS)), number, len(kinds))
+            y, height = bar_places(range(len(ERRORS)), number, len(kinds))
             values = [analysis.lost[name] for name in ERRORS]
             colour, label = BOX if kind == "box" else MASK, f"{kind}: {analysis.ap:.1f} AP50"
-            bars = axes.barh(places, values, height, color=colour, label=label)
-            axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=2, fontsize=8)
+            bars = axes.barh(y, values, height, color=colour, label=label)
+            axes.bar_label(bars, fmt="{:.1f}", padding=2, fontsize=8)
         axes.set(title=stage_title(stage), xlabel="AP50 gained if corrected (points)")
         axes.legend(fontsize=9, loc="lower right")
         axes.margins(x=0.15)
@@ -196,8 +173,7 @@ def plot_error_analysis(stages: Mapping[str, Mapping[Kind, TideAnalysis]]) -> Fi
 def plot_confusion(confused: Confusion) -> Figure:
     """Plot how the objects of each class were classified, in percent of the class.
 
-    Args:
-        confused: the counts. With more than `MOST_CLASSES` classes, those with the most confusions are shown.
+    With more than `MOST_CLASSES` classes, those with the most confusions are shown.
     """
     matrix, count = confused.matrix, len(confused.classes)
     wrong = matrix[:count, :count].sum(1) - np.diag(matrix)[:count]

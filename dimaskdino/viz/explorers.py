@@ -7,6 +7,7 @@ notebook, it is shown as a picture.
 import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import anywidget
@@ -31,11 +32,11 @@ from dimaskdino.inspection.objects import ObjectTrack, track_objects
 from dimaskdino.modeling.structures import Predictions, Targets
 from dimaskdino.training.matcher import matching_costs
 from dimaskdino.utils.collection import without_collection
-from dimaskdino.viz.architecture import FLOWS, draw_flow, flows_of, place_of
+from dimaskdino.viz.architecture import draw_flow, flows_of, place_of
 from dimaskdino.viz.curves import plot_layerwise_ap, plot_precision_recall, stage_title
 from dimaskdino.viz.objects import Formula, draw_objects, draw_true_boxes
-from dimaskdino.viz.style import NotebookFigure
 from dimaskdino.viz.studies import plot_ablation
+from dimaskdino.viz.style import NotebookFigure
 from dimaskdino.viz.tokens import draw_guidance, draw_sampling, draw_selection
 from dimaskdino.viz.training import draw_matching
 
@@ -101,6 +102,19 @@ class Explorer:
         """The values of the controls, by argument."""
         return {name: control.value for name, control in self.controls.items()}
 
+    def on_click(self, act: Callable[[int, float, float], None]) -> None:
+        """Call a function for every click on a panel, with the panel's number and the place in its coordinates."""
+
+        def clicked(change: Any) -> None:
+            width, height = self.figure.bbox.size
+            place = (change["new"][0] * width, (1 - change["new"][1]) * height)
+            for number, axes in enumerate(self.figure.axes):
+                if axes.bbox.contains(*place):
+                    act(number, *axes.transData.inverted().transform(place).tolist())
+                    return
+
+        self.picture.observe(clicked, names="clicked")
+
     def _update(self, change: Any = None) -> None:
         with without_collection():  # until the picture is out
             self.figure = self.draw(**self.values)
@@ -150,12 +164,9 @@ def _slider(label: str, low: int, high: int, value: int) -> widgets.IntSlider:
     return widgets.IntSlider(value, low, high, description=label, style=_STYLE, continuous_update=False)
 
 
-def _images(samples: Sequence[Sample]) -> widgets.Dropdown:
-    return _dropdown("image", [(f"{i + 1}: {s.file.split('/')[-1]}", i) for i, s in enumerate(samples)])
-
-
-def _images_of(looks: Sequence[Look]) -> widgets.Dropdown:
-    return _images([look.sample for look in looks])
+def _images(shown: Sequence[Look] | Sequence[Sample]) -> widgets.Dropdown:
+    samples = [item.sample if isinstance(item, Look) else item for item in shown]
+    return _dropdown("image", [(f"{i}: {Path(sample.file).name}", i - 1) for i, sample in enumerate(samples, start=1)])
 
 
 def _stages(names: Sequence[str], value: str) -> widgets.Dropdown:
@@ -175,7 +186,7 @@ def explore_layers(looks: Sequence[Look]) -> Explorer:
     names = list(looks[0].predictions.stages)
     settings = {"description": "score ≥", "style": _STYLE, "continuous_update": False}
     threshold = widgets.FloatSlider(value=0.3, min=0.05, max=0.95, step=0.05, **settings)
-    controls = {"image": _images_of(looks), "stage": _stages(names, names[-1]), "threshold": threshold}
+    controls = {"image": _images(looks), "stage": _stages(names, names[-1]), "threshold": threshold}
     return Explorer(draw, controls)
 
 
@@ -185,7 +196,7 @@ def explore_selection(looks: Sequence[Look]) -> Explorer:
     def draw(image: int, **k: int) -> Figure:
         return draw_selection(looks[image], list(k.values()))
 
-    controls = {"image": _images_of(looks)}
+    controls = {"image": _images(looks)}
     for number, tokens in enumerate(looks[0].trace.T_s, start=1):
         size = tokens.scores.shape[1]
         controls[f"k{number}"] = _slider(f"$k_{number}$", 1, size, size)
@@ -201,31 +212,20 @@ def explore_sampling(looks: Sequence[Look]) -> Explorer:
         return draw_sampling(looks[image], layer, query, None if head < 0 else head)
 
     controls = {
-        "image": _images_of(looks),
+        "image": _images(looks),
         "layer": _dropdown("decoder layer", [(str(i + 1), i) for i in range(layers)]),
         "query": _slider("query", 0, queries - 1, 0),
         "head": _dropdown("head", [("all", -1), *((str(i + 1), i) for i in range(heads))]),
     }
     explorer = Explorer(draw, controls)
 
-    def click(change: Any) -> None:
-        look, at = looks[controls["image"].value], _in_panel(explorer.figure, *change["new"])
-        if at is not None:
-            centres = look.pixels(look.trace.references[controls["layer"].value][0, :, :2])
-            controls["query"].value = int((centres - torch.tensor(at)).norm(dim=1).argmin())
+    def click(panel: int, x: float, y: float) -> None:
+        look = looks[controls["image"].value]
+        centres = look.pixels(look.trace.references[controls["layer"].value][0, :, :2])
+        controls["query"].value = int((centres - torch.tensor([x, y])).norm(dim=1).argmin())
 
-    explorer.picture.observe(click, names="clicked")
+    explorer.on_click(click)
     return explorer
-
-
-def _in_panel(figure: Figure, x: float, y: float, panels: int | None = None) -> tuple[float, float] | None:
-    """Data coordinates of a place in a figure, given from its left and top; None outside its (first) panels."""
-    width, height = figure.bbox.size
-    for axes in figure.axes[:panels]:
-        if axes.bbox.contains(x * width, (1 - y) * height):
-            across, down = axes.transData.inverted().transform((x * width, (1 - y) * height))
-            return float(across), float(down)
-    return None
 
 
 def explore_guidance(looks: Sequence[Look]) -> Explorer:
@@ -238,27 +238,25 @@ def explore_guidance(looks: Sequence[Look]) -> Explorer:
         return draw_guidance(looks[image], token - 1)
 
     token = _slider("guiding token", 1, attention.shape[-1], 1)
-    return Explorer(draw, {"image": _images_of(looks), "token": token})
+    return Explorer(draw, {"image": _images(looks), "token": token})
 
 
 def explore_architecture(looks: Sequence[Look]) -> Explorer:
     """Choose a place of the architecture, or click on it: the data that flow there for an image, and their shape."""
     flows = flows_of(looks[0])
-    places = [(name, name) for name in FLOWS if name in flows]
 
     def draw(image: int, place: str) -> Figure:
         return draw_flow(looks[image], place)
 
-    controls = {"image": _images_of(looks), "place": _dropdown("place", places, "T_i")}
+    controls = {"image": _images(looks), "place": _dropdown("place", [(name, name) for name in flows], "T_i")}
     explorer = Explorer(draw, controls)
 
-    def click(change: Any) -> None:
-        at = _in_panel(explorer.figure, *change["new"], panels=1)
-        name = None if at is None else place_of(*at)
-        if name in flows:
+    def click(panel: int, x: float, y: float) -> None:
+        name = place_of(x, y)
+        if panel == 0 and name in flows:
             controls["place"].value = name
 
-    explorer.picture.observe(click, names="clicked")
+    explorer.on_click(click)
     return explorer
 
 
@@ -320,17 +318,17 @@ def explore_curves(runs: Mapping[str, LayerwiseAP]) -> Explorer:
 
 
 def explore_studies(
-    rows: Mapping[str, Mapping[str, str]],
+    labels: Mapping[str, Mapping[str, str]],
     columns: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]],
 ) -> Explorer:
     """Explore studies: box and mask AP of their variants, published and measured.
 
     Args:
-        rows: for each study's title the labels by row name.
+        labels: for each study's title the labels by name of the variant.
         columns: for each study's title the `columns` of `plot_ablation`.
     """
 
     def draw(study: str) -> Figure:
-        return plot_ablation(rows[study], columns[study], study)
+        return plot_ablation(labels[study], columns[study], study)
 
-    return Explorer(draw, {"study": _dropdown("study", [(title, title) for title in rows])})
+    return Explorer(draw, {"study": _dropdown("study", [(title, title) for title in labels])})

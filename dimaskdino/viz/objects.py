@@ -1,6 +1,5 @@
 """Objects and detections over their images, and how well each object is found at every stage."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,12 +14,10 @@ from torchvision.ops import box_convert, box_iou
 from dimaskdino.data.coco import Sample
 from dimaskdino.data.painting import (
     blend_masks,
-    colour_of,
+    colours_of,
     data_label,
     label,
     masks_of,
-    paint_instances,
-    paint_sample,
 )
 from dimaskdino.evaluation.upper_bounds import coverage, true_stage, with_bounds
 from dimaskdino.inspection.look import Look
@@ -32,9 +29,7 @@ from dimaskdino.viz.style import BOX, KINDS, MASK, add_boxes, add_labels, panels
 
 
 @style()
-def draw_instances(
-    image: Tensor, instances: Instances, classes: Sequence[str], threshold: float = 0.3, title: str | None = None
-) -> Figure:
+def draw_instances(image: Tensor, instances: Instances, classes: Sequence[str], threshold: float = 0.3) -> Figure:
     """Draw masks, boxes, class names and scores over an image.
 
     Args:
@@ -42,13 +37,12 @@ def draw_instances(
         instances: detections at the image's size.
         classes: class names.
         threshold: detections with a lower score are left out.
-        title: above the image.
     """
     height, width = image.shape[-2:]
     scale = 7.0 / max(height, width)
     figure, [axes] = panels(1, 1, max(2.0, width * scale), max(2.0, height * scale))
     shown = int((instances.scores >= threshold).sum())
-    title = title or f"{shown} of {len(instances.scores)} detections score at least {threshold:g}"
+    title = f"{shown} detection{'s' * (shown != 1)}" + (f" with a score of at least {threshold:g}" * (threshold > 0))
     _draw_detections(axes, image, instances, classes, threshold, title)
     return figure
 
@@ -59,8 +53,7 @@ def _draw_detections(
     """The detections with a score of at least `threshold`, a colour each."""
     kept = (instances.scores >= threshold).nonzero().flatten().tolist()
     texts = [label(instances, classes, i) for i in kept]
-    colours = [colour_of(number) for number in range(len(kept))]
-    _draw(axes, image, masks_of(instances, kept), instances.boxes[kept], colours, texts, title)
+    _draw(axes, image, masks_of(instances, kept), instances.boxes[kept], colours_of(range(len(kept))), texts, title)
 
 
 def _draw(
@@ -82,23 +75,16 @@ def _draw(
 def draw_stages(
     image: Tensor, stages: Mapping[str, Instances], classes: Sequence[str], threshold: float = 0.3
 ) -> Figure:
-    """Draw one image with the detections of several stages side by side; the arguments are those of `draw_instances`.
-
-    Args:
-        image: (3, h, w) uint8 RGB.
-        stages: detections at the image's size by stage name.
-        classes: class names.
-        threshold: detections with a lower score are left out.
-    """
-    figure, grid = _image_grid(len(stages), 4, 3.4, 3.4 * image.shape[-2] / image.shape[-1] + 0.4)
+    """Draw one image with the detections of several stages, by stage name, as `draw_instances` draws them."""
+    figure, grid = _image_grid(len(stages), 3.4, 3.4 * image.shape[-2] / image.shape[-1] + 0.4)
     for axes, (name, instances) in zip(grid, stages.items(), strict=False):
         _draw_detections(axes, image, instances, classes, threshold, stage_title(name))
     return figure
 
 
-def _image_grid(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure with panels of `width` × `height` inches, at least `count`."""
-    columns = min(columns, count)
+def _image_grid(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with at least `count` panels of `width` × `height` inches, four in a row."""
+    columns = min(4, count)
     rows = -(-count // columns)
     figure, grid = panels(rows, columns, width * columns, height * rows)
     for axes in grid:
@@ -109,33 +95,12 @@ def _image_grid(count: int, columns: int, width: float, height: float) -> tuple[
 @style()
 def draw_samples(samples: Sequence[Sample], classes: Sequence[str]) -> Figure:
     """Draw annotated images in a grid: masks, boxes and class names in the colours of the classes."""
-    figure, grid = _image_grid(len(samples), 4, 3.0, 3.2)
+    figure, grid = _image_grid(len(samples), 3.0, 3.2)
     for axes, sample in zip(grid, samples, strict=False):
-        show_image(axes, paint_sample(sample, classes), data_label(Path(sample.file).name), fontsize=7)
-    return figure
-
-
-@style()
-def draw_beside_truth(
-    samples: Sequence[Sample], detections: Sequence[Instances], classes: Sequence[str], notes: Sequence[str]
-) -> Figure:
-    """Draw images with their objects on the left and with detections on the right, in the colours of the classes.
-
-    Args:
-        samples: images with their objects.
-        detections: in each of them, at its size.
-        classes: class names.
-        notes: what to write above the detections of each image.
-    """
-    figure, grid = _image_grid(2 * len(samples), 2, 3.6, 3.5)
-    for row, (sample, found, note) in enumerate(zip(samples, detections, notes, strict=True)):
-        names = Counter(data_label(classes[number]) for number in sample.labels.tolist())
-        listed = ", ".join(f"{count} {name}" for name, count in names.most_common(4)) or "no object"
-        title = f"{data_label(Path(sample.file).name)}\n{listed}"
-        show_image(grid[2 * row], paint_sample(sample, classes), title, fontsize=8)
-        count = len(found.scores)
-        title = f"{count} detection{'s' * (count != 1)}\n{note}"
-        show_image(grid[2 * row + 1], paint_instances(sample.image, found, classes), title, fontsize=8)
+        labels, masks = sample.labels.tolist(), list(sample.masks.bool().numpy())
+        names = [data_label(classes[number]) for number in labels]
+        title = data_label(Path(sample.file).name, 24)
+        _draw(axes, sample.image, masks, sample.boxes, colours_of(labels), names, title)
     return figure
 
 
@@ -143,14 +108,10 @@ def draw_beside_truth(
 def draw_objects(look: Look, track: ObjectTrack, stage: str, threshold: float = 0.3) -> Figure:
     """Draw the true objects, the detections of one stage, and box and mask IoU of every object per stage.
 
-    Args:
-        look: an image with its objects, and the model's predictions for it.
-        track: `track_objects(look)`: how well each object is found at each stage.
-        stage: the stage whose detections are drawn.
-        threshold: detections with a lower score are left out.
+    `track` is `track_objects(look)`; detections with a score below `threshold` are left out.
     """
     sample, objects = look.sample, len(look.sample.labels)
-    colours = [colour_of(number) for number in range(objects)]
+    colours = colours_of(range(objects))
     figure, (truth, detected, curves) = panels(1, 3, 13.5, 4.4, width_ratios=[1, 1, 1.25])
     texts = [f"{i + 1} {data_label(look.classes[number])}" for i, number in enumerate(sample.labels.tolist())]
     title = "1 true object" if objects == 1 else f"{objects} true objects"
@@ -175,15 +136,12 @@ def draw_objects(look: Look, track: ObjectTrack, stage: str, threshold: float = 
 def draw_object_stages(look: Look, stages: Sequence[str], track: ObjectTrack) -> Figure:
     """Draw the true objects and each object's best detection at some stages, one colour per object throughout.
 
-    Args:
-        look: an image with its objects, and the model's predictions for it.
-        stages: names of the stages, in the order of the columns.
-        track: `track_objects(look, stages)`: which detection belongs to each object.
+    `track` is `track_objects(look, stages)`.
     """
     sample = look.sample
     names = [data_label(look.classes[number]) for number in sample.labels.tolist()]
     figure, columns = panels(1, len(stages) + 1, 3.1 * (len(stages) + 1), 3.5)
-    colours = [colour_of(number) for number in range(len(names))]
+    colours = colours_of(range(len(names)))
     masks = list(sample.masks.bool().numpy())
     _draw(columns[0], sample.image, masks, sample.boxes, colours, names, "ground truth")
     for axes, stage, rows in zip(columns[1:], stages, track.detection.tolist(), strict=True):
@@ -202,10 +160,7 @@ def draw_object_stages(look: Look, stages: Sequence[str], track: ObjectTrack) ->
 
 @style()
 def plot_mean_ious(tracks: Sequence[ObjectTrack]) -> Figure:
-    """Plot mean box and mask IoU over the objects of several images, per stage.
-
-    An object counts with 0 where nothing of its class was detected.
-    """
+    """Plot mean box and mask IoU over the objects of several images, per stage; 0 for an object that is not found."""
     stages = tracks[0].stages
     figure, [axes] = panels(1, 1, 7.5, 3.8)
     for kind, colour, marker in KINDS:
@@ -224,9 +179,7 @@ Formula = Literal["mask2box", "bitmask", "no"]
 def draw_true_boxes(sample: Sample, formula: Formula) -> Figure:
     """Draw the boxes that a formula makes of true masks at a quarter of the resolution, beside the true boxes.
 
-    Args:
-        sample: an image with its objects.
-        formula: the convention of `model.selection.mask_to_box`; `no` leaves the true boxes.
+    The formulas are those of `model.selection.mask_to_box`; `no` leaves the true boxes.
     """
     size = (sample.image.shape[-2], sample.image.shape[-1])
     height, width = padded_size([size])

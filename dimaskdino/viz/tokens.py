@@ -1,4 +1,7 @@
-"""The paper's intermediates over the image: selected tokens, sampling points, guidance, feature tokens."""
+"""The paper's intermediates over the image: selected tokens, sampling points, guidance, feature tokens.
+
+`look` is an image and the model's predictions for it (`dimaskdino.inspection.look`).
+"""
 
 from collections.abc import Sequence
 
@@ -14,6 +17,7 @@ from torchvision.ops import box_convert
 from dimaskdino.data.painting import GREY, ORANGE, colour_of
 from dimaskdino.inspection.look import Look
 from dimaskdino.inspection.objects import token_owners
+from dimaskdino.modeling.stages import FIRST_LAYER
 from dimaskdino.modeling.structures import FeatureLevels, SelectedTokens
 from dimaskdino.viz.style import add_boxes, panels, show_image, style
 
@@ -38,12 +42,7 @@ def _finest_first(levels: FeatureLevels) -> list[int]:
 
 @style()
 def draw_selection(look: Look, k: Sequence[int] = ()) -> Figure:
-    """Draw the feature tokens that each selection keeps, and their boxes.
-
-    Args:
-        look: an image and the model's predictions for it.
-        k: how many of the best tokens of each selection to show; all by default.
-    """
+    """Draw the feature tokens that each selection keeps, and their boxes: the best `k` of each, all by default."""
     selections = look.trace.T_s
     figure, columns = panels(1, len(selections), 5.2 * len(selections), 5.4)
     for number, (axes, tokens) in enumerate(zip(columns, selections, strict=True)):
@@ -136,16 +135,11 @@ def _draw_cells(look: Look, axes: Axes, shape: tuple[int, int]) -> None:
 
 @style()
 def draw_guidance(look: Look, token: int) -> Figure:
-    """Draw the attention of every feature token to one guiding token of BATO, per level.
-
-    Args:
-        look: an image and the predictions of a model with BATO.
-        token: number of the guiding token, best first.
-    """
+    """Draw the attention of every feature token to a guiding token of BATO, per level; token 0 is the best."""
     attention, levels = look.trace.guidance_attention, look.trace.T_i
     parts = (attention[0, :, token] * attention.shape[-1]).split(levels.sizes)
     row = look.trace.guiding_indices[0, token]
-    box = boxes_in_pixels(look, look.predictions.stages["decoder.1"].boxes[0, row][None])
+    box = boxes_in_pixels(look, look.predictions.stages[FIRST_LAYER].boxes[0, row][None])
     highest = max(2.0, float(attention[0, :, token].max()) * attention.shape[-1])
     figure, columns = panels(1, len(parts), 3.6 * len(parts) + 0.6, 4.1)
     for axes, level in zip(columns, _finest_first(levels), strict=True):
@@ -160,10 +154,7 @@ def draw_guidance(look: Look, token: int) -> Figure:
 
 @style()
 def draw_token_maps(look: Look) -> Figure:
-    """Draw the feature tokens of the finest level before and after BATO, and how far they moved.
-
-    Colours are the three principal components of the tokens.
-    """
+    """Draw the tokens of the finest level before and after BATO as colours (principal components), and their change."""
     stride = min(look.trace.T_i.strides)
     before, after = look.trace.T_i.map(stride)[0], look.trace.T_bal.map(stride)[0]  # (C, h, w)
     figure, axes = panels(1, 4, 14.4, 3.9)
@@ -181,12 +172,7 @@ def draw_token_maps(look: Look) -> Figure:
 
 @style()
 def draw_mask_features(look: Look, query: int) -> Figure:
-    """Draw the mask features before and after BATO, and the mask of one query of the last layer with each.
-
-    Args:
-        look: an image and the predictions of a model with BATO.
-        query: row of the queries.
-    """
+    """Draw the mask features before and after BATO, and the mask of one query of the last layer with each."""
     maps = look.trace.mask_features[0], look.trace.mask_features_bal[0]  # (C, h, w)
     last, image = look.predictions.last, look.sample.image
     figure, axes = panels(1, 5, 17.5, 3.9)

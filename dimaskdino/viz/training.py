@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from dimaskdino.data.painting import BLUE, CYCLE, GREY, SKY, colour_of, data_label
+from dimaskdino.data.painting import BLUE, CYCLE, GREY, SKY, colour_of, colours_of, data_label
 from dimaskdino.modeling.denoising import DenoisingQueries
-from dimaskdino.viz.curves import TERMS, stage_ticks, stage_title
+from dimaskdino.viz.curves import TERMS, places, stage_ticks, stage_title
 from dimaskdino.viz.style import KINDS, LINES, add_boxes, panels, show_image, style
 
 
@@ -36,18 +36,17 @@ def draw_matching(
         cost: of each query as the detection of each object.
         pairs: (query, object), one for each object.
     """
-    queries = [query for query, _ in pairs]
-    objects = [number for _, number in pairs]
-    colours = [colour_of(number) for number in objects]
+    queries, objects = torch.tensor(pairs).view(-1, 2).T
+    colours = colours_of(objects.tolist())
     cheapest = cost.min(1).values.argsort(stable=True)[: max(12, 2 * len(pairs))].tolist()
-    shown = list(dict.fromkeys(queries + cheapest))
+    shown = list(dict.fromkeys(queries.tolist() + cheapest))
     figure, (left, right) = panels(1, 2, 13.5, 4.8, width_ratios=[1, 1.7])
     show_image(left, image, "solid: objects, dashed: the queries matched to them")
     add_boxes(left, _pixels(image, truth[objects]), colours, 1.8)
     add_boxes(left, _pixels(image, found[queries]), colours, 1.8, linestyles="--")
     table = right.imshow(cost[shown].T, cmap="cividis_r", aspect="auto")
     figure.colorbar(table, label="cost")
-    cells = torch.tensor([[shown.index(query), number] for query, number in pairs]).view(-1, 2)
+    cells = torch.stack([torch.arange(len(pairs)), objects], dim=1)  # the matched queries stand first
     add_boxes(right, torch.cat([cells - 0.5, cells + 0.5], dim=1), colours, 2.5)
     right.set_xticks(range(len(shown)), shown, fontsize=8, rotation=90)
     right.set_yticks(range(cost.shape[1]), [f"object {i + 1}" for i in range(cost.shape[1])])
@@ -58,11 +57,7 @@ def draw_matching(
 
 @style()
 def plot_loss_terms(losses: Mapping[str, float]) -> Figure:
-    """Plot the weighted losses of a batch, one bar per stage.
-
-    Args:
-        losses: by `stage/term`, as in `Losses.terms` and the records of a run.
-    """
+    """Plot the weighted losses of a batch, by `stage/term` as in `Losses.terms`, one bar per stage."""
     stages = list(dict.fromkeys(name.rpartition("/")[0] for name in losses))
     figure, [axes] = panels(1, 1, 10, 0.34 * len(stages) + 1.4)
     left = np.zeros(len(stages))
@@ -94,7 +89,7 @@ def draw_denoising(image: Tensor, truth: Tensor, denoising: DenoisingQueries, ob
     """
     noised = denoising.queries.boxes[0].view(denoising.groups, objects, 4)
     shown, rows = min(3, denoising.groups), denoising.groups * objects
-    colours = [colour_of(number) for number in range(objects)]
+    colours = colours_of(range(objects))
     figure, axes = panels(1, shown + 1, 3.6 * shown + 5, 4.2, width_ratios=[1] * shown + [1.35])
     for group in range(shown):
         show_image(axes[group], image, f"group {group + 1} of {denoising.groups}")
@@ -133,7 +128,7 @@ def plot_trainings(groups: Mapping[str, Sequence[Mapping[str, Any]]], steps: int
             x = (np.arange(len(run["loss"])) + 0.5) * steps / len(run["loss"])
             left.plot(x, run["loss"], color=colour, linewidth=1.2, label=None if place else name)
         for (kind, _, marker), line in zip(KINDS, LINES, strict=False):
-            x = [stages.index(stage) for stage in runs[0]["stages"]]
+            x = places(runs[0]["stages"], stages)
             values = [[ap[kind] for ap in run["stages"].values()] for run in runs]  # None where there are no masks
             y = np.array(values, dtype=float).mean(0)
             right.plot(x, y, line, marker=marker, color=colour, label=f"{name}: {kind}", markersize=5)

@@ -272,14 +272,8 @@ def look(image, query):
     return draw(images[image], box, attention[image, query], f"query {query + 1}: {answer}")
 
 
-def words(image, query):
-    """The same in words."""
-    return f"Picture {image + 1}, query {query + 1} answers {names[logits[image, query].argmax()]}."
-
-
 Explorer(
     look,
-    words,
     {
         "image": widgets.Dropdown(options=[(str(i + 1), i) for i in range(len(images))], description="picture"),
         "query": widgets.Dropdown(

@@ -105,17 +105,17 @@ def click_the_finest_level(page):
 
 # chapter, call of the explorer, beginning of its description, what a person does
 EXPLORERS = {
-    "layers": ("01_imbalance", "explore_layers", "Image 1 at stage", [choose(1), choose(0), slide]),
-    "curves": ("01_imbalance", "explore_curves", "Last stage:", [choose(0)]),
+    "layers": ("01_imbalance", "explore_layers", "image 1: ", [choose(1), choose(0), slide]),
+    "curves": ("01_imbalance", "explore_curves", "runs ", [choose(0)]),
     "sampling": (
         "03_deformable_attention",
         "explore_sampling",
-        "Sampling points",
+        "image 1: ",
         [click_the_finest_level, slide_right],
     ),
-    "selection": ("04_de_imbalance", "explore_selection", "Image 1 with the places", [slide, choose(0)]),
-    "guidance": ("05_bato", "explore_guidance", "How much each feature token", [slide_right, choose(0)]),
-    "studies": ("07_ablations", "explore_studies", "Tolerance of imbalance", [choose(0)]),
+    "selection": ("04_de_imbalance", "explore_selection", "image 1: ", [slide, choose(0)]),
+    "guidance": ("05_bato", "explore_guidance", "image 1: ", [slide_right, choose(0)]),
+    "studies": ("07_ablations", "explore_studies", "study ", [choose(0)]),
 }
 
 

@@ -36,7 +36,7 @@ from dimaskdino.viz import (
     plot_selection_recall,
     plot_study_layers,
 )
-from dimaskdino.viz.objects import _free_place
+from dimaskdino.viz.style import free_place
 
 
 def ap(value: float) -> AveragePrecision:
@@ -135,11 +135,12 @@ def test_matching_frames_each_pair_in_its_cell():
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2]] * 3)
     figure = draw_matching(torch.zeros(3, 20, 30, dtype=torch.uint8), boxes[:2], boxes, cost, [(1, 0), (0, 1)])
     image, table, _ = figure.axes
-    assert len(image.patches) == 4  # two objects, two queries
+    assert [len(drawn.get_paths()) for drawn in image.collections] == [2, 2]  # objects and queries
     shown = [int(label.get_text()) for label in table.get_xticklabels()]
     assert shown == [1, 0, 2]
-    for frame, (query, number) in zip(table.patches, [(1, 0), (0, 1)], strict=True):
-        column, row = (round(value + 0.5) for value in frame.get_xy())
+    frames = table.collections[0].get_paths()[::-1]  # the first is drawn last
+    for frame, (query, number) in zip(frames, [(1, 0), (0, 1)], strict=True):
+        column, row = (round(value + 0.5) for value in frame.vertices.min(0))
         assert (shown[column], row) == (query, number)
         assert float(table.images[0].get_array()[row, column]) == cost[query, number]
 
@@ -172,7 +173,7 @@ def test_denoising_groups_and_their_mask():
     denoising = Denoising(model)(targets, matching=5)
     *groups, mask = draw_denoising(torch.zeros(3, 8, 8, dtype=torch.uint8), targets.boxes[0], denoising, 2).axes
     assert [axes.get_title() for axes in groups] == ["group 1 of 4", "group 2 of 4", "group 3 of 4"]
-    assert all(len(axes.patches) == 4 for axes in groups)
+    assert all(len(drawn.get_paths()) == 2 for axes in groups for drawn in axes.collections)
     assert mask.images[0].get_array().shape == (13, 13)
 
 
@@ -342,7 +343,7 @@ def test_labels_of_objects_do_not_overlap():
     taken = []
     for _ in range(12):
         x, y = rng.uniform(0, 80, 2)
-        place = _free_place((x, y, x + 30, y + 30), (25, 6), (128, 128), taken)
+        place = free_place((x, y, x + 30, y + 30), (25, 6), (128, 128), taken)
         taken.append((*place, place[0] + 25, place[1] + 6))
     for i, (a, b, c, d) in enumerate(taken):
         assert a >= 0

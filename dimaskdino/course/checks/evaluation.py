@@ -15,7 +15,7 @@ from dimaskdino.data.coco import CocoDataset
 from dimaskdino.evaluation.coco_ap import average_precision, precision_curves
 from dimaskdino.evaluation.detections import Detections
 from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER
-from dimaskdino.viz.curves import short_name
+from dimaskdino.modeling.stages import short_name
 
 
 def check_right_ones(function: Callable[[Tensor, float], Sequence[bool]]) -> CheckResult:

@@ -20,7 +20,7 @@ from dimaskdino.course.checks.verdicts import (
 )
 from dimaskdino.inspection.look import Look
 from dimaskdino.inspection.objects import mask_iou, track_objects
-from dimaskdino.viz.curves import short_name
+from dimaskdino.modeling.stages import short_name
 
 LEAST_SCORE = 0.3  # of the detections that are followed
 
