@@ -25,7 +25,7 @@ from tools.benchmarks.measuring import peak_memory_gib, save
 HEIGHT, WIDTH = 480, 640
 CLASSES = 80
 OBJECTS = 7.4  # per image, as in val2017
-SHAPES, VARIANTS = 3000, 6  # outlines, and displaced versions of each
+SHAPES, VARIANTS = 3000, 6  # outlines at most, and displaced versions of each
 
 Objects = list[tuple[np.ndarray, np.ndarray]]  # of each image: shapes and categories
 
@@ -39,10 +39,10 @@ class _Pool:
     areas: np.ndarray  # (shapes, variants)
 
 
-def _pool(rng: np.random.Generator) -> _Pool:
+def _pool(rng: np.random.Generator, shapes: int) -> _Pool:
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
     codes, boxes, areas = [], [], []
-    for _ in progress_bar(range(SHAPES), "drawing"):
+    for _ in progress_bar(range(shapes), "drawing"):
         cy, cx = rng.uniform(0, HEIGHT), rng.uniform(0, WIDTH)
         ry, rx = np.exp(rng.uniform(np.log(6), np.log(200), 2))
         phase, waves = rng.uniform(0, 6.28), rng.integers(2, 9)
@@ -63,7 +63,7 @@ def _write_truth(images: int, pool: _Pool, rng: np.random.Generator, file: Path)
     """Write COCO annotations of random objects."""
     objects, annotations = [], []
     for image in range(1, images + 1):
-        shapes = rng.integers(0, SHAPES, rng.poisson(OBJECTS))
+        shapes = rng.integers(0, len(pool.codes), rng.poisson(OBJECTS))
         shapes = shapes[pool.areas[shapes, 0] > 0]
         categories = rng.integers(1, CLASSES + 1, len(shapes))
         objects.append((shapes, categories))
@@ -93,7 +93,7 @@ def _detections(
     """The objects, some displaced and some of a wrong class, and false alarms of lower scores."""
     shapes, categories = objects
     detected = min(len(shapes), count)
-    chosen = np.concatenate([shapes[:detected], rng.integers(0, SHAPES, count - detected)])
+    chosen = np.concatenate([shapes[:detected], rng.integers(0, len(pool.codes), count - detected)])
     variant = np.concatenate([rng.integers(0, VARIANTS, detected), np.zeros(count - detected, np.int64)])
     labels = np.concatenate([categories[:detected], rng.integers(1, CLASSES + 1, count - detected)])
     scores = np.concatenate([rng.uniform(0.2, 1, detected), rng.uniform(0, 0.5, count - detected)])
@@ -124,7 +124,7 @@ def measure(images: int, stages: int, detections: int) -> dict[str, Any]:
     """
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        pool = _pool(rng)
+        pool = _pool(rng, min(SHAPES, images))
         annotations = Path(folder) / "truth.json"
         objects = _write_truth(images, pool, rng, annotations)
         store = DetectionStore(Path(folder) / "detections", {"synthetic": True}, images)

@@ -34,7 +34,7 @@ def test_parts_add_up_to_the_whole(shapes_data):
     whole = time.perf_counter() - started
     assert 0.05 <= clock.seconds["sleep"] < 0.2
     assert abs(sum(clock.seconds.values()) - whole) < 0.02
-    assert {"backbone", "pixel_decoder", "first_selection", "de_imbalance", "decoder", "heads"} <= set(clock.seconds)
+    assert {"backbone", "pixel_decoder", "de_imbalance", "decoder", "heads"} <= set(clock.seconds)
     assert sum(len(m._forward_hooks) for m in detector.modules()) == hooks
 
 
