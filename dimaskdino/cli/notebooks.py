@@ -43,6 +43,7 @@ def study(
     seeds: tuple[int, ...] = (),
     parallel: int | None = None,
     plan: bool = False,
+    archive: bool = False,
 ) -> int:
     """Train and evaluate the variants of a study, such as a table of the paper, with several seeds, and compare them.
 
@@ -59,11 +60,14 @@ def study(
         scale: One of the study's scales; shapes takes about ten minutes per run on one core, coco days on eight GPUs.
         seeds: Seeds of the training; the study's by default.
         parallel: Number of simultaneous runs; by default one per GPU, and one without any.
-        plan: Only show what would run and what it costs.
+        plan: Only show the missing runs, their cost and the minimum detectable effects.
+        archive: Also write the results of all runs to FOLDER/runs.jsonl and FOLDER/bootstrap.npz. In another folder,
+            copies of these two files replace the runs.
     """
     from dimaskdino.runs.notebooks import run_notebook
     from dimaskdino.runs.processes import project_root
     from dimaskdino.studies.runner import plan_study
+    from dimaskdino.studies.runs import archive_runs
     from dimaskdino.studies.study import find_study, load_study
     from dimaskdino.utils.resources import find_notebook
 
@@ -84,4 +88,6 @@ def study(
     }
     print(f"written: {run_notebook(find_notebook('study'), report, parameters, echo=True)}")
     print((report / "table.md").read_text())
+    if archive:
+        print(f"written: {archive_runs(target)}")
     return 0

@@ -53,7 +53,7 @@ class BootstrapAP:
             UserError: the file cannot be written.
         """
         arrays: dict[str, Any] = {name: values.astype(np.float32) for name, values in self.samples.items()}
-        write_atomically(path, lambda partial: _save_arrays(partial, images=np.array(self.images), **arrays))
+        write_atomically(path, lambda partial: save_arrays(partial, images=np.array(self.images), **arrays))
 
     @classmethod
     def load(cls, path: Path) -> "BootstrapAP":
@@ -72,7 +72,8 @@ class BootstrapAP:
             raise UserError(f"{path} holds no bootstrap samples of this kit ({error})") from None
 
 
-def _save_arrays(path: Path, **arrays: np.ndarray) -> None:
+def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays to a npz file of exactly this name."""
     with path.open("wb") as file:  # given a name, NumPy would add its suffix
         np.savez(file, **arrays)
 

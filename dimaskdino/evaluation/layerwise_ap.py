@@ -117,24 +117,33 @@ class LayerwiseAP:
             lines.append(f"| {name} | {box} | {mask} | {_cell(cells[1], 0, '+')} |")
         return "\n".join(lines)
 
+    def to_json(self) -> dict[str, Any]:
+        stages = {}
+        for name, stage in self.stages.items():
+            mask = stage.mask.to_json() if stage.mask else None
+            stages[name] = {"box": stage.box.to_json(), "mask": mask, "imbalance": stage.imbalance}
+        content = {"source": self.source, "images": self.images, "stages": stages}
+        if self.upper_bounds is not None:
+            content["ceilings"] = self.upper_bounds.to_json()
+        return content
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "LayerwiseAP":
+        """Read what `to_json` returned. Other content raises a KeyError, TypeError or AttributeError."""
+        stages = {}
+        for name, stage in content["stages"].items():
+            mask = AveragePrecision(**stage["mask"]) if stage["mask"] else None
+            stages[name] = StageAP(AveragePrecision(**stage["box"]), mask)
+        limits = UpperBounds.from_json(content["ceilings"]) if "ceilings" in content else None
+        return cls(stages, content["images"], content["source"], limits)
+
     def save(self, path: Path) -> None:
         """Write as json; `LayerwiseAP.load` reads it.
 
         Raises:
             UserError: the file cannot be written.
         """
-        stages = {
-            name: {
-                "box": stage.box.to_json(),
-                "mask": stage.mask.to_json() if stage.mask else None,
-                "imbalance": stage.imbalance,
-            }
-            for name, stage in self.stages.items()
-        }
-        content = {"source": self.source, "images": self.images, "stages": stages}
-        if self.upper_bounds is not None:
-            content["ceilings"] = self.upper_bounds.to_json()
-        write_text(path, json.dumps(content, indent=1))
+        write_text(path, json.dumps(self.to_json(), indent=1))
 
     @classmethod
     def load(cls, path: Path) -> "LayerwiseAP":
@@ -144,15 +153,7 @@ class LayerwiseAP:
             UserError: the file is missing or is something else.
         """
         try:
-            content: dict[str, Any] = json.loads(path.read_text())
-            stages = {
-                name: StageAP(
-                    AveragePrecision(**stage["box"]), AveragePrecision(**stage["mask"]) if stage["mask"] else None
-                )
-                for name, stage in content["stages"].items()
-            }
-            limits = UpperBounds.from_json(content["ceilings"]) if "ceilings" in content else None
-            return cls(stages, content["images"], content["source"], limits)
+            return cls.from_json(json.loads(path.read_text()))
         except OSError as error:
             raise UserError(f"no layer-wise AP at {path} ({error.strerror}); run the evaluation first") from None
         except (ValueError, KeyError, TypeError) as error:

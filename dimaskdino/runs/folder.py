@@ -96,19 +96,8 @@ class RunFolder:
             UserError: settings that matter differ.
         """
         before = self._config_before()
-        if before is None:
-            return
-        free = _NEUTRAL if same_result else (*_NEUTRAL, *_RESUMABLE)
-        changed = []
-        for key in changed_settings(before.model_dump(mode="json"), config.model_dump(mode="json")):
-            shorter = key == "schedule.steps" and config.schedule.steps < before.schedule.steps
-            if shorter or not any(key == name or key.startswith(f"{name}.") for name in free):
-                changed.append(key)
-        if changed:
-            raise UserError(
-                f"{self.path} holds a run with other settings ({', '.join(changed[:5])}); resuming needs the same "
-                "settings. Use another folder, or delete this one"
-            )
+        if before is not None:
+            check_settings(before, config, self.path, same_result)
 
     def _config_before(self) -> Config | None:
         """Read the configuration of the run in this folder: config.yaml or, if it is damaged, the checkpoints' copy."""
@@ -317,6 +306,31 @@ def _boot() -> str | None:
 
 def _now(seconds: float | None = None) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
+
+
+def check_settings(before: Config, config: Config, where: Path, same_result: bool = False) -> None:
+    """Check that a run with a configuration may resume, or stand for, a run that was made with another.
+
+    Args:
+        before: the configuration of the earlier run.
+        config: the configuration.
+        where: what holds the earlier run, for the message.
+        same_result: also require the settings that a resumed run may change, such as the learning rate.
+
+    Raises:
+        UserError: settings that matter differ.
+    """
+    free = _NEUTRAL if same_result else (*_NEUTRAL, *_RESUMABLE)
+    changed = []
+    for key in changed_settings(before.model_dump(mode="json"), config.model_dump(mode="json")):
+        shorter = key == "schedule.steps" and config.schedule.steps < before.schedule.steps
+        if shorter or not any(key == name or key.startswith(f"{name}.") for name in free):
+            changed.append(key)
+    if changed:
+        raise UserError(
+            f"{where} holds a run with other settings ({', '.join(changed[:5])}); resuming needs the same "
+            "settings. Use another folder, or delete this one"
+        )
 
 
 def distinct_names(paths: Sequence[Path | str]) -> list[str]:

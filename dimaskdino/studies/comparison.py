@@ -17,7 +17,6 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,16 +24,16 @@ from jaxtyping import Float
 from scipy.special import nctdtrinc
 from scipy.stats import t as student
 
-from dimaskdino.evaluation.bootstrap import CONFIDENCE, BootstrapAP
+from dimaskdino.evaluation.bootstrap import CONFIDENCE
 from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, LayerwiseAP
-from dimaskdino.runs.folder import RunFolder
+from dimaskdino.studies.runs import EvaluatedRun
 from dimaskdino.utils.errors import UserError
 
 ENOUGH_SEEDS = 3
 POWER = 0.8
 SIMULATIONS = 20_000
 Verdict = Literal["supported", "contradicted", "inconclusive"]
-Measured = Mapping[str, Mapping[int, "EvaluatedRun"]]  # runs by row and seed
+Measured = Mapping[str, Mapping[int, EvaluatedRun]]  # runs by row and seed
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Quantity:
         """The name of its stage in a result."""
         return {"first": FIRST_LAYER, "last": next(reversed(result.stages))}.get(self.stage, self.stage)
 
-    def in_run(self, run: "EvaluatedRun") -> float | None:
+    def in_run(self, run: EvaluatedRun) -> float | None:
         """Its value in a run; None where the stage has none, or did not reach the AP at which it is read.
 
         Raises:
@@ -118,12 +117,12 @@ class Quantity:
         found = getattr(stage, self.metric)
         return None if found is None else found.AP
 
-    def by_seed(self, runs: Mapping[int, "EvaluatedRun"]) -> dict[int, float]:
+    def by_seed(self, runs: Mapping[int, EvaluatedRun]) -> dict[int, float]:
         """Its value in each run that has one."""
         values = {seed: self.in_run(run) for seed, run in runs.items()}
         return {seed: value for seed, value in values.items() if value is not None}
 
-    def drawn(self, run: "EvaluatedRun") -> Float[np.ndarray, " draws"] | None:
+    def drawn(self, run: EvaluatedRun) -> Float[np.ndarray, " draws"] | None:
         """Its value on the bootstrap resamples; None without them, and for values during the training."""
         if run.samples is None or self.at is not None:
             return None
@@ -132,39 +131,6 @@ class Quantity:
         if self.metric == "imbalance":
             return None if parts[0] is None or parts[1] is None else parts[1] - parts[0]
         return parts[0] if self.metric == "box" else parts[1]
-
-
-@dataclass(frozen=True)
-class EvaluatedRun:
-    """The evaluation of one trained model.
-
-    Attributes:
-        result: AP at every stage.
-        samples: its bootstrap samples if there are any.
-        validations: `box` and `mask` AP of the stages that were scored during the training, in its order, by their
-            names.
-    """
-
-    result: LayerwiseAP
-    samples: BootstrapAP | None = None
-    validations: tuple[Mapping[str, Mapping[str, float | None]], ...] = ()
-
-    @classmethod
-    def load(cls, run: Path) -> "EvaluatedRun":
-        """From a run folder that was evaluated.
-
-        Raises:
-            UserError: the run was not evaluated, or the files are something else.
-        """
-        draws = run / "evaluation" / "bootstrap.npz"
-        result = LayerwiseAP.load(run / "evaluation" / "layers.json")
-        scored = [record["validation"] for record in RunFolder(run).read_metrics() if "validation" in record]
-        last = next(reversed(result.stages))
-        return cls(
-            result,
-            BootstrapAP.load(draws) if draws.exists() else None,
-            tuple(one.get("stages", {}) | {last: {"box": one["box_AP"], "mask": one["mask_AP"]}} for one in scored),
-        )
 
 
 def first_at(points: Sequence[tuple[float, float]], x: float) -> float | None:
@@ -425,7 +391,7 @@ def _satterthwaite(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return total, (total**2 / below if below > 0 else 1.0)
 
 
-def _drawn(comparison: Comparison, runs: Mapping[str, Sequence["EvaluatedRun"]]) -> Float[np.ndarray, " draws"] | None:
+def _drawn(comparison: Comparison, runs: Mapping[str, Sequence[EvaluatedRun]]) -> Float[np.ndarray, " draws"] | None:
     """The difference on the bootstrap resamples, which are the same for all runs; None without them."""
     drawn = {name: [comparison.quantity.drawn(run) for run in rows] for name, rows in runs.items()}
     if any(samples is None for found in drawn.values() for samples in found):

@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dimaskdino.studies.comparison import Comparison, ComparisonResult, EvaluatedRun, Interval, Quantity, compare
+from dimaskdino.studies.comparison import Comparison, ComparisonResult, Interval, Quantity, compare
+from dimaskdino.studies.runs import EvaluatedRun
 from dimaskdino.studies.study import Study, Variant
 from dimaskdino.utils.files import write_text
 from dimaskdino.utils.markdown import escape

@@ -1,4 +1,4 @@
-"""Planning and running a study: missing runs, their cost, and several runs at once."""
+"""Plan and run a study: which runs are missing, what they cost, and several runs at a time."""
 
 import os
 import queue
@@ -6,9 +6,9 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from dimaskdino.evaluation.bootstrap import DRAWS
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.runs.processes import TrainingProcess
 from dimaskdino.studies.comparison import planned_mde, pooled_deviation
+from dimaskdino.studies.runs import check_archived, read_archive
 from dimaskdino.studies.study import Study, run_path, start_path
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.progress import progress_bar
@@ -27,7 +28,7 @@ from dimaskdino.utils.signals import child_environment
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One training with its evaluation, or a training that others start from."""
+    """One training with its evaluation, or a training from which others start."""
 
     title: str
     path: Path
@@ -35,30 +36,30 @@ class PlannedRun:
     overrides: tuple[str, ...]
     config: Config
     is_start: bool = False
+    is_archived: bool = False
 
     @property
     def done(self) -> bool:
-        return (
-            RunFolder(self.path).model.exists()
-            if self.is_start
-            else (self.path / "evaluation" / "layers.json").exists()
-        )
+        if self.is_start:
+            return RunFolder(self.path).model.exists()
+        return self.is_archived or (self.path / "evaluation" / "layers.json").exists()
 
     @property
-    def step(self) -> int:
-        """Last step of its training so far."""
-        return max((record["step"] for record in RunFolder(self.path).read_metrics()), default=0)
+    def steps_left(self) -> int:
+        """Steps that its training still has to do."""
+        step = max((record["step"] for record in RunFolder(self.path).read_metrics()), default=0)
+        return max(0, self.config.schedule.steps - step)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of a study, all rows of a seed before the next seed.
+    """The runs of a study, all variants of a seed before the next seed.
 
     Attributes:
         runs: all runs, finished ones included.
         parallel: number of simultaneous runs.
-        seconds_per_step: median of the runs in this folder; None before there are any.
-        power: what the registered comparisons can find, one line each.
+        seconds_per_step: median over the run folders; None before there are any.
+        power: minimum detectable effects of the registered comparisons, as lines of text.
     """
 
     runs: tuple[PlannedRun, ...]
@@ -76,18 +77,19 @@ class Plan:
         lines = [f"{len(self.runs)} runs, {len(self.runs) - len(missing)} done, {len(missing)} to do"]
         if not missing:
             return lines[0]
-        left = {run: max(0, run.config.schedule.steps - run.step) for run in missing}
-        images = sum(steps * run.config.train.batch_size for run, steps in left.items())
-        lines += [f"  {run.title}: {left[run]:,} of {run.config.schedule.steps:,} steps left" for run in missing]
-        cost = f"{sum(left.values()):,} steps, {images:,} images of training"
+        steps = images = 0
+        for run in missing:
+            left = run.steps_left
+            lines.append(f"  {run.title}: {left:,} of {run.config.schedule.steps:,} steps left")
+            steps += left
+            images += left * run.config.train.batch_size
         if self.seconds_per_step is None:
-            cost += "; the time is known after the first run"
+            time = "the time is known after the first run"
         else:
-            seconds = sum(left.values()) * self.seconds_per_step / min(self.parallel, len(missing))
-            cost += (
-                f"; about {timedelta(seconds=round(seconds))} at the measured {self.seconds_per_step:.2f} s per step"
-            )
-        return "\n".join([*lines, f"{cost}, {self.parallel} at a time", *self.power])
+            seconds = round(steps * self.seconds_per_step / min(self.parallel, len(missing)))
+            time = f"about {timedelta(seconds=seconds)} at the measured {self.seconds_per_step:.2f} s per step"
+        lines.append(f"{steps:,} steps, {images:,} images of training; {time}, {self.parallel} at a time")
+        return "\n".join([*lines, *self.power])
 
 
 def plan_study(
@@ -104,7 +106,7 @@ def plan_study(
         study: the study.
         scale: one of its scales.
         seeds: seeds of the training; the study's own if empty.
-        folder: the study folder; each run goes into `folder/runs/VARIANT_SEED`.
+        folder: the study folder; each run goes into `folder/runs/VARIANT_SEED`. Archived runs count as done.
         changes: settings for every variant, after its own.
         parallel: number of simultaneous runs; by default one per GPU, and one without any.
 
@@ -114,84 +116,92 @@ def plan_study(
     """
     if parallel is not None and parallel < 1:
         raise UserError(f"parallel must be at least 1, got {parallel}")
-    runs = []
-    chosen, start = list(seeds or study.seeds), study.starts.get(scale)
-    for seed in chosen if start else ():
-        settings = (f"train.seed={seed}", *changes)
-        runs.append(_planned(f"start, seed {seed}", start_path(folder, seed), start, settings, is_start=True))
-    for seed in chosen:
-        weights = [f"train.weights={start_path(folder, seed)}"] if start else []
+    archived = read_archive(folder)
+    starts, runs = [], []
+    for seed in seeds or study.seeds:
+        weights, of_seed = [], []
+        if scale in study.starts:
+            weights = [f"train.weights={start_path(folder, seed)}"]
         for variant in study.variants:
             settings = (*study.overrides(variant, scale, seed), *weights, *changes)
-            title = f"{variant.label}, seed {seed}"
-            runs.append(_planned(title, run_path(folder, variant, seed), study.scales[scale], settings))
-    timed = [
-        record["seconds_per_step"]
-        for file in (folder / "runs").glob("*/metrics.jsonl")
-        for record in RunFolder(file.parent).read_metrics()[-1:]
-        if "seconds_per_step" in record
-    ]
-    speed = statistics.median(timed) if timed else None
-    power = tuple(describe_power(study, scale, len(seeds or study.seeds), folder))
-    return Plan(tuple(runs), parallel or max(1, torch.cuda.device_count()), speed, power)
+            path, title = run_path(folder, variant, seed), f"{variant.label}, seed {seed}"
+            run = _planned(title, path, study.scales[scale], settings)
+            if path.name in archived:
+                check_archived(folder, archived[path.name], run.config)
+                run = replace(run, is_archived=True)
+            of_seed.append(run)
+        if weights and not all(run.done for run in of_seed):
+            settings = (f"train.seed={seed}", *changes)
+            start = _planned(f"start, seed {seed}", start_path(folder, seed), study.starts[scale], settings)
+            starts.append(replace(start, is_start=True))
+        runs += of_seed
+    power = describe_power(study, scale, len(seeds or study.seeds), folder)
+    parallel = parallel or max(1, torch.cuda.device_count())
+    return Plan((*starts, *runs), parallel, _seconds_per_step(folder), tuple(power))
 
 
-def _planned(title: str, path: Path, file: Path, settings: tuple[str, ...], is_start: bool = False) -> PlannedRun:
+def _planned(title: str, path: Path, file: Path, settings: tuple[str, ...]) -> PlannedRun:
     config = load_config(file, settings)
     if (path / "config.yaml").exists():
         RunFolder(path).check_config(config, same_result=True)
-    return PlannedRun(title, path, file, settings, config, is_start)
+    return PlannedRun(title, path, file, settings, config)
 
 
-def describe_power(study: Study, scale: str, seeds: int, folder: Path) -> Iterator[str]:
-    """What the comparisons of a study can find, as lines of text by quantity.
+def _seconds_per_step(folder: Path) -> float | None:
+    """Median of the seconds per step that the runs of a study folder recorded last."""
+    recorded = []
+    for file in (folder / "runs").glob("*/metrics.jsonl"):
+        for record in RunFolder(file.parent).read_metrics()[-1:]:
+            if "seconds_per_step" in record:
+                recorded.append(record["seconds_per_step"])
+    return statistics.median(recorded) if recorded else None
 
-    The deviation over trainings is that of the study's file, otherwise the pooled one of the runs in the folder.
+
+def describe_power(study: Study, scale: str, seeds: int, folder: Path) -> list[str]:
+    """Minimum detectable effects of the comparisons of a study, as lines of text by quantity.
+
+    The standard deviation over trainings comes from the study's file, otherwise from the runs in the folder.
     """
-    comparisons, paired, known = study.registered, scale in study.starts, dict(study.deviation)
+    comparisons, paired = study.registered, scale in study.starts
     if not comparisons:
-        return
-    measured = study.measured(folder)
-    for quantity in study.quantities:
-        values = {name: quantity.by_seed(runs) for name, runs in measured.items()}
-        found = pooled_deviation(values, paired)
-        if found is not None:
-            known.setdefault(str(quantity), found)
+        return []
     if seeds < 2:
-        yield "one seed leaves every comparison inconclusive; use at least three"
-        return
-    yield f"minimum detectable effects of {len(comparisons)} comparisons with {seeds} seeds, at 80 % power:"
+        return ["one seed leaves every comparison inconclusive; use at least three"]
+    measured = study.measured(folder)
+    lines = [f"minimum detectable effects of {len(comparisons)} comparisons with {seeds} seeds, at 80 % power:"]
     for quantity in study.quantities:
-        deviation = known.get(str(quantity))
+        deviation = study.deviation.get(str(quantity))
         if deviation is None:
-            yield f"  {quantity.label}: known after runs of two seeds, or with a `deviation` in the study's file"
+            values = {name: quantity.by_seed(runs) for name, runs in measured.items()}
+            deviation = pooled_deviation(values, paired)
+        if deviation is None:
+            lines.append(f"  {quantity.label}: known after two seeds, or with `deviation` in the study file")
             continue
-        yield f"  {quantity.label}, at a deviation of {deviation:.1f} points over trainings:"
+        lines.append(f"  {quantity.label}, for a standard deviation of {deviation:.1f} points over trainings:")
         for comparison in comparisons:
             if comparison.quantity == quantity:
-                found = planned_mde(comparison, seeds, deviation, len(comparisons), paired)
-                yield f"    {comparison.label}: {'any difference' if found is None else f'±{found:.1f} points'}"
+                mde = planned_mde(comparison, seeds, deviation, len(comparisons), paired)
+                lines.append(f"    {comparison.label}: {'any difference' if mde is None else f'±{mde:.1f} points'}")
+    return lines
 
 
 def run_study(plan: Plan) -> dict[str, str]:
     """Train and evaluate the missing runs. A run that fails does not stop the others.
 
-    Interrupting stops all runs after their current steps, with checkpoints; the same plan resumes them.
+    An interrupt stops all runs after their current steps, with checkpoints; the same plan resumes them.
 
     Returns:
         The reasons of failed runs by their titles.
     """
-    slots: queue.Queue[Mapping[str, str]] = queue.Queue()
-    for slot in environments(plan.parallel):
-        slots.put(slot)
-    jobs = _Jobs(slots, [run.path for run in plan.missing if run.is_start])
+    missing = plan.missing
+    jobs = _Jobs(environments(plan.parallel), [run.path for run in missing if run.is_start])
     failed: dict[str, str] = {}
     with (
-        progress_bar(total=len(plan.runs), initial=len(plan.runs) - len(plan.missing), description="runs") as progress,
+        progress_bar(total=len(plan.runs), initial=len(plan.runs) - len(missing), description="runs") as progress,
         ThreadPoolExecutor(plan.parallel) as workers,
     ):
-        # in this order, so that a run comes after the one that it starts from
-        pending: dict[Future[None], PlannedRun] = {workers.submit(jobs.work, run): run for run in plan.missing}
+        # submitted in the order of the plan: a run comes after the training from which it starts
+        pending: dict[Future[None], PlannedRun] = {workers.submit(jobs.work, run): run for run in missing}
         try:
             while pending:
                 ended, _ = wait(pending, return_when=FIRST_COMPLETED)
@@ -208,42 +218,54 @@ def run_study(plan: Plan) -> dict[str, str]:
 
 
 def environments(parallel: int) -> list[dict[str, str]]:
-    """Environment variables of the simultaneous runs: a GPU each, as far as there are any, and a share of the cores."""
+    """Environment variables of each simultaneous run: its GPU, if there is any, and its part of the CPU cores."""
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel)))
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(i) for i in range(count)]
-    devices = [{"CUDA_VISIBLE_DEVICES": names[i % count]} if count else {} for i in range(parallel)]
-    return [{"OMP_NUM_THREADS": threads} | device for device in devices]
+    found = []
+    for i in range(parallel):
+        environment = {"OMP_NUM_THREADS": threads}
+        if count:
+            environment["CUDA_VISIBLE_DEVICES"] = names[i % count]
+        found.append(environment)
+    return found
 
 
 class _Jobs:
-    """The runs in the worker threads."""
+    """The runs in the worker threads.
 
-    def __init__(self, slots: "queue.Queue[Mapping[str, str]]", starts: Sequence[Path]) -> None:
-        self.slots = slots
+    Args:
+        environments: environment variables, for each of the simultaneous runs.
+        starts: run folders of the trainings from which others start.
+    """
+
+    def __init__(self, environments: Sequence[Mapping[str, str]], starts: Sequence[Path]) -> None:
+        self.environments: queue.Queue[Mapping[str, str]] = queue.Queue()  # those that no run is using
+        for environment in environments:
+            self.environments.put(environment)
         self.started = {path: threading.Event() for path in starts}  # set when that training has ended
         self.stopping = threading.Event()
         self.trainings: set[TrainingProcess] = set()
         self.evaluations: set[subprocess.Popen] = set()
 
     def work(self, run: PlannedRun) -> None:
-        """Bring one run to its end."""
+        """Train and evaluate one run."""
         try:
             self._wait_for_start(run)
-            environment = self.slots.get()
+            environment = self.environments.get()
             try:
                 self._train(run, environment)
                 if not run.is_start:
                     self._evaluate(run, environment)
             finally:
-                self.slots.put(environment)
+                self.environments.put(environment)
         finally:
             if run.path in self.started:
                 self.started[run.path].set()
 
     def _wait_for_start(self, run: PlannedRun) -> None:
-        """Wait for the training that a run starts from.
+        """Wait for the training from which a run starts.
 
         Raises:
             UserError: it failed.
@@ -252,7 +274,7 @@ class _Jobs:
         if weights in self.started:
             self.started[weights].wait()
             if not RunFolder(weights).model.exists():
-                raise UserError(f"not started, since {weights.name} failed, from which it starts")
+                raise UserError(f"not started: {weights.name}, from which it starts, failed")
 
     def _train(self, run: PlannedRun, environment: Mapping[str, str]) -> None:
         if self.stopping.is_set():
@@ -279,7 +301,7 @@ class _Jobs:
             )
         self.evaluations.add(evaluation)
         if evaluation.wait():
-            raise UserError(f"the evaluation failed; the reason is at the end of {RunFolder(run.path).log}")
+            raise UserError(f"the evaluation failed; see the end of {RunFolder(run.path).log}")
         self.evaluations.discard(evaluation)
 
     def stop(self) -> None:

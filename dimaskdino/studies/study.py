@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 
 from dimaskdino.config import Config, Section, explain, load_config, parse_yaml
-from dimaskdino.studies.comparison import Comparison, EvaluatedRun, Quantity
+from dimaskdino.studies.comparison import Comparison, Quantity
+from dimaskdino.studies.runs import EvaluatedRun, load_runs
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.resources import configs_folder
 
@@ -149,14 +150,12 @@ class Study(Section):
         return by_column
 
     def measured(self, folder: Path) -> dict[str, dict[int, EvaluatedRun]]:
-        """Results in a study folder by name of the variant and seed; variants without results are left out."""
-        results: dict[str, dict[int, EvaluatedRun]] = {}
-        for variant in self.variants:
-            for file in sorted((folder / "runs").glob(f"{variant.name}_*/evaluation/layers.json")):
-                seed = file.parents[1].name.removeprefix(f"{variant.name}_")
-                if seed.isdigit():
-                    results.setdefault(variant.name, {})[int(seed)] = EvaluatedRun.load(file.parents[1])
-        return results
+        """Evaluated runs in a study folder by name of the variant and seed; variants without any are left out.
+
+        Raises:
+            UserError: a run is damaged.
+        """
+        return load_runs(folder, [variant.name for variant in self.variants])
 
 
 def _published_values(tables: Mapping[str, Any], path: list[str]) -> dict[str, float]:

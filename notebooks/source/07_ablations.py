@@ -17,7 +17,7 @@
 # *Prerequisites*: chapters 1, 2, 4 and 5; mean and standard deviation. *Time*: 90 minutes.
 
 # %% tags=["parameters"]
-results: str = "notebooks/studies"  # a study folder: runs/ROW_SEED/evaluation/layers.json
+results: str = "notebooks/studies/shapes"  # a study folder: run folders or an archive
 
 # %%
 import os

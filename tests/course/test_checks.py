@@ -316,7 +316,7 @@ def test_training_steps_are_compared_with_the_packages(shapes_data, tmp_path, ca
 
 def test_verdicts_are_compared_with_the_kits_on_a_real_study(capsys):
     study = load_study(ROOT / "configs" / "ablations" / "table_4.yaml")
-    report = StudyReport.of(study, "shapes", ROOT / "notebooks" / "studies")
+    report = StudyReport.of(study, "shapes", ROOT / "notebooks" / "studies" / "shapes")
     quantity = Quantity.parse("last.box")
 
     def verdicts(rows, adjust=holm, quantile=None, add=0.0):

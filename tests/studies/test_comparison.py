@@ -10,7 +10,6 @@ from dimaskdino.evaluation.coco_ap import AveragePrecision
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
 from dimaskdino.studies.comparison import (
     Comparison,
-    EvaluatedRun,
     Quantity,
     compare,
     correlation_of_pairs,
@@ -20,6 +19,7 @@ from dimaskdino.studies.comparison import (
     pooled_deviation,
     slope_within_variants,
 )
+from dimaskdino.studies.runs import EvaluatedRun
 from dimaskdino.utils.errors import UserError
 
 BOX = Quantity.parse("last.box")

@@ -6,25 +6,20 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import yaml
 from scipy.stats import nct
 from scipy.stats import t as student
 from small import overrides
+from study_files import ROOT, write_run, write_study
 
 from dimaskdino.evaluation.bootstrap import BootstrapAP
-from dimaskdino.evaluation.coco_ap import AveragePrecision
-from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
 from dimaskdino.studies.report import StudyReport, paper_tables
 from dimaskdino.studies.runner import describe_power, environments, plan_study, run_study
 from dimaskdino.studies.study import find_study, load_study
 from dimaskdino.utils.errors import UserError
 
-ROOT = Path(__file__).parent.parent.parent
 FILES = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
 TABLES = paper_tables()
 
@@ -67,22 +62,6 @@ def test_published_numbers_of_both_layers():
     first, last = (TABLES["figure_1_layer_ap_bdd100k"]["maskdino"][layer] for layer in ("first", "last"))
     assert (numbers["neither"]["first.box"], numbers["neither"]["last.mask"]) == (first["box"], last["mask"])
     assert numbers["neither"]["first.imbalance"] == first["mask"] - first["box"]
-
-
-def write_study(folder, **changes):
-    content = {
-        "title": "Two variants",
-        "report": ["last.box", "first.imbalance"],
-        "seeds": [0],
-        "scales": {"tiny": str(ROOT / "configs" / "shapes" / "dimaskdino_r18.yaml")},
-        "variants": [
-            {"name": "a", "label": "A"},
-            {"name": "b", "label": "B", "settings": {"tiny": ["model.bato.enabled=false"]}},
-        ],
-        "comparisons": [{"plus": ["b"], "minus": ["a"]}],
-    } | changes
-    (folder / "study.yaml").write_text(yaml.safe_dump(content))
-    return folder / "study.yaml"
 
 
 def test_study_files_of_version_0_2_are_read(tmp_path):
@@ -143,26 +122,12 @@ def test_rows_start_from_the_training_of_their_seed(tmp_path):
         load_study(write_study(tmp_path, variants=[{"name": "start", "label": "A"}], comparisons=[]))
 
 
-def measured(folder, variant, seed, first, last, samples=None):
-    """Write synthetic results: (box, mask) AP of the first and last layer, and draws by stage and kind."""
-
-    def stage(box, mask):
-        values = dict.fromkeys(AveragePrecision.__dataclass_fields__)
-        return StageAP(AveragePrecision(**values | {"AP": box}), AveragePrecision(**values | {"AP": mask}))
-
-    result = LayerwiseAP({"decoder.1": stage(*first), "decoder.2": stage(*last)}, 1, "synthetic")
-    place = folder / "runs" / f"{variant}_{seed}" / "evaluation"
-    result.save(place / "layers.json")
-    if samples:
-        BootstrapAP("same", {k: np.array(v, float) for k, v in samples.items()}).save(place / "bootstrap.npz")
-
-
 def test_a_report_of_means_and_differences(tmp_path):
     study = load_study(write_study(tmp_path, seeds=[0, 1, 2]))
     for seed, a, b in ((0, 30.0, 32.0), (1, 34.0, 37.0), (2, 32.0, 36.0)):
-        measured(tmp_path, "a", seed, (10.0, 13.0), (a, 40.0), {"decoder.2/box": [a - 1, a, a + 1]})
-        measured(tmp_path, "b", seed, (10.0, 11.0 + seed), (b, 40.0), {"decoder.2/box": [b + 1, b, b + 1]})
-    measured(tmp_path, "a_wide", 0, (0.0, 0.0), (0.0, 0.0))  # another row's
+        write_run(tmp_path, "a", seed, (10.0, 13.0), (a, 40.0), {"decoder.2/box": [a - 1, a, a + 1]})
+        write_run(tmp_path, "b", seed, (10.0, 11.0 + seed), (b, 40.0), {"decoder.2/box": [b + 1, b, b + 1]})
+    write_run(tmp_path, "a_wide", 0, (0.0, 0.0), (0.0, 0.0))  # another row's
     report = StudyReport.of(study, "tiny", tmp_path)
     box, imbalance = study.quantities
     assert report.values("a", box) == {0: 30, 1: 34, 2: 32}
@@ -197,7 +162,7 @@ def test_published_differences_of_comparisons():
 def test_comparisons_on_other_images_are_refused(tmp_path):
     study = load_study(write_study(tmp_path))
     for row in "ab":
-        measured(tmp_path, row, 0, (1.0, 1.0), (1.0, 1.0), {"decoder.2/box": [1, 2]})
+        write_run(tmp_path, row, 0, (1.0, 1.0), (1.0, 1.0), {"decoder.2/box": [1, 2]})
     file = tmp_path / "runs" / "a_0" / "evaluation" / "bootstrap.npz"
     BootstrapAP("others", BootstrapAP.load(file).samples).save(file)
     with pytest.raises(UserError, match="different images"):
@@ -209,21 +174,21 @@ def test_the_plan_says_what_it_can_find(tmp_path):
     study = load_study(write_study(tmp_path, deviation={"last.box": 1.5}))
     title, box, found, imbalance = describe_power(study, "tiny", 8, tmp_path)
     assert title == "minimum detectable effects of 2 comparisons with 8 seeds, at 80 % power:"
-    assert box == "  box AP, last layer, at a deviation of 1.5 points over trainings:"
+    assert box == "  box AP, last layer, for a standard deviation of 1.5 points over trainings:"
     error, critical = 1.5 * (2 / 8) ** 0.5, student.ppf(1 - 0.025 / 2, 14)
     effect = float(found.removeprefix("    B − A: ±").removesuffix(" points"))
     # one decimal is printed, and the plan knows that the degrees of freedom are estimated
     assert 0.78 < nct.sf(critical, 14, effect / error) < 0.86
-    assert imbalance.endswith("known after runs of two seeds, or with a `deviation` in the study's file")
+    assert imbalance.endswith("known after two seeds, or with `deviation` in the study file")
     assert list(describe_power(study, "tiny", 1, tmp_path)) == [
         "one seed leaves every comparison inconclusive; use at least three"
     ]
     for seed, imbalance_of_a in enumerate((1.0, 3.0)):  # variance 2 in row a, 0 in row b: deviation 1 when pooled
-        measured(tmp_path, "a", seed, (10.0, 10.0 + imbalance_of_a), (30.0, 30.0))
-        measured(tmp_path, "b", seed, (10.0, 11.0), (30.0, 30.0))
+        write_run(tmp_path, "a", seed, (10.0, 10.0 + imbalance_of_a), (30.0, 30.0))
+        write_run(tmp_path, "b", seed, (10.0, 11.0), (30.0, 30.0))
     lines = list(describe_power(study, "tiny", 8, tmp_path))
     assert lines[1] == box  # the file's, although the runs have one, too
-    assert lines[3].endswith("at a deviation of 1.0 points over trainings:")
+    assert lines[3].endswith("for a standard deviation of 1.0 points over trainings:")
 
 
 @pytest.mark.parametrize(

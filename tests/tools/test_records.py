@@ -30,6 +30,22 @@ def test_a_changed_number_is_noticed():
     assert records.rewritten(changed) == text
 
 
+TABLES = sorted(records.ARCHIVES.glob("*/*/table.md"))
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: "/".join(table.parts[-3:-1]))
+def test_tables_are_those_of_the_archived_runs(table):
+    report = records.study_report(table.parent.name, table.parents[1].name)
+    assert report.markdown() + "\n" == table.read_text(), "run `make figures`"
+
+
+def test_archives_of_studies_are_small():
+    files = [file for file in records.ARCHIVES.rglob("*") if file.is_file()]
+    assert len(TABLES) == 16
+    assert len(files) <= 40
+    assert sum(file.stat().st_size for file in files) < 8e6
+
+
 def test_included_tables_are_those_of_the_studies():
     page = (ROOT / "docs" / "study.md").read_text()
     included = re.findall(

@@ -16,7 +16,7 @@ from dimaskdino.evaluation.layerwise_ap import evaluate_layers
 from dimaskdino.modeling import Detector
 from dimaskdino.runs import trackers
 from dimaskdino.runs.folder import RunFolder
-from dimaskdino.studies.comparison import EvaluatedRun
+from dimaskdino.studies.runs import EvaluatedRun
 from dimaskdino.training.launch import main as launch
 from dimaskdino.training.trainer import Trainer, train
 from dimaskdino.training.validation import PICTURE_WIDTH, Best, Validator, averaged

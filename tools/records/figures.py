@@ -1,9 +1,9 @@
-"""Draw the figures of README and docs from committed records, and write the numbers around them: `make figures`."""
+"""Draw the figures of README and docs, and write tables and numbers from the committed records: `make figures`."""
 
 from dataclasses import replace
 
 from dimaskdino import viz
-from tools.records.records import ROOT, course_model, study_report, write_all
+from tools.records.records import ARCHIVES, ROOT, course_model, study_report, write_all
 
 
 def layers() -> viz.style.Figure:
@@ -24,5 +24,7 @@ if __name__ == "__main__":
         path = ROOT / "docs" / "figures" / f"{name}.png"
         draw().savefig(path, dpi=130)
         print(f"written: {path}")
+    for file in sorted(ARCHIVES.glob("*/*/table.md")):
+        file.write_text(study_report(file.parent.name, file.parents[1].name).markdown() + "\n")
     for page in write_all():
         print(f"written: {page}")

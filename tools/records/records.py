@@ -7,6 +7,7 @@ import json
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dimaskdino.studies.study import find_study, load_study
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+ARCHIVES = ROOT / "notebooks" / "studies"
 BOX_AP, IMBALANCE = "box AP, last layer", "imbalance, first layer"
 STAGES = ("decoder.0", "decoder.1", "decoder.4")
 PEERS = {"mask_rcnn": "Mask R-CNN (torchvision)", "mask2former": "Mask2Former (transformers)"}
@@ -81,8 +83,19 @@ def verdict(found: Mapping[str, str], published: str) -> str:
 
 
 def study_report(name: str, folder: str) -> StudyReport:
-    """The report of a study from the runs in a folder of notebooks/studies."""
-    return StudyReport.of(load_study(find_study(name)), folder, ROOT / "notebooks" / "studies" / folder)
+    """The report of a study from a folder of archived runs.
+
+    The exploratory study on the shapes counts all seeds that were run, the others those that their files register.
+    """
+    study = load_study(find_study(name))
+    scale = "miniature" if folder == "follow_up" else folder
+    report = StudyReport.of(study, scale, ARCHIVES / folder)
+    if folder == "shapes":
+        return report
+    registered = {}
+    for variant, runs in report.measured.items():
+        registered[variant] = {seed: run for seed, run in runs.items() if seed in study.seeds}
+    return replace(report, measured=registered)
 
 
 def headlines() -> str:
@@ -199,13 +212,14 @@ def photographs() -> str:
 
 CLAIMS = (  # claim, column of the paper, quantity; study and label in the first and in the second study
     ("De-Imbalance raises box AP", "COCO", BOX_AP,
-     ("table_4", "De-Imbalance − neither (MaskDINO)"), ("miniature/box_formula", "De-Imbalance, published formula")),
+     ("shapes/table_4", "De-Imbalance − neither (MaskDINO)"),
+     ("miniature/box_formula", "De-Imbalance, published formula")),
     ("BATO raises box AP", "COCO", BOX_AP,
-     ("table_4", "BATO − neither (MaskDINO)"), ("miniature/box_formula", "BATO, published formula")),
+     ("shapes/table_4", "BATO − neither (MaskDINO)"), ("miniature/box_formula", "BATO, published formula")),
     ("both raise box AP", "COCO", BOX_AP,
-     ("table_4", "both (DI-MaskDINO) − neither (MaskDINO)"), ("miniature/figure_1", "DI-MaskDINO − MaskDINO")),
+     ("shapes/table_4", "both (DI-MaskDINO) − neither (MaskDINO)"), ("miniature/figure_1", "DI-MaskDINO − MaskDINO")),
     ("both narrow the imbalance at `decoder.1`", "BDD100K", IMBALANCE,
-     ("figure_1", "DI-MaskDINO − MaskDINO"), ("miniature/figure_1", "DI-MaskDINO − MaskDINO")),
+     ("shapes/figure_1", "DI-MaskDINO − MaskDINO"), ("miniature/figure_1", "DI-MaskDINO − MaskDINO")),
 )  # fmt: skip
 
 
