@@ -7,18 +7,12 @@ counted and reported; or refuses it with its id, the problem and a remedy.
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    NotRequired,  # pydantic needs this one before Python 3.12
-)
+from typing import Any
 
 from pycocotools import mask as coco_mask
-from pydantic import BeforeValidator, TypeAdapter, ValidationError, ValidationInfo
-from typing_extensions import TypedDict
 
 from dimaskdino.utils.collection import without_collection
 from dimaskdino.utils.errors import UserError
@@ -26,156 +20,53 @@ from dimaskdino.utils.errors import UserError
 LARGEST_ID = 2**63 - 1
 LARGEST_SIDE = 2**16 - 1  # pixels, of an image
 FARTHEST = 2.0**17  # pixels, of a coordinate
-_MAKE_INTEGERS = f"must be an integer from 0 to {LARGEST_ID}; number the records"
 
-
-def _integer(value: Any, info: ValidationInfo) -> int:
-    if type(value) is int and 0 <= value <= LARGEST_ID:
-        return value
-    number = _as_integer(value, info)
-    if number is None or not 0 <= number <= LARGEST_ID:
-        raise ValueError(_MAKE_INTEGERS)
-    return number
-
-
-def _side(value: Any, info: ValidationInfo) -> int:
-    number = value if type(value) is int else _as_integer(value, info)
-    if number is None or not 1 <= number <= LARGEST_SIDE:
-        raise ValueError(f"must be the image's size in pixels, from 1 to {LARGEST_SIDE}")
-    return number
-
-
-def _as_integer(value: Any, info: ValidationInfo) -> int | None:
-    """The integer that a text or a whole floating-point number stands for; None if it stands for none."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, str) and value.isascii() and value.strip().isdigit() and len(value) < 20:
-        info.context["numbers given as text"] += 1
-        return int(value)
-    return None
-
-
-def _file_name(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise ValueError("must be the path of an image, relative to the image folder")
-    return value
-
-
-def _crowd(value: Any, info: ValidationInfo) -> int:
-    if type(value) is int and value in (0, 1):
-        return value
-    known = {None: 0, "0": 0, "1": 1, False: 0, True: 1}  # 0.0 and 1.0 are equal to the last two
-    if not isinstance(value, None | bool | str | float) or value not in known:
-        raise ValueError("must be 0 (an object) or 1 (a crowd)")
-    info.context["iscrowd given as text or empty"] += 1
-    return known[value]
-
-
-def _box(value: Any) -> list[float] | None:
-    """A box, None for one that has to be made from the mask."""
-    right = isinstance(value, list) and len(value) == 4 and all(isinstance(x, int | float) for x in value)
-    if not right or not all(-FARTHEST < x < FARTHEST for x in value) or value[2] < 0 or value[3] < 0:
-        return None
-    return value
-
-
-def _area(value: Any) -> float | None:
-    """An area, None for one that has to be made from the mask."""
-    right = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LARGEST_SIDE**2
-    return value if right else None
-
-
-def _segmentation(value: Any, info: ValidationInfo) -> list[list[float]] | dict[str, Any] | None:
-    if isinstance(value, list):
-        outlines = [_outline(outline) for outline in value]
-        kept = [outline for outline in outlines if len(outline) >= 6]
-        if len(kept) < len(outlines):
-            info.context["outlines of fewer than three points, left out"] += len(outlines) - len(kept)
-        return kept
-    if value is None or isinstance(value, dict):
-        return value
-    raise ValueError("must be a list of outlines [x1, y1, x2, y2, …] or run lengths {size, counts}")
-
-
-def _outline(outline: Any) -> list[float]:
-    try:
-        if not isinstance(outline, list) or len(outline) % 2:
-            raise ValueError("has an outline that is not a list of pairs x, y; write [x1, y1, x2, y2, …]")
-        # the sum of a list with NaN or infinity is one of them, whatever the order
-        if outline and not (math.isfinite(sum(outline)) and min(outline) > -FARTHEST and max(outline) < FARTHEST):
-            raise ValueError(f"has a coordinate that is not finite or beyond ±{FARTHEST:,.0f} pixels; correct it")
-    except TypeError:
-        raise ValueError("has an outline with something that is not a number; correct it") from None
-    return outline
-
-
-Id = Annotated[int, BeforeValidator(_integer)]
-Side = Annotated[int, BeforeValidator(_side)]
-
-
-class ImageRecord(TypedDict):
-    """One of `images`. Sizes are in pixels, before the orientation stored in the file is applied or after."""
-
-    id: Id
-    file_name: Annotated[str, BeforeValidator(_file_name)]
-    height: Side
-    width: Side
-
-
-class CategoryRecord(TypedDict):
-    """One of `categories`. Without a name, the id is its name."""
-
-    id: Id
-    name: NotRequired[Any]
-
-
-class AnnotationRecord(TypedDict):
-    """One of `annotations`: boxes are xywh in pixels, masks are outlines or run lengths."""
-
-    id: NotRequired[Any]
-    image_id: Id
-    category_id: Id
-    bbox: NotRequired[Annotated[list[float] | None, BeforeValidator(_box)]]
-    area: NotRequired[Annotated[float | None, BeforeValidator(_area)]]
-    iscrowd: NotRequired[Annotated[int, BeforeValidator(_crowd)]]
-    segmentation: NotRequired[Annotated[Any, BeforeValidator(_segmentation)]]
-
-
-_SCHEMAS = {
-    "images": TypeAdapter(list[ImageRecord]),
-    "categories": TypeAdapter(list[CategoryRecord]),
-    "annotations": TypeAdapter(list[AnnotationRecord]),
-}
+Entry = dict[str, Any]
+Size = tuple[int, int]  # h, w
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """The content of a file, in which every record can be used.
+    """The usable content of an annotations file.
 
     Attributes:
         file: where it comes from.
-        images, categories, annotations: the records, in the form of COCO, complete: each annotation has an `id` of its
-            own, `image_id`, `category_id`, `bbox` (xywh, pixels), `area` (pixels), `iscrowd` (0 or 1), `segmentation`.
-        repaired: what was repaired, and how often.
-        problems: what is wrong with the records that cannot be used, which are left out.
+        images: entries with `id`, `file_name`, `height` and `width`. Sizes are in pixels, before or after the
+            orientation stored in the file is applied.
+        categories: entries with `id` and `name`.
+        annotations: entries with an `id` of their own, `image_id`, `category_id`, `bbox` (xywh, pixels), `area`
+            (pixels), `iscrowd` (0 or 1) and `segmentation` (outlines or run lengths).
+        repaired: number of repairs of each kind.
+        problems: messages about the entries that cannot be used, which are left out.
     """
 
     file: Path
-    images: list[dict[str, Any]]
-    categories: list[dict[str, Any]]
-    annotations: list[dict[str, Any]]
+    images: list[Entry]
+    categories: list[Entry]
+    annotations: list[Entry]
     repaired: Mapping[str, int]
     problems: tuple[str, ...] = ()
 
     @property
     def remarks(self) -> list[str]:
-        """What was repaired, for people."""
-        return [f"{self.file}: {count:,} {what}" for what, count in self.repaired.items()]
+        """Sentences about the repairs."""
+        return [f"{self.file}: {count:,} {repair}" for repair, count in self.repaired.items()]
 
     @property
-    def objects(self) -> list[dict[str, Any]]:
-        """The annotations that are no crowds."""
+    def objects(self) -> list[Entry]:
+        """The annotations that are not crowds."""
         return [annotation for annotation in self.annotations if not annotation["iscrowd"]]
+
+    def check_entries(self) -> None:
+        """Check that every entry can be used.
+
+        Raises:
+            UserError: the first problem, with the number of others.
+        """
+        if self.problems:
+            others = len(self.problems) - 1
+            more = f", and {others:,} more entries" if others else ""
+            raise UserError(f"{self.problems[0]}{more} ('dimaskdino data check' lists all)")
 
     def check_masks(self) -> None:
         """Check that there are masks to learn from, which exports of boxes lack.
@@ -190,7 +81,7 @@ class Annotations:
                 "enough. Export polygons or masks from the annotation tool"
             )
 
-    def as_coco(self) -> dict[str, list[dict[str, Any]]]:
+    def as_coco(self) -> dict[str, list[Entry]]:
         """The content as a COCO dictionary."""
         return {"images": self.images, "categories": self.categories, "annotations": self.annotations}
 
@@ -200,34 +91,52 @@ def read_annotations(file: Path) -> Annotations:
     """Read a COCO annotations file.
 
     Raises:
-        UserError: the file cannot be read, is not in COCO format, or has a record that cannot be used.
+        UserError: the file cannot be read, is not in COCO format, or has an entry that cannot be used.
     """
-    return without_problems(inspect_annotations(file))
-
-
-def without_problems(found: Annotations) -> Annotations:
-    """The annotations themselves.
-
-    Raises:
-        UserError: a record cannot be used.
-    """
-    if found.problems:
-        more = f", and {len(found.problems) - 1:,} more records" if len(found.problems) > 1 else ""
-        raise UserError(f"{found.problems[0]}{more} ('dimaskdino data check' lists all)")
+    found = inspect_annotations(file)
+    found.check_entries()
     return found
 
 
 def inspect_annotations(file: Path) -> Annotations:
-    """Read a COCO annotations file, and collect what is wrong with single records instead of raising it.
+    """Read a COCO annotations file, collecting problems with single entries instead of raising them.
 
     Raises:
         UserError: the file cannot be read or is not in COCO format.
     """
-    return inspect_records(parse_json(file), file)
+    return inspect_content(parse_json(file), file)
 
 
-def inspect_records(content: dict[str, Any], file: Path) -> Annotations:
-    """Check the content of a COCO annotations file; what is wrong with single records is collected, not raised.
+def parse_json(file: Path) -> Entry:
+    """The object that a json file holds.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not in COCO format: it holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def read_json(file: Path) -> Any:
+    """What a json file holds.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"cannot read the annotations {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not in UTF-8; save it in that encoding") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not valid json ({error}); was it copied completely?") from None
+
+
+def inspect_content(content: Entry, file: Path) -> Annotations:
+    """Check the content of a COCO annotations file, collecting problems with single entries.
 
     Args:
         content: what `parse_json` read.
@@ -236,81 +145,184 @@ def inspect_records(content: dict[str, Any], file: Path) -> Annotations:
     Raises:
         UserError: it is not in COCO format.
     """
-    repaired: Counter[str] = Counter()
-    records, problems = {}, []
-    for part in ("images", "categories", "annotations"):
+    for part in _FIELDS:
         if not isinstance(content.get(part), list):
             raise UserError(f"{file} is not in COCO format: it has no list '{part}'")
         if part != "annotations" and not content[part]:
             raise UserError(f"{file} lists no {part}")
-        records[part], wrong = _validate(content[part], part, repaired)
-        problems += wrong
-    for part, what in (("images", "image"), ("categories", "category")):
-        problems += _duplicates(records[part], what)
-    for category in records["categories"]:
-        if not isinstance(category.get("name"), str) or not category["name"].strip():
-            repaired["categories without a name, named by their id"] += 1
-            category["name"] = str(category["id"])
-    checker = _Checker(records["images"], records["categories"], repaired)
+    repaired: Counter[str] = Counter()
+    problems: list[str] = []
+    images = _validated(content["images"], "images", repaired, problems)
+    categories = _validated(content["categories"], "categories", repaired, problems)
+    entries = _validated(content["annotations"], "annotations", repaired, problems)
+    problems += _duplicates(images, "image") + _duplicates(categories, "category")
+    _name_categories(categories, repaired)
+
+    sizes = {image["id"]: (image["height"], image["width"]) for image in images}
+    known = {category["id"] for category in categories}
     # annotations of an image that cannot be used need no message of their own
-    listed = {image.get("id") for image in content["images"] if isinstance(image, dict) and _hashable(image.get("id"))}
-    refused = listed - checker.sizes.keys()
-    annotations, wrong = _collect(
-        (record for record in records["annotations"] if record["image_id"] not in refused), checker.complete
-    )
-    problems += wrong
+    refused = _ids(content["images"]) - sizes.keys()
+    annotations = []
+    for entry in entries:
+        if entry["image_id"] in refused:
+            continue
+        try:
+            annotations.append(_complete(entry, sizes, known, repaired))
+        except ValueError as error:
+            problems.append(f"annotation {_short(entry.get('id'))} of image {entry['image_id']} {error}")
     _number(annotations, repaired)
     named = tuple(f"{file}: {problem}" for problem in problems)
-    return Annotations(file, records["images"], records["categories"], annotations, dict(repaired), named)
+    return Annotations(file, images, categories, annotations, dict(repaired), named)
 
 
-def parse_json(file: Path) -> dict[str, Any]:
-    """The object that a json file holds.
+# ---- single fields: each check returns the value to use, and adds to `repairs` what it changed
 
-    Raises:
-        UserError: the file cannot be read, or holds something else.
-    """
+
+def _integer(value: Any, repairs: list[str]) -> int:
+    if type(value) is int and 0 <= value <= LARGEST_ID:
+        return value
+    number = _as_integer(value, repairs)
+    if number is None or not 0 <= number <= LARGEST_ID:
+        raise ValueError(f"must be an integer from 0 to {LARGEST_ID}; number the entries")
+    return number
+
+
+def _side(value: Any, repairs: list[str]) -> int:
+    number = value if type(value) is int else _as_integer(value, repairs)
+    if number is None or not 1 <= number <= LARGEST_SIDE:
+        raise ValueError(f"must be the image's size in pixels, from 1 to {LARGEST_SIDE}")
+    return number
+
+
+def _as_integer(value: Any, repairs: list[str]) -> int | None:
+    """The integer that a text or a whole floating-point number stands for; None if it stands for none."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.isascii() and value.strip().isdigit() and len(value) < 20:
+        repairs.append("numbers given as text")
+        return int(value)
+    return None
+
+
+def _file_name(value: Any, repairs: list[str]) -> str:
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise ValueError("must be the path of an image, relative to the image folder")
+    return value
+
+
+def _crowd(value: Any, repairs: list[str]) -> int:
+    if type(value) is int and value in (0, 1):
+        return value
+    known = {None: 0, "0": 0, "1": 1, False: 0, True: 1}  # 0.0 and 1.0 are equal to the last two
+    if not isinstance(value, None | bool | str | float) or value not in known:
+        raise ValueError("must be 0 (an object) or 1 (a crowd)")
+    repairs.append("iscrowd given as text or empty")
+    return known[value]
+
+
+def _box(value: Any, repairs: list[str]) -> list[float] | None:
+    """A box; None for one to be computed from the mask."""
+    right = isinstance(value, list) and len(value) == 4 and all(isinstance(x, int | float) for x in value)
+    if not right or not all(-FARTHEST < x < FARTHEST for x in value) or value[2] < 0 or value[3] < 0:
+        return None
+    return list(map(float, value))
+
+
+def _area(value: Any, repairs: list[str]) -> float | None:
+    """An area; None for one to be computed from the mask."""
+    right = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LARGEST_SIDE**2
+    return float(value) if right else None
+
+
+def _segmentation(value: Any, repairs: list[str]) -> list[list[float]] | Entry | None:
+    if value is None or isinstance(value, dict):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("must be a list of outlines [x1, y1, x2, y2, …] or run lengths {size, counts}")
+    kept = []
+    for outline in value:
+        _check_outline(outline)
+        if len(outline) >= 6:
+            kept.append(outline)
+        else:
+            repairs.append("outlines of fewer than three points, left out")
+    return kept
+
+
+def _check_outline(outline: Any) -> None:
+    if not isinstance(outline, list) or len(outline) % 2:
+        raise ValueError("has an outline that is not a list of pairs x, y; write [x1, y1, x2, y2, …]")
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"cannot read the annotations {file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not in UTF-8; save it in that encoding") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not valid json ({error}); was it copied completely?") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is not in COCO format: it holds a {type(content).__name__}, expected an object")
-    return content
+        # the sum of a list with NaN or infinity is one of them, whatever the order
+        if outline and not (min(outline) > -FARTHEST and max(outline) < FARTHEST and math.isfinite(sum(outline))):
+            raise ValueError(f"has a coordinate that is not finite or beyond ±{FARTHEST:,.0f} pixels; correct it")
+    except TypeError:
+        raise ValueError("has an outline with something that is not a number; correct it") from None
 
 
-def _validate(records: list[Any], part: str, repaired: Counter[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The valid records, and what is wrong with the others."""
-    what = {"images": "image", "categories": "category", "annotations": "annotation"}[part]
-    counts: Counter[str] = Counter()  # not those of a pass that fails
-    try:
-        valid: list[Any] = _SCHEMAS[part].validate_python(records, context=counts)
-    except ValidationError as error:
-        wrong: dict[int, str] = {}
-        for problem in error.errors(include_url=False):
-            index, *field = problem["loc"]
-            wrong.setdefault(int(index), _describe(what, int(index), records[int(index)], field, problem))
-        rest = [record for index, record in enumerate(records) if index not in wrong]
-        valid, _ = _validate(rest, part, repaired)
-        return valid, list(wrong.values())
-    repaired.update(counts)
-    return valid, []
+def _unchecked(value: Any, repairs: list[str]) -> Any:
+    return value
 
 
-def _describe(what: str, index: int, record: Any, field: list[Any], problem: Any) -> str:
-    if not isinstance(record, dict):
-        return f"{what} number {index + 1} is {_short(record)}, expected an object {{…}}"
-    name = f"{what} {_short(record['id'])}" if "id" in record else f"{what} number {index + 1}"
-    if what == "annotation" and "image_id" in record:
-        name += f" of image {_short(record['image_id'])}"
-    if problem["type"] == "missing":
-        return f"{name} has no '{field[0]}'; add it or remove the {what}"
-    reason = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else problem["msg"].lower()
-    return f"{name}: '{field[0]}' {reason}; it is {_short(problem['input'])}"
+Check = Callable[[Any, list[str]], Any]
+_FIELDS: dict[str, dict[str, Check]] = {  # other fields are dropped
+    "images": {"id": _integer, "file_name": _file_name, "height": _side, "width": _side},
+    "categories": {"id": _integer, "name": _unchecked},
+    "annotations": {
+        "id": _unchecked,
+        "image_id": _integer,
+        "category_id": _integer,
+        "bbox": _box,
+        "area": _area,
+        "iscrowd": _crowd,
+        "segmentation": _segmentation,
+    },
+}
+_REQUIRED = {
+    "images": {"id", "file_name", "height", "width"},
+    "categories": {"id"},
+    "annotations": {"image_id", "category_id"},
+}
+_SINGULAR = {"images": "image", "categories": "category", "annotations": "annotation"}
+
+
+def _validated(entries: list[Any], part: str, repaired: Counter[str], problems: list[str]) -> list[Entry]:
+    """The valid entries; the others add to the problems."""
+    valid = []
+    for number, entry in enumerate(entries, start=1):
+        repairs: list[str] = []
+        try:
+            valid.append(_checked_fields(entry, part, repairs))
+        except ValueError as error:
+            problems.append(f"{_describe(entry, part, number)}{error}")
+        else:
+            repaired.update(repairs)
+    return valid
+
+
+def _checked_fields(entry: Any, part: str, repairs: list[str]) -> Entry:
+    if not isinstance(entry, dict):
+        raise ValueError(f" is {_short(entry)}, expected an object {{…}}")
+    checked = {}
+    for field, check in _FIELDS[part].items():
+        if field in entry:
+            try:
+                checked[field] = check(entry[field], repairs)
+            except ValueError as error:
+                raise ValueError(f": '{field}' {error}; it is {_short(entry[field])}") from None
+        elif field in _REQUIRED[part]:
+            raise ValueError(f" has no '{field}'; add it or remove the {_SINGULAR[part]}")
+    return checked
+
+
+def _describe(entry: Any, part: str, number: int) -> str:
+    if not isinstance(entry, dict) or "id" not in entry:
+        name = f"{_SINGULAR[part]} number {number}"
+    else:
+        name = f"{_SINGULAR[part]} {_short(entry['id'])}"
+    if part == "annotations" and isinstance(entry, dict) and "image_id" in entry:
+        name += f" of image {_short(entry['image_id'])}"
+    return name
 
 
 def _short(value: Any, length: int = 40) -> str:
@@ -318,29 +330,61 @@ def _short(value: Any, length: int = 40) -> str:
     return text if len(text) <= length else f"{text[:length]}…"
 
 
-def _hashable(value: Any) -> bool:
-    return not isinstance(value, dict | list)
+# ---- entries together
 
 
-def _collect(
-    records: Iterable[dict[str, Any]], complete: Callable[[dict[str, Any]], dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    valid, wrong = [], []
-    for record in records:
-        try:
-            valid.append(complete(record))
-        except ValueError as error:
-            wrong.append(f"annotation {_short(record.get('id'))} of image {record['image_id']} {error}")
-    return valid, wrong
-
-
-def _duplicates(records: list[dict[str, Any]], what: str) -> list[str]:
-    counts = Counter(record["id"] for record in records)
+def _duplicates(entries: list[Entry], what: str) -> list[str]:
+    counts = Counter(entry["id"] for entry in entries)
     return [f"{what} id {i} occurs {n} times; ids must be unique" for i, n in counts.items() if n > 1]
 
 
-def _number(annotations: list[dict[str, Any]], repaired: Counter[str]) -> None:
-    """Number the annotations anew unless each has an id of its own: scoring tells them apart by it."""
+def _ids(entries: list[Any]) -> set[Any]:
+    """The ids that entries have before any check; numbers and texts, since nothing else can be looked up."""
+    ids = set()
+    for entry in entries:
+        if isinstance(entry, dict) and not isinstance(entry.get("id"), dict | list):
+            ids.add(entry.get("id"))
+    return ids
+
+
+def _name_categories(categories: list[Entry], repaired: Counter[str]) -> None:
+    for category in categories:
+        name = category.get("name")
+        if not isinstance(name, str) or not name.strip():
+            repaired["categories without a name, named by their id"] += 1
+            category["name"] = str(category["id"])
+
+
+def _complete(annotation: Entry, sizes: Mapping[int, Size], categories: set[int], repaired: Counter[str]) -> Entry:
+    """The annotation with all its fields.
+
+    Raises:
+        ValueError: it cannot be used: its image or category is unknown, or it has no mask that fits.
+    """
+    if annotation["category_id"] not in categories:
+        raise ValueError(f"has the unknown category {annotation['category_id']}; add it to 'categories'")
+    if annotation["image_id"] not in sizes:
+        raise ValueError("belongs to an unknown image; add it to 'images' or remove the annotation")
+    size = sizes[annotation["image_id"]]
+    annotation.setdefault("iscrowd", 0)
+    segmentation = annotation.get("segmentation")
+    if segmentation is None:
+        if not annotation["iscrowd"] or annotation.get("bbox") is None:
+            raise ValueError("has no segmentation; the model needs masks, boxes are not enough")
+        repaired["crowds without a mask, for which their box is taken"] += 1
+        x, y, w, h = annotation["bbox"]
+        annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    elif isinstance(segmentation, dict):
+        check_run_lengths(segmentation, size)
+    for field, measure in (("bbox", coco_mask.toBbox), ("area", coco_mask.area)):
+        if annotation.get(field) is None:
+            repaired[f"'{field}' missing or unusable, computed from the masks"] += 1
+            annotation[field] = measure(to_run_lengths(annotation["segmentation"], size)).tolist()
+    return annotation
+
+
+def _number(annotations: list[Entry], repaired: Counter[str]) -> None:
+    """Number the annotations anew unless each has a valid id of its own, by which scoring tells them apart."""
     ids = [annotation.get("id") for annotation in annotations]
     if all(type(i) is int and 0 < i <= LARGEST_ID for i in ids) and len(set(ids)) == len(ids):
         return
@@ -349,45 +393,7 @@ def _number(annotations: list[dict[str, Any]], repaired: Counter[str]) -> None:
         annotation["id"] = number
 
 
-class _Checker:
-    """What an annotation needs beyond its own fields: its image and category, and a mask that fits."""
-
-    def __init__(self, images: list[dict[str, Any]], categories: list[dict[str, Any]], repaired: Counter[str]) -> None:
-        self.sizes = {image["id"]: (image["height"], image["width"]) for image in images}
-        self.categories = {category["id"] for category in categories}
-        self.repaired = repaired
-
-    def complete(self, annotation: dict[str, Any]) -> dict[str, Any]:
-        """The annotation with all its fields.
-
-        Raises:
-            ValueError: it cannot be used.
-        """
-        if annotation["category_id"] not in self.categories:
-            raise ValueError(f"has the unknown category {annotation['category_id']}; add it to 'categories'")
-        if annotation["image_id"] not in self.sizes:
-            raise ValueError("belongs to an unknown image; add it to 'images' or remove the annotation")
-        size = self.sizes[annotation["image_id"]]
-        annotation.setdefault("iscrowd", 0)
-        segmentation = annotation.get("segmentation")
-        if segmentation is None:
-            if not annotation["iscrowd"] or annotation.get("bbox") is None:
-                raise ValueError("has no segmentation; the model needs masks, boxes are not enough")
-            self.repaired["crowds without a mask, for which their box is taken"] += 1
-            annotation["segmentation"] = [_corners(annotation["bbox"])]
-        elif isinstance(segmentation, dict):
-            check_run_lengths(segmentation, size)
-        for field, make in (("bbox", coco_mask.toBbox), ("area", coco_mask.area)):
-            if annotation.get(field) is None:
-                self.repaired[f"'{field}' missing or unusable, computed from the masks"] += 1
-                rle = to_run_lengths(annotation["segmentation"], size)
-                annotation[field] = make(rle).tolist()
-        return annotation
-
-
-def _corners(box: list[float]) -> list[float]:
-    x, y, w, h = box
-    return [x, y, x + w, y, x + w, y + h, x, y + h]
+# ---- masks
 
 
 def to_run_lengths(segmentation: list[list[float]] | dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:

@@ -6,30 +6,26 @@ from 1, G holds truncated, occluded, crowd and ignore in its bits 3 to 0, and BÂ
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
-from pycocotools import mask as coco_mask
 
-from dimaskdino.data.annotations import read_annotations
-from dimaskdino.data.coco import encode_masks
+from dimaskdino.data.annotations import read_annotations, read_json
+from dimaskdino.data.exports import ExportedSplit
+from dimaskdino.data.images import open_image
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.progress import progress_bar
 
 CLASSES = ("pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
 _ALIASES = {"person": "pedestrian", "motor": "motorcycle", "bike": "bicycle"}  # of earlier releases
+_SIZE = (720, 1280)  # (h, w) of all images
 _CROWD, _IGNORE = 2, 1  # bits of G
 
-
-@dataclass(frozen=True)
-class _Instance:
-    category: int  # from 1
-    crowd: bool
-    rle: dict[str, Any]  # counts as text, size h, w
+# class index, whether it is a crowd, and the mask as an array or run lengths
+_Instance = tuple[int, bool, Any]
+_Frame = tuple[str, tuple[int, int], list[_Instance]]  # image, (h, w), instances
 
 
 def convert(root: Path, split: str) -> Path:
@@ -62,43 +58,28 @@ def convert(root: Path, split: str) -> Path:
             f"no labels: neither {bitmasks} nor a json of the split in {run_lengths}; BDD100K's 'Instance "
             "Segmentation' labels belong there"
         )
-    content: dict[str, list[dict[str, Any]]] = {
-        "images": [],
-        "annotations": [],
-        "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)],
-    }
+    converted = ExportedSplit(split, list(CLASSES))
     for name, size, instances in progress_bar(frames, f"converting {split}", unit="images"):
         if not (images / name).exists():
             raise UserError(f"the image {images / name} does not exist, but it has labels")
-        number = len(content["images"]) + 1
-        content["images"].append({"id": number, "file_name": name, "height": size[0], "width": size[1]})
-        for instance in instances:
-            content["annotations"].append(
-                {
-                    "id": len(content["annotations"]) + 1,
-                    "image_id": number,
-                    "category_id": instance.category,
-                    "segmentation": instance.rle,
-                    "bbox": coco_mask.toBbox(instance.rle).tolist(),
-                    "area": int(coco_mask.area(instance.rle)),
-                    "iscrowd": int(instance.crowd),
-                }
-            )
+        image = converted.add_image(images / name, size)
+        for label, crowd, mask in instances:
+            converted.add_object(image, label, mask, int(crowd))
     target = root / "annotations" / f"instances_{split}.json"
     target.parent.mkdir(exist_ok=True)
     partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps(content))
+    partial.write_text(json.dumps(converted.as_coco(CLASSES)))
     read_annotations(partial)
     partial.replace(target)
     return target
 
 
-def _from_bitmasks(folder: Path) -> Iterator[tuple[str, tuple[int, int], list[_Instance]]]:
+def _from_bitmasks(folder: Path) -> Iterator[_Frame]:
     files = sorted(folder.glob("*.png"))
     if not files:
         raise UserError(f"{folder} has no bitmasks (*.png)")
     for file in files:
-        with Image.open(file) as opened:
+        with open_image(file, "bitmask") as opened:
             pixels = np.asarray(opened)
         if pixels.ndim != 3 or pixels.shape[2] != 4:
             raise UserError(f"{file} is no bitmask of BDD100K: it has mode {opened.mode}, not RGBA")
@@ -113,26 +94,21 @@ def _instances(pixels: UInt8[np.ndarray, "h w 4"], file: Path) -> Iterator[_Inst
         if category[inside].min() != category[inside].max():
             raise UserError(f"{file}: instance {n} has several categories")
         kind, bits = int(category[inside][0]), int(attributes[inside][0])
-        if kind > len(CLASSES):
-            continue  # traffic lights and signs have boxes only
-        rle = encode_masks(inside[None])[0]
-        yield _Instance(kind, bool(bits & (_CROWD | _IGNORE)), rle)
+        if kind <= len(CLASSES):  # traffic lights and signs have boxes only
+            yield kind - 1, bool(bits & (_CROWD | _IGNORE)), inside
 
 
-def _from_run_lengths(files: list[Path]) -> Iterator[tuple[str, tuple[int, int], list[_Instance]]]:
+def _from_run_lengths(files: list[Path]) -> Iterator[_Frame]:
     for file in files:
-        try:
-            content = json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError(f"{file} is not valid json ({error})") from None
+        content = read_json(file)
         for frame in content["frames"] if isinstance(content, dict) else content:
-            instances_found, size = [], (720, 1280)  # of all images of the set
+            instances, size = [], _SIZE
             for label in frame.get("labels") or []:
                 name = _ALIASES.get(label["category"], label["category"])
                 if name not in CLASSES or "rle" not in label:
                     continue
                 marks = label.get("attributes") or {}
                 crowd = any(marks.get(key) or label.get(key) for key in ("crowd", "ignored", "ignore"))
-                instances_found.append(_Instance(CLASSES.index(name) + 1, bool(crowd), label["rle"]))
+                instances.append((CLASSES.index(name), crowd, label["rle"]))
                 size = tuple(label["rle"]["size"])
-            yield frame["name"], size, instances_found
+            yield frame["name"], size, instances

@@ -1,5 +1,6 @@
-"""What to know about a dataset before a training: what is wrong with it, and what a model can see of it."""
+"""Counts of a dataset, problems with it, and advice on the settings for it."""
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +21,9 @@ from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.progress import progress_bar
 
 SMALL, MEDIUM = 32**2, 96**2  # pixels of area, COCO's limits
-MOST_CLASSES = 10  # shown
 CELL = 4  # pixels: the stride of the masks that the model predicts
-TINY_SHARE = 0.005  # of the objects, from which on it is told
-_SHOWN = 10
+TINY_SHARE = 0.005  # of the objects, from which on small ones are reported
+_SHOWN = 10  # classes and kinds of problems
 _VARYING = re.compile(r"'[^']*'|\S*[/\\]\S*|-?\d+(\.\d+)?")
 
 
@@ -74,26 +74,28 @@ class Statistics:
 
     def text(self) -> str:
         """All numbers, with one line per class."""
-        share = 100 / max(self.objects, 1)
+        percent = 100 / max(self.objects, 1)
+        low, middle, high = self.relative_sizes
+        shortest, median, longest = self.longest_sides
         lines = [
             self.summary(),
             f"{self.crowds:,} crowds, which training leaves out",
-            f"objects by area: {self.small * share:.0f} % small (below 32²), {self.medium * share:.0f} % medium, "
-            f"{self.large * share:.0f} % large (96² and more)",
-            "objects relative to the image's side: {:.0%} in the median, 5 % below {:.0%}, 5 % above {:.0%}".format(
-                *(self.relative_sizes[i] for i in (1, 0, 2))
-            ),
+            f"objects by area: {self.small * percent:.0f} % small (below 32²), {self.medium * percent:.0f} % medium, "
+            f"{self.large * percent:.0f} % large (96² and more)",
+            f"objects relative to the image's side: {middle:.0%} in the median, 5 % below {low:.0%}, "
+            f"5 % above {high:.0%}",
             f"95 % of the images have at most {self.objects_per_image[1]} objects",
-            "longer side of the images: {} to {} pixels, median {}".format(*(self.longest_sides[i] for i in (0, 2, 1))),
-            *(f"  {c.name:<24}{c.objects:>9,} objects in {c.images:>8,} images" for c in self.classes[:MOST_CLASSES]),
+            f"longer side of the images: {shortest} to {longest} pixels, median {median}",
         ]
-        rest = self.classes[MOST_CLASSES:]
+        for count in self.classes[:_SHOWN]:
+            lines.append(f"  {count.name:<24}{count.objects:>9,} objects in {count.images:>8,} images")
+        rest = self.classes[_SHOWN:]
         if rest:
-            lines.append(f"  {len(rest)} more classes{sum(c.objects for c in rest):>17,} objects")
+            lines.append(f"  {len(rest)} more classes{sum(count.objects for count in rest):>17,} objects")
         return "\n".join(lines)
 
 
-def shortened(names: Sequence[str], count: int = MOST_CLASSES) -> str:
+def shortened(names: Sequence[str], count: int = _SHOWN) -> str:
     """The first names of a list, and how many more there are."""
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
@@ -106,17 +108,24 @@ def describe(annotations: Annotations, folder: Path) -> Statistics:
         folder: its image folder.
     """
     objects = annotations.objects
-    in_image = Counter(a["image_id"] for a in objects)
-    by_class = Counter(a["category_id"] for a in objects)
-    images_of = Counter(category for _, category in {(a["image_id"], a["category_id"]) for a in objects})
-    classes = [ClassCount(c["name"], by_class[c["id"]], images_of[c["id"]]) for c in annotations.categories]
-    areas = np.array([a["area"] for a in objects])
-    pixels = {i["id"]: i["height"] * i["width"] for i in annotations.images}
-    relative = np.sqrt(areas / np.array([pixels[a["image_id"]] for a in objects])) if objects else np.zeros(1)
+    pixels = {image["id"]: image["height"] * image["width"] for image in annotations.images}
+    in_image: Counter[int] = Counter()
+    by_class: Counter[int] = Counter()
+    images_of: dict[int, set[int]] = defaultdict(set)
+    areas, relative = np.zeros(len(objects)), np.zeros(max(len(objects), 1))
+    for number, annotation in enumerate(objects):
+        image, category = annotation["image_id"], annotation["category_id"]
+        in_image[image] += 1
+        by_class[category] += 1
+        images_of[category].add(image)
+        areas[number] = annotation["area"]
+        relative[number] = math.sqrt(annotation["area"] / pixels[image])
+    classes = []
+    for category in annotations.categories:
+        number = category["id"]
+        classes.append(ClassCount(category["name"], by_class[number], len(images_of[number])))
     counts = np.array(list(in_image.values()) or [0])
-    sides = np.array([max(i["height"], i["width"]) for i in annotations.images] or [0])
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    missing = [i["file_name"] for i in annotations.images if i["file_name"] not in present]
+    sides = np.array([max(image["height"], image["width"]) for image in annotations.images] or [0])
     return Statistics(
         images=len(annotations.images),
         empty_images=len(annotations.images) - len(in_image),
@@ -128,14 +137,23 @@ def describe(annotations: Annotations, folder: Path) -> Statistics:
         relative_sizes=tuple(np.percentile(relative, (5, 50, 95)).tolist()),
         objects_per_image=(int(np.median(counts)), int(np.percentile(counts, 95)), int(counts.max())),
         longest_sides=(int(sides.min()), int(np.median(sides)), int(sides.max())),
-        classes=tuple(sorted(classes, key=lambda c: -c.objects)),
-        missing_files=tuple(folder / name for name in missing if not (folder / name).exists()),
+        classes=tuple(sorted(classes, key=lambda count: -count.objects)),
+        missing_files=tuple(_missing_files(annotations, folder)),
     )
+
+
+def _missing_files(annotations: Annotations, folder: Path) -> Iterator[Path]:
+    # listing the folder once is faster than asking for each of 100,000 files
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    for image in annotations.images:
+        path = folder / image["file_name"]
+        if image["file_name"] not in present and not path.exists():
+            yield path
 
 
 @dataclass
 class SplitReport:
-    """What was found in one split.
+    """The findings about one split.
 
     Attributes:
         split: its name.
@@ -177,8 +195,8 @@ def check_dataset(root: Path, splits: Sequence[str], settings: Config, read: boo
         report.problems += [f"the image {path} does not exist" for path in found.missing_files]
         report.remarks += annotations.remarks
         report.advice += advice(annotations, found, settings)
-        present = [image for image in annotations.images if (folder / image["file_name"]) not in found.missing_files]
         if read:
+            present = [image for image in annotations.images if folder / image["file_name"] not in found.missing_files]
             report.problems += _read(annotations, present, folder, split)
             files[split] = [folder / image["file_name"] for image in present]
     if len(files) > 1 and not any(report.problems for report in reports):
@@ -215,49 +233,52 @@ def _leaks(files: Mapping[str, Sequence[Path]]) -> list[str]:
 
 
 def advice(annotations: Annotations, found: Statistics, settings: Config) -> list[str]:
-    """What a model with these settings will have trouble with.
+    """Sentences about objects that a model with these settings cannot learn or find, and about rare classes.
 
     Args:
         annotations: of one split.
         found: their counts.
         settings: image size, number of selected tokens and of detections.
     """
-    told = []
-    objects = annotations.objects
-    sizes = {image["id"]: (image["height"], image["width"]) for image in annotations.images}
+    lines = []
     resize = settings.data.resize
-    tiny = sum(a["area"] * resize_scale(sizes[a["image_id"]], resize) ** 2 < CELL**2 for a in objects)
-    if tiny >= TINY_SHARE * max(len(objects), 1) and tiny:
-        told.append(
-            f"{tiny:,} of {len(objects):,} objects ({tiny / len(objects):.1%}) cover less than {CELL}x{CELL} pixels, a "
-            f"cell of the masks, at the model's size of images (shortest side {resize.shortest}, longest "
+    scales = {i["id"]: resize_scale((i["height"], i["width"]), resize) for i in annotations.images}
+    per_image: Counter[int] = Counter()
+    tiny = without_mask = of_boxes = 0
+    for annotation in annotations.objects:
+        area, (_, _, width, height) = annotation["area"], annotation["bbox"]
+        per_image[annotation["image_id"]] += 1
+        tiny += area * scales[annotation["image_id"]] ** 2 < CELL**2
+        without_mask += not annotation["segmentation"]
+        of_boxes += abs(area - width * height) < 1e-3 * max(area, 1)
+    if tiny and tiny >= TINY_SHARE * found.objects:
+        lines.append(
+            f"{tiny:,} of {found.objects:,} objects ({tiny / found.objects:.1%}) cover less than {CELL}x{CELL} pixels, "
+            f"a cell of the masks, at the model's size of images (shortest side {resize.shortest}, longest "
             f"{resize.longest}); raise data.resize and data.jitter.size"
         )
-    without = sum(not a["segmentation"] for a in objects)
-    if without:
-        told.append(f"{without:,} objects have no mask; training leaves them out")
-    per_image = Counter(a["image_id"] for a in objects)
+    if without_mask:
+        lines.append(f"{without_mask:,} objects have no mask; training leaves them out")
     kept, detections = settings.model.selection.k[-1], settings.evaluation.detections
     for limit, key in ((kept, "model.selection.k"), (detections, "evaluation.detections")):
         crowded = sum(count > limit for count in per_image.values())
         if crowded:
-            told.append(
+            lines.append(
                 f"{crowded:,} image{'s have' if crowded > 1 else ' has'} more than the {limit} objects that {key} "
                 f"allows, at most {max(per_image.values())}; raise {key}"
             )
-    of_boxes = sum(abs(a["area"] - a["bbox"][2] * a["bbox"][3]) < 1e-3 * max(a["area"], 1) for a in objects)
-    if of_boxes > len(objects) / 20:
-        told.append(
+    if of_boxes > found.objects / 20:
+        lines.append(
             f"{of_boxes:,} areas are those of the boxes, so that AP of small and large objects is wrong; 'dimaskdino "
             "data import' computes areas from the masks"
         )
-    lacking = [c.name for c in found.classes if not c.objects]
+    lacking = [count.name for count in found.classes if not count.objects]
     if lacking:
-        told.append(f"without a single object: {shortened(lacking)}")
-    rare = [c.name for c in found.classes if 0 < c.objects < _SHOWN]
+        lines.append(f"without a single object: {shortened(lacking)}")
+    rare = [count.name for count in found.classes if 0 < count.objects < _SHOWN]
     if rare:
-        told.append(f"with fewer than {_SHOWN} objects: {shortened(rare)}")
-    return told
+        lines.append(f"with fewer than {_SHOWN} objects: {shortened(rare)}")
+    return lines
 
 
 def grouped(problems: Sequence[str]) -> list[str]:
@@ -266,5 +287,9 @@ def grouped(problems: Sequence[str]) -> list[str]:
     for problem in problems:
         kinds[_VARYING.sub("…", problem)].append(problem)
     ordered = sorted(kinds.values(), key=len, reverse=True)
-    lines = [same[0] + (f" (and {len(same) - 1:,} more like it)" if len(same) > 1 else "") for same in ordered[:_SHOWN]]
-    return lines + ([f"and {len(ordered) - _SHOWN:,} more kinds of problems"] if len(ordered) > _SHOWN else [])
+    lines = []
+    for first, *others in ordered[:_SHOWN]:
+        lines.append(first + (f" (and {len(others):,} more like it)" if others else ""))
+    if len(ordered) > _SHOWN:
+        lines.append(f"and {len(ordered) - _SHOWN:,} more kinds of problems")
+    return lines

@@ -74,16 +74,15 @@ def find_split(root: Path, split: str) -> tuple[Path, Path]:
         file = root / annotations.format(split)
         if not file.exists():
             continue
-        for folder in folders:
-            if (root / folder.format(split)).is_dir():
-                return file, root / folder.format(split)
-        raise UserError(
-            f"{file} is there but none of its image folders: {', '.join(str(root / f.format(split)) for f in folders)}"
-        )
-    tried = ", ".join(layout.format(split) for layout, _ in _LAYOUTS)
+        places = [root / folder.format(split) for folder in folders]
+        for place in places:
+            if place.is_dir():
+                return file, place
+        raise UserError(f"{file} is there but none of its image folders: {', '.join(map(str, places))}")
     splits = find_splits(root)
     if splits:
         raise UserError(f"{root} has no annotations of the split '{split}', only of {', '.join(splits)}")
+    tried = ", ".join(layout.format(split) for layout, _ in _LAYOUTS)
     raise UserError(
         f"{root} has no annotations of the split '{split}' (looked for {tried}; found {_content(root)}). "
         f"'dimaskdino data import {root} FOLDER' makes a folder in this layout"
@@ -92,24 +91,29 @@ def find_split(root: Path, split: str) -> tuple[Path, Path]:
 
 def find_splits(root: Path) -> list[str]:
     """Names of the splits that `find_split` finds in a folder, training first."""
-    names: list[str] = []
+    names: set[str] = set()
     for annotations, _ in _LAYOUTS:
-        for file in sorted(root.glob(annotations.replace("{}", "*"))):
-            relative = file.relative_to(root).as_posix()
-            before, after = annotations.split("{}")
-            names.append(relative.removeprefix(before).removesuffix(after))
+        before, after = annotations.split("{}")
+        for file in root.glob(annotations.format("*")):
+            names.add(file.relative_to(root).as_posix().removeprefix(before).removesuffix(after))
         if names:  # COCO itself has more annotation files of the same images beside the instances
             break
-    return sorted(dict.fromkeys(names), key=lambda name: (not name.startswith("train"), not name.startswith("val")))
+    return sorted(names, key=lambda name: (not name.startswith("train"), not name.startswith("val"), name))
 
 
 def _content(root: Path) -> str:
     """The json files and the images in a folder, for messages."""
-    files = [path for path in root.rglob("*") if path.suffix.lower() in (*SUFFIXES, ".json")]
-    named = [str(path.relative_to(root)) for path in files if path.suffix.lower() == ".json"]
-    listed = ", ".join(sorted(named)[:5]) + (" …" if len(named) > 5 else "") or "no json file"
-    folders = sorted({str(path.parent.relative_to(root)) for path in files if path.suffix.lower() != ".json"})
-    return f"{listed}, and {len(files) - len(named):,} images" + (f" in {', '.join(folders[:5])}" if folders else "")
+    files, folders, images = [], set(), 0
+    for path in sorted(root.rglob("*")):
+        place = path.relative_to(root)
+        if path.suffix.lower() == ".json":
+            files.append(str(place))
+        elif path.suffix.lower() in SUFFIXES:
+            images += 1
+            folders.add(str(place.parent))
+    listed = ", ".join(files[:5]) + (" …" if len(files) > 5 else "") or "no json file"
+    places = f" in {', '.join(sorted(folders)[:5])}" if folders else ""
+    return f"{listed}, and {images:,} images{places}"
 
 
 class CocoDataset(torch.utils.data.Dataset[Sample]):
@@ -140,7 +144,9 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         self._objects: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for annotation in self.annotations.objects:
             self._objects[annotation["image_id"]].append(annotation)
-        self.images = [i for i in self.annotations.images if not only_with_objects or self._objects.get(i["id"])]
+        self.images = self.annotations.images
+        if only_with_objects:
+            self.images = [image for image in self.images if image["id"] in self._objects]
         if not self.images:
             raise UserError(f"{self.annotations_file} has no image with an object in it")
 
@@ -160,25 +166,17 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
-        record = self.images[index]
-        path = self.image_folder / record["file_name"]
-        image = load_image(path, expected=(record["height"], record["width"]))
-        height, width = image.shape[-2:]
+        entry = self.images[index]
+        path, size = self.image_folder / entry["file_name"], (entry["height"], entry["width"])
+        image = load_image(path, expected=size)
         masks, labels = [], []
-        for annotation in self._objects.get(record["id"], []):
-            mask = coco_mask.decode(to_run_lengths(annotation["segmentation"], (height, width)))
+        for annotation in self._objects.get(entry["id"], []):
+            mask = coco_mask.decode(to_run_lengths(annotation["segmentation"], size))
             if mask.any():  # zero-area and one-point outlines cover nothing
                 masks.append(mask)
                 labels.append(self._label[annotation["category_id"]])
-        stacked = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
-        sample = Sample(
-            image,
-            torch.tensor(labels, dtype=torch.int64),
-            torch.from_numpy(stacked),
-            record["id"],
-            str(path),
-            (height, width),
-        )
+        stacked = torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *size, dtype=torch.uint8)
+        sample = Sample(image, torch.tensor(labels, dtype=torch.int64), stacked, entry["id"], str(path), size)
         return self.transform(sample) if self.transform else sample
 
 

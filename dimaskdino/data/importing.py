@@ -3,16 +3,13 @@
 import json
 import os
 import shutil
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
-from dimaskdino.data.annotations import read_annotations, to_run_lengths
+from dimaskdino.data.annotations import read_annotations
 from dimaskdino.data.check import shortened
 from dimaskdino.data.exports import ExportedSplit, coco, labelme, mask_folders, xml, yolo
 from dimaskdino.data.near_duplicates import difference_hash, groups_of_duplicates, shared_between
@@ -34,14 +31,14 @@ _DRAWS = 200  # random divisions, of which the one with the evenest classes is t
 
 @dataclass(frozen=True)
 class Imported:
-    """What `import_dataset` has made.
+    """The result of `import_dataset`.
 
     Attributes:
         folder: the COCO-format folder: annotations/SPLIT.json and images/SPLIT/.
         layout: what the source was recognised as.
         counts: number of images and of objects of each split.
         classes: their names, in the order of the model's classes.
-        remarks: what was divided, repaired or left out.
+        remarks: sentences about the division, repairs and omissions.
     """
 
     folder: Path
@@ -52,17 +49,12 @@ class Imported:
 
     def summary(self) -> str:
         """A few lines."""
-        lines = [
-            f"read as {self.layout}: {_counted(len(self.classes), 'class', 'classes')} ({shortened(self.classes)})"
-        ]
-        lines += [
-            f"{split}: {images:,} images, {objects:,} objects" for split, (images, objects) in self.counts.items()
-        ]
-        return "\n".join([*lines, *(f"note: {remark}" for remark in self.remarks)])
-
-
-def _counted(count: int, one: str, several: str) -> str:
-    return f"{count:,} {one if count == 1 else several}"
+        count = "1 class" if len(self.classes) == 1 else f"{len(self.classes):,} classes"
+        lines = [f"read as {self.layout}: {count} ({shortened(self.classes)})"]
+        for split, (images, objects) in self.counts.items():
+            lines.append(f"{split}: {images:,} images, {objects:,} objects")
+        lines += [f"note: {remark}" for remark in self.remarks]
+        return "\n".join(lines)
 
 
 def import_dataset(source: Path, folder: Path, val: float = 0.2, seed: int = 0) -> Imported:
@@ -86,196 +78,6 @@ def import_dataset(source: Path, folder: Path, val: float = 0.2, seed: int = 0) 
     _check_target(folder, val)
     layout, exported = read_export(source)
     return import_splits(exported, str(source), layout, folder, val, seed)
-
-
-def _check_target(folder: Path, val: float) -> None:
-    if not 0 < val < 1:
-        raise UserError(f"the fraction of validation images must be between 0 and 1, got {val:g}")
-    if folder.exists():
-        raise UserError(f"{folder} exists already; choose another folder or delete it")
-
-
-def import_splits(
-    exported: list[ExportedSplit], source: str, layout: str, folder: Path, val: float = 0.2, seed: int = 0
-) -> Imported:
-    """Make a COCO-format folder of splits that were read already, see `import_dataset`.
-
-    Args:
-        exported: the splits.
-        source: what they were read from, for messages.
-        layout: what it was recognised as.
-        folder: folder to make.
-        val: fraction of the images that becomes the validation split if there is none.
-        seed: of the random division.
-    """
-    _check_target(folder, val)
-    splits = _by_name(exported)
-    _check_masks(source, list(splits.values()))
-    classes = _common_classes(list(splits.values()))
-    remarks = [f"{count:,} {what}" for what, count in sum((s.remarks for s in splits.values()), Counter()).items()]
-    boxes = sum(split.boxes for split in splits.values())
-    if boxes:
-        remarks.append(f"{boxes:,} objects with a box and no mask, left out")
-    if "val" not in splits:
-        splits["train"], splits["val"], remark = _divide(splits["train"], val, seed)
-        remarks.append(remark)
-    elif shared := shared_between({name: list(split.paths.values()) for name, split in splits.items()}):
-        first, second = shared[0]
-        remarks.append(
-            f"{len(shared):,} images are near-duplicates of one in another split, such as {first} and {second}"
-        )
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with writing(folder):
-            ways = Counter(
-                way for name in _SPLITS if name in splits for way in _write(splits[name], name, classes, partial)
-            )
-            for name in splits:
-                read_annotations(partial / "annotations" / f"{name}.json")
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    remarks += [f"{count:,} images {way}" for way, count in ways.items() if way != "hard-linked"]
-    counts = {name: (len(splits[name].images), len(splits[name].annotations)) for name in _SPLITS if name in splits}
-    return Imported(folder, layout, counts, tuple(classes), tuple(remarks))
-
-
-def _by_name(exported: list[ExportedSplit]) -> dict[str, ExportedSplit]:
-    """The splits by name, with one for training: an export without one has no splits."""
-    if all(split.name != "train" for split in exported):
-        if len(exported) > 1:
-            names = " and ".join(str(split.name or "a part without a name") for split in exported)
-            raise UserError(f"the export has {names}, but no training split; rename one to train")
-        exported[0].name = "train"
-    return {split.name or "the rest": split for split in exported if split.name}
-
-
-def _check_masks(source: str, splits: list[ExportedSplit]) -> None:
-    if any(split.annotations for split in splits):
-        return
-    boxes = sum(split.boxes for split in splits)
-    what = f"{boxes:,} objects with boxes alone" if boxes else "no objects"
-    raise UserError(
-        f"{source} has {what}; the model learns from masks. Export polygons or masks from the annotation tool; most "
-        "tools turn boxes into masks with one click per object (Segment Anything)"
-    )
-
-
-def _common_classes(splits: list[ExportedSplit]) -> list[str]:
-    """Names of the classes of all splits; the splits' categories are numbered by them.
-
-    Raises:
-        UserError: two classes of a split have the same name.
-    """
-    classes = list(dict.fromkeys(name for split in splits for name in split.classes))
-    for split in splits:
-        doubled = [name for name, count in Counter(split.classes).items() if count > 1]
-        if doubled:
-            raise UserError(f"two classes have the name '{doubled[0]}'; rename one in the annotations")
-        number = {i: classes.index(name) + 1 for i, name in enumerate(split.classes, start=1)}
-        for annotation in split.annotations:
-            annotation["category_id"] = number[annotation["category_id"]]
-    return classes
-
-
-def _divide(split: ExportedSplit, val: float, seed: int) -> tuple[ExportedSplit, ExportedSplit, str]:
-    """Training and validation images, and a sentence about them. Groups of near-duplicates stay on one side."""
-    ids = [image["id"] for image in split.images]
-    paths = [split.paths[i] for i in ids]
-    hashes = [difference_hash(path) for path in progress_bar(paths, "comparing images")]
-    group = dict(zip(ids, groups_of_duplicates(paths, hashes), strict=True))
-    groups = sorted(set(group.values()))
-    if len(groups) < 2:
-        raise UserError(
-            f"{len(ids)} image{'s' * (len(ids) > 1)} of one photograph cannot be divided into training and validation "
-            "images. Add images, or give the export a validation split"
-        )
-    chosen = _evenest_draw(split, group, groups, val, np.random.default_rng(seed))
-    sides = tuple(_part(split, {i for i in ids if (group[i] in chosen) is wanted}) for wanted in (False, True))
-    kept = sum(count for count in Counter(group.values()).values() if count > 1)
-    remark = (
-        f"the source has no validation split: {len(sides[1].images):,} of {len(ids):,} images were drawn (seed {seed})"
-    )
-    if kept:
-        remark += f"; {kept:,} images with near-duplicates are on the side of these"
-    return sides[0], sides[1], remark
-
-
-def _evenest_draw(
-    split: ExportedSplit, group: dict[int, int], groups: list[int], val: float, rng: np.random.Generator
-) -> set[int]:
-    """The groups for validation: of many random draws the one in which each class has nearest to its share."""
-    sizes, per_class = Counter(group.values()), defaultdict(Counter)
-    for annotation in split.annotations:
-        per_class[group[annotation["image_id"]]][annotation["category_id"]] += 1
-    classes = sorted({category for counts in per_class.values() for category in counts})
-    table = np.array([[sizes[g], *(per_class[g][c] for c in classes)] for g in groups], dtype=float)
-    share = table / table.sum(0)
-    best, draw = np.inf, set[int]()
-    for _ in range(_DRAWS):
-        order = rng.permutation(len(groups))
-        count = int(np.clip(np.searchsorted(share[order, 0].cumsum(), val) + 1, 1, len(groups) - 1))
-        uneven = float(np.square(share[order[:count]].sum(0) - val).sum())
-        if uneven < best:
-            best, draw = uneven, {groups[i] for i in order[:count]}
-    return draw
-
-
-def _part(split: ExportedSplit, ids: set[int]) -> ExportedSplit:
-    return ExportedSplit(
-        split.name,
-        split.classes,
-        [image for image in split.images if image["id"] in ids],
-        [annotation for annotation in split.annotations if annotation["image_id"] in ids],
-        {i: path for i, path in split.paths.items() if i in ids},
-    )
-
-
-def _write(split: ExportedSplit, name: str, classes: Sequence[str], folder: Path) -> list[str]:
-    """Write a split, and return for each image how it was placed."""
-    images = folder / "images" / name
-    images.mkdir(parents=True)
-    used: set[str] = set()
-    ways = []
-    for record in split.images:
-        path = split.paths[record["id"]]
-        record["file_name"] = _free_name(path, used)
-        ways.append(_place(path.resolve(), images / record["file_name"]))
-    sizes = {image["id"]: (image["height"], image["width"]) for image in split.images}
-    for annotation in split.annotations:
-        rle = to_run_lengths(annotation["segmentation"], sizes[annotation["image_id"]])
-        annotation |= {"bbox": coco_mask.toBbox(rle).tolist(), "area": int(coco_mask.area(rle))}
-    content: dict[str, Any] = {
-        "images": split.images,
-        "annotations": split.annotations,
-        "categories": [{"id": number, "name": name} for number, name in enumerate(classes, start=1)],
-    }
-    file = folder / "annotations" / f"{name}.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(content))
-    return ways
-
-
-def _free_name(path: Path, used: set[str]) -> str:
-    """A file name that no other image of the split has, on file systems that ignore capitals either."""
-    name, number = path.name, 1
-    while name.lower() in used:
-        number += 1
-        name = f"{path.stem}-{number}{path.suffix}"
-    used.add(name.lower())
-    return str(PurePosixPath(name))
-
-
-def _place(source: Path, target: Path) -> str:
-    for link, way in ((os.link, "hard-linked"), (os.symlink, "linked to the source, which must stay where it is")):
-        try:
-            link(source, target)
-        except OSError:
-            continue
-        return way
-    shutil.copyfile(source, target)
-    return "copied, since the file system has no links"
 
 
 def read_export(source: Path) -> tuple[str, list[ExportedSplit]]:
@@ -303,3 +105,192 @@ def read_export(source: Path) -> tuple[str, list[ExportedSplit]]:
         f"{source} is no export of a known layout ({', '.join(READERS)}); it holds {holds}. "
         "Give the folder with the annotations, or the json, yaml or xml file itself"
     )
+
+
+def import_splits(
+    exported: list[ExportedSplit], source: str, layout: str, folder: Path, val: float = 0.2, seed: int = 0
+) -> Imported:
+    """Make a COCO-format folder of splits that were read already, see `import_dataset`.
+
+    Args:
+        exported: the splits.
+        source: what they were read from, for messages.
+        layout: what it was recognised as.
+        folder: folder to make.
+        val: fraction of the images that becomes the validation split if there is none.
+        seed: of the random division.
+    """
+    _check_target(folder, val)
+    splits = _by_name(exported)
+    _check_masks(source, splits)
+    classes = _common_classes(splits)
+    remarks = _remarks(splits)
+    if "val" not in splits:
+        splits["train"], splits["val"], remark = _divide(splits["train"], val, seed)
+        remarks.append(remark)
+    elif shared := shared_between({name: list(split.paths.values()) for name, split in splits.items()}):
+        first, second = shared[0]
+        remarks.append(
+            f"{len(shared):,} images are near-duplicates of one in another split, such as {first} and {second}"
+        )
+    splits = {name: splits[name] for name in _SPLITS if name in splits}
+    for way, count in _write(splits, classes, folder).items():
+        if way != "hard-linked":
+            remarks.append(f"{count:,} images {way}")
+    counts = {name: (len(split.images), len(split.annotations)) for name, split in splits.items()}
+    return Imported(folder, layout, counts, tuple(classes), tuple(remarks))
+
+
+def _check_target(folder: Path, val: float) -> None:
+    if not 0 < val < 1:
+        raise UserError(f"the fraction of validation images must be between 0 and 1, got {val:g}")
+    if folder.exists():
+        raise UserError(f"{folder} exists already; choose another folder or delete it")
+
+
+def _by_name(exported: list[ExportedSplit]) -> dict[str, ExportedSplit]:
+    """The splits by name, with one for training: an export without one has no splits."""
+    if all(split.name != "train" for split in exported):
+        if len(exported) > 1:
+            names = " and ".join(str(split.name or "a part without a name") for split in exported)
+            raise UserError(f"the export has {names}, but no training split; rename one to train")
+        exported[0].name = "train"
+    return {split.name: split for split in exported if split.name}
+
+
+def _check_masks(source: str, splits: dict[str, ExportedSplit]) -> None:
+    if any(split.annotations for split in splits.values()):
+        return
+    boxes = sum(split.boxes for split in splits.values())
+    what = f"{boxes:,} objects with boxes alone" if boxes else "no objects"
+    raise UserError(
+        f"{source} has {what}; the model learns from masks. Export polygons or masks from the annotation tool; most "
+        "tools turn boxes into masks with one click per object (Segment Anything)"
+    )
+
+
+def _common_classes(splits: dict[str, ExportedSplit]) -> list[str]:
+    """Names of the classes of all splits; the splits' categories are numbered by them.
+
+    Raises:
+        UserError: two classes of a split have the same name.
+    """
+    numbers: dict[str, int] = {}
+    for split in splits.values():
+        for name, count in Counter(split.classes).items():
+            if count > 1:
+                raise UserError(f"two classes have the name '{name}'; rename one in the annotations")
+            numbers.setdefault(name, len(numbers) + 1)
+        for annotation in split.annotations:
+            annotation["category_id"] = numbers[split.classes[annotation["category_id"] - 1]]
+    return list(numbers)
+
+
+def _remarks(splits: dict[str, ExportedSplit]) -> list[str]:
+    counts: Counter[str] = Counter()
+    boxes = 0
+    for split in splits.values():
+        counts += split.remarks
+        boxes += split.boxes
+    if boxes:
+        counts["objects with a box and no mask, left out"] = boxes
+    return [f"{count:,} {remark}" for remark, count in counts.items()]
+
+
+def _divide(split: ExportedSplit, val: float, seed: int) -> tuple[ExportedSplit, ExportedSplit, str]:
+    """Training and validation images, and a sentence about them. Groups of near-duplicates stay on one side."""
+    ids = [image["id"] for image in split.images]
+    paths = [split.paths[i] for i in ids]
+    hashes = [difference_hash(path) for path in progress_bar(paths, "comparing images")]
+    group = dict(zip(ids, groups_of_duplicates(paths, hashes), strict=True))
+    if len(set(group.values())) < 2:
+        raise UserError(
+            f"{len(ids)} image{'s' * (len(ids) > 1)} of one photograph cannot be divided into training and validation "
+            "images. Add images, or give the export a validation split"
+        )
+    chosen = _most_even_draw(split, group, val, np.random.default_rng(seed))
+    drawn = {i for i in ids if group[i] in chosen}
+    remark = f"the source has no validation split: {len(drawn):,} of {len(ids):,} images were drawn (seed {seed})"
+    kept = sum(count for count in Counter(group.values()).values() if count > 1)
+    if kept:
+        remark += f"; {kept:,} images with near-duplicates are on the side of these"
+    return _part(split, set(ids) - drawn), _part(split, drawn), remark
+
+
+def _most_even_draw(split: ExportedSplit, group: dict[int, int], val: float, rng: np.random.Generator) -> set[int]:
+    """The groups for validation: of many random draws the one in which each class is nearest to its fraction."""
+    groups = sorted(set(group.values()))
+    row = {number: i for i, number in enumerate(groups)}
+    classes = sorted({annotation["category_id"] for annotation in split.annotations})
+    column = {category: i for i, category in enumerate(classes, start=1)}
+    counts = np.zeros((len(groups), 1 + len(classes)))  # of the images, and of the objects of each class
+    for number in group.values():
+        counts[row[number], 0] += 1
+    for annotation in split.annotations:
+        counts[row[group[annotation["image_id"]]], column[annotation["category_id"]]] += 1
+    share = counts / counts.sum(0)
+    best, draw = np.inf, set[int]()
+    for _ in range(_DRAWS):
+        order = rng.permutation(len(groups))
+        count = int(np.clip(np.searchsorted(share[order, 0].cumsum(), val) + 1, 1, len(groups) - 1))
+        uneven = float(np.square(share[order[:count]].sum(0) - val).sum())
+        if uneven < best:
+            best, draw = uneven, {groups[i] for i in order[:count]}
+    return draw
+
+
+def _part(split: ExportedSplit, ids: set[int]) -> ExportedSplit:
+    images = [image for image in split.images if image["id"] in ids]
+    annotations = [annotation for annotation in split.annotations if annotation["image_id"] in ids]
+    return ExportedSplit(split.name, split.classes, images, annotations, split.paths)
+
+
+def _write(splits: dict[str, ExportedSplit], classes: list[str], folder: Path) -> Counter[str]:
+    """Write the folder, all of it or nothing, and count the ways in which images were placed."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with writing(folder):
+            ways: Counter[str] = Counter()
+            (partial / "annotations").mkdir(parents=True)
+            for name, split in splits.items():
+                ways += _place_images(split, partial / "images" / name)
+                file = partial / "annotations" / f"{name}.json"
+                file.write_text(json.dumps(split.as_coco(classes)))
+                read_annotations(file)
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return ways
+
+
+def _place_images(split: ExportedSplit, folder: Path) -> Counter[str]:
+    folder.mkdir(parents=True)
+    ways: Counter[str] = Counter()
+    used: set[str] = set()
+    for image in split.images:
+        path = split.paths[image["id"]]
+        image["file_name"] = _free_name(path, used)
+        ways[_place(path.resolve(), folder / image["file_name"])] += 1
+    return ways
+
+
+def _free_name(path: Path, used: set[str]) -> str:
+    """A file name that no other image of the split has, on file systems that ignore capitals either."""
+    name, number = path.name, 1
+    while name.lower() in used:
+        number += 1
+        name = f"{path.stem}-{number}{path.suffix}"
+    used.add(name.lower())
+    return name
+
+
+def _place(source: Path, target: Path) -> str:
+    for link, way in ((os.link, "hard-linked"), (os.symlink, "linked to the source, which must stay where it is")):
+        try:
+            link(source, target)
+        except OSError:
+            continue
+        return way
+    shutil.copyfile(source, target)
+    return "copied, since the file system has no links"

@@ -64,8 +64,11 @@ def shared_between(splits: Mapping[str, Sequence[Path]]) -> list[tuple[Path, Pat
     Raises:
         UserError: an image cannot be read.
     """
-    paths = [path for images in splits.values() for path in images]
-    split = [name for name, images in splits.items() for _ in images]
+    paths: list[Path] = []
+    split: list[str] = []
+    for name, images in splits.items():
+        paths += images
+        split += [name] * len(images)
     hashes = [difference_hash(path) for path in progress_bar(paths, "comparing images")]
     members: dict[int, list[int]] = defaultdict(list)
     pairs = _near(np.stack(hashes)) + _same_name(paths, versions_alone=True)
@@ -73,29 +76,36 @@ def shared_between(splits: Mapping[str, Sequence[Path]]) -> list[tuple[Path, Pat
         members[group].append(number)
     shared = []
     for first, *others in members.values():
-        shared += [(paths[first], paths[other]) for other in others if split[other] != split[first]]
+        for other in others:
+            if split[other] != split[first]:
+                shared.append((paths[first], paths[other]))
     return shared
 
 
 def _same_name(paths: Sequence[Path], versions_alone: bool = False) -> list[tuple[int, int]]:
-    seen: dict[str, list[int]] = defaultdict(list)
+    first: dict[str, int] = {}
+    pairs = []
     for number, path in enumerate(paths):
-        if not versions_alone or base_name(path) != path.stem.lower():
-            seen[base_name(path)].append(number)
-    return [(same[0], other) for same in seen.values() for other in same[1:]]
+        name = base_name(path)
+        if versions_alone and name == path.stem.lower():
+            continue
+        if name in first:
+            pairs.append((first[name], number))
+        first.setdefault(name, number)
+    return pairs
 
 
 def _near(hashes: UInt8[np.ndarray, "n 16"]) -> list[tuple[int, int]]:
     # one fingerprint for all that share it, since a thousand frames of a still camera would give a million pairs
-    distinct, inverse = np.unique(hashes, axis=0, return_inverse=True)
-    inverse = inverse.ravel()
-    first = np.full(len(distinct), -1)
-    first[inverse[::-1]] = np.arange(len(hashes))[::-1]
-    pairs = [(int(first[group]), number) for number, group in enumerate(inverse) if first[group] != number]
+    distinct, first, inverse = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
+    equal = first[inverse.ravel()]
+    pairs = [(int(original), number) for number, original in enumerate(equal) if original != number]
     words = np.ascontiguousarray(distinct).view(np.uint64)
     for start in range(0, len(words), _ROWS):
         part = words[start : start + _ROWS]
         different = np.bitwise_count(part[:, None] ^ words[None, start:]).sum(-1)
         rows, columns = np.nonzero(different <= MOST_DIFFERENT)
-        pairs += [(int(first[start + a]), int(first[start + b])) for a, b in zip(rows, columns, strict=True) if a < b]
+        for a, b in zip(first[start + rows], first[start + columns], strict=True):
+            if a != b:
+                pairs.append((int(a), int(b)))
     return pairs

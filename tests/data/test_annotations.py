@@ -103,7 +103,7 @@ def test_all_problems_are_collected_and_the_first_is_raised(tmp_path):
     assert [annotation["id"] for annotation in found.annotations] == [2]
     assert len(found.problems) == 3
     assert any("annotation number 4 is 17, expected an object" in problem for problem in found.problems)
-    with pytest.raises(UserError, match=r"annotations.json: annotation 3 of image 7: .*, and 2 more records .*check"):
+    with pytest.raises(UserError, match=r"annotations.json: annotation 3 of image 7: .*, and 2 more entries .*check"):
         read_annotations(file)
 
 

@@ -1,21 +1,35 @@
-"""What every reader gives, and what several of them need."""
+"""Readers of the layouts in which annotation tools export masks, and the parts that they share.
+
+A reader takes the export's folder, or its annotations file, and returns a list of `ExportedSplit`; None if the source
+has another layout. `data.importing.READERS` lists them.
+"""
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import ImageOps
+from pycocotools import mask as coco_mask
 
+from dimaskdino.data.annotations import parse_json, to_run_lengths
+from dimaskdino.data.coco import encode_masks
 from dimaskdino.data.images import SUFFIXES, open_image
 from dimaskdino.utils.errors import UserError
 
-SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
-    ("val", "valid", "validation"), "val"
-)
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
 
 Outline = list[float]
 
@@ -27,11 +41,11 @@ class ExportedSplit:
     Attributes:
         name: train, val or test; None where the export has no splits.
         classes: names of the classes, in the order of their ids, which begin with 1.
-        images: records in COCO format.
-        annotations: records in COCO format, of objects with a mask; without boxes and areas.
+        images: entries in COCO format.
+        annotations: entries in COCO format, of objects with a mask; without boxes and areas.
         paths: the image file of each image id.
         boxes: number of objects that have a box and no mask, which are left out.
-        remarks: what was repaired or left out, and how often.
+        remarks: number of repairs and omissions of each kind.
     """
 
     name: str | None
@@ -50,19 +64,48 @@ class ExportedSplit:
         return number
 
     def add_object(
-        self, image: int, label: int, segmentation: list[Outline] | dict[str, Any] | None, iscrowd: int = 0
+        self,
+        image: int,
+        label: int,
+        segmentation: list[Outline] | dict[str, Any] | np.ndarray | None,
+        iscrowd: int = 0,
     ) -> None:
-        """Add an object of the class with index `label`; one without a mask is only counted."""
+        """Add an object of the class with index `label`; one without a mask is only counted.
+
+        Args:
+            image: id of the image.
+            label: index of the class.
+            segmentation: outlines, run lengths, or a mask (h, w) of booleans.
+            iscrowd: 1 for a crowd.
+        """
+        if isinstance(segmentation, np.ndarray):
+            segmentation = encode_masks(segmentation[None])[0]
         if not segmentation:
             self.boxes += 1
             return
-        number = len(self.annotations) + 1
-        record = {"id": number, "image_id": image, "category_id": label + 1, "segmentation": segmentation}
-        self.annotations.append(record | {"iscrowd": iscrowd})
+        self.annotations.append(
+            {
+                "id": len(self.annotations) + 1,
+                "image_id": image,
+                "category_id": label + 1,
+                "segmentation": segmentation,
+                "iscrowd": iscrowd,
+            }
+        )
+
+    def as_coco(self, classes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+        """The split as a COCO dictionary with these classes; boxes and areas are computed from the masks."""
+        sizes = {image["id"]: (image["height"], image["width"]) for image in self.images}
+        for annotation in self.annotations:
+            rle = to_run_lengths(annotation["segmentation"], sizes[annotation["image_id"]])
+            annotation["bbox"] = coco_mask.toBbox(rle).tolist()
+            annotation["area"] = int(coco_mask.area(rle))
+        categories = [{"id": number, "name": name} for number, name in enumerate(classes, start=1)]
+        return {"images": self.images, "annotations": self.annotations, "categories": categories}
 
 
 class ImageFiles:
-    """The images in a folder and its subfolders, found by the names that records give them.
+    """The images in a folder and its subfolders, found by the names that annotations give them.
 
     The names come from other machines: their folders, separators and capitals need not be those found here.
     """
@@ -80,34 +123,46 @@ class ImageFiles:
         return sum(map(len, self._by_name.values()))
 
     def find(self, name: str, near: Path, split: str | None = None) -> Path | None:
-        """The file of a record, None if there is none.
+        """The file of an image, None if there is none.
 
         Args:
-            name: as the record has it.
-            near: the file with the record; of equally good images the nearer is taken.
+            name: as the annotations have it.
+            near: the file with the annotations; of equally good images the nearer is taken.
             split: images in a folder of this split come first.
 
         Raises:
             UserError: several fit equally well.
         """
-        parts = name.lower().replace("\\", "/").split("/")
-        found = self._by_name.get(parts[-1], []) or self._by_stem.get(parts[-1].rpartition(".")[0] or parts[-1], [])
+        *folders, base = name.lower().replace("\\", "/").split("/")
+        stem = base.rpartition(".")[0] or base
+        found = self._by_name.get(base) or self._by_stem.get(stem, [])
         if len(found) < 2:
             return found[0] if found else None
 
         def fit(path: Path) -> tuple[int, bool, int]:
-            own = [part.lower() for part in path.parts]
-            matching = _shared(reversed(own[:-1]), reversed(parts[:-1]))
-            return (
-                matching,
-                split is not None and split_of_folder(path.parent, self.folder) == split,
-                _shared(path.parts, near.parts),
-            )
+            own = [part.lower() for part in path.parent.parts]
+            in_split = split is not None and split_of_folder(path.parent, self.folder) == split
+            return _shared(reversed(own), reversed(folders)), in_split, _shared(path.parts, near.parts)
 
         first, second = sorted(found, key=fit, reverse=True)[:2]
         if fit(first) == fit(second):
             raise UserError(f"'{name}' of {near} may be {first} or {second}; remove or rename one of them")
         return first
+
+    def require(self, *names: str, near: Path, split: str | None = None) -> Path:
+        """The file of the first of these names that is found, see `find`.
+
+        Raises:
+            UserError: none is.
+        """
+        for name in names:
+            path = self.find(name, near, split)
+            if path is not None:
+                return path
+        raise UserError(
+            f"'{names[0]}' of {near} is not among the {len(self):,} images in {self.folder}; give the folder that "
+            "holds both the annotations and the images"
+        )
 
 
 def _shared(first: Iterable[str], second: Iterable[str]) -> int:
@@ -128,12 +183,18 @@ def split_of(file: Path, folder: Path) -> str | None:
 def split_of_folder(place: Path, folder: Path) -> str | None:
     """The split that a folder inside `folder` is for by its name or by those of the folders around it."""
     parts = place.relative_to(folder).parts if place.is_relative_to(folder) else ()
-    return next((name for part in reversed(parts) if (name := split_in(part))), None)
+    for part in reversed(parts):
+        if name := split_in(part):
+            return name
+    return None
 
 
 def split_in(name: str) -> str | None:
-    """The split that a name says: train, val or test."""
-    return next((SPLIT_NAMES[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_NAMES), None)
+    """The split that a name mentions: train, val or test."""
+    for word in re.findall("[a-z]+", name.lower()):
+        if word in SPLIT_NAMES:
+            return SPLIT_NAMES[word]
+    return None
 
 
 def upright_size(path: Path) -> tuple[int, int]:
@@ -147,14 +208,23 @@ def upright_size(path: Path) -> tuple[int, int]:
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def read_mask(path: Path) -> Image.Image:
-    """An image of object numbers or of one mask, as stored.
+def read_mask(path: Path, size: tuple[int, int], mode: str | None = None) -> np.ndarray:
+    """An image of object numbers or of one mask as an array (h, w).
+
+    Args:
+        path: the file.
+        size: (h, w) of the image that it belongs to.
+        mode: Pillow's mode to convert it to; the stored values by default.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or has another size.
     """
     with open_image(path, "mask") as image:
-        return ImageOps.exif_transpose(image)
+        upright = ImageOps.exif_transpose(image)
+    pixels = np.asarray(upright.convert(mode) if mode else upright)
+    if pixels.shape != size:
+        raise UserError(f"{path} is {pixels.shape[0]}x{pixels.shape[1]}, its image {size[0]}x{size[1]} (h x w)")
+    return pixels
 
 
 def read_xml(path: Path) -> ElementTree.Element:
@@ -171,9 +241,9 @@ def read_xml(path: Path) -> ElementTree.Element:
         raise UserError(f"{path} is not valid XML ({error}); was it copied completely?") from None
 
 
-def missing_image(name: str, file: Path, images: ImageFiles) -> UserError:
-    """The error for a record whose image is not there."""
-    return UserError(
-        f"'{name}' of {file} is not among the {len(images):,} images in {images.folder}; give the folder that holds "
-        "both the annotations and the images"
-    )
+def json_object(file: Path) -> dict[str, Any]:
+    """The object in a json file; empty if it holds anything else, since not every json file holds annotations."""
+    try:
+        return parse_json(file)
+    except UserError:
+        return {}

@@ -1,12 +1,11 @@
 """COCO format in any arrangement of files: COCO's own, Roboflow's, CVAT's, one file beside its images."""
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from dimaskdino.data.annotations import inspect_records, parse_json, without_problems
-from dimaskdino.data.exports import ExportedSplit, ImageFiles, missing_image, split_of
+from dimaskdino.data.annotations import inspect_content, parse_json
+from dimaskdino.data.exports import ExportedSplit, ImageFiles, json_object, split_of
 from dimaskdino.utils.errors import UserError
 
 PARTS = ("images", "annotations", "categories")
@@ -18,8 +17,7 @@ def read(source: Path) -> list[ExportedSplit] | None:
     Raises:
         UserError: files for the same split compete, or images are missing.
     """
-    files = [source] if source.suffix.lower() == ".json" else sorted(source.rglob("*.json"))
-    contents = {file: content for file in files if (content := _content(file, only=len(files) == 1))}
+    contents = _contents(source)
     if not contents:
         return None
     folder = source if source.is_dir() else source.parent
@@ -42,46 +40,50 @@ def read(source: Path) -> list[ExportedSplit] | None:
     return splits
 
 
-def _content(file: Path, only: bool) -> dict[str, Any] | None:
-    """What a COCO annotations file holds, None if it is another kind of file. The only file has to be one."""
-    if only:
-        content = parse_json(file)
-    else:
-        try:
-            content = json.loads(file.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError, RecursionError):
-            return None
-    is_coco = isinstance(content, dict) and all(isinstance(content.get(part), list) for part in PARTS)
-    return content if is_coco else None
+def _contents(source: Path) -> dict[Path, dict[str, Any]]:
+    """The content of each COCO annotations file. Other json files are passed over, but an only file must be json."""
+    files = [source] if source.suffix.lower() == ".json" else sorted(source.rglob("*.json"))
+    contents = {}
+    for file in files:
+        content = parse_json(file) if len(files) == 1 else json_object(file)
+        if all(isinstance(content.get(part), list) for part in PARTS):
+            contents[file] = content
+    return contents
 
 
 def _split(name: str | None, file: Path, content: dict[str, Any], images: ImageFiles) -> ExportedSplit:
-    records = content["annotations"]
-    with_masks = [r for r in records if not isinstance(r, dict) or r.get("segmentation") or r.get("iscrowd")]
-    found = without_problems(inspect_records(content | {"annotations": with_masks}, file))
-    used = {record["category_id"] for record in found.annotations}
-    # Roboflow lists the data set itself as a category of no supercategory, which has no objects
-    whole = {c.get("name") for c in content["categories"] if isinstance(c, dict) and c.get("supercategory") == "none"}
-    categories = [c for c in found.categories if c["id"] in used or c["name"] not in whole] or found.categories
-    categories = sorted(categories, key=lambda category: category["id"])
-    label = {category["id"]: number for number, category in enumerate(categories)}
+    entries = content["annotations"]
+    # what is no dictionary is kept, for the message of the reader
+    with_masks = [e for e in entries if not isinstance(e, dict) or e.get("segmentation") or e.get("iscrowd")]
+    found = inspect_content(content | {"annotations": with_masks}, file)
+    found.check_entries()
+    categories = _categories(content, found.categories, {entry["category_id"] for entry in found.annotations})
+    number = {category["id"]: n for n, category in enumerate(categories, start=1)}
     split = ExportedSplit(name, [category["name"] for category in categories])
-    split.boxes = len(records) - len(with_masks)
+    split.boxes = len(entries) - len(with_masks)
     split.remarks.update(found.repaired)
     missing = []
-    for record in found.images:
-        path = images.find(record["file_name"], file, name)
+    for image in found.images:
+        path = images.find(image["file_name"], file, name)
         if path is None:
-            missing.append(record["file_name"])
+            missing.append(image["file_name"])
         else:
-            split.images.append({key: record[key] for key in ("id", "file_name", "height", "width")})
-            split.paths[record["id"]] = path
+            split.images.append(image)
+            split.paths[image["id"]] = path
     if not split.images:
-        raise missing_image(missing[0], file, images)
+        images.require(missing[0], near=file)  # raises: it is not there
     if missing:
         split.remarks[f"images that are not there, such as {missing[0]}, left out"] += len(missing)
-    for record in found.annotations:
-        if record["image_id"] in split.paths:
-            kept = {key: record[key] for key in ("id", "image_id", "iscrowd", "segmentation")}
-            split.annotations.append(kept | {"category_id": label[record["category_id"]] + 1})
+    for entry in found.annotations:
+        if entry["image_id"] in split.paths:
+            kept = {key: entry[key] for key in ("id", "image_id", "iscrowd", "segmentation")}
+            split.annotations.append(kept | {"category_id": number[entry["category_id"]]})
     return split
+
+
+def _categories(content: dict[str, Any], categories: list[dict[str, Any]], used: set[int]) -> list[dict[str, Any]]:
+    """The categories by id, without the one that stands for the data set."""
+    # Roboflow lists the data set itself as a category of no supercategory, which has no objects
+    whole = {c.get("name") for c in content["categories"] if isinstance(c, dict) and c.get("supercategory") == "none"}
+    kept = [category for category in categories if category["id"] in used or category["name"] not in whole]
+    return sorted(kept or categories, key=lambda category: category["id"])

@@ -3,18 +3,16 @@
 import base64
 import binascii
 import io
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from dimaskdino.data.annotations import parse_json
-from dimaskdino.data.coco import encode_masks
-from dimaskdino.data.exports import ExportedSplit, ImageFiles, Outline, missing_image, split_of_folder
+from dimaskdino.data.exports import ExportedSplit, ImageFiles, Outline, json_object, split_of_folder
 from dimaskdino.utils.errors import UserError
 
 _CIRCLE_POINTS = 64
@@ -27,24 +25,20 @@ def read(source: Path) -> list[ExportedSplit] | None:
         UserError: a file is damaged, or its image is missing.
     """
     files = [] if source.is_file() else sorted(source.rglob("*.json"))
-    if not any(_is_labelme(file) for file in files[:20]):
+    if not any({"shapes", "imagePath"} <= json_object(file).keys() for file in files[:20]):
         return None
-    contents = {file: content for file in files if "shapes" in (content := parse_json(file))}
-    classes = sorted({_label(shape, file) for file, content in contents.items() for shape in _shapes(content, file)})
+    contents, classes = {}, set()
+    for file in files:
+        content = parse_json(file)
+        if "shapes" in content:
+            contents[file] = content
+            classes.update(_label(shape, file) for shape in _shapes(content, file))
     images = ImageFiles(source)
     splits: dict[str | None, ExportedSplit] = {}
     for file, content in contents.items():
         name = split_of_folder(file.parent, source)
-        _add(splits.setdefault(name, ExportedSplit(name, classes)), file, content, images)
+        _add(splits.setdefault(name, ExportedSplit(name, sorted(classes))), file, content, images)
     return list(splits.values())
-
-
-def _is_labelme(file: Path) -> bool:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and "shapes" in content and "imagePath" in content
 
 
 def _shapes(content: dict[str, Any], file: Path) -> list[dict[str, Any]]:
@@ -65,25 +59,23 @@ def _add(split: ExportedSplit, file: Path, content: dict[str, Any], images: Imag
     name, size = content.get("imagePath"), (content.get("imageHeight"), content.get("imageWidth"))
     if not isinstance(name, str) or not all(type(side) is int and side > 0 for side in size):
         raise UserError(f"{file} has no 'imagePath', 'imageHeight' and 'imageWidth'")
-    path = images.find(name, file, split.name) or images.find(file.stem, file, split.name)
-    if path is None:
-        raise missing_image(name, file, images)
-    image = split.add_image(path, size)
-    outlines: dict[tuple[str, Any], list[Outline]] = defaultdict(list)
+    image = split.add_image(images.require(name, file.stem, near=file, split=split.name), size)
+    outlines: dict[tuple[int, Any], list[Outline]] = defaultdict(list)
     for number, shape in enumerate(_shapes(content, file)):
-        label, kind = _label(shape, file), shape.get("shape_type", "polygon")
-        if kind == "mask":
-            split.add_object(image, split.classes.index(label), _mask(shape, size, file))
-            continue
+        label, kind = split.classes.index(_label(shape, file)), shape.get("shape_type", "polygon")
         # parts of one object, such as what is left of it behind a pole, have one group
         group = shape.get("group_id")
         key = (label, f"shape {number}" if group is None else group)
-        outlines[key] += [_outline(shape, kind, file)] if kind in ("polygon", "circle") else []
-        if kind not in ("polygon", "circle", "rectangle"):
+        if kind == "mask":
+            split.add_object(image, label, _mask(shape, size, file))
+        elif kind == "rectangle":
+            outlines[key] += []  # a box without a mask, unless other parts have one
+        elif kind in ("polygon", "circle"):
+            outlines[key].append(_outline(shape, kind, file))
+        else:
             split.remarks[f"shapes of the type {kind}, left out"] += 1
-            outlines.pop(key)
     for (label, _), parts in outlines.items():
-        split.add_object(image, split.classes.index(label), parts)
+        split.add_object(image, label, parts)
 
 
 def _points(shape: dict[str, Any], file: Path) -> list[tuple[float, float]]:
@@ -107,16 +99,15 @@ def _outline(shape: dict[str, Any], kind: str, file: Path) -> Outline:
     return [value for point in points for value in point]
 
 
-def _mask(shape: dict[str, Any], size: tuple[int, int], file: Path) -> dict[str, Any]:
-    """Run lengths of a mask that is stored as a small image at the shape's first point."""
+def _mask(shape: dict[str, Any], size: tuple[int, int], file: Path) -> np.ndarray:
+    """A mask (h, w) that is stored as a small image at the shape's first point."""
     try:
         with Image.open(io.BytesIO(base64.b64decode(shape["mask"]))) as stored:
             small = np.asarray(stored.convert("L")) > 0
-    except (KeyError, TypeError, ValueError, binascii.Error, UnidentifiedImageError, OSError) as error:
+    except (KeyError, TypeError, ValueError, binascii.Error, OSError) as error:
         raise UserError(f"{file}: the mask of a shape cannot be read ({error})") from None
     left, top = (round(value) for value in _points(shape, file)[0])
     whole = np.zeros(size, bool)
     area = whole[max(top, 0) : top + small.shape[0], max(left, 0) : left + small.shape[1]]
     area |= small[max(-top, 0) :, max(-left, 0) :][: area.shape[0], : area.shape[1]]
-    (encoded,) = encode_masks(whole[None])
-    return encoded
+    return whole

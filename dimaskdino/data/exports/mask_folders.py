@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-
-from dimaskdino.data.coco import encode_masks
 from dimaskdino.data.exports import ExportedSplit, read_mask, split_of_folder, upright_size
 from dimaskdino.data.images import SUFFIXES
 from dimaskdino.utils.errors import UserError
@@ -19,13 +16,13 @@ def read(source: Path) -> list[ExportedSplit] | None:
     Raises:
         UserError: an image or a mask cannot be read, or they do not fit together.
     """
-    folders = [] if source.is_file() else sorted(place.parent for place in source.rglob("masks") if place.is_dir())
-    folders = [folder for folder in folders if (folder / "images").is_dir()]
+    places = sorted(source.rglob("masks")) if source.is_dir() else []
+    folders = [place.parent for place in places if place.is_dir() and (place.parent / "images").is_dir()]
     if not folders:
         return None
     splits: dict[str | None, ExportedSplit] = {}
     for folder in progress_bar(folders, "reading masks"):
-        images, masks = _files(folder / "images"), _files(folder / "masks")
+        images = _files(folder / "images")
         if len(images) != 1:
             raise UserError(
                 f"{folder / 'images'} must hold one image, the masks of which lie beside it; got {len(images)}"
@@ -34,12 +31,8 @@ def read(source: Path) -> list[ExportedSplit] | None:
         split = splits.setdefault(name, ExportedSplit(name, [CLASS]))
         size = upright_size(images[0])
         image = split.add_image(images[0], size)
-        for mask in masks:
-            pixels = np.asarray(read_mask(mask).convert("L")) > 0
-            if pixels.shape != size:
-                raise UserError(f"{mask} is {pixels.shape[0]}x{pixels.shape[1]}, its image {size[0]}x{size[1]} (h x w)")
-            (encoded,) = encode_masks(pixels[None])
-            split.add_object(image, 0, encoded)
+        for mask in _files(folder / "masks"):
+            split.add_object(image, 0, read_mask(mask, size, "L") > 0)
     return list(splits.values())
 
 

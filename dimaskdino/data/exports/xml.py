@@ -2,18 +2,15 @@
 
 import warnings
 from pathlib import Path
-from typing import Any
 from xml.etree.ElementTree import Element
 
 import hotcoco
 import numpy as np
 
-from dimaskdino.data.coco import encode_masks
 from dimaskdino.data.exports import (
     ExportedSplit,
     ImageFiles,
     Outline,
-    missing_image,
     read_mask,
     read_xml,
     split_of_folder,
@@ -28,21 +25,24 @@ _LISTS = ("ImageSets/Segmentation", "ImageSets/Main")
 def read_voc(source: Path) -> list[ExportedSplit] | None:
     """The splits of a Pascal VOC folder. None if it holds no such annotations.
 
+    Masks are outlines, as Roboflow writes them, or images of object numbers.
+
     Raises:
         UserError: an annotation is damaged, or its image or the image of its object numbers does not fit.
     """
     if source.is_file():
         return None
-    roots = {file: read_xml(file) for file in sorted(source.rglob("*.xml"))}
-    roots = {file: root for file, root in roots.items() if root.tag == "annotation"}
+    roots = {file: root for file in sorted(source.rglob("*.xml")) if (root := read_xml(file)).tag == "annotation"}
     if not roots:
         return None
-    classes = sorted({_text(o, "name", file) for file, root in roots.items() for o in root.findall("object")})
+    classes = set()
+    for file, root in roots.items():
+        classes.update(_text(found, "name", file) for found in root.findall("object"))
     listed, images = _listed(source), ImageFiles(next(source.rglob("JPEGImages"), source))
     splits: dict[str | None, ExportedSplit] = {}
     for file, root in roots.items():
         name = listed.get(file.stem) if listed else split_of_folder(file.parent, source)
-        split = splits.setdefault(name, ExportedSplit(name, classes))
+        split = splits.setdefault(name, ExportedSplit(name, sorted(classes)))
         _add(split, file, root, images)
     if listed and None in splits:  # VOC lists the images with masks; the others have boxes alone
         left = splits.pop(None)
@@ -54,26 +54,26 @@ def _listed(source: Path) -> dict[str, str]:
     """The split of each image by the lists in ImageSets, none without lists."""
     for folder in _LISTS:
         for place in [source / folder, *source.glob(f"*/{folder}")]:
-            files = [file for file in (place / "train.txt", place / "val.txt", place / "test.txt") if file.is_file()]
-            if files:
-                return {name: file.stem for file in files for name in file.read_text(encoding="utf-8-sig").split()}
+            listed = {}
+            for split in ("train", "val", "test"):
+                file = place / f"{split}.txt"
+                if file.is_file():
+                    listed |= dict.fromkeys(file.read_text(encoding="utf-8-sig").split(), split)
+            if listed:
+                return listed
     return {}
 
 
 def _add(split: ExportedSplit, file: Path, root: Element, images: ImageFiles) -> None:
-    name = _text(root, "filename", file)
-    path = images.find(name, file, split.name) or images.find(file.stem, file, split.name)
-    if path is None:
-        raise missing_image(name, file, images)
+    path = images.require(_text(root, "filename", file), file.stem, near=file, split=split.name)
     size = upright_size(path)
     image = split.add_image(path, size)
-    objects = root.findall("object")
     numbers = _object_numbers(file, size)
-    for index, found in enumerate(objects, start=1):
-        segmentation: list[Outline] | dict[str, Any] | None = _outlines(found, file)
-        if not segmentation and numbers is not None and (numbers == index).any():
-            (segmentation,) = encode_masks((numbers == index)[None])
-        split.add_object(image, split.classes.index(_text(found, "name", file)), segmentation)
+    for index, found in enumerate(root.findall("object"), start=1):
+        mask = _outlines(found, file) or None
+        if mask is None and numbers is not None and (numbers == index).any():
+            mask = numbers == index
+        split.add_object(image, split.classes.index(_text(found, "name", file)), mask)
 
 
 def _object_numbers(file: Path, size: tuple[int, int]) -> np.ndarray | None:
@@ -81,9 +81,7 @@ def _object_numbers(file: Path, size: tuple[int, int]) -> np.ndarray | None:
     mask = file.parent.parent / "SegmentationObject" / f"{file.stem}.png"
     if not mask.is_file():
         return None
-    numbers = np.asarray(read_mask(mask))
-    if numbers.shape != size:
-        raise UserError(f"{mask} is {numbers.shape[0]}x{numbers.shape[1]}, its image {size[0]}x{size[1]} (h x w)")
+    numbers = read_mask(mask, size)
     return np.where(numbers == _VOID, 0, numbers)
 
 
@@ -91,9 +89,10 @@ def _outlines(found: Element, file: Path) -> list[Outline]:
     outlines = []
     for polygon in found.findall("polygon"):
         values = {child.tag: child.text for child in polygon}
-        count = sum(tag.startswith("x") for tag in values)
+        outline: Outline = []
         try:
-            outline = [float(values[f"{axis}{i}"] or "") for i in range(1, count + 1) for axis in "xy"]
+            for i in range(1, sum(tag.startswith("x") for tag in values) + 1):
+                outline += [float(values[f"x{i}"] or ""), float(values[f"y{i}"] or "")]
         except (KeyError, ValueError):
             raise UserError(f"{file}: a polygon must hold x1, y1, x2, y2, … as numbers") from None
         if len(outline) >= 6:
@@ -125,16 +124,12 @@ def read_cvat(source: Path) -> list[ExportedSplit] | None:
         except (ValueError, OSError) as error:
             raise UserError(f"{file} cannot be read as CVAT for images 1.1: {error}") from None
     images = ImageFiles(file.parent if source.is_file() else source)
+    # hotcoco numbers categories and images from 1
     split = ExportedSplit(None, [category["name"] for category in content["categories"]])
-    label = {category["id"]: number for number, category in enumerate(content["categories"])}
-    numbers = {}
-    for record in content["images"]:
-        path = images.find(record["file_name"], file)
-        if path is None:
-            raise missing_image(record["file_name"], file, images)
-        numbers[record["id"]] = split.add_image(path, (record["height"], record["width"]))
-    for record in content["annotations"]:
-        split.add_object(numbers[record["image_id"]], label[record["category_id"]], record.get("segmentation"))
+    for image in content["images"]:
+        split.add_image(images.require(image["file_name"], near=file), (image["height"], image["width"]))
+    for entry in content["annotations"]:
+        split.add_object(entry["image_id"], entry["category_id"] - 1, entry.get("segmentation"))
     masks = len(read_xml(file).findall("./image/mask"))
     if masks:
         split.remarks["masks drawn with the brush, left out; export as COCO 1.0 to keep them"] += masks

@@ -26,9 +26,9 @@ def read(source: Path) -> list[ExportedSplit] | None:
     names = settings["names"]
     if not isinstance(names, list | dict) or not names:
         raise UserError(f"{file}: 'names' must list the classes, got {names!r}")
-    classes = [str(name) for name in (names.values() if isinstance(names, dict) else names)]
-    keys = list(names) if isinstance(names, dict) else list(range(len(classes)))
-    index = {str(key): label for label, key in enumerate(keys)}
+    named = names if isinstance(names, dict) else dict(enumerate(names))
+    classes = [str(name) for name in named.values()]
+    index = {str(key): label for label, key in enumerate(named)}
     splits = {}
     for key in _KEYS:
         if settings.get(key):
