@@ -1,8 +1,9 @@
 """Batches: collation, and a training order that depends on the seed and the position alone."""
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class Batch:
     skipped: list[str]
 
     def pin_memory(self) -> "Batch":
-        """In memory that a GPU reads while the host goes on; called by the loader."""
+        """Copy to pinned memory; called by the loader."""
         return replace(self, images=[image.pin_memory() for image in self.images], targets=self.targets.pin_memory())
 
 
@@ -137,19 +138,7 @@ def training_loader(data: CocoDataset, settings: config.Config, first_step: int,
             f"{train.accumulate} parts"
         )
     positions = _Positions(first_step, settings.schedule.steps, train.batch_size, rank, world, train.accumulate)
-    return DataLoader(
-        _ByPosition(data, train.seed, settings.data),
-        batch_sampler=positions,  # type: ignore[arg-type]
-        collate_fn=collate,
-        num_workers=_workers(settings),
-        worker_init_fn=_WorkerStart(),
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _workers(settings: config.Config) -> int:
-    """Loader processes: not more than there are cores, since more slow each other."""
-    return min(settings.data.workers, available_cores())
+    return _loader(_ByPosition(data, train.seed, settings.data), positions, settings)
 
 
 def evaluation_dataset(settings: config.Config, split: str | None = None) -> CocoDataset:
@@ -161,15 +150,29 @@ def evaluation_dataset(settings: config.Config, split: str | None = None) -> Coc
 def evaluation_loader(data: CocoDataset, settings: config.Config, groups: Sequence[Sequence[int]]) -> DataLoader:
     """The images at these positions of a dataset, in order. No batch spans two groups."""
     size = settings.evaluation.batch_size
-    positions = [list(group[i : i + size]) for group in groups for i in range(0, len(group), size)]
+    positions = []
+    for group in groups:
+        positions += [list(group[i : i + size]) for i in range(0, len(group), size)]
+    return _loader(data, positions, settings)
+
+
+def _loader(data: Dataset[Sample], positions: Sized, settings: config.Config) -> DataLoader:
+    # more loader processes than cores slow each other down
+    workers = min(settings.data.workers, available_cores()) if len(positions) else 0
     return DataLoader(
         data,
         batch_sampler=positions,  # type: ignore[arg-type]
         collate_fn=collate,
-        num_workers=_workers(settings) if positions else 0,
-        worker_init_fn=_WorkerStart(),
+        num_workers=workers,
+        worker_init_fn=partial(_start_worker, HelperSignals()),
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _start_worker(signals: HelperSignals, worker: int) -> None:
+    """Prepare a loader process. A training that is asked to stop saves first, and then ends its loaders."""
+    torch.set_num_threads(1)
+    signals()
 
 
 def batches(loader: DataLoader) -> Generator[Batch, None, None]:
@@ -207,14 +210,3 @@ def explaining_dead_workers() -> Iterator[None]:
             f"a loader process died ({str(error).splitlines()[0]}), perhaps because memory or shared memory ran "
             "out; try a smaller data.workers"
         ) from error
-
-
-class _WorkerStart:
-    """Prepares a loader process. A training that is asked to stop saves first, and then ends its loaders."""
-
-    def __init__(self) -> None:
-        self._signals = HelperSignals()
-
-    def __call__(self, worker: int) -> None:
-        torch.set_num_threads(1)
-        self._signals()

@@ -13,7 +13,8 @@ from dimaskdino.data.annotations import read_annotations
 from dimaskdino.data.check import shortened
 from dimaskdino.data.exports import ExportedSplit, coco, labelme, mask_folders, xml, yolo
 from dimaskdino.data.near_duplicates import difference_hash, groups_of_duplicates, shared_between
-from dimaskdino.utils.errors import UserError, writing
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.files import new_folder
 from dimaskdino.utils.progress import progress_bar
 
 # each returns None if the source is not of its kind
@@ -247,20 +248,14 @@ def _part(split: ExportedSplit, ids: set[int]) -> ExportedSplit:
 
 def _write(splits: dict[str, ExportedSplit], classes: list[str], folder: Path) -> Counter[str]:
     """Write the folder, all of it or nothing, and count the ways in which images were placed."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with writing(folder):
-            ways: Counter[str] = Counter()
-            (partial / "annotations").mkdir(parents=True)
-            for name, split in splits.items():
-                ways += _place_images(split, partial / "images" / name)
-                file = partial / "annotations" / f"{name}.json"
-                file.write_text(json.dumps(split.as_coco(classes)))
-                read_annotations(file)
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    ways: Counter[str] = Counter()
+    with new_folder(folder) as partial:
+        (partial / "annotations").mkdir(parents=True)
+        for name, split in splits.items():
+            ways += _place_images(split, partial / "images" / name)
+            file = partial / "annotations" / f"{name}.json"
+            file.write_text(json.dumps(split.as_coco(classes)))
+            read_annotations(file)
     return ways
 
 

@@ -3,8 +3,6 @@
 import contextlib
 import json
 import math
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import filelock
@@ -17,14 +15,15 @@ from dimaskdino import config
 from dimaskdino.data import solids
 from dimaskdino.data.coco import encode_masks
 from dimaskdino.data.dataloader import without_worker_traceback
-from dimaskdino.utils.errors import UserError, writing
-from dimaskdino.utils.files import write_text
+from dimaskdino.utils.errors import writing
+from dimaskdino.utils.files import new_folder, write_text
 from dimaskdino.utils.progress import progress_bar
 
 CLASSES = config.Shapes().kinds  # of the default data
 SPLITS = ("train", "val")
 MOST_SHAPES = 6
 LEAST_CONTRAST = 60  # difference of mean colour between a shape and what it covers, in at least one channel
+LEAST_PIXELS = 16  # of a shape that counts as an object
 LEAST_VISIBLE = 0.3  # fraction of a shape that later shapes must leave visible
 BAR_WIDTH = 0.02, 0.04  # of the image's side
 SUPERSAMPLING = 4
@@ -40,17 +39,9 @@ def generate(root: Path, settings: config.Shapes, processes: int = 2) -> None:
     Raises:
         UserError: the folder exists, or cannot be written. Nothing is left then.
     """
-    if root.exists():
-        raise UserError(f"{root} exists already; choose another folder or delete it")
-    partial = root.with_name(f"{root.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with writing(root), without_worker_traceback():
-            for split in SPLITS:
-                _write_split(partial, split, settings, processes)
-            partial.rename(root)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(root) as partial, without_worker_traceback():
+        for split in SPLITS:
+            _write_split(partial, split, settings, processes)
 
 
 def ensure(data: config.Data) -> None:
@@ -76,15 +67,15 @@ def ensure(data: config.Data) -> None:
 
 def _write_split(root: Path, split: str, settings: config.Shapes, processes: int) -> None:
     folder = root / "images" / split
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     count = getattr(settings, split)
     images, annotations = [], []
     scenes = DataLoader(_Scenes(folder, settings, split, count), batch_size=None, num_workers=processes)
     for index, (name, objects) in enumerate(progress_bar(scenes, f"shapes {split}", count)):
         images.append({"id": index, "file_name": name, "height": settings.size, "width": settings.size})
-        annotations += [{"id": len(annotations) + i + 1, "image_id": index, **o} for i, o in enumerate(objects)]
-    categories = [{"id": i + 1, "name": name} for i, name in enumerate(settings.kinds)]
-    (root / "annotations").mkdir(exist_ok=True)
+        for found in objects:
+            annotations.append({"id": len(annotations) + 1, "image_id": index} | found)
+    categories = [{"id": number, "name": name} for number, name in enumerate(settings.kinds, start=1)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     write_text(root / "annotations" / f"{split}.json", json.dumps(content))
 
@@ -99,29 +90,17 @@ class _Scenes(Dataset[tuple[str, list[dict]]]):
         return self.count
 
     def __getitem__(self, index: int) -> tuple[str, list[dict]]:
+        """The image's name, and its annotations in COCO format without their ids."""
         image, labels, masks = scene(self.settings, self.split, index)
         name = f"{index:06d}.jpg"
         with writing(self.folder / name):
             Image.fromarray(image).save(self.folder / name, quality=92)
-        return name, _objects(labels, masks)
-
-
-def _objects(labels: list[int], masks: list[Array]) -> list[dict]:
-    """Annotations in COCO format, without their ids."""
-    objects = []
-    for label, mask in zip(labels, masks, strict=True):
-        encoded = encode_masks(mask[None].astype(bool))[0]
-        x, y, w, h = coco_mask.toBbox(encoded).tolist()
-        objects.append(
-            {
-                "category_id": label + 1,
-                "segmentation": encoded,
-                "area": int(mask.sum()),
-                "bbox": [x, y, w, h],
-                "iscrowd": 0,
-            }
-        )
-    return objects
+        objects = []
+        for label, mask in zip(labels, masks, strict=True):
+            (rle,) = encode_masks(mask[None])
+            box, area = coco_mask.toBbox(rle).tolist(), int(mask.sum())
+            objects.append({"category_id": label + 1, "segmentation": rle, "area": area, "bbox": box, "iscrowd": 0})
+        return name, objects
 
 
 def scene(settings: config.Shapes, split: str, index: int) -> tuple[Array, list[int], list[Array]]:
@@ -141,25 +120,33 @@ def scene(settings: config.Shapes, split: str, index: int) -> tuple[Array, list[
     for _ in range(int(rng.integers(1, MOST_SHAPES + 1))):
         label = int(rng.integers(len(settings.kinds)))
         coverage = _coverage(rng, label, settings)
-        mask = (coverage > 0.5).astype(np.uint8)
-        left = [m & (1 - mask) for m in masks]
-        fits = mask.sum() >= 16 and all(m.sum() >= max(16, LEAST_VISIBLE * a) for m, a in zip(left, areas, strict=True))
-        if not fits:
+        mask = coverage > 0.5
+        left = _left_visible(masks, areas, mask)
+        if left is None or mask.sum() < LEAST_PIXELS:
             continue
         surface = _texture(rng, size)
-        while np.abs((surface - image)[mask > 0].mean(0)).max() < LEAST_CONTRAST:
+        while np.abs((surface - image)[mask].mean(0)).max() < LEAST_CONTRAST:
             surface = _texture(rng, size)
         image = image + (surface - image) * coverage[..., None]
-        masks = [*left, mask]
+        masks = [*left, mask.astype(np.uint8)]
         labels.append(label)
         areas.append(int(mask.sum()))
     for _ in range(settings.bars):
         coverage = _bar(rng, size)
-        left = [m & (coverage <= 0.5) for m in masks]
-        if all(m.sum() >= max(16, LEAST_VISIBLE * a) for m, a in zip(left, areas, strict=True)):
+        left = _left_visible(masks, areas, coverage > 0.5)
+        if left is not None:
             image, masks = image + (_texture(rng, size) - image) * coverage[..., None], left
     noise = rng.normal(0, 4, (size, size, 3))
     return np.clip(image + noise, 0, 255).astype(np.uint8), labels, masks
+
+
+def _left_visible(masks: list[Array], areas: list[int], cover: Array) -> list[Array] | None:
+    """The masks without the pixels that something covers; None if too little would be left of one of them."""
+    left = [mask & ~cover for mask in masks]
+    for mask, area in zip(left, areas, strict=True):
+        if mask.sum() < max(LEAST_PIXELS, LEAST_VISIBLE * area):
+            return None
+    return left
 
 
 def _coverage(rng: np.random.Generator, label: int, settings: config.Shapes) -> Array:
@@ -171,13 +158,12 @@ def _coverage(rng: np.random.Generator, label: int, settings: config.Shapes) -> 
     turn, stretch = rng.uniform(0, 2 * math.pi), rng.uniform(0.55, 1.0)
     canvas = Image.new("L", (big, big))
     draw = ImageDraw.Draw(canvas)
-    for outline, fill in _OUTLINES[settings.kinds[label]]():
+    cos, sin = math.cos(turn), math.sin(turn)
+    for outline, fill in _OUTLINES[settings.kinds[label]]:
         x, y = outline[:, 0], outline[:, 1] * stretch
-        cos, sin = math.cos(turn), math.sin(turn)
         points = np.stack([cos * x - sin * y, sin * x + cos * y], axis=1) * radius + centre
-        draw.polygon([tuple(p) for p in points], fill=255 * fill)
-    small = np.asarray(canvas.resize((size, size), Image.Resampling.BOX), dtype=np.float64)
-    return small / 255
+        draw.polygon(list(map(tuple, points)), fill=255 * fill)
+    return _reduced(canvas, size)
 
 
 def _bar(rng: np.random.Generator, size: int) -> Array:
@@ -188,43 +174,48 @@ def _bar(rng: np.random.Generator, size: int) -> Array:
     along = np.array([math.cos(angle), math.sin(angle)]) * 2 * big
     ends = [tuple(middle - along), tuple(middle + along)]
     ImageDraw.Draw(canvas).line(ends, fill=255, width=int(big * rng.uniform(*BAR_WIDTH)))
+    return _reduced(canvas, size)
+
+
+def _reduced(canvas: Image.Image, size: int) -> Array:
     return np.asarray(canvas.resize((size, size), Image.Resampling.BOX), dtype=np.float64) / 255
 
 
-def _circle(radius: float = 1.0) -> Array:
-    angle = np.linspace(0, 2 * math.pi, 64, endpoint=False)
-    return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-
-
-def _spikes(points: int, inner: float) -> Array:
-    angle = np.arange(2 * points) * math.pi / points
-    radius = np.where(np.arange(2 * points) % 2 == 0, 1.0, inner)
+def _polar(angle: Array, radius: Array | float = 1.0) -> Array:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
 
+def _circle(radius: float = 1.0) -> Array:
+    return _polar(np.linspace(0, 2 * math.pi, 64, endpoint=False), radius)
+
+
+def _spikes(points: int, inner: float) -> Array:
+    corner = np.arange(2 * points)
+    return _polar(corner * math.pi / points, np.where(corner % 2 == 0, 1.0, inner))
+
+
 def _corners(count: int) -> Array:
-    angle = np.arange(count) * 2 * math.pi / count + math.pi / count
-    return np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return _polar(np.arange(count) * 2 * math.pi / count + math.pi / count)
 
 
 def _cross(half: float) -> Array:
     """A plus sign whose arms are `2 · half` wide."""
-    arm = np.array([[1, half], [half, half], [half, 1], [-half, 1]])
+    arm = np.array([[1, half], [half, half], [half, 1]])
     turns = [np.array([[c, -s], [s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
-    return np.concatenate([arm[:3] @ turn.T for turn in turns]) / math.hypot(1, half)
+    return np.concatenate([arm @ turn.T for turn in turns]) / math.hypot(1, half)
 
 
 # outlines in the unit circle; a second one with fill 0 cuts a hole
-_OUTLINES: dict[str, Callable[[], list[tuple[Array, int]]]] = {
-    "disk": lambda: [(_circle(), 1)],
-    "rectangle": lambda: [(_corners(4), 1)],
-    "triangle": lambda: [(_corners(3), 1)],
-    "star": lambda: [(_spikes(5, 0.42), 1)],
-    "ring": lambda: [(_circle(), 1), (_circle(0.55), 0)],
-    "frame": lambda: [(_corners(4), 1), (0.6 * _corners(4), 0)],
-    "cross": lambda: [(_cross(0.3), 1)],
-    "gear": lambda: [(_spikes(9, 0.68), 1), (_circle(0.35), 0)],
-    "crescent": lambda: [(_circle(), 1), (_circle(0.75) + np.array([0.45, 0.0]), 0)],
+_OUTLINES: dict[str, list[tuple[Array, int]]] = {
+    "disk": [(_circle(), 1)],
+    "rectangle": [(_corners(4), 1)],
+    "triangle": [(_corners(3), 1)],
+    "star": [(_spikes(5, 0.42), 1)],
+    "ring": [(_circle(), 1), (_circle(0.55), 0)],
+    "frame": [(_corners(4), 1), (0.6 * _corners(4), 0)],
+    "cross": [(_cross(0.3), 1)],
+    "gear": [(_spikes(9, 0.68), 1), (_circle(0.35), 0)],
+    "crescent": [(_circle(), 1), (_circle(0.75) + np.array([0.45, 0.0]), 0)],
 }
 
 

@@ -58,16 +58,14 @@ class Solid:
 
     def hit(self, origins: Array, directions: Array) -> tuple[Array, Array, Array]:
         """Distance (n,), FAR without a hit, normal (n, 3) and point in its own frame (n, 3) for rays (n, 3)."""
-        o, d = self._inwards(origins - np.array([*self.centre, 0.0])), self._inwards(directions)
+        o, d = self.inwards(origins), _turned(directions, -self.turn)
         t, normals = _HITS[self.kind](self, o, d)
         points = o + np.minimum(t, FAR)[:, None] * d
-        return t, self._outwards(normals), points
+        return t, _turned(normals, self.turn), points
 
-    def _inwards(self, v: Array) -> Array:
-        return _turned(v, -self.turn)
-
-    def _outwards(self, v: Array) -> Array:
-        return _turned(v, self.turn)
+    def inwards(self, points: Array) -> Array:
+        """Points (n, 3) in the solid's own frame."""
+        return _turned(points - np.array([*self.centre, 0.0]), -self.turn)
 
 
 def _dot(a: Array, b: Array) -> Array:

@@ -4,13 +4,14 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from dimaskdino.utils.errors import UserError, explain_os_error, first_line
+from dimaskdino.utils.errors import UserError, explain_os_error, first_line, writing
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -52,6 +53,28 @@ def write_text(path: Path, text: str) -> None:
         UserError: the file cannot be written.
     """
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder that appears when the `with` block ends well; nothing is left otherwise.
+
+    Yields:
+        The path to write to until then.
+
+    Raises:
+        UserError: the folder exists, or cannot be written.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists already; choose another folder or delete it")
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with writing(folder):
+            yield partial
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _discard(partial: Path) -> None:

@@ -44,7 +44,7 @@ def test_hits_are_where_marching_along_the_ray_enters_the_solid(kind):
     places = np.arange(0, 9, 0.004)
     for o, d, distance, normal, own in zip(origins, directions, t, normals, points, strict=True):
         walk = o + places[:, None] * d
-        local = solid._inwards(walk - np.array([*solid.centre, 0.0]))
+        local = solid.inwards(walk)
         within = inside(solid, local) & (walk[:, 2] > 0)
         if not within.any():
             # a graze between two steps is the only hit that marching may miss
