@@ -1,4 +1,4 @@
-"""The public interface: load a model, predict on images, look inside, share."""
+"""The public interface: load a model, predict on images, inspect, save and upload."""
 
 import json
 import tempfile
@@ -28,7 +28,7 @@ from dimaskdino.interop.supervision import to_supervision
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.precision import Precision, fast_precision
 from dimaskdino.modeling.stages import stage_names
-from dimaskdino.utils.errors import UserError, writing
+from dimaskdino.utils.errors import UserError, first_line, writing
 from dimaskdino.utils.files import write_text
 from dimaskdino.utils.markdown import escape
 from dimaskdino.utils.resources import MODELS, find_model
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """The detections in one image, best first. Shows itself as a picture in a notebook.
+    """The detections in one image, in the order of their scores. A notebook shows it as a picture.
 
     Attributes:
         image: (3, h, w) uint8, RGB.
@@ -55,7 +55,7 @@ class Result:
 
     @property
     def boxes(self) -> Float[Tensor, "n 4"]:
-        """Xyxy in pixels of the image."""
+        """Boxes as xyxy in pixels of the image."""
         return self.instances.boxes
 
     @property
@@ -87,9 +87,10 @@ class Result:
 
     def __repr__(self) -> str:
         height, width = self.image.shape[-2:]
-        listed = [f"{name} {score:.2f}" for name, score in zip(self.class_names, self.scores.tolist(), strict=True)]
+        best = zip(self.class_names[:8], self.scores.tolist()[:8], strict=True)
+        listed = ", ".join(f"{name} {score:.2f}" for name, score in best)
         more = f", and {len(self) - 8} more" if len(self) > 8 else ""
-        return f"<Result: {len(self)} detections at {self.stage} in {width}x{height}: {', '.join(listed[:8])}{more}>"
+        return f"<Result: {len(self)} detections at {self.stage} in {width}x{height}: {listed}{more}>"
 
     def plot(self) -> "Figure":
         """Draw masks, boxes, class names and scores over the image."""
@@ -116,14 +117,14 @@ class Result:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if path.suffix.lower() in SUFFIXES:
                     painted = Image.fromarray(paint_instances(self.image, self.instances, self.classes))
-                    painted.save(path, **({"compress_level": 1} if path.suffix.lower() == ".png" else {}))
+                    painted.save(path, compress_level=1)  # of PNG files: faster, slightly larger
                 else:
                     self.plot().savefig(path)
         except ValueError as error:  # an unknown format
             raise UserError(f"cannot write {path}: {error}") from None
 
     def to_coco(self, image_id: int = 0, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """Detections in COCO's result format: boxes as xywh in pixels, masks as compressed run lengths (RLE).
+        """Convert to COCO's result format: boxes as xywh in pixels, masks as compressed run lengths (RLE).
 
         Args:
             image_id: id of the image.
@@ -131,21 +132,22 @@ class Result:
         """
         ids = range(1, len(self.classes) + 1) if category_ids is None else category_ids
         masks = None if self.instances.query_masks is None else encode_masks(self.instances.query_masks.cpu().numpy())
-        records = []
+        annotations: list[dict[str, Any]] = []
         for i, (x0, y0, x1, y1) in enumerate(self.boxes.tolist()):
-            record = {
-                "image_id": image_id,
-                "category_id": ids[int(self.labels[i])],
-                "score": float(self.scores[i]),
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-            }
+            annotations.append(
+                {
+                    "image_id": image_id,
+                    "category_id": ids[int(self.labels[i])],
+                    "score": float(self.scores[i]),
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                }
+            )
             if masks is not None:
-                record["segmentation"] = masks[int(self.instances.mask_index[i])]
-            records.append(record)
-        return records
+                annotations[i]["segmentation"] = masks[int(self.instances.mask_index[i])]
+        return annotations
 
     def to_supervision(self) -> Any:
-        """Detections as `supervision.Detections`, with `data["class_name"]`.
+        """Convert to `supervision.Detections`, with `data["class_name"]`.
 
         Raises:
             UserError: supervision is not installed.
@@ -153,7 +155,7 @@ class Result:
         return to_supervision(self.instances, self.classes)
 
     def to_fiftyone(self) -> Any:
-        """Detections as `fiftyone.Detections`, with relative boxes and masks cut to them.
+        """Convert to `fiftyone.Detections`, with relative boxes and masks cropped to them.
 
         Raises:
             UserError: fiftyone is not installed.
@@ -174,11 +176,13 @@ class Model(TrainedModel):
 
     @property
     def stages(self) -> list[str]:
-        """Names of the stages that `predict` takes, in the order of the model; the last is the default."""
+        """Names of the stages that `predict` accepts, in the order of the model; the last is the default."""
         return stage_names(self.config.model)
 
     @overload
-    def predict(self, images: ImageInput, *, stage: str | None = ..., threshold: float = ...) -> Result: ...
+    def predict(  # type: ignore[overload-overlap]  # a path is a sequence of strings, too
+        self, images: ImageInput, *, stage: str | None = ..., threshold: float = ...
+    ) -> Result: ...
     @overload
     def predict(
         self, images: Sequence[ImageInput], *, stage: str | None = ..., threshold: float = ..., batch_size: int = ...
@@ -216,16 +220,15 @@ class Model(TrainedModel):
         """
         if not 0 <= threshold <= 1:
             raise UserError(f"the threshold is a score from 0 to 1, got {threshold:g}")
-        several = isinstance(images, list | tuple)
-        inputs: Sequence[ImageInput] = images if several else [images]  # type: ignore[assignment,list-item]
+        inputs: Any = images if isinstance(images, list | tuple) else [images]
         tensors = [to_image_tensor(image) for image in inputs]
         name = self.stages[-1] if stage is None else stage
         detected = predict_images(self, tensors, [name], batch_size, float(threshold)) if tensors else []
-        results = [
-            Result(image, _inside(instances[name], image), tuple(self.classes), name)
-            for image, instances in zip(tensors, detected, strict=True)
-        ]
-        return results if several else results[0]
+        results = []
+        for image, by_stage in zip(tensors, detected, strict=True):
+            boxes = clip_boxes_to_image(by_stage[name].boxes, (image.shape[-2], image.shape[-1]))
+            results.append(Result(image, replace(by_stage[name], boxes=boxes), tuple(self.classes), name))
+        return results if isinstance(images, list | tuple) else results[0]
 
     def inspect(self, image: ImageInput | Sample) -> Look:
         """Run the model on one image and keep every stage and the paper's intermediates by name.
@@ -244,7 +247,7 @@ class Model(TrainedModel):
         return look_at(self, sample)
 
     def save(self, folder: str | Path, layerwise_ap: LayerwiseAP | None = None) -> None:
-        """Write the model to a folder that `load` reads and the hub takes.
+        """Write the model to a folder that `load` reads and that the Hugging Face Hub accepts.
 
         The folder receives `model.safetensors`, `config.json`, a model card `README.md` and, with `layerwise_ap`,
         `layers.json`.
@@ -300,7 +303,7 @@ def load(
             * a file: `model.safetensors`, a resume point `.pt`, a published checkpoint `.pth` or `.pkl`,
             * a model of the course: `dimaskdino-shapes`, `maskdino-shapes` or `dimaskdino-solids`,
             * a model on the Hugging Face Hub: `owner/name` or `owner/name@revision`.
-        device: `auto` takes a GPU if there is one, else the CPU; or any device of torch.
+        device: any device of torch; `auto` is a GPU if there is one, else the CPU.
         precision: precision of the forward pass: `fp32`, `tf32`, `bf16` or `fp16`; or `auto`: `bf16` where the device
             is faster with it, else `fp32`.
         overrides: `key=value` settings that differ from those stored with the model, such as
@@ -332,10 +335,10 @@ def load(
 
 
 def find_device(device: str | torch.device = "auto") -> torch.device:
-    """The device of that name; `auto` is a GPU if there is one (the process's own under torchrun), else the CPU.
+    """Find a device by its name; `auto` is a GPU if there is one (under torchrun this process's), else the CPU.
 
     Raises:
-        UserError: torch knows no such device, or has none here.
+        UserError: torch does not have this device here.
     """
     if device == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -344,13 +347,8 @@ def find_device(device: str | torch.device = "auto") -> torch.device:
     try:
         return torch.zeros(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
+        reason = first_line(error).split(". ")[0]
         raise UserError(f"the device '{device}' cannot be used here: {reason}") from None
-
-
-def _inside(instances: Instances, image: Tensor) -> Instances:
-    """Detections with boxes that end where the image (3, h, w) does."""
-    return replace(instances, boxes=clip_boxes_to_image(instances.boxes, (image.shape[-2], image.shape[-1])))
 
 
 def _model_card(model: Model, layerwise_ap: LayerwiseAP | None) -> str:

@@ -4,6 +4,7 @@ Commands import their modules when they run, so that help is fast.
 """
 
 import sys
+from collections.abc import Callable
 
 from tyro.extras import SubcommandApp
 
@@ -12,24 +13,30 @@ from dimaskdino.cli.options import settings_first
 from dimaskdino.utils.errors import Stopped, UserError, explain_os_error
 from dimaskdino.utils.signals import EXIT_STOPPED, end_with_parent
 
-app = SubcommandApp()
-for _function in (
-    *(training.new, training.train, models.evaluate, models.predict),
-    *(notebooks.run, notebooks.study, training.status, training.share, models.export, models.convert),
-):
-    app.command(_function)
-_data = SubcommandApp()
-for _name, _function in {
-    "import": data.import_,
-    "check": data.check,
-    "shapes": data.shapes,
-    "bdd100k": data.bdd100k,
-}.items():
-    _data.command(_function, name=_name)
+
+def _group(**commands: Callable[..., int]) -> SubcommandApp:
+    """Group commands; the names end in an underscore where Python has them as keywords."""
+    group = SubcommandApp()
+    for name, function in commands.items():
+        group.command(name=name.rstrip("_"))(function)
+    return group
+
+
+app = _group(
+    new=training.new,
+    train=training.train,
+    evaluate=models.evaluate,
+    predict=models.predict,
+    run=notebooks.run,
+    study=notebooks.study,
+    status=training.status,
+    share=training.share,
+    export=models.export,
+    convert=models.convert,
+)
+_data = _group(import_=data.import_, check=data.check, shapes=data.shapes, bdd100k=data.bdd100k)
+_config = _group(show=config.show, keys=config.keys, list=config.names)
 app.command(_data, name="data", help="Generate the built-in data, check a dataset, or convert one.")
-_config = SubcommandApp()
-for _name, _function in {"show": config.show, "keys": config.keys, "list": config.names}.items():
-    _config.command(_function, name=_name)
 app.command(_config, name="config", help="List configurations and settings, or show a configuration.")
 
 

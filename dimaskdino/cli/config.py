@@ -37,7 +37,10 @@ def keys() -> int:
 
 
 def names() -> int:
-    """List the configurations that come with the kit."""
+    """List the configurations that come with the kit.
+
+    For example: dimaskdino config list
+    """
     from dimaskdino.utils.resources import config_names
 
     print("\n".join(config_names()))

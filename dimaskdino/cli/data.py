@@ -1,7 +1,7 @@
-"""The commands about datasets: `dimaskdino data …`."""
+"""The commands for datasets: `dimaskdino data …`."""
 
-import importlib
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -50,7 +50,7 @@ def check(
     read: bool = True,
     show: Path | None = None,
 ) -> int:
-    """Tell what a COCO-format dataset holds, what is wrong with it, and what a model will have trouble with.
+    """Count the content of a COCO-format dataset, list its errors, and warn of objects that a model may miss.
 
     For example: dimaskdino data check data/animals; dimaskdino data check my/data train val --show my/images.png
 
@@ -58,8 +58,8 @@ def check(
         root: Dataset folder.
         splits: Names of the splits; all by default.
         config: Configuration, or run folder, whose image size and numbers of tokens the data are compared with.
-        read: Read every image and mask too, which takes about 20 minutes for COCO; --no-read looks at the annotations
-            and for the files alone.
+        read: Also read every image and mask, which takes about 20 minutes for COCO; --no-read checks the annotations
+            and the existence of the images.
         show: Picture to write, of images with their annotations.
     """
     from dimaskdino.config import Config, load_config
@@ -71,21 +71,24 @@ def check(
     for report in reports:
         if report.statistics:
             print(f"{report.split}: {report.statistics.text()}")
-        print("".join(f"repaired when read: {line}\n" for line in report.remarks), end="")
-        print("".join(f"note: {line}\n" for line in report.advice), end="")
+        for line in report.remarks:
+            print(f"repaired when read: {line}")
+        for line in report.advice:
+            print(f"note: {line}")
         for line in grouped(report.problems):
             print(f"{report.split}: {line}", file=sys.stderr)
     count = sum(len(report.problems) for report in reports)
-    if show and not count:
-        _show(root, reports[0].split, show)
-        print(f"written: {show}")
-    elif show:
+    if show and count:
         print(f"{show} is not written; correct the problems first", file=sys.stderr)
+    elif show:
+        _draw_samples(root, reports[0].split, show)
+        print(f"written: {show}")
     print(f"{count:,} problem{'s' * (count != 1)}")
     return 1 if count else 0
 
 
-def _show(root: Path, split: str, file: Path, count: int = 12) -> None:
+def _draw_samples(root: Path, split: str, file: Path, count: int = 12) -> None:
+    """Draw images of a split with their annotations."""
     from dimaskdino.data.coco import CocoDataset
     from dimaskdino.utils.errors import writing
     from dimaskdino.viz import draw_samples
@@ -100,13 +103,13 @@ def _show(root: Path, split: str, file: Path, count: int = 12) -> None:
 def import_(
     source: Positional[Path], folder: Positional[Path], val: float = 0.2, seed: int = 0, register: str | None = None
 ) -> int:
-    """Make a COCO-format folder of what an annotation tool exported: outlines or masks in any of the usual layouts.
+    """Convert an annotation tool's export, with outlines or masks in any of the usual layouts, to COCO's format.
 
     For example: dimaskdino data import downloads/animals data/animals
 
     Layouts: COCO in any arrangement (Roboflow's included), YOLO segmentation, CVAT for images, Pascal VOC, LabelMe, and
     a folder per image with one mask per object. detectron2:NAME,NAME takes datasets that are registered in detectron2.
-    Splits are kept; without a validation split, images are drawn for it, with near-duplicates on one side. The source
+    Splits are kept; without a validation split, images are drawn for it, with near-duplicates in one split. The source
     is not changed, and its images are linked, not copied.
 
     Args:
@@ -125,7 +128,11 @@ def import_(
         done = import_dataset(source, folder, val, seed)
     else:
         if register:
-            _import_module(register)
+            sys.path.insert(0, "")  # for modules in the current folder
+            try:
+                import_module(register)
+            except ImportError as error:
+                raise UserError(f"--register: {register} cannot be imported ({error})") from None
         from dimaskdino.interop.detectron2 import exported_splits
 
         splits = exported_splits(registered.split(","))
@@ -135,19 +142,13 @@ def import_(
     return 0
 
 
-def _import_module(name: str) -> None:
-    sys.path.insert(0, "")  # modules in the current folder
-    try:
-        importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"--register: {name} cannot be imported ({error})") from None
-
-
 def bdd100k(root: Positional[Path], splits: Positional[tuple[str, ...]] = ("train", "val")) -> int:
-    """Make COCO annotations of BDD100K's instance segmentation labels (bitmasks or run lengths).
+    """Convert BDD100K's instance segmentation labels (bitmasks or run lengths) to COCO annotations.
+
+    For example: dimaskdino data bdd100k data/bdd100k
 
     Args:
-        root: Folder with images/10k and labels/ins_seg as they come.
+        root: Folder with images/10k and labels/ins_seg, as downloaded.
         splits: Names of the splits.
     """
     from dimaskdino.data.bdd100k import convert

@@ -1,8 +1,8 @@
-"""The commands that use a trained model: evaluate, predict, convert."""
+"""The commands for trained models: evaluate, predict, export, convert."""
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from tyro.conf import Positional, arg
 
@@ -19,11 +19,13 @@ from dimaskdino.cli.options import (
 )
 from dimaskdino.utils.errors import UserError, writing
 
-SHOWN_SCORE = 0.3  # as predict shows
-
 if TYPE_CHECKING:
+    from dimaskdino.evaluation.coco_ap import Kind
     from dimaskdino.evaluation.detections import DetectionStore
+    from dimaskdino.evaluation.error_analysis import TideAnalysis
     from dimaskdino.model import Model
+
+SHOWN_SCORE = 0.3  # the default threshold of predict
 
 
 def evaluate(
@@ -53,15 +55,15 @@ def evaluate(
     Args:
         model_and_settings: The model (as for predict), then settings that differ from those it was trained with, such
             as data.root=my/data or TEST.DETECTIONS_PER_IMAGE 300.
-        config: Configuration that a published checkpoint belongs to; inferred from its weights by default.
+        config: Configuration of a published checkpoint; inferred from its weights by default.
         split: Split to evaluate on; data.val of the configuration by default.
         stages: Stages to evaluate, such as decoder.1 decoder.6; all by default.
         output: Folder for layers.json and layers.png; evaluation/ beside the model by default.
         keep_detections: Keep the detections of every stage in the output folder.
         bootstrap: Number of bootstrap resamples of the images, such as 1000, for 95 % intervals of the AP of the first
-            and the last decoder layer. They are kept in bootstrap.npz, from which studies compare models.
-        errors: Also show where AP is lost: kinds of errors of the first and the last decoder layer, and of the last
-            the confusions of classes and the worst images.
+            and the last decoder layer. They are kept in bootstrap.npz, which studies compare models with.
+        errors: Also analyse the errors of the first and the last decoder layer, and list the confused classes and the
+            worst images of the last.
         device: Device to run on.
         precision: Precision of the forward pass.
         processes: Number of evaluating processes on this machine, one per GPU.
@@ -84,7 +86,7 @@ def evaluate(
         trained = load(
             source,
             device=device,
-            precision=precision,  # type: ignore[arg-type]
+            precision=cast(Any, precision),
             overrides=overrides,
             config=None if config is None else settings.config,
         )
@@ -103,14 +105,14 @@ def evaluate(
 
 
 def _beside(source: str) -> Path:
-    """The folder of a model: the run folder, or the file's; below runs/ for course models and the hub's."""
+    """Return the folder of a model: the run folder, the file's folder, or one in runs/ for course and hub models."""
     path = Path(source)
     if path.exists():
         return path if path.is_dir() else path.parent
     return Path("runs", source.replace("/", "_"))
 
 
-def _score(model: "Model", store: "DetectionStore", split: str | None, folder: Path, draws: int) -> None:
+def _score(model: "Model", store: "DetectionStore", split: str | None, folder: Path, resamples: int) -> None:
     """Score the detections, write the results to a folder and print them."""
     from dimaskdino.evaluation.bootstrap import bootstrap
     from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, score_layers, truth_of
@@ -122,21 +124,20 @@ def _score(model: "Model", store: "DetectionStore", split: str | None, folder: P
     print(result.table())
     for line in result.remarks:
         print(f"note: {line}", file=sys.stderr)
-    if draws:
-        chosen = dict.fromkeys(name for name in (FIRST_LAYER, next(reversed(result.stages))) if name in result.stages)
-        resampled = bootstrap({name: store[name] for name in chosen}, truth, draws)
+    if resamples:
+        last = next(reversed(result.stages))
+        chosen = {name: store[name] for name in (FIRST_LAYER, last) if name in result.stages}
+        resampled = bootstrap(chosen, truth, resamples)
         resampled.save(folder / "bootstrap.npz")
         for name, (low, high) in resampled.intervals().items():
-            print(f"{name} AP: {low:.1f} to {high:.1f} (95 % interval, {draws} resamples of the images)")
+            print(f"{name} AP: {low:.1f} to {high:.1f} (95 % interval, {resamples} resamples of the images)")
     with writing(folder):
         plot_layerwise_ap({"model": result}).savefig(folder / "layers.png")
-    result.save(folder / "layers.json")  # last: studies take it as the sign of a complete evaluation
+    result.save(folder / "layers.json")  # written last: studies take it as the sign of a complete evaluation
     print(f"written: {folder / 'layers.json'}, {folder / 'layers.png'}")
 
 
-def _write_error_analysis(
-    model: "Model", store: "DetectionStore", split: str | None, folder: Path, images: int = 6
-) -> None:
+def _write_error_analysis(model: "Model", store: "DetectionStore", split: str | None, folder: Path) -> None:
     """Write the error analysis of the detections to a folder, and print the AP that each kind of error costs."""
     from PIL import Image
 
@@ -148,17 +149,17 @@ def _write_error_analysis(
 
     truth, _ = truth_of(model, split)
     last = tuple(store)[-1]
-    stages = {}
-    for name in dict.fromkeys([FIRST_LAYER, last]):
+    kinds: tuple[Kind, ...] = ("box", "mask")
+    stages: dict[str, dict[Kind, TideAnalysis]] = {}
+    for name in (FIRST_LAYER, last):
         if name in store:
-            found = store[name]
-            if not found.has_masks:
-                raise UserError(f"--errors needs masks, which {name} has not; add another of --stages")
-            stages[name] = {kind: tide_analysis(truth, found, kind) for kind in ("box", "mask")}
-    confused = confusion(truth, found, "mask", threshold=SHOWN_SCORE)
-    worst = worst_images(truth, found, "mask", SHOWN_SCORE, images)
-    for kind, lost in stages[last].items():
-        costs = ", ".join(f"{KINDS[name]} {value:.1f}" for name, value in lost.lost.items())
+            if not store[name].has_masks:
+                raise UserError(f"--errors needs masks, which {name} does not have; add another of --stages")
+            stages[name] = {kind: tide_analysis(truth, store[name], kind) for kind in kinds}
+    confused = confusion(truth, store[last], "mask", threshold=SHOWN_SCORE)
+    worst = worst_images(truth, store[last], "mask", SHOWN_SCORE, count=6)
+    for kind, analysis in stages[last].items():
+        costs = ", ".join(f"{KINDS[name]} {value:.1f}" for name, value in analysis.lost.items())
         print(f"{last}, points of {kind} AP50 that errors cost: {costs}")
     data = CocoDataset(model.config.data.root, split or model.config.data.val)
     places = {image["id"]: place for place, image in enumerate(data.images)}
@@ -172,8 +173,8 @@ def _write_error_analysis(
         plot_error_analysis(stages).savefig(folder / "errors.png", dpi=150)
         plot_confusion(confused).savefig(folder / "confusion.png", dpi=150)
         Image.fromarray(pictures).save(folder / "worst.png")
-    written = ", ".join(str(folder / name) for name in ("errors.json", "errors.png", "confusion.png", "worst.png"))
-    print(f"written: {written}")
+    written = [str(folder / name) for name in ("errors.json", "errors.png", "confusion.png", "worst.png")]
+    print(f"written: {', '.join(written)}")
 
 
 def predict(
@@ -181,17 +182,16 @@ def predict(
     images_and_settings: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE KEY=VALUE")]],
     output: Path = Path("predictions"),
     stage: str | None = None,
-    threshold: float = 0.3,
+    threshold: float = SHOWN_SCORE,
     batch_size: int = 8,
     device: Device = "auto",
     precision: PrecisionOption = "fp32",
 ) -> int:
-    """Draw masks, boxes, classes and scores on images and videos, and write them as COCO json.
+    """Draw masks, boxes, classes and scores on images and videos, and write them in COCO's format.
 
     For example: dimaskdino predict runs/mine my/photos --threshold 0.5
 
-    The output mirrors the folders of the input. predictions.json has COCO's format, with a score per annotation and
-    masks as run lengths.
+    The output mirrors the folders of the input. predictions.json has a score per annotation and masks as run lengths.
 
     Args:
         model: The model.
@@ -211,7 +211,7 @@ def predict(
     images = [Path(text) for text in images_and_settings if text not in overrides]
     if not images:
         raise UserError("name the images: dimaskdino predict MODEL IMAGE, a file or a folder")
-    trained = load(model, device=device, precision=precision, overrides=overrides)  # type: ignore[arg-type]
+    trained = load(model, device=device, precision=cast(Any, precision), overrides=overrides)
     report = predict_files(trained, images, output, stage, threshold, batch_size)
     print(f"{report.detections} detections in {len(report.pictures)} files, {len(report.skipped)} skipped")
     if report.pictures and not report.detections:
@@ -227,9 +227,9 @@ def export(
 
     For example: dimaskdino export runs/mine mine.onnx
 
-    The file takes images (batch, 3, height, width), RGB from 0 to 255, of any size from 64 to 2048 pixels, and gives
-    boxes, scores, labels and masks. It is compared with the model on random images. A .pt2 file needs PyTorch alone,
-    and takes sides from 96 pixels that are multiples of 32.
+    The file takes images (batch, 3, height, width), RGB from 0 to 255, of any size from 64 to 2048 pixels, and returns
+    boxes, scores, labels and masks. The command compares it with the model on random images. A .pt2 file needs PyTorch
+    only, and takes sides from 96 pixels that are multiples of 32.
 
     Args:
         model: The model.
@@ -269,7 +269,7 @@ def convert(
 
     Args:
         file: The published file, .pth or .pkl. No code in it is run.
-        output: File to write, .safetensors; a model's holds its configuration and class names too.
+        output: File to write, .safetensors. A model's file also holds its configuration and class names.
         overrides: Settings that differ from the configuration.
         config: Configuration of the model, this kit's or the published one; inferred from the weights by default.
     """

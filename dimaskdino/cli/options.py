@@ -74,11 +74,16 @@ def settings_first(arguments: Sequence[str]) -> list[str]:
 
     Settings are `train.seed=1` and, in the form of the published code, `SOLVER.IMS_PER_BATCH 8`.
     """
-    settings, others, key_before = [], [], False
+    settings: list[str] = []
+    others: list[str] = []
+    key_before = False
     for argument in arguments:
         is_value = key_before and not argument.startswith("--")  # a key without a value is reported later
         key_before = not is_value and bool(PUBLISHED_KEY.match(argument))
-        (settings if is_value or key_before or SETTING.match(argument) else others).append(argument)
+        if is_value or key_before or SETTING.match(argument):
+            settings.append(argument)
+        else:
+            others.append(argument)
     first_option = next((i for i, argument in enumerate(others) if argument.startswith("-")), len(others))
     return [*others[:first_option], *settings, *others[first_option:]]
 

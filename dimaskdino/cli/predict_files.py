@@ -1,11 +1,11 @@
-"""Predict on files: folders of photographs and videos, to pictures and one COCO json."""
+"""Predicting on folders of photographs and videos; the results are pictures and one file in COCO's format."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,13 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 
 @dataclass
 class FilesReport:
-    """What `predict_files` did.
+    """The files that `predict_files` wrote and skipped.
 
     Attributes:
         pictures: the drawn images and videos.
         json: the file with all detections, in COCO's format.
         detections: number of detections.
-        skipped: what was wrong with the files that could not be read.
+        skipped: error messages of the files that could not be read.
     """
 
     pictures: list[Path]
@@ -56,7 +56,7 @@ def predict_files(
         paths: image files, videos (where PyAV is installed), or folders of them.
         output: folder for the results.
         stage: the stage to take the detections from; the last decoder layer by default.
-        threshold: detections with a lower score are left out.
+        threshold: lowest score of a detection, 0 to 1.
         batch_size: number of images per forward pass, at most.
 
     Raises:
@@ -66,84 +66,69 @@ def predict_files(
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     files = find_files(paths, (*SUFFIXES, *VIDEO_SUFFIXES))
-    targets = _targets(files, output)
-    result = FilesReport([], output / "predictions.json")
-    coco = _CocoWriter(model)
-    progress = progress_bar(total=len(files), description="predicting", unit="file")
-    try:
-        for start in range(0, len(files), batch_size):
-            chunk = list(zip(files[start : start + batch_size], targets[start : start + batch_size], strict=True))
-            pictures = [(file, target) for (file, _), target in chunk if file.suffix.lower() not in VIDEO_SUFFIXES]
-            for file, target, prediction in _predict_pictures(model, pictures, stage, threshold, batch_size, result):
-                coco.add(prediction, str(file))
-                prediction.save(target)
-                result.pictures.append(target)
-            for (file, _), target in chunk:
-                if file.suffix.lower() in VIDEO_SUFFIXES:
-                    with writing(target):
-                        target.parent.mkdir(parents=True, exist_ok=True)
-                        _predict_video(model, file, target, stage, threshold, coco)
-                    result.pictures.append(target)
-            progress.update(len(chunk))
-        write_text(result.json, json.dumps(coco.content))
-    finally:
-        progress.close()
-    result.detections = len(coco.content["annotations"])
-    return result
+    targets = list(zip([file for file, _ in files], _targets(files, output), strict=True))
+    pictures = [(file, target) for file, target in targets if not _is_video(file)]
+    report = FilesReport([], output / "predictions.json")
+    coco = _CocoFile(model)
+    with progress_bar(total=len(files), description="predicting", unit="file") as progress:
+        for start in range(0, len(pictures), batch_size):
+            batch = pictures[start : start + batch_size]
+            readable, images = [], []
+            for file, target in batch:
+                try:
+                    images.append(to_image_tensor(file))
+                    readable.append((file, target))
+                except UserError as error:
+                    report.skipped.append(str(error))
+                    print(f"skipped: {error}")
+            results = model.predict(images, stage=stage, threshold=threshold, batch_size=batch_size)
+            for (file, target), result in zip(readable, results, strict=True):
+                coco.add(result, str(file))
+                result.save(target)
+                report.pictures.append(target)
+            progress.update(len(batch))
+        for file, target in targets:
+            if _is_video(file):
+                with writing(target):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    _predict_video(model, file, target, stage, threshold, coco)
+                report.pictures.append(target)
+                progress.update()
+    write_text(report.json, json.dumps(coco.content))
+    report.detections = len(coco.content["annotations"])
+    return report
 
 
-def _predict_pictures(
-    model: Model,
-    files: Sequence[tuple[Path, Path]],
-    stage: str | None,
-    threshold: float,
-    batch_size: int,
-    report: FilesReport,
-) -> Iterator[tuple[Path, Path, Result]]:
-    """Results of the files that can be read; the others are noted in the report."""
-    readable, images = [], []
-    for file, target in files:
-        try:
-            images.append(to_image_tensor(file))
-            readable.append((file, target))
-        except UserError as error:
-            report.skipped.append(str(error))
-            print(f"skipped: {error}")
-    results = model.predict(images, stage=stage, threshold=threshold, batch_size=batch_size)
-    for (file, target), prediction in zip(readable, results, strict=True):
-        yield file, target, prediction
+def _is_video(file: Path) -> bool:
+    return file.suffix.lower() in VIDEO_SUFFIXES
 
 
 def _targets(files: Sequence[tuple[Path, Path]], output: Path) -> list[Path]:
-    """Where the picture of each file goes: its relative path with `.png` (`.mp4` for videos), unique.
+    """Return the picture of each file: its relative path with the suffix `.png`, `.mp4` for videos.
+
+    Where x.jpg and x.png are in one folder, both keep their whole names before the new suffix.
 
     Raises:
-        UserError: a target is one of the inputs, or two inputs have the same relative path.
+        UserError: a picture would overwrite an input, or two inputs have the same relative path.
     """
-
-    def target(name: Path) -> Path:
-        return name.with_suffix(".mp4" if name.suffix.lower() in VIDEO_SUFFIXES else ".png")
-
-    names = [name for _, name in files]
-    short = [target(name) for name in names]
-    # x.jpg and x.png in one folder: keep the whole name of both
-    unique = [
-        s if short.count(s) == 1 else n.with_name(f"{n.name}{s.suffix}") for s, n in zip(short, names, strict=True)
-    ]
-    inputs = {file.resolve() for file, _ in files}
-    for number, name in enumerate(unique):
-        if unique.index(name) != number:
+    short = [name.with_suffix(".mp4" if _is_video(name) else ".png") for _, name in files]
+    count, inputs = Counter(short), {file.resolve() for file, _ in files}
+    targets: dict[Path, Path] = {}  # the input of each picture
+    for (file, name), picture in zip(files, short, strict=True):
+        target = output / (picture if count[picture] == 1 else name.with_name(name.name + picture.suffix))
+        if target in targets:
             raise UserError(
-                f"{files[unique.index(name)][0]} and {files[number][0]} would both be written to {output / name}; "
-                "predict on them in two commands with different output folders"
+                f"{targets[target]} and {file} would both be written to {target}; predict on them in two commands with "
+                "different output folders"
             )
-        if (output / name).resolve() in inputs:
-            raise UserError(f"{output / name} is an input and would be overwritten; choose another output folder")
-    return [output / name for name in unique]
+        if target.resolve() in inputs:
+            raise UserError(f"{target} is an input and would be overwritten; choose another output folder")
+        targets[target] = file
+    return list(targets)
 
 
-class _CocoWriter:
-    """Collects detections of many images in COCO's format."""
+class _CocoFile:
+    """Collects the detections of many images in COCO's format."""
 
     def __init__(self, model: Model) -> None:
         categories = [{"id": i, "name": name} for i, name in enumerate(model.classes, start=1)]
@@ -155,28 +140,23 @@ class _CocoWriter:
         height, width = result.image.shape[-2:]
         image_id = len(images) + 1
         images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
-        for record in result.to_coco(image_id):
-            mask = record.get("segmentation")
-            area = int(coco_mask.area(mask)) if mask else record["bbox"][2] * record["bbox"][3]
-            annotations.append({"id": len(annotations) + 1, **record, "area": area, "iscrowd": 0})
+        for annotation in result.to_coco(image_id):
+            mask = annotation.get("segmentation")
+            area = int(coco_mask.area(mask)) if mask else annotation["bbox"][2] * annotation["bbox"][3]
+            annotations.append({"id": len(annotations) + 1, **annotation, "area": area, "iscrowd": 0})
 
 
-def _av() -> ModuleType:
+def _predict_video(
+    model: Model, file: Path, target: Path, stage: str | None, threshold: float, coco: _CocoFile
+) -> None:
+    """Write the video with the detections of every frame drawn."""
     try:
         import av
     except ImportError:
         raise UserError("videos need PyAV: pip install 'dimaskdino[video]'") from None
-    return av
-
-
-def _predict_video(
-    model: Model, file: Path, target: Path, stage: str | None, threshold: float, coco: _CocoWriter
-) -> None:
-    """Write the video with the detections of every frame drawn."""
-    av = _av()
     try:
         source = av.open(str(file))
-    except (OSError, ValueError) as error:  # av's errors are both
+    except (OSError, ValueError) as error:  # PyAV's exceptions are both
         raise UserError(f"the video {file} cannot be read: {error}") from None
     with source, av.open(str(target), "w") as written:
         stream = source.streams.video[0]
@@ -186,17 +166,12 @@ def _predict_video(
         for number, frame in enumerate(frames):
             result = model.predict(frame.to_ndarray(format="rgb24"), stage=stage, threshold=threshold)
             coco.add(result, f"{file}#{number}")
-            picture = _rgb(result)
+            picture = paint_instances(result.image, result.instances, result.classes)
+            height, width = picture.shape[0] // 2 * 2, picture.shape[1] // 2 * 2  # H.264 needs even sides
             if drawn is None:
                 drawn = written.add_stream("h264", rate=rate)
-                drawn.height, drawn.width, drawn.pix_fmt = *picture.shape[:2], "yuv420p"
-            written.mux(drawn.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+                drawn.height, drawn.width, drawn.pix_fmt = height, width, "yuv420p"
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]), format="rgb24")
+            written.mux(drawn.encode(frame))
         if drawn is not None:
             written.mux(drawn.encode())
-
-
-def _rgb(result: Result) -> np.ndarray:
-    """The picture of a result at its image's own size, (h, w, 3) uint8; odd sizes lose a row or column."""
-    canvas = paint_instances(result.image, result.instances, result.classes)
-    height, width = canvas.shape[:2]
-    return np.ascontiguousarray(canvas[: height // 2 * 2, : width // 2 * 2])

@@ -1,4 +1,4 @@
-"""The commands about training runs: new, train, status, share."""
+"""The commands for training runs: new, train, status, share."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from dimaskdino.utils.errors import UserError, writing
 
 
 def new(data: Positional[Path], run: Positional[Path], weights: str | None = None, minutes: float | None = None) -> int:
-    """Write a configuration for a dataset and this machine: a complete, commented config.yaml in a new run folder.
+    """Write a complete, commented config.yaml for a dataset and this machine to a new run folder.
 
     For example: dimaskdino new data/animals runs/animals
 
-    Image size, number of tokens, learning rate and length follow from the data by rules that the file names beside each
-    setting. A few steps are tried, so that the file fits the memory and the time is known.
+    Image size, number of tokens, learning rate and length follow from the data; a comment beside each setting gives the
+    rule. A few steps are run to fit the settings to the memory and to measure the time.
 
     Args:
         data: COCO-format folder with a training and a validation split, such as 'dimaskdino data import' makes.
@@ -50,7 +50,7 @@ def train(
     For example: dimaskdino train --config shapes/dimaskdino_r18 --run runs/mine
 
     The run folder receives the complete configuration, metrics, checkpoints and a status. The same command again
-    resumes from the last checkpoint. Ctrl-C finishes the step and saves before it stops.
+    resumes from the last checkpoint. Ctrl-C finishes the step, saves and stops.
 
     Args:
         overrides: Settings that differ from the configuration.
@@ -75,7 +75,7 @@ def train(
 
 
 def status(run: Positional[Path]) -> int:
-    """Show whether a run is running, finished or failed and why, its latest results and its files.
+    """Show the state of a run, the reason if it failed, its latest results and its files.
 
     For example: dimaskdino status runs/demo
 
@@ -89,29 +89,33 @@ def status(run: Positional[Path]) -> int:
     parts = ("state", "reason", "note", "started", "ended")
     shown = ", ".join(f"{key} {current[key]}" for key in parts if key in current)
     print(f"{run}: {shown}")
-    records = folder.read_metrics()
-    latest = next((record for record in reversed(records) if "loss" in record), None)
-    if latest:
-        print(f"step {latest['step']}, loss {latest['loss']:.2f}")
-    validated = next((record for record in reversed(records) if "validation" in record), None)
-    if validated:
-        result = validated["validation"]
-        found = f"box AP {result['box_AP']:.1f}, mask AP {result['mask_AP']:.1f}"
-        print(f"validation at step {validated['step']}: {found}; the best was at step {validated['best_step']}")
-    for record in records:
+    latest, validated, advice = "", "", []
+    for record in folder.read_metrics():
+        step = record["step"]
+        if "loss" in record:
+            latest = f"step {step}, loss {record['loss']:.2f}"
+        if "validation" in record:
+            box, mask = record["validation"]["box_AP"], record["validation"]["mask_AP"]
+            validated = f"validation at step {step}: box AP {box:.1f}, mask AP {mask:.1f}; "
+            validated += f"the best was at step {record['best_step']}"
         if "advice" in record:
-            print(f"advice at step {record['step']}: {record['advice']}")
+            advice.append(f"advice at step {step}: {record['advice']}")
+    print("".join(f"{line}\n" for line in (latest, validated, *advice) if line), end="")
     evaluation = run / "evaluation" / "layers.json"
     if evaluation.exists():
-        from dimaskdino.evaluation.layerwise_ap import LayerwiseAP  # with PyTorch
+        from dimaskdino.evaluation.layerwise_ap import LayerwiseAP  # imports PyTorch
 
         result = LayerwiseAP.load(evaluation)
         print(f"AP on {result.images} images, {result.source}\n{result.table()}")
+    print("files:")
     written = [*run.rglob("*.ipynb"), *run.rglob("figures/*.png"), *run.rglob("layers.*"), folder.model, folder.best]
     written += sorted(folder.samples.glob("*.png"))[-1:]
-    files = [path for path in dict.fromkeys(written) if path.exists() and ".ipynb_checkpoints" not in path.parts]
-    print("\n".join(["files:", *(f"  {path}" for path in files)]))
-    figures = [path for path in files if path.name == "layers.png"]
+    figures = []
+    for path in dict.fromkeys(written):
+        if path.exists() and ".ipynb_checkpoints" not in path.parts:
+            print(f"  {path}")
+            if path.name == "layers.png":
+                figures.append(path)
     if figures:
         print(f"figure, box and mask AP of every stage: {figures[0]}")
     return 1 if current["state"] == "failed" else 0
@@ -124,7 +128,7 @@ def share(run: Positional[Path], target: Positional[Path]) -> int:
 
     Args:
         run: Run folder.
-        target: Folder to create. It is a run folder too: evaluate, predict and the notebooks take it.
+        target: Folder to create, a run folder that evaluate, predict and the notebooks accept.
     """
     from dimaskdino.runs.folder import RunFolder
     from dimaskdino.runs.share import copy_for_sharing

@@ -82,7 +82,7 @@ class TrainingProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # an interrupted cell must not interrupt a step
-                env=os.environ | needed | child_environment() | (environment or {}),
+                env=os.environ | needed | child_environment() | dict(environment or {}),
             )
 
     def __enter__(self) -> "TrainingProcess":

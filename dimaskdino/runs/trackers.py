@@ -187,7 +187,7 @@ class _Forgiving:
             print(f"note: {self._name} fails ({first_line(error)}); the training goes on without it", file=sys.stderr)
 
 
-TRACKERS = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WeightsAndBiases}
+TRACKERS: dict[str, Callable[..., Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WeightsAndBiases}
 
 
 def open_trackers(names: Sequence[str], folder: Path, settings: Mapping[str, Any], step: int) -> list[Tracker]:
@@ -205,7 +205,7 @@ def open_trackers(names: Sequence[str], folder: Path, settings: Mapping[str, Any
     trackers: list[Tracker] = []
     for name in names:
         try:
-            tracker: Tracker = TRACKERS[name](folder, settings, step)
+            tracker = TRACKERS[name](folder, settings, step)
         except (UserError, OSError):
             raise
         except Exception as error:

@@ -35,7 +35,7 @@ def explain_os_error(error: OSError) -> str:
     return text if advice is None else f"{advice} ({text})"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

@@ -29,7 +29,9 @@ class _DType:
         order, *parts = state[1:5]
         if parts != [None, None, None]:
             raise pickle.UnpicklingError("it has arrays of records, expected numbers")
-        self.value = self.value.newbyteorder(order.decode() if isinstance(order, bytes) else order)
+        if isinstance(order, bytes):
+            order = order.decode()
+        self.value = self.value.newbyteorder(order)
 
 
 class _Array:
