@@ -229,7 +229,7 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
         distinct_names(["runs/a", Path("runs/a")])
 
 
-def wait_until(condition, seconds: float = 60) -> None:
+def wait_until(condition, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
