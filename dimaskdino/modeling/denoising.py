@@ -42,6 +42,7 @@ class Denoising(nn.Module):
         M = targets.labels.shape[1]
         most = max(targets.counts, default=0)
         groups = self.cfg.queries // most if most else 0
+        # (B, groups·M), (B, groups·M, 4), (B, groups·M)
         labels = targets.labels.repeat(1, groups)
         boxes = targets.boxes.repeat(1, groups, 1)
         valid = targets.valid.repeat(1, groups)
@@ -52,6 +53,7 @@ class Denoising(nn.Module):
         extent = torch.cat([boxes[..., 2:] / 2, boxes[..., 2:]], dim=-1)
         boxes = boxes + self.cfg.box_noise * extent * (2 * torch.rand_like(boxes) - 1)
 
+        # (B, groups·M, C)
         content = self.labels(labels) * valid.unsqueeze(-1)
         # 0.5 (a logit of 0) where there is no object
         boxes = torch.where(valid.unsqueeze(-1), through_logits(boxes), 0.5)

@@ -35,6 +35,7 @@ class PredictionHeads(nn.Module):
         self, name: str, x: Float[Tensor, "B Q C"], boxes: Float[Tensor, "B Q 4"], mask_features: Tensor | None
     ) -> Stage:
         """Predict classes and mask embeddings from the normalised x. Without mask features there are no masks."""
+        # (B, Q, C), then (B, Q, K) and, as mask embeddings, (B, Q, C)
         y = self.norm(x)
         if mask_features is None:
             return Stage(name, self.label(y), boxes)

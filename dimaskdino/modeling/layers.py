@@ -136,21 +136,31 @@ class MultiHeadAttention(nn.Module):
         need_weights: bool = False,
     ) -> tuple[Float[Tensor, "B Q C"], Float[Tensor, "B Q R"] | None]:
         """Attend; see `Attention.forward`."""
-        parts = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
-        q, k, v = (functional.linear(x, W, b).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x, W, b in parts)
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        # (B, heads, Q, C/heads), then twice (B, heads, R, C/heads)
+        q = self._split(functional.linear(query, weights[0], biases[0]))
+        k = self._split(functional.linear(key, weights[1], biases[1]))
+        v = self._split(functional.linear(value, weights[2], biases[2]))
         allowed = None if attention_mask is None else ~attention_mask
         # on a CPU the backward pass of narrow heads takes several times as long in bfloat16 as in float32
         slow = q.device.type == "cpu" and q.requires_grad
+        if slow:
+            q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(q.device.type, enabled=False) if slow else contextlib.nullcontext():
-            q, k, v = (x.float() if slow else x for x in (q, k, v))
             attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        # (B, Q, C)
         output = self.out_proj(attended.transpose(1, 2).flatten(2))
         if not need_weights:
             return output, None
+        # (B, heads, Q, R)
         logits = q @ k.mT / math.sqrt(q.shape[-1])
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -torch.inf)
         return output, logits.softmax(-1).mean(1)
+
+    def _split(self, x: Float[Tensor, "B Q C"]) -> Float[Tensor, "B H Q D"]:
+        """(B, Q, C) as one part of the channels for every head."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -242,7 +252,9 @@ class DeformableAttention(nn.Module):
         Returns:
             The new x, and the sampling locations and weights.
         """
+        # (B, Q, heads, levels, points, 2), (B, Q, heads, levels, points)
         locations, weights = self.sampling(query, centre, unit)
+        # (B, N, heads, C/heads), then (B, Q, C)
         value = self.value_proj(memory.tokens).unflatten(-1, (self.heads, -1))
         attended = ms_deform_attn(value, memory.shapes, locations, weights)
         return self.norm(x + self.output_proj(attended)), (locations, weights)

@@ -69,17 +69,21 @@ class PixelDecoder(nn.Module):
             T_i, with the levels in the encoder's order, and the mask features F at stride 4.
         """
         coarsest = features[max(features)]
-        levels = FeatureLevels.from_maps(
-            {
-                stride: projection(features.get(stride, coarsest))
-                for stride, projection in zip(self.strides, self.projections, strict=True)
-            }
-        )
-        embedding = torch.cat([e.expand(n, -1) for e, n in zip(self.level_embedding, levels.sizes, strict=True)])
+        # {stride: (B, C, h, w)}, then (B, N, C)
+        maps, embeddings = {}, []
+        for stride, projection in zip(self.strides, self.projections, strict=True):
+            maps[stride] = projection(features.get(stride, coarsest))
+        levels = FeatureLevels.from_maps(maps)
+        # (N, C)
+        for level_embedding, size in zip(self.level_embedding, levels.sizes, strict=True):
+            embeddings.append(level_embedding.expand(size, -1))
+        embedding = torch.cat(embeddings)
         position = sine_positions(levels) + embedding
         centre, cell = levels.centres().expand(levels.tokens.shape[0], -1, -1), levels.cells()[:, None]
+        # (B, N, C)
         for layer in self.layers:
             levels = layer(levels, position, centre, cell)
+        # (B, C, H/4, W/4)
         lateral = self.lateral(features[MASK_STRIDE])
         fused = self.output(lateral + resize_to(levels.map(min(self.strides)), lateral))
         return levels, self.mask_features(fused)

@@ -108,9 +108,8 @@ def enlarge_inside(
     logits: Float[Tensor, "u h4 w4"], padded_size: tuple[int, int], size: tuple[int, int], output: tuple[int, int]
 ) -> tuple[Bool[Tensor, "u h w"], Float[Tensor, " u"]]:
     """`enlarge`, each mask only where it can be positive, which is mostly a small part of the image."""
-    rows, columns = (
-        _resizings(logits.shape[1 + axis], padded_size[axis], size[axis], output[axis]) for axis in range(2)
-    )
+    rows = _resizings(logits.shape[1], padded_size[0], size[0], output[0])
+    columns = _resizings(logits.shape[2], padded_size[1], size[1], output[1])
     ranges = zip(_reached(logits.amax(2) > 0, rows), _reached(logits.amax(1) > 0, columns), strict=True)
     masks, quality = logits.new_zeros(len(logits), *output, dtype=torch.bool), logits.new_zeros(len(logits))
     for i, (down, across) in enumerate(ranges):
@@ -136,7 +135,7 @@ class _Resizing(NamedTuple):
         return cls(lower, (lower + 1).clamp(max=before - 1), (source - lower)[:, None])
 
     def only(self, wanted: slice) -> "_Resizing":
-        return _Resizing(*(values[wanted] for values in self))
+        return _Resizing(self.lower[wanted], self.upper[wanted], self.part[wanted])
 
 
 def _resizings(cells: int, padded: int, size: int, output: int) -> list[_Resizing]:

@@ -3,6 +3,7 @@
 Shapes use B images, N feature tokens, C channels, Q queries, K classes, M objects (the most in one image).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,12 +19,13 @@ SIZE_DIVISOR = 32
 
 def padded_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """(H, W) that images of these (h, w) are padded to: the largest sides, rounded up to multiples of 32."""
-    height, width = (-(-max(side) // SIZE_DIVISOR) * SIZE_DIVISOR for side in zip(*sizes, strict=True))
-    return height, width
+    height = max(h for h, _ in sizes)
+    width = max(w for _, w in sizes)
+    return SIZE_DIVISOR * math.ceil(height / SIZE_DIVISOR), SIZE_DIVISOR * math.ceil(width / SIZE_DIVISOR)
 
 
 def filled(values: Sequence[float], device: torch.device | str) -> Float[Tensor, " n"]:
-    """A few numbers that the device writes itself: it need not be waited for, as it must for a copy from the host."""
+    """A tensor of a few numbers, written by the device: unlike a copy from the host, it does not synchronise."""
     return torch.cat([torch.full((1,), value, device=device) for value in values])
 
 
@@ -44,7 +46,7 @@ class ImageBatch:
         """Normalise and pad RGB images, each (3, h, w) with values 0 to 255, of any dtype."""
         sizes = tuple((image.shape[-2], image.shape[-1]) for image in images)
         height, width = padded_size(sizes)
-        mean, std = (filled(values, device).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+        mean, std = filled(PIXEL_MEAN, device).view(3, 1, 1), filled(PIXEL_STD, device).view(3, 1, 1)
         pixels = torch.zeros(len(images), 3, height, width, device=device)
         for padded, image, (h, w) in zip(pixels, images, sizes, strict=True):
             padded[:, :h, :w] = (image.to(device, non_blocking=True) - mean) / std
@@ -77,12 +79,13 @@ class Targets:
         return torch.stack([number < count for count in self.counts])
 
     def pin_memory(self) -> "Targets":
-        """In memory that a GPU reads while the host goes on."""
+        """Copy to pinned memory."""
         return Targets(self.labels.pin_memory(), self.boxes.pin_memory(), self.masks.pin_memory(), self.counts)
 
     def to(self, device: torch.device | str) -> "Targets":
-        moved = (x.to(device, non_blocking=True) for x in (self.labels, self.boxes, self.masks))
-        return Targets(*moved, self.counts)
+        labels = self.labels.to(device, non_blocking=True)
+        boxes = self.boxes.to(device, non_blocking=True)
+        return Targets(labels, boxes, self.masks.to(device, non_blocking=True), self.counts)
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,9 @@ class FeatureLevels:
 
     def cells(self) -> Float[Tensor, "levels 2"]:
         """Width and height of a cell of every level, in parts of the image."""
-        sides = [side for height, width in self.shapes for side in (1 / width, 1 / height)]
+        sides = []
+        for height, width in self.shapes:
+            sides += [1 / width, 1 / height]
         return filled(sides, self.tokens.device).view(-1, 2)
 
 
@@ -208,17 +213,13 @@ class Stage:
 
     def split(self, rows: int) -> tuple["Stage", "Stage"]:
         """Split into two stages: the first `rows` queries, and the others."""
-        embedding = self.mask_embedding
-        parts = (
-            replace(
-                self,
-                class_logits=self.class_logits[:, part],
-                boxes=self.boxes[:, part],
-                mask_embedding=None if embedding is None else embedding[:, part],
-            )
-            for part in (slice(rows), slice(rows, None))
+        return self._rows(slice(rows)), self._rows(slice(rows, None))
+
+    def _rows(self, rows: slice) -> "Stage":
+        embedding = None if self.mask_embedding is None else self.mask_embedding[:, rows]
+        return replace(
+            self, class_logits=self.class_logits[:, rows], boxes=self.boxes[:, rows], mask_embedding=embedding
         )
-        return tuple(parts)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
