@@ -90,3 +90,13 @@ def test_no_cycle_within_a_part():
 def test_the_operator_knows_nothing_of_the_kit():
     for path in (ROOT / "ops" / "ms_deform_attn").rglob("*.py"):
         assert not any(name.split(".")[0] == "dimaskdino" for name in imports(path)), path
+
+
+def test_two_modules_import_hotcoco_and_only_when_they_need_it():
+    modules = {module for module, names in GRAPH.items() if "hotcoco" in names}
+    assert modules == {"dimaskdino.evaluation.coco_ap", "dimaskdino.data.exports.xml"}
+    for module in modules:
+        top = [
+            node for node in ast.parse(FILES[module].read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        assert not [node for node in top if "hotcoco" in ast.unparse(node)]

@@ -1,4 +1,4 @@
-"""Bootstrap of AP: how much it depends on the images it was measured on.
+"""Bootstrap of AP: its uncertainty from the choice of images.
 
 Images are resampled with replacement. The resamples depend on the number of images alone, so those of two models are
 paired, and the spread of their differences is that of a paired bootstrap (Efron and Tibshirani, An Introduction to the
@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hotcoco import COCO, COCOeval
 from jaxtyping import Bool, Float, Int
 
-from dimaskdino.evaluation.coco_ap import IOU_TYPE, Kind, Results
+from dimaskdino.evaluation.coco_ap import Kind, Matches, Results, Truth, match_classes
 from dimaskdino.evaluation.detections import Detections
-from dimaskdino.utils.collection import without_collection
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.files import write_atomically
 from dimaskdino.utils.progress import progress_bar
@@ -78,7 +76,7 @@ def save_arrays(path: Path, **arrays: np.ndarray) -> None:
         np.savez(file, **arrays)
 
 
-def bootstrap(by_stage: Mapping[str, Detections], truth: COCO, draws: int = DRAWS) -> BootstrapAP:
+def bootstrap(by_stage: Mapping[str, Detections], truth: Truth, draws: int = DRAWS) -> BootstrapAP:
     """AP on resampled images, for every stage and kind.
 
     Args:
@@ -91,9 +89,8 @@ def bootstrap(by_stage: Mapping[str, Detections], truth: COCO, draws: int = DRAW
     samples = {}
     for name in progress_bar(by_stage, "bootstrap"):
         detections = by_stage[name]
-        samples[f"{name}/box"] = resampled_ap(truth, detections.box_table, "box", weights)
-        if detections.has_masks:
-            samples[f"{name}/mask"] = resampled_ap(truth, detections.masks, "mask", weights)
+        for kind in detections.kinds:
+            samples[f"{name}/{kind}"] = resampled_ap(truth, detections.results(kind), kind, weights)
     return BootstrapAP(hashlib.sha256(repr(ids).encode()).hexdigest(), samples)
 
 
@@ -103,7 +100,7 @@ def image_draws(images: int, draws: int) -> Int[np.ndarray, "images draws"]:
 
 
 def resampled_ap(
-    truth: COCO, detections: Results, kind: Kind, weights: Int[np.ndarray, "images draws"]
+    truth: Truth, detections: Results, kind: Kind, weights: Int[np.ndarray, "images draws"]
 ) -> Float[np.ndarray, " draws"]:
     """AP in percent of datasets in which each image occurs `weights` times.
 
@@ -119,116 +116,68 @@ def resampled_ap(
     """
     total, defined = np.zeros(weights.shape[1]), np.zeros(weights.shape[1])
     as_float = weights.astype(np.float32)  # counts stay far below 2²⁴, so sums are exact
-    for ranked in _ranked(truth, detections, kind):
-        objects = ranked.objects @ weights
-        total += np.where(objects > 0, ranked.mean_precision(as_float, objects), 0)
+    for matches in match_classes(truth, detections, kind):
+        objects = matches.objects @ weights
+        total += np.where(objects > 0, _mean_precision(matches, as_float, objects), 0)
         defined += objects > 0
     with np.errstate(invalid="ignore"):
         return 100 * total / defined
 
 
-@dataclass(frozen=True)
-class _Ranked:
-    """Detections of one class, best first, at T IoU thresholds.
+def _mean_precision(
+    matches: Matches, weights: Float[np.ndarray, "images draws"], objects: Int[np.ndarray, " draws"]
+) -> Float[np.ndarray, " draws"]:
+    """Precision averaged over the recalls 0, 0.01, … 1 and the IoU thresholds, per resample.
 
-    Attributes:
-        image: (n,) position of each detection's image.
-        hit: (T, n) whether it matches an object.
-        ignored: (T, n) whether COCO ignores it.
-        objects: (images,) number of objects per image.
+    Copies of an image add copies of its detections with the same score. Recall rises only at right detections, and the
+    best precision from there on is reached after the last copy, so the counts after each of them suffice.
     """
+    best_first = np.argsort(-matches.score, kind="stable")
+    right, ignored = matches.right[:, best_first], matches.ignored[:, best_first]
+    hits = np.flatnonzero(right.any(0))
+    if not len(hits):
+        return np.zeros(weights.shape[1])
+    n = hits[-1] + 1  # the detections after the last right one change nothing
+    image = matches.image[best_first[:n]]
+    width = max(1, VALUES_AT_ONCE // n)
+    parts = []
+    for start in range(0, weights.shape[1], width):
+        part = slice(start, start + width)
+        copies = weights[image, part]
+        seen = copies.cumsum(0)  # number of detections up to and including each one
+        by_threshold = []
+        for right_here, ignored_here in zip(right[:, :n], ignored[:, :n], strict=True):
+            by_threshold.append(_at_threshold(right_here, ignored_here, copies, seen, objects[part]))
+        parts.append(np.mean(by_threshold, axis=0))
+    return np.concatenate(parts)
 
-    image: Int[np.ndarray, " n"]
-    hit: Bool[np.ndarray, "T n"]
-    ignored: Bool[np.ndarray, "T n"]
-    objects: Int[np.ndarray, " images"]
 
-    def mean_precision(
-        self, weights: Float[np.ndarray, "images draws"], objects: Int[np.ndarray, " draws"]
-    ) -> Float[np.ndarray, " draws"]:
-        """Precision averaged over the recalls 0, 0.01, … 1 and the IoU thresholds, per resample.
-
-        Copies of an image add copies of its detections with the same score. Recall rises only at hits, and the best
-        precision from there on is reached after the last copy, so the counts after every hit suffice.
-        """
-        hit = self.hit & ~self.ignored
-        last = np.flatnonzero(hit.any(0))
-        if not len(last):
-            return np.zeros(weights.shape[1])
-        n = last[-1] + 1  # what comes after the last hit changes nothing
-        width = max(1, VALUES_AT_ONCE // n)
-        parts = []
-        for start in range(0, weights.shape[1], width):
-            part = slice(start, start + width)
-            copies = weights[self.image[:n], part]
-            seen = copies.cumsum(0)  # number of detections up to and including each one
-            parts.append(
-                np.mean(
-                    [
-                        self._at(np.flatnonzero(h), i, copies, seen, objects[part])
-                        for h, i in zip(hit[:, :n], self.ignored[:, :n], strict=True)
-                    ],
-                    axis=0,
-                )
-            )
-        return np.concatenate(parts)
-
-    @staticmethod
-    def _at(
-        at: Int[np.ndarray, " hits"],
-        ignored: Bool[np.ndarray, " n"],
-        copies: Float[np.ndarray, "n draws"],
-        seen: Float[np.ndarray, "n draws"],
-        objects: Int[np.ndarray, " draws"],
-    ) -> Float[np.ndarray, " draws"]:
-        """Mean precision at one threshold, at which the detections `at` are hits."""
-        counted = seen[at]
-        if ignored.any():
-            counted = counted - (copies * ignored[:, None]).cumsum(0)[at]
-        true = copies[at].cumsum(0).astype(np.float64)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            precision, recall = np.nan_to_num(true / counted), true / objects
-        best = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
-        reached = _recalls_reached(recall)
-        newly = np.diff(reached, axis=0, prepend=0)  # that are reached at this hit for the first time
-        return np.einsum("hd,hd->d", best, newly) / len(RECALLS)
+def _at_threshold(
+    right: Bool[np.ndarray, " n"],
+    ignored: Bool[np.ndarray, " n"],
+    copies: Float[np.ndarray, "n draws"],
+    seen: Float[np.ndarray, "n draws"],
+    objects: Int[np.ndarray, " draws"],
+) -> Float[np.ndarray, " draws"]:
+    """Mean precision at one IoU threshold."""
+    hits = np.flatnonzero(right)
+    counted = seen[hits]
+    if ignored.any():
+        counted = counted - (copies * ignored[:, None]).cumsum(0)[hits]
+    true = copies[hits].cumsum(0).astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        precision = np.nan_to_num(true / counted)
+        recall = true / objects
+    best = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+    reached = _recalls_reached(recall)
+    newly = np.diff(reached, axis=0, prepend=0)  # number of recalls that each hit is the first to reach
+    return np.einsum("hd,hd->d", best, newly) / len(RECALLS)
 
 
 def _recalls_reached(recall: Float[np.ndarray, "hits draws"]) -> Int[np.ndarray, "hits draws"]:
-    """How many of the recalls that COCO reads a recall reaches; those of its floating-point numbers."""
+    """How many of COCO's recalls a recall reaches, compared as floating-point numbers like COCO does."""
     steps = len(RECALLS) - 1
     above = np.append(RECALLS, np.inf)
     count = np.nan_to_num(recall * steps).astype(np.int64).clip(0, steps)  # right, or one too low or too high
     count += above[count + 1] <= recall
     return np.where(RECALLS[count] <= recall, count + 1, count)
-
-
-@without_collection()
-def _ranked(truth: COCO, detections: Results, kind: Kind) -> list[_Ranked]:
-    """Ranked detections of every class, matched by hotcoco."""
-    evaluation = COCOeval(truth, truth.load_res(detections), IOU_TYPE[kind])
-    evaluation.params.area_rng, evaluation.params.area_rng_lbl = [[0.0, 1e10]], ["all"]
-    evaluation.evaluate()
-    place = {image: i for i, image in enumerate(sorted(evaluation.params.img_ids))}
-    by_class: dict[int, list[dict[str, Any]]] = {category: [] for category in evaluation.params.cat_ids}
-    for entry in evaluation.eval_imgs:
-        if entry is not None:
-            by_class[entry["category_id"]].append(entry)
-    ranked = []
-    for entries in by_class.values():
-        entries.sort(key=lambda entry: place[entry["image_id"]])
-        objects = np.zeros(len(place), np.int64)
-        for entry in entries:
-            objects[place[entry["image_id"]]] += len(entry["gtIgnore"]) - sum(entry["gtIgnore"])
-        scores = np.concatenate([np.zeros(0), *(np.asarray(entry["dtScores"]) for entry in entries)])
-        image = np.repeat([place[e["image_id"]] for e in entries], [len(e["dtScores"]) for e in entries]).astype(int)
-        order = np.argsort(-scores, kind="stable")
-        T = len(evaluation.params.iou_thrs)
-        hit, ignored = (
-            np.concatenate(
-                [np.zeros((T, 0), bool), *(np.asarray(e[key], bool).reshape(T, -1) for e in entries)], axis=1
-            )[:, order]
-            for key in ("dtMatched", "dtIgnore")
-        )
-        ranked.append(_Ranked(image[order], hit, ignored, objects))
-    return ranked

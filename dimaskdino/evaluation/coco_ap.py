@@ -1,20 +1,122 @@
-"""COCO box and mask AP of one set of detections."""
+"""COCO box and mask AP of one set of detections, and the matching behind it.
 
+hotcoco evaluates: it returns the numbers of pycocotools and is much faster. pycocotools takes its place where hotcoco
+cannot be imported, or where its AP of a case solved by hand is wrong.
+"""
+
+import contextlib
+import functools
+import io
+import math
+import sys
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from hotcoco import COCO, COCOeval
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from dimaskdino.data.annotations import read_annotations
 from dimaskdino.utils.collection import without_collection
 
 Kind = Literal["box", "mask"]
 Results = list[dict[str, Any]] | Float[np.ndarray, "n 7"]  # boxes or masks as COCO's results, or boxes as a table
-IOU_TYPE: dict[Kind, str] = {"box": "bbox", "mask": "segm"}  # COCO's names
+_IOU_TYPE: dict[Kind, str] = {"box": "bbox", "mask": "segm"}  # COCO's names
+
+# Two objects. The best detection is exact, the second one wrong, and the third has IoU 0.725 with its object: precision
+# is 1 up to recall 0.5 at all ten thresholds, and 2/3 from there on at the five up to 0.70.
+_KNOWN_TRUTH = {
+    "images": [{"id": 1, "height": 20, "width": 20}],
+    "categories": [{"id": 1, "name": "square"}],
+    "annotations": [
+        {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 4, 4], "area": 16, "iscrowd": 0},
+        {"id": 2, "image_id": 1, "category_id": 1, "bbox": [5, 5, 4, 4], "area": 16, "iscrowd": 0},
+    ],
+}
+_KNOWN_BOXES = np.array([[1, 0, 0, 4, 4, 0.9, 1], [1, 15, 15, 4, 4, 0.8, 1], [1, 5, 5, 4, 2.9, 0.7, 1]])
+_KNOWN_AP = 100 * (10 * 51 + 5 * 50 * 2 / 3) / (10 * 101)
+
+
+class Library(NamedTuple):
+    """An implementation of COCO's evaluation with the interface of pycocotools."""
+
+    name: str
+    COCO: Any
+    COCOeval: Any
+
+    @classmethod
+    def load(cls, name: Literal["hotcoco", "pycocotools"]) -> "Library":
+        if name == "hotcoco":
+            from hotcoco import COCO, COCOeval
+        else:
+            from pycocotools.coco import COCO
+            from pycocotools.cocoeval import COCOeval
+        return cls(name, COCO, COCOeval)
+
+
+@functools.cache
+def best_library() -> Library:
+    """Hotcoco if it can be used; else pycocotools, with a note of the reason on standard error."""
+    try:
+        library = Library.load("hotcoco")
+        ap = average_precision(Truth(_KNOWN_TRUTH, library), _KNOWN_BOXES, "box").AP
+        if math.isclose(ap, _KNOWN_AP):
+            return library
+        reason = f"its AP of a known case is {ap:.3f}, not {_KNOWN_AP:.3f}"
+    except Exception as error:  # an extension module built for another machine raises many kinds
+        reason = str(error)
+    print(f"note: pycocotools evaluates, more slowly, since hotcoco cannot be used: {reason}", file=sys.stderr)
+    return Library.load("pycocotools")
+
+
+class Truth:
+    """The annotations of a split, against which detections are scored.
+
+    Args:
+        dataset: `images`, `annotations` and `categories` as in COCO's files.
+        library: the implementation of COCO's evaluation; `best_library` by default.
+    """
+
+    def __init__(self, dataset: dict[str, list[dict[str, Any]]], library: Library | None = None) -> None:
+        self.dataset = dataset
+        self.library = library or best_library()
+        # copies, since pycocotools adds keys, and takes an id of 0 for "unmatched"
+        numbered = [annotation | {"id": n} for n, annotation in enumerate(dataset["annotations"], start=1)]
+        self._coco = self._indexed(numbered)
+
+    def _indexed(self, annotations: list[dict[str, Any]]) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress
+            coco = self.library.COCO()
+            coco.dataset = self.dataset | {"annotations": annotations}
+            coco.createIndex()
+        return coco
+
+    def evaluation(self, detections: Results, kind: Kind) -> Any:
+        """A `COCOeval` of these detections, not yet run."""
+        if isinstance(detections, list):
+            detections = [dict(row) for row in detections]  # pycocotools adds keys
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = self._coco.loadRes(detections) if len(detections) else self._indexed([])
+            return self.library.COCOeval(self._coco, found, _IOU_TYPE[kind])
+
+
+def read_truth(annotations: Path, images: Collection[int] | None = None) -> Truth:
+    """Read the annotations of a split for scoring.
+
+    Args:
+        annotations: the file.
+        images: ids of the images to score on; all if None.
+
+    Raises:
+        UserError: the file or one of its records cannot be used.
+    """
+    content = read_annotations(annotations).as_coco()
+    if images is not None:
+        chosen = set(images)
+        content["images"] = [image for image in content["images"] if image["id"] in chosen]
+        content["annotations"] = [found for found in content["annotations"] if found["image_id"] in chosen]
+    return Truth(content)
 
 
 @dataclass(frozen=True)
@@ -36,9 +138,6 @@ class AveragePrecision:
     APl: float | None
     per_class: dict[str, float | None]
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class AverageRecall:
@@ -57,11 +156,11 @@ class AverageRecall:
     per_class: dict[str, float | None]
 
 
-def average_precision(truth: COCO, detections: Results, kind: Kind) -> AveragePrecision:
-    """AP of detections against annotations, by hotcoco: the numbers of pycocotools, much faster."""
+def average_precision(truth: Truth, detections: Results, kind: Kind) -> AveragePrecision:
+    """AP of detections against annotations."""
     evaluation = _accumulated(truth, detections, kind)
     precision = evaluation.eval["precision"][..., -1]
-    thresholds = np.asarray(evaluation.params.iou_thrs)
+    thresholds = np.asarray(evaluation.params.iouThrs)
     return AveragePrecision(
         AP=_percent(precision[..., 0]),
         AP50=_percent(precision[np.isclose(thresholds, 0.50), ..., 0]),
@@ -69,56 +168,61 @@ def average_precision(truth: COCO, detections: Results, kind: Kind) -> AveragePr
         APs=_percent(precision[..., 1]),
         APm=_percent(precision[..., 2]),
         APl=_percent(precision[..., 3]),
-        per_class={name: _percent(precision[:, :, k, 0]) for k, name in enumerate(_class_names(truth, evaluation))},
+        per_class=_by_class(truth, evaluation, precision[..., 0]),
     )
 
 
-def average_recall(truth: COCO, detections: list[dict[str, Any]], kind: Kind) -> AverageRecall:
+def average_recall(truth: Truth, detections: Results, kind: Kind) -> AverageRecall:
     """Average recall of detections against annotations, COCO's AR with 100 detections.
 
-    It bounds the AP of these detections however they are ranked: up to the recall reached at a threshold precision is
-    at most 1, beyond it 0. The bound holds to 1 point, since COCO reads precision at 101 recalls.
+    It bounds the AP of these detections in any order: up to the recall reached at a threshold precision is at most 1,
+    beyond it 0. The bound holds to 1 point, since COCO reads precision at 101 recalls.
     """
     evaluation = _accumulated(truth, detections, kind)
     recall = evaluation.eval["recall"][..., -1]
     return AverageRecall(
-        *(_percent(recall[..., size]) for size in range(4)),
-        per_class={name: _percent(recall[:, k, 0]) for k, name in enumerate(_class_names(truth, evaluation))},
+        mean=_percent(recall[..., 0]),
+        small=_percent(recall[..., 1]),
+        medium=_percent(recall[..., 2]),
+        large=_percent(recall[..., 3]),
+        per_class=_by_class(truth, evaluation, recall[..., 0]),
     )
 
 
-def precision_curves(
-    truth: COCO, detections: list[dict[str, Any]], kind: Kind, threshold: float
-) -> Float[np.ndarray, "K 101"]:
+def precision_curves(truth: Truth, detections: Results, kind: Kind, threshold: float) -> Float[np.ndarray, "K 101"]:
     """Interpolated precision per class at the recalls 0, 0.01, … 1, in [0, 1]; −1 for classes without objects.
 
     Raises:
         ValueError: the IoU threshold is not one of COCO's, 0.50, 0.55, … 0.95.
     """
     evaluation = _accumulated(truth, detections, kind)
-    row = np.isclose(np.asarray(evaluation.params.iou_thrs), threshold)
-    if not row.any():
+    return evaluation.eval["precision"][threshold_row(threshold), ..., 0, -1].T
+
+
+def threshold_row(threshold: float) -> int:
+    """Position of an IoU threshold among COCO's.
+
+    Raises:
+        ValueError: the IoU threshold is not one of COCO's, 0.50, 0.55, … 0.95.
+    """
+    rows = np.flatnonzero(np.isclose(np.linspace(0.5, 0.95, 10), threshold))
+    if not len(rows):
         raise ValueError(f"COCO's IoU thresholds are 0.50, 0.55, … 0.95, not {threshold}")
-    return evaluation.eval["precision"][row, ..., 0, -1][0].T
+    return int(rows[0])
 
 
 @without_collection()
-def _accumulated(truth: COCO, detections: Results, kind: Kind) -> COCOeval:
+def _accumulated(truth: Truth, detections: Results, kind: Kind) -> Any:
     """COCO's evaluation.
 
     Its `eval` has `precision` (IoU thresholds, recalls, classes, areas: all s m l, at most 1, 10 and 100 detections)
     and `recall`, the same without recalls. Both are −1 where there is no object.
     """
-    evaluation = COCOeval(truth, truth.load_res(detections), IOU_TYPE[kind])
-    evaluation.evaluate()
-    evaluation.accumulate()
-    assert evaluation.eval is not None
+    evaluation = truth.evaluation(detections, kind)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
     return evaluation
-
-
-def _class_names(truth: COCO, evaluation: COCOeval) -> list[str]:
-    names = {category["id"]: str(category.get("name", category["id"])) for category in truth.dataset["categories"]}
-    return [names[i] for i in evaluation.params.cat_ids]
 
 
 def _percent(values: np.ndarray) -> float | None:
@@ -126,19 +230,62 @@ def _percent(values: np.ndarray) -> float | None:
     return float(100 * np.mean(valid)) if valid.size else None
 
 
-def read_truth(annotations: Path, images: Collection[int] | None = None) -> COCO:
-    """Read the annotations of a split for scoring.
+def _by_class(truth: Truth, evaluation: Any, values: Float[np.ndarray, "*any K"]) -> dict[str, float | None]:
+    """Mean of the values of each class, in percent, by the name of the class."""
+    names = {category["id"]: str(category.get("name", category["id"])) for category in truth.dataset["categories"]}
+    return {names[category]: _percent(values[..., k]) for k, category in enumerate(evaluation.params.catIds)}
 
-    Args:
-        annotations: the file.
-        images: ids of the images to score on; all if None.
 
-    Raises:
-        UserError: the file or one of its records cannot be used.
+@dataclass(frozen=True)
+class Matches:
+    """The detections of one class in all images, image by image, matched with its objects at the T IoU thresholds.
+
+    Attributes:
+        image: (n,) position of each detection's image in the order of the image ids.
+        score: (n,) in [0, 1].
+        right: (T, n) whether it matches an object.
+        ignored: (T, n) whether COCO ignores it, since it matches a crowd.
+        objects: (images,) number of objects per image.
     """
-    content = read_annotations(annotations).as_coco()
-    if images is not None:
-        chosen = set(images)
-        content["images"] = [image for image in content["images"] if image["id"] in chosen]
-        content["annotations"] = [found for found in content["annotations"] if found["image_id"] in chosen]
-    return COCO(content)
+
+    image: Int[np.ndarray, " n"]
+    score: Float[np.ndarray, " n"]
+    right: Bool[np.ndarray, "T n"]
+    ignored: Bool[np.ndarray, "T n"]
+    objects: Int[np.ndarray, " images"]
+
+
+@without_collection()
+def match_classes(truth: Truth, detections: Results, kind: Kind) -> list[Matches]:
+    """The matches of every class, in the order of the category ids."""
+    evaluation = truth.evaluation(detections, kind)
+    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0.0, 1e10]], ["all"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+    by_class: dict[int, list[dict[str, Any]]] = {category: [] for category in evaluation.params.catIds}
+    for entry in evaluation.evalImgs:
+        if entry is not None:
+            by_class[entry["category_id"]].append(entry)
+    place = {image: i for i, image in enumerate(sorted(evaluation.params.imgIds))}
+    return [_joined(entries, place, len(evaluation.params.iouThrs)) for entries in by_class.values()]
+
+
+def _joined(entries: list[dict[str, Any]], place: dict[int, int], T: int) -> Matches:
+    """Concatenate COCO's entries of one class, one per image."""
+    image, score = [np.zeros(0, np.int64)], [np.zeros(0)]
+    right, ignored = [np.zeros((T, 0), bool)], [np.zeros((T, 0), bool)]
+    objects = np.zeros(len(place), np.int64)
+    for entry in sorted(entries, key=lambda entry: place[entry["image_id"]]):
+        position = place[entry["image_id"]]
+        objects[position] = len(entry["gtIgnore"]) - np.sum(entry["gtIgnore"], dtype=np.int64)
+        image.append(np.full(len(entry["dtScores"]), position))
+        score.append(np.asarray(entry["dtScores"], np.float64))
+        ignored.append(np.asarray(entry["dtIgnore"], bool).reshape(T, -1))
+        right.append((np.asarray(entry["dtMatches"]).reshape(T, -1) > 0) & ~ignored[-1])
+    return Matches(
+        np.concatenate(image),
+        np.concatenate(score),
+        np.concatenate(right, axis=1),
+        np.concatenate(ignored, axis=1),
+        objects,
+    )

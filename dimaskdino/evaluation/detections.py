@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dimaskdino.checkpoints.model_files import TrainedModel
+from dimaskdino.evaluation.coco_ap import Kind, Results
 from dimaskdino.modeling import Instances
 from dimaskdino.utils.collection import without_collection
 from dimaskdino.utils.errors import UserError
@@ -64,34 +65,37 @@ class Detections:
             category_ids: the dataset's category id of each label.
         """
         n = len(instances.scores)
-        encoded: list[dict[str, Any]] = []
+        index = np.zeros(0, np.int64)
+        sizes, codes = [], []
         if instances.query_masks is not None and n:
+            index = instances.mask_index.cpu().numpy().astype(np.int64)
             # one query can be detected as several classes: encode its mask once
             stacked = instances.query_masks.permute(1, 2, 0).byte().cpu().numpy()
-            encoded = coco_mask.encode(np.asfortranarray(stacked))
-        has_masks = instances.query_masks is not None
+            for encoded in coco_mask.encode(np.asfortranarray(stacked)):
+                sizes.append(encoded["size"])
+                codes.append(encoded["counts"])
         return cls(
-            np.full(n, image_id, np.int64),
-            np.array([category_ids[label] for label in instances.labels.tolist()], np.int64),
-            instances.scores.float().cpu().numpy(),
-            instances.boxes.float().cpu().numpy(),
-            instances.mask_index.cpu().numpy().astype(np.int64) if has_masks else np.zeros(0, np.int64),
-            np.array([code["size"] for code in encoded], np.int64).reshape(-1, 2),
-            np.array([len(code["counts"]) for code in encoded], np.int64),
-            np.frombuffer(b"".join(code["counts"] for code in encoded), np.uint8),
+            image_ids=np.full(n, image_id, np.int64),
+            categories=np.asarray(category_ids, np.int64)[instances.labels.cpu().numpy()],
+            scores=instances.scores.float().cpu().numpy(),
+            xyxy=instances.boxes.float().cpu().numpy(),
+            mask_index=index,
+            mask_sizes=np.array(sizes, np.int64).reshape(-1, 2),
+            mask_lengths=np.array([len(code) for code in codes], np.int64),
+            mask_codes=np.frombuffer(b"".join(codes), np.uint8),
         )
 
     @classmethod
     def joined(cls, parts: Sequence["Detections"]) -> "Detections":
         """Concatenate the detections of several images."""
-        starts = np.cumsum([0, *(len(part.mask_lengths) for part in parts)])
-        moved = [part.mask_index + start for part, start in zip(parts, starts[:-1], strict=True)]
-        return cls(
-            *(
-                np.concatenate(moved if field.name == "mask_index" else [getattr(part, field.name) for part in parts])
-                for field in fields(cls)
-            )
-        )
+        columns: dict[str, list[np.ndarray]] = {field.name: [] for field in fields(cls)}
+        masks = 0
+        for part in parts:
+            for name, values in columns.items():
+                values.append(getattr(part, name))
+            columns["mask_index"][-1] = part.mask_index + masks
+            masks += len(part.mask_lengths)
+        return cls(**{name: np.concatenate(values) for name, values in columns.items()})
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -99,16 +103,30 @@ class Detections:
     def above(self, threshold: float) -> "Detections":
         """The detections with at least this score."""
         keep = self.scores >= threshold
-        rows = {name: getattr(self, name)[keep] for name in ("image_ids", "categories", "scores", "xyxy")}
-        return replace(self, **rows, mask_index=self.mask_index[keep] if self.has_masks else self.mask_index)
+        return replace(
+            self,
+            image_ids=self.image_ids[keep],
+            categories=self.categories[keep],
+            scores=self.scores[keep],
+            xyxy=self.xyxy[keep],
+            mask_index=self.mask_index[keep] if self.has_masks else self.mask_index,
+        )
 
     @property
     def has_masks(self) -> bool:
         return len(self.mask_index) == len(self.scores) > 0
 
     @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return ("box", "mask") if self.has_masks else ("box",)
+
+    def results(self, kind: Kind) -> Results:
+        """The detections as COCO's evaluation takes them: boxes as a table, masks as dictionaries."""
+        return self.box_table if kind == "box" else self.masks
+
+    @property
     def box_table(self) -> Float[np.ndarray, "n 7"]:
-        """Boxes as COCO's result arrays have them: image id, x, y, width, height, score, category id."""
+        """Boxes as in COCO's result arrays: image id, x, y, width, height, score, category id."""
         xyxy = self.xyxy.astype(np.float64)
         columns = (self.image_ids[:, None], xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2])
         return np.concatenate([*columns, self.scores[:, None], self.categories[:, None]], axis=1, dtype=np.float64)
@@ -117,11 +135,7 @@ class Detections:
     @without_collection()
     def boxes(self) -> list[dict[str, Any]]:
         """Boxes in COCO's result format."""
-        xywh = self.box_table[:, 1:5].tolist()
-        return [
-            {"image_id": image, "category_id": category, "score": score, "bbox": box}
-            for image, category, score, box in zip(*self._columns(), xywh, strict=True)
-        ]
+        return self._rows("bbox", self.box_table[:, 1:5].tolist())
 
     @property
     @without_collection()
@@ -129,19 +143,17 @@ class Detections:
         """Masks in COCO's result format; none for a stage without masks."""
         if not self.has_masks:
             return []
-        ends = np.cumsum(self.mask_lengths).tolist()
-        codes = self.mask_codes.tobytes()
-        encoded = [
-            {"size": size, "counts": codes[end - length : end]}
-            for size, length, end in zip(self.mask_sizes.tolist(), self.mask_lengths.tolist(), ends, strict=True)
-        ]
-        return [
-            {"image_id": image, "category_id": category, "score": score, "segmentation": encoded[index]}
-            for image, category, score, index in zip(*self._columns(), self.mask_index.tolist(), strict=True)
-        ]
+        codes, encoded, start = self.mask_codes.tobytes(), [], 0
+        for size, length in zip(self.mask_sizes.tolist(), self.mask_lengths.tolist(), strict=True):
+            encoded.append({"size": size, "counts": codes[start : start + length]})
+            start += length
+        return self._rows("segmentation", [encoded[index] for index in self.mask_index.tolist()])
 
-    def _columns(self) -> tuple[list[int], list[int], list[float]]:
-        return self.image_ids.tolist(), self.categories.tolist(), self.scores.tolist()
+    def _rows(self, name: str, values: list[Any]) -> list[dict[str, Any]]:
+        columns = zip(self.image_ids.tolist(), self.categories.tolist(), self.scores.tolist(), values, strict=True)
+        return [
+            {"image_id": image, "category_id": c, "score": score, name: value} for image, c, score, value in columns
+        ]
 
 
 class DetectionStore(Mapping[str, Detections]):
@@ -166,20 +178,17 @@ class DetectionStore(Mapping[str, Detections]):
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self.folder = folder
         self.images = images
+        self._note = folder / "about.json"
         self._part = max(1, min(PART, images // LEAST_PARTS))
-        text, waited = json.dumps(about | {"images per part": self._part}, indent=1, sort_keys=True), 0.0
+        text = json.dumps(about | {"images per part": self._part}, indent=1, sort_keys=True)
+        deadline = time.monotonic() + START_SECONDS
         while not first and not self._is_about(text):
-            time.sleep(POLL_SECONDS)
-            waited += POLL_SECONDS
-            if waited > START_SECONDS:
+            if time.monotonic() > deadline:
                 raise UserError(f"no process prepared {self.folder}; is it on a disk that all machines share?")
+            time.sleep(POLL_SECONDS)
         if not self._is_about(text):
             self.remove()
             write_text(self._note, text)
-
-    @property
-    def _note(self) -> Path:
-        return self.folder / "about.json"
 
     def _is_about(self, text: str) -> bool:
         """Whether the files in the folder were made as `text` says."""
@@ -217,8 +226,8 @@ class DetectionStore(Mapping[str, Detections]):
         """
         arrays = {}
         for name, images in stages.items():
-            joined = Detections.joined(images)
-            arrays |= {f"{name}/{field.name}": getattr(joined, field.name) for field in fields(joined)}
+            for field, values in vars(Detections.joined(images)).items():
+                arrays[f"{name}/{field}"] = values
         names = {"stages": json.dumps(list(stages))}
         write_atomically(self._file(part), lambda path: save_file(arrays, path, names))
 

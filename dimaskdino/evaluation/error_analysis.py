@@ -1,4 +1,4 @@
-"""Where AP is lost: kinds of errors (TIDE), confusions of classes, the worst images. By hotcoco."""
+"""Error analysis of detections by hotcoco: kinds of errors (TIDE), confusions of classes, the worst images."""
 
 import json
 from collections.abc import Mapping
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hotcoco import COCO, COCOeval
 from jaxtyping import Int
 
-from dimaskdino.evaluation.coco_ap import IOU_TYPE, Kind
+from dimaskdino.evaluation.coco_ap import Kind, Truth
 from dimaskdino.evaluation.detections import Detections
+from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.files import write_text
 
 # TIDE's kinds (Bolya et al. 2020, arXiv 2008.08115), in the order in which they are shown
@@ -28,11 +28,11 @@ MATCH_IOU = 0.5
 
 @dataclass(frozen=True)
 class TideAnalysis:
-    """TIDE's analysis of one stage, for boxes or masks.
+    """TIDE's analysis of the boxes or masks of one stage.
 
     Attributes:
         ap: AP at IoU 0.5 in percent, mean over the classes.
-        lost: points of that AP that would be gained if all errors of a kind (`KINDS`) were corrected, one kind at a
+        lost: points of that AP that a model would gain if all errors of a kind (`KINDS`) were corrected, one kind at a
             time. Since one correction can make another useless, they need not add up to 100 − ap.
         counts: number of errors of each kind.
     """
@@ -44,7 +44,7 @@ class TideAnalysis:
 
 @dataclass(frozen=True)
 class Confusion:
-    """What became of the objects of each class, among detections of a score.
+    """Confusion matrix of the classes, from the detections with at least a given score.
 
     Attributes:
         classes: names.
@@ -58,13 +58,16 @@ class Confusion:
     threshold: float
 
 
-def tide_analysis(truth: COCO, detections: Detections, kind: Kind) -> TideAnalysis:
-    """The kinds of errors of one stage's detections, at IoU 0.5.
+def tide_analysis(truth: Truth, detections: Detections, kind: Kind) -> TideAnalysis:
+    """Count the errors of one stage's detections by kind, at IoU 0.5, and measure the AP that each kind costs.
 
     Args:
         truth: the annotations, from `read_truth`.
         detections: of all images.
         kind: box or mask.
+
+    Raises:
+        UserError: hotcoco cannot be used; so do the other functions of this module.
     """
     found = _evaluated(truth, detections, kind).tide_errors(pos_thr=MATCH_IOU)
     return TideAnalysis(
@@ -74,20 +77,20 @@ def tide_analysis(truth: COCO, detections: Detections, kind: Kind) -> TideAnalys
     )
 
 
-def confusion(truth: COCO, detections: Detections, kind: Kind, threshold: float) -> Confusion:
-    """Confusions between classes at IoU 0.5; arguments are those of `tide_analysis`, and the lowest score."""
-    found = _evaluation(truth, detections, kind).confusion_matrix(iou_thr=MATCH_IOU, min_score=threshold)
+def confusion(truth: Truth, detections: Detections, kind: Kind, threshold: float) -> Confusion:
+    """Confusions between classes at IoU 0.5, among the detections with a score of at least `threshold`."""
+    found = _evaluated(truth, detections, kind).confusion_matrix(iou_thr=MATCH_IOU, min_score=threshold)
     return Confusion(list(found["cat_names"]), np.asarray(found["matrix"]).astype(np.int64), threshold)
 
 
-def worst_images(truth: COCO, detections: Detections, kind: Kind, threshold: float, count: int) -> dict[int, float]:
+def worst_images(truth: Truth, detections: Detections, kind: Kind, threshold: float, count: int) -> dict[int, float]:
     """The images with the lowest F1 score at IoU 0.5, worst first; of equal ones those with more errors first.
 
     Returns:
         F1 by image id.
     """
-    keep = detections.above(threshold)
-    found = _evaluated(truth, keep, kind).image_diagnostics(iou_thr=MATCH_IOU, score_thr=threshold)["img_summary"]
+    evaluation = _evaluated(truth, detections.above(threshold), kind)
+    found = evaluation.image_diagnostics(iou_thr=MATCH_IOU, score_thr=threshold)["img_summary"]
     ordered = sorted(found, key=lambda image: (found[image]["f1"], -found[image]["fp"] - found[image]["fn"], image))
     return {image: found[image]["f1"] for image in ordered[:count]}
 
@@ -98,25 +101,17 @@ def save_analysis(path: Path, stages: Mapping[str, Mapping[Kind, TideAnalysis]],
     Raises:
         UserError: the file cannot be written.
     """
-    content: dict[str, Any] = {
-        "stages": {
-            name: {kind: asdict(analysis) for kind, analysis in kinds.items()} for name, kinds in stages.items()
-        },
-        "confusion": {
-            "classes": confused.classes,
-            "threshold": confused.threshold,
-            "matrix": confused.matrix.tolist(),
-        },
-    }
-    write_text(path, json.dumps(content, indent=1))
+    by_stage = {}
+    for name, kinds in stages.items():
+        by_stage[name] = {kind: asdict(analysis) for kind, analysis in kinds.items()}
+    matrix = asdict(confused) | {"matrix": confused.matrix.tolist()}
+    write_text(path, json.dumps({"stages": by_stage, "confusion": matrix}, indent=1))
 
 
-def _evaluation(truth: COCO, detections: Detections, kind: Kind) -> COCOeval:
-    rows = detections.boxes if kind == "box" else detections.masks
-    return COCOeval(truth, truth.load_res(rows), IOU_TYPE[kind])
-
-
-def _evaluated(truth: COCO, detections: Detections, kind: Kind) -> COCOeval:
-    evaluation = _evaluation(truth, detections, kind)
+def _evaluated(truth: Truth, detections: Detections, kind: Kind) -> Any:
+    """Hotcoco's evaluation."""
+    if truth.library.name != "hotcoco":
+        raise UserError("the error analysis needs hotcoco, which cannot be used here: pip install 'hotcoco>=1.3,<2'")
+    evaluation = truth.evaluation(detections.results(kind), kind)
     evaluation.evaluate()
     return evaluation

@@ -3,17 +3,16 @@
 import contextlib
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from hotcoco import COCO
+from typing import Any, Literal
 
 from dimaskdino.checkpoints.model_files import TrainedModel
 from dimaskdino.data.coco import find_split
 from dimaskdino.data.dataloader import Batch, batches, evaluation_dataset, evaluation_loader, explaining_dead_workers
-from dimaskdino.evaluation.coco_ap import AveragePrecision, average_precision, read_truth
+from dimaskdino.evaluation.coco_ap import AveragePrecision, Truth, average_precision, read_truth
 from dimaskdino.evaluation.detections import Detections, DetectionStore, file_digest, fingerprint
 from dimaskdino.evaluation.upper_bounds import UpperBounds, upper_bounds
 from dimaskdino.modeling import ImageBatch, Predictions, Stage, postprocess
@@ -61,7 +60,7 @@ class LayerwiseAP:
 
     @property
     def remarks(self) -> list[str]:
-        """What is unusual about the result, for people."""
+        """Hints at a faulty evaluation, for people; mostly none."""
         box = self.last.box.AP
         if box is None:
             return ["there is no annotated object, so AP is not defined"]
@@ -81,10 +80,11 @@ class LayerwiseAP:
         if self.upper_bounds is None or found.imbalance is None:
             return None
         of_boxes = self.upper_bounds.of_boxes(stage)
-        limits = self.upper_bounds.mask.mean, 100.0 if of_boxes is None else of_boxes.mean
-        if not limits[0] or not limits[1]:
+        bound_box = 100.0 if of_boxes is None else of_boxes.mean
+        bound_mask = self.upper_bounds.mask.mean
+        if not bound_mask or not bound_box:
             return None
-        return 100 * (found.mask.AP / limits[0] - found.box.AP / limits[1])
+        return 100 * (found.mask.AP / bound_mask - found.box.AP / bound_box)
 
     def first_and_last(self) -> dict[str, dict[str, float | None]]:
         """Box and mask AP of the first and the last decoder layer, as in figure 1 of the paper.
@@ -94,37 +94,38 @@ class LayerwiseAP:
         """
         if FIRST_LAYER not in self.stages:
             raise UserError(f"{self.source}: {FIRST_LAYER} was not evaluated, only {', '.join(self.stages)}")
-        chosen = {"first": self.stages[FIRST_LAYER], "last": self.last}
-        return {name: {"box": s.box.AP, "mask": s.mask.AP if s.mask else None} for name, s in chosen.items()}
+        found = {}
+        for name, stage in (("first", self.stages[FIRST_LAYER]), ("last", self.last)):
+            found[name] = {"box": stage.box.AP, "mask": stage.mask.AP if stage.mask else None}
+        return found
 
     def table(self) -> str:
         """The numbers as text, one line per stage, in percent."""
         header = f"{'stage':<22}{'box AP':>8}{'mask AP':>9}{'mask-box':>10}{'box 50':>8}{'mask 50':>9}"
         lines = [header, "-" * len(header)]
         for name, stage in self.stages.items():
-            mask = stage.mask
-            cells = [stage.box.AP, mask and mask.AP, stage.imbalance, stage.box.AP50, mask and mask.AP50]
-            widths, signs = (8, 9, 10, 8, 9), ("", "", "+", "", "")
-            lines.append(f"{name:<22}" + "".join(_cell(c, w, s) for c, w, s in zip(cells, widths, signs, strict=True)))
+            box, mask, imbalance = self._cells(stage)
+            box_50, mask_50 = show_ap(stage.box.AP50), show_ap(stage.mask and stage.mask.AP50)
+            lines.append(f"{name:<22}{box:>8}{mask:>9}{imbalance:>10}{box_50:>8}{mask_50:>9}")
         return "\n".join(lines)
 
     def markdown(self) -> str:
         """Box and mask AP as a Markdown table, one row per stage, in percent."""
         lines = ["| stage | box AP | mask AP | mask − box |", "|---|---|---|---|"]
         for name, stage in self.stages.items():
-            cells = (stage.box.AP, stage.mask and stage.mask.AP), stage.imbalance
-            box, mask = (_cell(value, 0, "") for value in cells[0])
-            lines.append(f"| {name} | {box} | {mask} | {_cell(cells[1], 0, '+')} |")
+            box, mask, imbalance = self._cells(stage)
+            lines.append(f"| {name} | {box} | {mask} | {imbalance} |")
         return "\n".join(lines)
 
+    @staticmethod
+    def _cells(stage: StageAP) -> tuple[str, str, str]:
+        return show_ap(stage.box.AP), show_ap(stage.mask and stage.mask.AP), show_ap(stage.imbalance, "+")
+
     def to_json(self) -> dict[str, Any]:
-        stages = {}
-        for name, stage in self.stages.items():
-            mask = stage.mask.to_json() if stage.mask else None
-            stages[name] = {"box": stage.box.to_json(), "mask": mask, "imbalance": stage.imbalance}
+        stages = {name: asdict(stage) | {"imbalance": stage.imbalance} for name, stage in self.stages.items()}
         content = {"source": self.source, "images": self.images, "stages": stages}
         if self.upper_bounds is not None:
-            content["ceilings"] = self.upper_bounds.to_json()
+            content["ceilings"] = asdict(self.upper_bounds)  # the key in the files of all versions
         return content
 
     @classmethod
@@ -160,13 +161,9 @@ class LayerwiseAP:
             raise UserError(f"{path} is not a layer-wise AP of this kit ({error})") from None
 
 
-def _cell(value: float | None, width: int, sign: str) -> str:
-    return f"{'–':>{width}}" if value is None else f"{value:>{sign}{width}.1f}"
-
-
-def show_ap(ap: float | None) -> str:
-    """AP with one decimal, or a dash where it is not defined."""
-    return _cell(ap, 0, "").strip()
+def show_ap(ap: float | None, sign: Literal["", "+"] = "") -> str:
+    """AP, or with "+" a difference, with one decimal; a dash where it is not defined."""
+    return "–" if ap is None else f"{ap:{sign}.1f}"
 
 
 def evaluate_layers(
@@ -191,14 +188,14 @@ def evaluate_layers(
     return score_layers(by_stage, truth, source, upper_bounds(truth, model.config))
 
 
-def truth_of(model: TrainedModel, split: str | None = None) -> tuple[COCO, str]:
+def truth_of(model: TrainedModel, split: str | None = None) -> tuple[Truth, str]:
     """The annotations that a model is evaluated on, and the `source` of the result."""
     file, _ = find_split(model.config.data.root, split or model.config.data.val)
     return read_truth(file), f"step {model.step}, {file}"
 
 
 def score_layers(
-    by_stage: Mapping[str, Detections], truth: COCO, source: str, limits: UpperBounds | None = None
+    by_stage: Mapping[str, Detections], truth: Truth, source: str, limits: UpperBounds | None = None
 ) -> LayerwiseAP:
     """Box and mask AP of the detections of each stage.
 
@@ -211,10 +208,9 @@ def score_layers(
     scored = {}
     for name in progress_bar(by_stage, "scoring"):
         detections = by_stage[name]
-        scored[name] = StageAP(
-            average_precision(truth, detections.box_table, "box"),
-            average_precision(truth, detections.masks, "mask") if detections.has_masks else None,
-        )
+        box = average_precision(truth, detections.results("box"), "box")
+        mask = average_precision(truth, detections.results("mask"), "mask") if detections.has_masks else None
+        scored[name] = StageAP(box, mask)
     return LayerwiseAP(scored, len(truth.dataset["images"]), source, limits)
 
 
@@ -263,11 +259,13 @@ def detect_layers(
         progress_bar(total=images_left, description=title, unit="images") as progress,
     ):
         for part in missing:
-            detections: dict[str, list[Detections]] = {}
-            while not detections or len(next(iter(detections.values()))) < len(store.images_of(part)):
+            detections: dict[str, list[Detections]] = defaultdict(list)
+            images = len(store.images_of(part))
+            while images:
                 batch = next(loaded)
-                for name, images in detect_batch(model, batch, stages, data.category_ids).items():
-                    detections.setdefault(name, []).extend(images)
+                for name, found in detect_batch(model, batch, stages, data.category_ids).items():
+                    detections[name].extend(found)
+                images -= len(batch.images)
                 progress.update(len(batch.images))
             store.write(part, detections)
     return store
@@ -283,24 +281,20 @@ def detect_batch(
 
     Args:
         model: the model.
-        batch: images as `evaluation_loader` gives them.
+        batch: images from `evaluation_loader`.
         stages: names of the stages; all if None.
         category_ids: the dataset's category id of each label.
     """
     images = ImageBatch.from_images(batch.images, model.device)
     predictions = model.forward(images)
-    detections = model.config.evaluation.detections
-    return {
-        name: [
-            Detections.of(image_id, instances, category_ids)
-            for image_id, instances in zip(
-                batch.image_ids,
-                postprocess(stage, images.sizes, images.padded_size, batch.original_sizes, detections),
-                strict=True,
-            )
-        ]
-        for name, stage in chosen_stages(predictions, stages).items()
-    }
+    count = model.config.evaluation.detections
+    detections: dict[str, list[Detections]] = {}
+    for name, stage in chosen_stages(predictions, stages).items():
+        found = postprocess(stage, images.sizes, images.padded_size, batch.original_sizes, count)
+        detections[name] = []
+        for image_id, instances in zip(batch.image_ids, found, strict=True):
+            detections[name].append(Detections.of(image_id, instances, category_ids))
+    return detections
 
 
 def chosen_stages(predictions: Predictions, names: Sequence[str] | None) -> dict[str, Stage]:

@@ -1,5 +1,6 @@
 """Detections in images that have no annotations, from any stage."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -48,28 +49,21 @@ def predict_images(
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    count = model.config.evaluation.detections
     resized = [resize_image(image, model.config.data.resize) for image in images]
-    by_size: dict[tuple[int, ...], list[int]] = {}
+    by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for number, image in enumerate(resized):
-        by_size.setdefault(tuple(image.shape), []).append(number)
+        by_size[tuple(image.shape)].append(number)
     results: list[dict[str, Instances]] = [{} for _ in images]
     for numbers in by_size.values():
         for start in range(0, len(numbers), batch_size):
             chunk = numbers[start : start + batch_size]
             batch = ImageBatch.from_images([resized[n] for n in chunk], model.device)
             output_sizes = [(images[n].shape[-2], images[n].shape[-1]) for n in chunk]
-            predictions = model.forward(batch)
-            for name, stage in chosen_stages(predictions, stages).items():
-                instances = postprocess(
-                    stage,
-                    batch.sizes,
-                    batch.padded_size,
-                    output_sizes,
-                    model.config.evaluation.detections,
-                    threshold=threshold,
-                )
-                for n, detections in zip(chunk, instances, strict=True):
-                    results[n][name] = _above(detections, threshold)
+            for name, stage in chosen_stages(model.forward(batch), stages).items():
+                found = postprocess(stage, batch.sizes, batch.padded_size, output_sizes, count, threshold=threshold)
+                for n, instances in zip(chunk, found, strict=True):
+                    results[n][name] = _above(instances, threshold)
     return results
 
 

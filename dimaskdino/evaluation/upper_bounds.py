@@ -7,12 +7,11 @@ part of the imbalance that these bounds explain says nothing about the model.
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from hotcoco import COCO
 from jaxtyping import Float, Int, UInt8
 from pycocotools import mask as coco_mask
 from torch import Tensor
@@ -21,14 +20,14 @@ from torch.nn import functional
 from dimaskdino import config
 from dimaskdino.data.annotations import to_run_lengths
 from dimaskdino.data.transforms import resized_size
-from dimaskdino.evaluation.coco_ap import AverageRecall, average_recall
+from dimaskdino.evaluation.coco_ap import AverageRecall, Truth, average_recall
 from dimaskdino.evaluation.detections import Detections
 from dimaskdino.modeling import Stage, postprocess
 from dimaskdino.modeling.de_imbalance import mask_guided_boxes
 from dimaskdino.modeling.structures import padded_size
 from dimaskdino.utils.progress import progress_bar
 
-IMAGES = 500  # a sample of this size is enough; more would take minutes
+IMAGES = 500  # enough for stable bounds; more would take minutes
 MASK_STRIDE = 4
 MaskToBox = Literal["mask2box", "bitmask"]
 CONVENTIONS: tuple[MaskToBox, ...] = ("mask2box", "bitmask")
@@ -42,7 +41,7 @@ class UpperBounds:
     Attributes:
         mask: of masks that are on where an object covers more than half of a cell at stride 4. A model that places
             outlines between the cells can be slightly better.
-        box: of the bounds of these masks, by each convention of `model.selection.mask_to_box` that computes them.
+        box: of the bounds of these masks, by each convention of `model.selection.mask_to_box`.
         boxes_from_masks: the convention of those stages whose boxes are bounds of masks. The boxes of other stages are
             predicted and have no bound below 100.
     """
@@ -55,17 +54,14 @@ class UpperBounds:
         """The upper bound on a stage's box AP; None if it predicts its boxes."""
         return self.box[self.boxes_from_masks[stage]] if stage in self.boxes_from_masks else None
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "UpperBounds":
-        """Read what `to_json` returned."""
+        """Read what `dataclasses.asdict` returned."""
         box = {convention: AverageRecall(**content["box"][convention]) for convention in CONVENTIONS}
         return cls(AverageRecall(**content["mask"]), box, content["boxes_from_masks"])
 
 
-def upper_bounds(truth: COCO, settings: config.Config) -> UpperBounds:
+def upper_bounds(truth: Truth, settings: config.Config) -> UpperBounds:
     """Upper bounds on the AP of a configuration on a split. No model is needed.
 
     Args:
@@ -80,26 +76,26 @@ def upper_bounds(truth: COCO, settings: config.Config) -> UpperBounds:
     for image, labels, true_masks in progress_bar(objects, "upper bounds", len(truth.dataset["images"]), unit="images"):
         original = (image["height"], image["width"])
         size = resized_size(original, settings.data.resize)
+        sizes = [size], padded_size([size]), [original]
         stage = true_stage(labels, true_masks, size, len(category_ids))
         for convention in CONVENTIONS:
+            with_masks = convention == CONVENTIONS[0]  # the masks are the same for all conventions
             bounded = with_bounds(stage, convention)
-            with_masks = convention == CONVENTIONS[0]  # they are the same for all conventions
-            sizes = [size], padded_size([size]), [original]
             [instances] = postprocess(bounded, *sizes, settings.evaluation.detections, with_masks)
             detections = Detections.of(image["id"], instances, category_ids)
             boxes[convention] += detections.boxes
-            masks += detections.masks if with_masks else []
+            masks += detections.masks
     return UpperBounds(
-        average_recall(truth, masks, "mask"),
-        {convention: average_recall(truth, found, "box") for convention, found in boxes.items()},
-        _boxes_from_masks(settings.model.selection),
+        mask=average_recall(truth, masks, "mask"),
+        box={convention: average_recall(truth, found, "box") for convention, found in boxes.items()},
+        boxes_from_masks=_boxes_from_masks(settings.model.selection),
     )
 
 
 def true_stage(labels: Int[Tensor, " M"], masks: UInt8[Tensor, "M h w"], size: tuple[int, int], classes: int) -> Stage:
-    """The stage of a model that knows the objects of an image: one query each, its mask as far as stride 4 shows it.
+    """The stage of a model that knows the objects of an image: one query per object, with its true mask at stride 4.
 
-    It has no boxes yet; `with_bounds` makes them.
+    Its boxes are zero; `with_bounds` computes them.
 
     Args:
         labels: class indices.
@@ -115,7 +111,7 @@ def true_stage(labels: Int[Tensor, " M"], masks: UInt8[Tensor, "M h w"], size: t
 
 
 def with_bounds(stage: Stage, convention: MaskToBox) -> Stage:
-    """The stage with the bounds of its masks as boxes, as `model.selection.mask_to_box` makes them."""
+    """The stage with the bounds of its masks as boxes, by a convention of `model.selection.mask_to_box`."""
     return replace(stage, boxes=mask_guided_boxes(stage, exact=convention == "bitmask"))
 
 
@@ -128,7 +124,7 @@ def coverage(masks: UInt8[Tensor, "M h w"], size: tuple[int, int]) -> Float[Tens
     return functional.avg_pool2d(functional.pad(resized, (0, W - w, 0, H - h)), MASK_STRIDE)[0]
 
 
-def _some_images(truth: COCO) -> COCO:
+def _some_images(truth: Truth) -> Truth:
     dataset = truth.dataset
     step = -(-len(dataset["images"]) // IMAGES)
     if step <= 1:
@@ -136,29 +132,29 @@ def _some_images(truth: COCO) -> COCO:
     chosen = sorted(dataset["images"], key=lambda image: image["id"])[::step]
     ids = {image["id"] for image in chosen}
     kept = [annotation for annotation in dataset["annotations"] if annotation["image_id"] in ids]
-    return COCO({"images": chosen, "categories": dataset["categories"], "annotations": kept})
+    return Truth({"images": chosen, "categories": dataset["categories"], "annotations": kept}, truth.library)
 
 
-def _objects(truth: COCO, category_ids: list[int]) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
-    """Each image with its objects, crowds and empty masks left out: record, labels and masks."""
-    dataset, by_image = truth.dataset, defaultdict(list)
-    for annotation in dataset["annotations"]:
+def _objects(truth: Truth, category_ids: list[int]) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
+    """Each image with the labels and masks of its objects, without crowds and empty masks."""
+    by_image = defaultdict(list)
+    for annotation in truth.dataset["annotations"]:
         if not annotation["iscrowd"]:
             by_image[annotation["image_id"]].append(annotation)
-    for image in dataset["images"]:
+    for image in truth.dataset["images"]:
         size = (image["height"], image["width"])
-        decoded = [
-            (category_ids.index(a["category_id"]), coco_mask.decode(to_run_lengths(a["segmentation"], size)))
-            for a in by_image[image["id"]]
-        ]
-        visible = [(label, mask) for label, mask in decoded if mask.any()]
-        if visible:
-            labels, masks = zip(*visible, strict=True)
+        labels, masks = [], []
+        for annotation in by_image[image["id"]]:
+            mask = coco_mask.decode(to_run_lengths(annotation["segmentation"], size))
+            if mask.any():
+                labels.append(category_ids.index(annotation["category_id"]))
+                masks.append(mask)
+        if masks:
             yield image, torch.tensor(labels), torch.from_numpy(np.stack(masks))
 
 
 def _boxes_from_masks(selection: config.Selection) -> dict[str, MaskToBox]:
-    """The stages whose boxes are bounds of masks: what enters the decoder, unless token interaction has moved it."""
+    """The stages whose boxes are bounds of masks: the decoder's input, unless token interaction has refined it."""
     if len(selection.k) > 1 or selection.mask_to_box == "no":
         return {}
     return {"decoder.0": selection.mask_to_box}

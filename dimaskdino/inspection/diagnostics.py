@@ -1,4 +1,4 @@
-"""Diagnostics: what happens inside a model, measured on its records.
+"""Diagnostics of a model's intermediate results.
 
 Each is a function of `Predictions`, `Losses`, `LayerwiseAP` or `Detections`. `survey` applies those that need a forward
 pass to some images of a split. Their figures are in `dimaskdino.viz.diagnostics`.
@@ -7,14 +7,14 @@ pass to some images of a split. Their figures are in `dimaskdino.viz.diagnostics
 import itertools
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from hotcoco import COCO, COCOeval
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import box_convert, box_iou
@@ -24,17 +24,16 @@ from dimaskdino.checkpoints.model_files import TrainedModel
 from dimaskdino.data.coco import CocoDataset
 from dimaskdino.data.dataloader import batches, evaluation_loader
 from dimaskdino.data.transforms import resize_with_objects
-from dimaskdino.evaluation.coco_ap import IOU_TYPE, Kind
+from dimaskdino.evaluation.coco_ap import AveragePrecision, Kind, Truth, match_classes, threshold_row
 from dimaskdino.evaluation.detections import Detections
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.inspection.objects import mask_iou
-from dimaskdino.modeling import Detector, ImageBatch, Predictions, Stage, Targets
+from dimaskdino.modeling import Detector, ImageBatch, Predictions, Targets
 from dimaskdino.modeling.structures import FeatureLevels, SelectedTokens
 from dimaskdino.training.criterion import Losses, criterion
 from dimaskdino.training.matcher import Matches, match
 from dimaskdino.utils.progress import progress_bar
 
-_SIZES = {"small": "APs", "medium": "APm", "large": "APl"}
 _BOX_TERMS, _MASK_TERMS = ("l1", "giou"), ("mask", "dice")
 
 
@@ -45,19 +44,20 @@ def imbalance_by_group(result: LayerwiseAP, by: Literal["size", "class"]) -> dic
         result: AP of the stages.
         by: `size`, COCO's size groups (below 32², up to 96², above, in pixels), or `class`.
     """
-    groups: dict[str, dict[str, float]] = {}
+    groups: dict[str, dict[str, float]] = defaultdict(dict)
     for name, stage in result.stages.items():
         if stage.mask is None:
             continue
-        box, mask = (
-            {label: getattr(ap, field) for label, field in _SIZES.items()} if by == "size" else ap.per_class
-            for ap in (stage.box, stage.mask)
-        )
-        for group, value in box.items():
-            other = mask.get(group)
-            if value is not None and other is not None:
-                groups.setdefault(group, {})[name] = other - value
-    return groups
+        masks = _ap_by_group(stage.mask, by)
+        for group, box in _ap_by_group(stage.box, by).items():
+            mask = masks.get(group)
+            if box is not None and mask is not None:
+                groups[group][name] = mask - box
+    return dict(groups)
+
+
+def _ap_by_group(ap: AveragePrecision, by: Literal["size", "class"]) -> dict[str, float | None]:
+    return ap.per_class if by == "class" else {"small": ap.APs, "medium": ap.APm, "large": ap.APl}
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,12 @@ class MatchedObjects:
     @classmethod
     def joined(cls, parts: Sequence["MatchedObjects"]) -> "MatchedObjects":
         """Concatenate the objects of several batches."""
-        columns = ([getattr(part, name) for part in parts] for name in ("query", "box_iou", "mask_iou"))
-        return cls(parts[0].stages, *(torch.cat(column, dim=1) for column in columns))
+        return cls(
+            parts[0].stages,
+            query=torch.cat([part.query for part in parts], dim=1),
+            box_iou=torch.cat([part.box_iou for part in parts], dim=1),
+            mask_iou=torch.cat([part.mask_iou for part in parts], dim=1),
+        )
 
 
 def match_objects(predictions: Predictions, targets: Targets, settings: config.Loss) -> MatchedObjects:
@@ -91,32 +95,39 @@ def match_objects(predictions: Predictions, targets: Targets, settings: config.L
         targets: the objects of the batch.
         settings: cost weights. Masks are compared at random points, so seed torch for reproducible results.
     """
-    fits = [
-        _fit(stage, matches, targets)
-        for stage, matches in zip(
-            predictions.stages.values(), match(list(predictions.stages.values()), targets, settings), strict=True
-        )
-    ]
-    return MatchedObjects(tuple(predictions.stages), *(torch.stack(column) for column in zip(*fits, strict=True)))
+    stages = list(predictions.stages.values())
+    counts = torch.tensor(targets.counts, device=targets.boxes.device)
+    first = counts.cumsum(0) - counts  # position of each image's first object
+    query = counts.new_full((len(stages), sum(targets.counts)), -1)
+    box = torch.zeros(query.shape, device=query.device)
+    mask = torch.zeros(query.shape, device=query.device)
+    for row, (stage, matches) in enumerate(zip(stages, match(stages, targets, settings), strict=True)):
+        place = first[matches.image] + matches.target
+        predicted = box_convert(stage.boxes[matches.image, matches.query].float(), "cxcywh", "xyxy")
+        true = box_convert(targets.boxes[matches.image, matches.target], "cxcywh", "xyxy")
+        query[row, place] = matches.query
+        box[row, place] = torch.diagonal(box_iou(predicted, true))
+        if stage.mask_embedding is not None and stage.mask_features is not None:
+            mask[row, place] = _matched_mask_iou(stage.mask_embedding, stage.mask_features, matches, targets.masks)
+        else:
+            mask[row] = torch.nan
+    return MatchedObjects(tuple(predictions.stages), query, box, mask)
 
 
-def _fit(stage: Stage, matches: Matches, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, box IoU and mask IoU (N,) of all objects, image by image."""
-    starts = np.cumsum([0, *targets.counts])
-    N, device = int(starts[-1]), targets.boxes.device
-    place = torch.as_tensor(starts[:-1], device=device)[matches.image] + matches.target
-    query, box = torch.full((N,), -1, device=device), torch.zeros(N, device=device)
-    mask = torch.full((N,), 0.0 if stage.has_masks else torch.nan, device=device)
-    query[place] = matches.query
-    pairs = (stage.boxes[matches.image, matches.query].float(), targets.boxes[matches.image, matches.target])
-    box[place] = torch.diagonal(box_iou(*(box_convert(b, "cxcywh", "xyxy") for b in pairs)))
-    if stage.mask_embedding is not None and stage.mask_features is not None:
-        for row, (b, q, t) in zip(place, torch.stack([matches.image, matches.query, matches.target], 1), strict=True):
-            logits = torch.einsum("c,chw->hw", stage.mask_embedding[b, q].float(), stage.mask_features[b].float())
-            truth = targets.masks[b, t].bool()
-            enlarged = functional.interpolate(logits[None, None], size=truth.shape, mode="bilinear")[0]
-            mask[row] = mask_iou(enlarged > 0, truth[None])[0, 0]
-    return query, box, mask
+def _matched_mask_iou(
+    embedding: Float[Tensor, "B q c"],
+    features: Float[Tensor, "B c h4 w4"],
+    matches: Matches,
+    masks: UInt8[Tensor, "B M h w"],
+) -> Float[Tensor, " n"]:
+    """IoU of the mask of each matched query with its object's, at the input's resolution."""
+    ious = embedding.new_zeros(len(matches.query), dtype=torch.float32)
+    for row, (b, q, t) in enumerate(zip(matches.image, matches.query, matches.target, strict=True)):
+        logits = torch.einsum("c,chw->hw", embedding[b, q].float(), features[b].float())
+        true = masks[b, t].bool()
+        enlarged = functional.interpolate(logits[None, None], size=true.shape, mode="bilinear")[0]
+        ious[row] = mask_iou(enlarged > 0, true[None])[0, 0]
+    return ious
 
 
 def query_stability(matched: MatchedObjects) -> dict[str, float]:
@@ -152,11 +163,13 @@ def selection_recall(
     x, y = centres.long().unbind(-1)
     covered = targets.masks[:, :, y.clamp(max=H - 1), x.clamp(max=W - 1)].bool()  # (B, M, N tokens)
     chosen = {"T_i": torch.arange(len(x), device=x.device).expand(B, -1)}
-    chosen |= {f"T_s{i}": tokens.indices for i, tokens in enumerate(T_s, start=1)}
-    return {
-        name: covered.gather(2, indices[:, None].expand(-1, M, -1)).any(-1)[targets.valid]
-        for name, indices in chosen.items()
-    }
+    for number, tokens in enumerate(T_s, start=1):
+        chosen[f"T_s{number}"] = tokens.indices
+    kept = {}
+    for name, indices in chosen.items():
+        covered_by = covered.gather(2, indices[:, None].expand(-1, M, -1))  # (B, M, k)
+        kept[name] = covered_by.any(-1)[targets.valid]
+    return kept
 
 
 def effective_rank(attention: Float[Tensor, "*B N G"]) -> Float[Tensor, "*B"]:
@@ -201,27 +214,31 @@ def gradient_conflict(losses: Losses, detector: Detector) -> dict[str, GradientC
     Returns:
         By the name of the detector's part. Parts that only one of the losses reaches are left out.
     """
-    named = [(name.partition(".")[0], p) for name, p in detector.named_parameters() if p.requires_grad]
-    sums = [
-        torch.stack([loss for name, loss in losses.terms.items() if name.rpartition("/")[2] in terms]).sum()
-        for terms in (_BOX_TERMS, _MASK_TERMS)
-    ]
-    gradients = [
-        torch.autograd.grad(total, [p for _, p in named], retain_graph=True, allow_unused=True) for total in sums
-    ]
+    parts, parameters = [], []
+    for name, parameter in detector.named_parameters():
+        if parameter.requires_grad:
+            parts.append(name.partition(".")[0])
+            parameters.append(parameter)
+    box_gradients = _gradients(losses, _BOX_TERMS, parameters)
+    mask_gradients = _gradients(losses, _MASK_TERMS, parameters)
+    of_boxes, of_masks = defaultdict(list), defaultdict(list)
+    for part, box, mask in zip(parts, box_gradients, mask_gradients, strict=True):
+        if box is not None and mask is not None:
+            of_boxes[part].append(box.flatten())
+            of_masks[part].append(mask.flatten())
     conflicts = {}
-    for part in dict.fromkeys(name for name, _ in named):
-        pairs = [
-            (a.flatten(), b.flatten())
-            for (name, _), a, b in zip(named, *gradients, strict=True)
-            if name == part and a is not None and b is not None
-        ]
-        if pairs:
-            box, mask = (torch.cat(side).double() for side in zip(*pairs, strict=True))
-            norms = box.norm().item(), mask.norm().item()
-            cosine = (box @ mask).item() / (norms[0] * norms[1]) if all(norms) else float("nan")
-            conflicts[part] = GradientConflict(*norms, cosine)
+    for part in of_boxes:
+        box, mask = torch.cat(of_boxes[part]).double(), torch.cat(of_masks[part]).double()
+        box_norm, mask_norm = box.norm().item(), mask.norm().item()
+        product = box_norm * mask_norm
+        conflicts[part] = GradientConflict(box_norm, mask_norm, (box @ mask).item() / product if product else math.nan)
     return conflicts
+
+
+def _gradients(losses: Losses, terms: Sequence[str], parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients of the sum of these terms over all stages; None for parameters that it does not reach."""
+    chosen = [loss for name, loss in losses.terms.items() if name.rpartition("/")[2] in terms]
+    return torch.autograd.grad(torch.stack(chosen).sum(), parameters, retain_graph=True, allow_unused=True)
 
 
 @dataclass(frozen=True)
@@ -241,8 +258,10 @@ class Calibration:
     error: float
 
 
-def calibration(detections: Detections, truth: COCO, kind: Kind, threshold: float = 0.5, bins: int = 10) -> Calibration:
-    """Compare the scores with the fraction of right detections, by hotcoco.
+def calibration(
+    detections: Detections, truth: Truth, kind: Kind, threshold: float = 0.5, bins: int = 10
+) -> Calibration:
+    """Compare the scores with the fraction of right detections.
 
     Args:
         detections: the detections of one stage.
@@ -251,14 +270,21 @@ def calibration(detections: Detections, truth: COCO, kind: Kind, threshold: floa
         threshold: smallest IoU of a right detection, one of COCO's: 0.50, 0.55, … 0.95.
         bins: number of score bins.
     """
-    evaluation = COCOeval(
-        truth, truth.load_res(detections.boxes if kind == "box" else detections.masks), IOU_TYPE[kind]
-    )
-    evaluation.evaluate()
-    measured = evaluation.calibration(n_bins=bins, iou_threshold=threshold)
-    filled = [b for b in measured["bins"] if b["count"]]
-    score, precision, count = (np.array([b[k] for b in filled]) for k in ("avg_confidence", "avg_accuracy", "count"))
-    return Calibration(score, precision, count, float(measured["ece"]))
+    row = threshold_row(threshold)
+    scores, right = [], []
+    for matches in match_classes(truth, detections.results(kind), kind):
+        counted = ~matches.ignored[row]
+        scores.append(matches.score[counted])
+        right.append(matches.right[row, counted])
+    score = np.concatenate(scores)
+    place = np.minimum((score * bins).astype(np.int64), bins - 1)
+    count = np.bincount(place, minlength=bins)
+    filled = count > 0
+    count = count[filled]
+    mean_score = np.bincount(place, score, bins)[filled] / count
+    precision = np.bincount(place, np.concatenate(right), bins)[filled] / count
+    error = sum(count / len(score) * np.abs(precision - mean_score))
+    return Calibration(mean_score, precision, count, float(error))
 
 
 @dataclass(frozen=True)
@@ -299,34 +325,33 @@ def survey(model: TrainedModel, images: int, split: str | None = None, batch_siz
     data.check_classes(model.config.model.classes)
     chosen = range(min(images, len(data)))
     groups = [chosen[i : i + batch_size] for i in chosen[::batch_size]]
-    settings = model.config.model_copy(
-        update={"evaluation": model.config.evaluation.model_copy(update={"batch_size": batch_size})}
-    )
+    evaluation = model.config.evaluation.model_copy(update={"batch_size": batch_size})
+    loader = evaluation_loader(data, model.config.model_copy(update={"evaluation": evaluation}), groups)
     device = model.device
-    matched, recall, guidance, conflict = [], [], [], {}
+    matched, recall, ranks, entropies = [], defaultdict(list), [], []
+    conflicts: dict[str, list[GradientConflict]] = defaultdict(list)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)  # matching looks at random points
-        for batch in progress_bar(
-            batches(evaluation_loader(data, settings, groups)), "survey", len(groups), unit="batches"
-        ):
+        for batch in progress_bar(batches(loader), "survey", len(groups), unit="batches"):
             targets = batch.targets.to(device)
             predictions = model.detector(ImageBatch.from_images(batch.images, device), trace=True)
             losses = criterion(predictions, targets, model.config.loss, sum(targets.counts))
-            for part, pull in gradient_conflict(losses, model.detector).items():
-                conflict.setdefault(part, []).append(pull)
+            for part, conflict in gradient_conflict(losses, model.detector).items():
+                conflicts[part].append(conflict)
             with torch.no_grad():
                 matched.append(match_objects(predictions, targets, model.config.loss))
-                recall.append(selection_recall(predictions.trace.T_i, predictions.trace.T_s, targets))
+                for name, kept in selection_recall(predictions.trace.T_i, predictions.trace.T_s, targets).items():
+                    recall[name].append(kept)
                 attention = predictions.trace.guidance_attention
                 if attention is not None:
-                    guidance.append(torch.stack([effective_rank(attention), attention_entropy(attention)]))
-    ranks, entropies = torch.cat(guidance, dim=1) if guidance else torch.zeros(2, 0)
+                    ranks.append(effective_rank(attention))
+                    entropies.append(attention_entropy(attention))
     return Survey(
-        MatchedObjects.joined(matched),
-        {name: torch.cat([part[name] for part in recall]) for name in recall[0]},
-        ranks,
-        entropies,
-        conflict,
+        matched=MatchedObjects.joined(matched),
+        recall={name: torch.cat(parts) for name, parts in recall.items()},
+        guidance_rank=torch.cat(ranks) if ranks else torch.zeros(0),
+        guidance_entropy=torch.cat(entropies) if entropies else torch.zeros(0),
+        conflict=dict(conflicts),
     )
 
 
@@ -338,30 +363,29 @@ def summary(result: LayerwiseAP, surveyed: Survey, calibrated: Mapping[str, Cali
         surveyed: the survey.
         calibrated: by name, such as `decoder.6, box`.
     """
-    means = {
-        part: {field: _mean([getattr(c, field) for c in some]) for field in ("box_norm", "mask_norm", "cosine")}
-        for part, some in surveyed.conflict.items()
-    }
-    fits = {
-        name: {
-            "box_iou": float(surveyed.matched.box_iou[row].mean()),
-            "mask_iou": None
-            if surveyed.matched.mask_iou[row].isnan().any()
-            else float(surveyed.matched.mask_iou[row].mean()),
+    matched = surveyed.matched
+    fits = {}
+    for row, name in enumerate(matched.stages):
+        box, mask = matched.box_iou[row], matched.mask_iou[row]
+        fits[name] = {"box_iou": float(box.mean()), "mask_iou": None if mask.isnan().any() else float(mask.mean())}
+    conflicts = {}
+    for part, found in surveyed.conflict.items():
+        conflicts[part] = {
+            "box_norm": _mean([conflict.box_norm for conflict in found]),
+            "mask_norm": _mean([conflict.mask_norm for conflict in found]),
+            "cosine": _mean([conflict.cosine for conflict in found]),
         }
-        for row, name in enumerate(surveyed.matched.stages)
-    }
     return {
-        "objects": surveyed.matched.query.shape[1],
+        "objects": matched.query.shape[1],
         "imbalance_by_size": imbalance_by_group(result, "size"),
         "imbalance_by_class": imbalance_by_group(result, "class"),
         "matched_queries": fits,
-        "query_stability": {stage: _mean([share]) for stage, share in query_stability(surveyed.matched).items()},
+        "query_stability": {stage: _mean([kept]) for stage, kept in query_stability(matched).items()},
         "selection_recall": {name: float(kept.float().mean()) for name, kept in surveyed.recall.items()},
         "guidance_rank": float(surveyed.guidance_rank.mean()) if len(surveyed.guidance_rank) else None,
         "guidance_entropy": float(surveyed.guidance_entropy.mean()) if len(surveyed.guidance_entropy) else None,
-        "gradient_conflict": means,
-        "calibration_error": {name: c.error for name, c in calibrated.items()},
+        "gradient_conflict": conflicts,
+        "calibration_error": {name: found.error for name, found in calibrated.items()},
     }
 
 

@@ -15,7 +15,6 @@ import ipywidgets as widgets
 import numpy as np
 import torch
 import traitlets
-from hotcoco import COCO
 from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -24,7 +23,7 @@ from scipy.optimize import linear_sum_assignment
 
 from dimaskdino import config
 from dimaskdino.data.coco import Sample
-from dimaskdino.evaluation.coco_ap import Kind, precision_curves
+from dimaskdino.evaluation.coco_ap import Kind, Truth, precision_curves
 from dimaskdino.evaluation.detections import Detections
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.inspection.look import Look
@@ -260,7 +259,7 @@ def explore_architecture(looks: Sequence[Look]) -> Explorer:
     return explorer
 
 
-def explore_precision(found: Mapping[str, Detections], truth: COCO, classes: Sequence[str]) -> Explorer:
+def explore_precision(found: Mapping[str, Detections], truth: Truth, classes: Sequence[str]) -> Explorer:
     """Precision-recall curves of boxes and masks: choose a class, a stage and an IoU threshold."""
 
     @functools.cache

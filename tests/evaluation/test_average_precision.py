@@ -2,7 +2,10 @@
 
 import contextlib
 import io
+import json
+import sys
 
+import numpy as np
 import pytest
 import torch
 from crowded import crowded_truth, detections
@@ -10,9 +13,16 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dimaskdino.data.coco import CocoDataset
+from dimaskdino.evaluation import coco_ap
+from dimaskdino.evaluation.bootstrap import image_draws, resampled_ap
 from dimaskdino.evaluation.coco_ap import (
     AveragePrecision,
+    Library,
+    Truth,
     average_precision,
+    average_recall,
+    best_library,
+    match_classes,
     precision_curves,
     read_truth,
 )
@@ -45,6 +55,44 @@ def test_equal_to_pycocotools_to_the_last_digit(kind, tmp_path):
     assert (curves == reference.eval["precision"][5, :, :, 0, -1].T).all()
     with pytest.raises(ValueError, match=r"not 0\.77"):
         precision_curves(read_truth(file), rows, kind, 0.77)
+
+
+@pytest.mark.parametrize("kind", ["box", "mask"])
+def test_hotcoco_and_pycocotools_return_the_same_numbers(kind, tmp_path):
+    file = crowded_truth(tmp_path)
+    rows = detections(file).results(kind)
+    ours, reference = [Truth(json.loads(file.read_text()), Library.load(name)) for name in ("hotcoco", "pycocotools")]
+    for function in (average_precision, average_recall):
+        assert function(ours, rows, kind) == function(reference, rows, kind)
+        assert function(ours, [], kind) == function(reference, [], kind)
+    weights = image_draws(30, 5)
+    assert (resampled_ap(ours, rows, kind, weights) == resampled_ap(reference, rows, kind, weights)).all()
+    for matches, expected in zip(match_classes(ours, rows, kind), match_classes(reference, rows, kind), strict=True):
+        for name, values in vars(expected).items():
+            np.testing.assert_array_equal(getattr(matches, name), values, err_msg=name)
+
+
+@pytest.fixture
+def library_chosen_anew():
+    best_library.cache_clear()
+    yield
+    best_library.cache_clear()
+
+
+def test_pycocotools_replaces_a_hotcoco_that_is_missing(library_chosen_anew, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
+    assert [best_library().name, best_library().name] == ["pycocotools", "pycocotools"]
+    assert capsys.readouterr().err.count("since hotcoco cannot be used") == 1
+    known = average_precision(Truth(coco_ap._KNOWN_TRUTH), coco_ap._KNOWN_BOXES, "box")
+    assert pytest.approx(coco_ap._KNOWN_AP) == known.AP
+
+
+def test_pycocotools_replaces_a_hotcoco_with_another_ap(library_chosen_anew, monkeypatch, capsys):
+    assert best_library().name == "hotcoco"
+    best_library.cache_clear()
+    monkeypatch.setattr(coco_ap, "_KNOWN_AP", 50.0)
+    assert best_library().name == "pycocotools"
+    assert "its AP of a known case is 66.997, not 50.000" in capsys.readouterr().err
 
 
 def test_the_truth_itself_scores_100(shapes_data):

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from hotcoco import COCO
 from PIL import Image
 from small import trained_file
 
 from dimaskdino.cli.models import evaluate
+from dimaskdino.evaluation.coco_ap import Library, Truth
 from dimaskdino.evaluation.detections import Detections
 from dimaskdino.evaluation.error_analysis import KINDS, confusion, save_analysis, tide_analysis, worst_images
 from dimaskdino.modeling import Instances
@@ -20,7 +20,7 @@ BOXES = {1: [(10, 10, 50, 50), (60, 60, 90, 90)], 2: [(10, 10, 50, 50)], 3: [(20
 
 
 @pytest.fixture(scope="module")
-def truth() -> COCO:
+def truth() -> Truth:
     """Image 1 has a cat and a dog, image 2 a cat, image 3 a dog."""
     classes = {1: [1, 2], 2: [1], 3: [2]}
     annotations = []
@@ -31,7 +31,7 @@ def truth() -> COCO:
             box = [x0, y0, x1 - x0, y1 - y0]
             annotations.append(record | {"segmentation": [outline], "bbox": box, "area": box[2] * box[3]})
     images = [{"id": i, "file_name": f"{i}.png", "height": 100, "width": 100} for i in BOXES]
-    return COCO({"images": images, "annotations": annotations, "categories": [*named("cat", "dog")]})
+    return Truth({"images": images, "annotations": annotations, "categories": [*named("cat", "dog")]})
 
 
 def named(*names: str) -> list[dict]:
@@ -90,6 +90,12 @@ def test_the_confusion_of_classes_and_the_worst_images(truth):
     worst = worst_images(truth, detected(*rows), "mask", 0.3, 2)
     assert list(worst) == [2, 1]
     assert worst == {2: 0.0, 1: 0.5}
+
+
+def test_without_hotcoco_one_line_says_what_is_missing(truth):
+    other = Truth(truth.dataset, Library.load("pycocotools"))
+    with pytest.raises(UserError, match="the error analysis needs hotcoco"):
+        tide_analysis(other, detected(*RIGHT), "box")
 
 
 def test_the_figures_and_the_record(truth, tmp_path):

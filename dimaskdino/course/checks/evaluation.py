@@ -5,14 +5,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from hotcoco import COCO
 from torch import Tensor
 from torchvision.ops import box_iou
 
 from dimaskdino.course.checks.pictures import draw_bars
 from dimaskdino.course.checks.verdicts import CheckResult, called, compared, difference, more, random, right, wrong
 from dimaskdino.data.coco import CocoDataset
-from dimaskdino.evaluation.coco_ap import average_precision, precision_curves
+from dimaskdino.evaluation.coco_ap import Truth, average_precision, precision_curves
 from dimaskdino.evaluation.detections import Detections
 from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER
 from dimaskdino.modeling.stages import short_name
@@ -66,7 +65,7 @@ def check_interpolated(function: Callable[[np.ndarray, np.ndarray], np.ndarray])
 
 
 def check_average_precision(
-    function: Callable[..., float], found: Mapping[str, Detections], truth: COCO, data: CocoDataset, label: str
+    function: Callable[..., float], found: Mapping[str, Detections], truth: Truth, data: CocoDataset, label: str
 ) -> CheckResult:
     """To build: box AP of one class at the first and the last stage and after the first layer.
 

@@ -4,7 +4,6 @@ import warnings
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
-import hotcoco
 import numpy as np
 
 from dimaskdino.data.exports import (
@@ -111,12 +110,16 @@ def read_cvat(source: Path) -> list[ExportedSplit] | None:
     """The content of a CVAT export: a folder with the XML file, or that file. None if there is none.
 
     Raises:
-        UserError: the file is damaged, or its images are missing.
+        UserError: the file is damaged, its images are missing, or hotcoco cannot be imported.
     """
     files = [source] if source.suffix.lower() == ".xml" else sorted([*source.glob("*.xml"), *source.glob("*/*.xml")])
     file = next((file for file in files if read_xml(file).tag == "annotations"), None)
     if file is None:
         return None
+    try:
+        import hotcoco
+    except ImportError as error:
+        raise UserError(f"reading {file} needs hotcoco ({error}); or export as COCO 1.0 instead") from None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
