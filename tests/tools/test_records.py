@@ -56,12 +56,6 @@ def test_included_tables_are_those_of_the_studies():
         assert f"\n\n{table}\n" in (ROOT / file).read_text()
 
 
-def test_upper_bounds_of_the_shapes_are_those_of_the_course_model():
-    recorded, bounds = records.measured("ceilings")["shapes"]["128"], records.course_model("maskdino").upper_bounds
-    assert recorded["mask"]["mean"] == bounds.mask.mean
-    assert {name: recorded[name]["mean"] for name in bounds.box} == {n: recall.mean for n, recall in bounds.box.items()}
-
-
 def test_the_figures_are_those_that_are_drawn_and_shown():
     pictures = {path.stem for path in (ROOT / "docs" / "figures").glob("*.png")}
     shown = re.findall(r"figures/(\w+)\.png", "".join(page.read_text() for page in records.PAGES))

@@ -26,5 +26,4 @@ if __name__ == "__main__":
         print(f"written: {path}")
     for file in sorted(ARCHIVES.glob("*/*/table.md")):
         file.write_text(study_report(file.parent.name, file.parents[1].name).markdown() + "\n")
-    for page in write_all():
-        print(f"written: {page}")
+    write_all()

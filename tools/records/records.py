@@ -6,7 +6,7 @@ The text between `<!-- records: NAME ARGUMENT … -->` and `<!-- end -->` is wha
 import json
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,16 +98,24 @@ def study_report(name: str, folder: str) -> StudyReport:
     return replace(report, measured=registered)
 
 
+def last_layer(runs: Sequence[Mapping[str, Any]], kind: str) -> str:
+    """Box or mask AP of trainings on photographs at the last layer."""
+    return spread([run["stages"]["decoder.4"][kind] for run in runs])
+
+
+def registered_difference(found: Mapping[str, Any]) -> str:
+    """A difference between trainings on photographs with its 95 % interval."""
+    interval = f"{number(found['joint']['low'], '+')} to {number(found['joint']['high'], '+')}"
+    return f"{number(found['difference'], '+')} ({interval})"
+
+
 def headlines() -> str:
     """The results in the README."""
-    models = {name: course_model(name).stages["decoder.4"] for name in ("dimaskdino", "maskdino")}
-    ours, baseline = (f"{stage.box.AP:.1f} box and {stage.mask.AP:.1f} mask AP" for stage in models.values())
+    ours = course_model("dimaskdino").stages["decoder.4"]
+    baseline = course_model("maskdino").stages["decoder.4"]
     animals = measured("photographs")["animals"]
-    last = [run["stages"]["decoder.4"] for run in animals["recipe"]]
-    box, mask = (spread([ap[kind] for ap in last]) for kind in ("box", "mask"))
     minutes = max(run["minutes"] for run in animals["recipe"])
     registered = animals["comparisons"][0]
-    interval = f"{number(registered['joint']['low'])} to {number(registered['joint']['high'], '+')}"
     study = "miniature/box_formula"
     published = comparison(study, "De-Imbalance, published formula")
     predicted = comparison(study, "De-Imbalance, predicted boxes")
@@ -119,14 +127,15 @@ def headlines() -> str:
             "The official checkpoints have not been run here, and nothing was trained on COCO or BDD100K.",
         ),
         "Synthetic shapes": (
-            f"At the last layer DI-MaskDINO has {ours}, MaskDINO {baseline}.",
+            f"At the last layer DI-MaskDINO has {number(ours.box.AP)} box and {number(ours.mask.AP)} mask AP, MaskDINO "
+            f"{number(baseline.box.AP)} and {number(baseline.mask.AP)}.",
             "This is one training each; how far the difference repeats is unknown.",
         ),
         "Photographs": (
-            f"{box} box and {mask} mask AP on {animals['val']['images']} photographs of animals, after {minutes:.0f} "
-            "minutes of training on 2 cores.",
-            "A registered comparison with MaskDINO is "
-            f"{registered['verdict']}: {number(registered['difference'], '+')} box AP ({interval}).",
+            f"{last_layer(animals['recipe'], 'box')} box and {last_layer(animals['recipe'], 'mask')} mask AP on "
+            f"{animals['val']['images']} photographs of animals, after {minutes:.0f} minutes of training on 2 cores.",
+            f"A registered comparison with MaskDINO is {registered['verdict']}: {registered_difference(registered)} "
+            "box AP.",
         ),
         "The paper's modules": (
             "In small models on shapes (8 seeds, 95 % intervals) De-Imbalance changes box AP by "
@@ -153,8 +162,8 @@ def models() -> str:
             row += [number(ap and ap.box.AP), number(ap and ap.mask and ap.mask.AP), number(ap and ap.imbalance, "+")]
         rows.append(row)
     demo = measured("demo_layers")["stages"]["decoder.4"]
-    box, mask = (number(demo[kind]["AP"]) for kind in ("box", "mask"))
-    return f"{markdown_table(head, rows)}\n\n`make demo` reaches {box} box and {mask} mask AP at `decoder.4`."
+    aps = f"{number(demo['box']['AP'])} box and {number(demo['mask']['AP'])} mask AP"
+    return f"{markdown_table(head, rows)}\n\n`make demo` reaches {aps} at `decoder.4`."
 
 
 def diagnostics() -> str:
@@ -188,49 +197,51 @@ def photographs() -> str:
     for data, record in measured("photographs").items():
         for label, runs in {"DI-MaskDINO, `dimaskdino new`": record["recipe"], **record["rows"]}.items():
             row = [f"{data}, {label}", str(len(runs)), f"{record['steps']:,}"]
-            for kind in ("box", "mask"):
-                row.append(spread([run["stages"]["decoder.4"][kind] for run in runs]))
+            row += [last_layer(runs, "box"), last_layer(runs, "mask")]
             for stage in ("decoder.0", "decoder.1"):
                 row.append(spread([run["stages"][stage]["mask"] - run["stages"][stage]["box"] for run in runs], "+"))
             rows.append(row)
         for peer in record["peers"]:
-            label = {"mask_rcnn": "Mask R-CNN (torchvision)", "mask2former": "Mask2Former (transformers)"}[
-                peer["model"]
-            ]
-            row = [f"{data}, {label}", "1", f"{peer['steps']:,}", number(peer["box"]), number(peer["mask"]), "–", "–"]
-            rows.append(row)
+            row = [f"{data}, {PEERS[peer['model']]}", "1", f"{peer['steps']:,}"]
+            rows.append([*row, number(peer["box"]), number(peer["mask"]), "–", "–"])
     head = ["", "trainings", "steps", "box AP", "mask AP", "imbalance, `decoder.0`", "imbalance, `decoder.1`"]
     lines = [markdown_table(head, rows), ""]
     for found in measured("photographs")["animals"]["comparisons"]:
-        low, high = (number(found["joint"][end], "+") for end in ("low", "high"))
-        lines.append(
-            f"* {found['label']}: {number(found['difference'], '+')} ({low} to {high}), {found['verdict']}; "
-            f"minimum detectable effect ±{found['mde']:.1f}"
-        )
+        effect = f"minimum detectable effect ±{found['mde']:.1f}"
+        lines.append(f"* {found['label']}: {registered_difference(found)}, {found['verdict']}; {effect}")
     return "\n".join(lines)
-
-
-CLAIMS = (  # claim, column of the paper, quantity; study and label in the first and in the second study
-    ("De-Imbalance raises box AP", "COCO", BOX_AP,
-     ("shapes/table_4", "De-Imbalance − neither (MaskDINO)"),
-     ("miniature/box_formula", "De-Imbalance, published formula")),
-    ("BATO raises box AP", "COCO", BOX_AP,
-     ("shapes/table_4", "BATO − neither (MaskDINO)"), ("miniature/box_formula", "BATO, published formula")),
-    ("both raise box AP", "COCO", BOX_AP,
-     ("shapes/table_4", "both (DI-MaskDINO) − neither (MaskDINO)"), ("miniature/figure_1", "DI-MaskDINO − MaskDINO")),
-    ("both narrow the imbalance at `decoder.1`", "BDD100K", IMBALANCE,
-     ("shapes/figure_1", "DI-MaskDINO − MaskDINO"), ("miniature/figure_1", "DI-MaskDINO − MaskDINO")),
-)  # fmt: skip
 
 
 def claims() -> str:
     """Claims of the paper, published and in both studies on the shapes, with the verdict of the second."""
+    formulas, both = "miniature/box_formula", "DI-MaskDINO − MaskDINO"
+    claimed = {  # the dataset of the published difference; the comparison in the first and in the second study
+        "De-Imbalance raises box AP": (
+            "COCO",
+            comparison("shapes/table_4", "De-Imbalance − neither (MaskDINO)"),
+            comparison(formulas, "De-Imbalance, published formula"),
+        ),
+        "BATO raises box AP": (
+            "COCO",
+            comparison("shapes/table_4", "BATO − neither (MaskDINO)"),
+            comparison(formulas, "BATO, published formula"),
+        ),
+        "both raise box AP": (
+            "COCO",
+            comparison("shapes/table_4", "both (DI-MaskDINO) − neither (MaskDINO)"),
+            comparison("miniature/figure_1", both),
+        ),
+        "both narrow the imbalance at `decoder.1`": (
+            "BDD100K",
+            comparison("shapes/figure_1", both, IMBALANCE),
+            comparison("miniature/figure_1", both, IMBALANCE),
+        ),
+    }
     rows = []
-    for claim, column, quantity, first_place, second_place in CLAIMS:
-        first, second = (comparison(*place, quantity) for place in (first_place, second_place))
-        published = first[column]
-        row = [claim, f"{published} ({column})", difference(first), difference(second), verdict(second, published)]
-        rows.append(row)
+    for claim, (dataset, first, second) in claimed.items():
+        published = first[dataset]
+        rows.append([claim, f"{published} ({dataset})", difference(first), difference(second)])
+        rows[-1].append(verdict(second, published))
     return markdown_table(["claim", "paper", "first study, exploratory", "second study", "verdict"], rows)
 
 
@@ -240,23 +251,6 @@ def robustness() -> str:
     kinds = ", ".join(f"{count} {kind}" for kind, count in inputs.items())
     survived = sum(outcome == "survived" for outcome in outcomes)
     return f"{survived} of {len(outcomes)} faults are survived. {sum(inputs.values())} bad inputs are refused: {kinds}."
-
-
-def upper_bounds() -> str:
-    """The AP that true masks, and boxes made of true masks, would reach at the model's resolution."""
-    record = measured("ceilings")
-    places = {
-        "shapes, 128 pixels": (record["shapes"]["128"], "mean"),
-        "shapes, 256 pixels": (record["shapes"]["256"], "mean"),
-        "shapes of the second study, 160 pixels": (record["miniature"], "mean"),
-        "210 photographs of animals, 192 pixels": (record["animals"], "mean"),
-        "32 photographs of COCO, the paper's resolution": (record["photographs"], "mean"),
-        "their small objects": (record["photographs"], "small"),
-    }
-    rows = []
-    for label, (found, size) in places.items():
-        rows.append([label, *(number(found[kind][size]) for kind in ("mask2box", "bitmask", "mask"))])
-    return markdown_table(["", "boxes, `mask2box`", "boxes, `bitmask`", "masks"], rows)
 
 
 def _by_stage(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
@@ -275,7 +269,7 @@ def _by_stage(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
 
 def formula_at_test_time() -> str:
     """AP of the course's MaskDINO with each formula for the boxes that enter its decoder, changed at test time."""
-    return _by_stage({f"`{formula}`": found for formula, found in measured("ceilings")["maskdino_shapes"].items()})
+    return _by_stage({f"`{formula}`": found for formula, found in measured("formula_at_test_time").items()})
 
 
 def formula_in_training() -> str:
@@ -296,7 +290,7 @@ def formula_in_training() -> str:
 
 BLOCKS = (
     *(table, headlines, models, diagnostics, photographs, claims, robustness),
-    *(upper_bounds, formula_at_test_time, formula_in_training),
+    *(formula_at_test_time, formula_in_training),
 )
 _BLOCK = re.compile(r"(<!-- records: (.+?) -->\n)((?:(?!<!--).*\n)*)(<!-- end -->)")
 
@@ -312,16 +306,15 @@ def rewritten(text: str) -> str:
     return _BLOCK.sub(block, text)
 
 
-def write_all() -> Iterator[Path]:
-    """Write the blocks of all pages; yields the pages that changed."""
+def write_all() -> None:
+    """Write the blocks of all pages."""
     for page in PAGES:
         before = page.read_text()
         after = rewritten(before)
         if after != before:
             page.write_text(after)
-            yield page
+            print(f"written: {page}")
 
 
 if __name__ == "__main__":
-    for page in write_all():
-        print(f"written: {page}")
+    write_all()
