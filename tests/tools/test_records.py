@@ -39,6 +39,14 @@ def test_tables_are_those_of_the_archived_runs(table):
     assert report.markdown() + "\n" == table.read_text(), "run `make figures`"
 
 
+@pytest.mark.parametrize("table", [t for t in TABLES if t.parents[1].name != "shapes"], ids=lambda t: t.parent.name)
+def test_all_registered_runs_of_a_study_are_there(table):
+    report = records.study_report(table.parent.name, table.parents[1].name)
+    assert {name: tuple(runs) for name, runs in report.measured.items()} == {
+        variant.name: report.study.seeds for variant in report.study.variants
+    }
+
+
 def test_archives_of_studies_are_small():
     files = [file for file in records.ARCHIVES.rglob("*") if file.is_file()]
     assert len(TABLES) == 16
