@@ -31,6 +31,7 @@ from dimaskdino.modeling.stages import stage_names
 from dimaskdino.utils.errors import UserError, first_line, writing
 from dimaskdino.utils.files import write_text
 from dimaskdino.utils.markdown import escape
+from dimaskdino.utils.plugins import allow
 from dimaskdino.utils.resources import MODELS, find_model
 
 if TYPE_CHECKING:
@@ -293,6 +294,7 @@ def load(
     precision: Precision | Literal["auto"] = "fp32",
     overrides: Iterable[str] = (),
     config: Config | None = None,
+    plugins: Iterable[str] = (),
 ) -> Model:
     """Load a trained model.
 
@@ -309,13 +311,16 @@ def load(
         overrides: `key=value` settings that differ from those stored with the model, such as
             `data.resize.shortest=640`.
         config: the configuration that a published checkpoint was trained with; by default inferred from the weights.
+        plugins: Python modules of your own that the model's configuration names and that may run (docs/extend.md).
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        UserError: there is no such model, it is truncated, or it does not fit its configuration.
+        UserError: there is no such model, it is truncated, does not fit its configuration, or needs a module that
+            `plugins` does not name.
     """
+    allow(plugins)
     known = ("auto", *get_args(Precision))
     if precision not in known:
         raise UserError(f"the precision is one of {', '.join(known)}, got '{precision}'")

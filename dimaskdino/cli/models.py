@@ -11,12 +11,14 @@ from dimaskdino.cli.options import (
     Device,
     ModelSource,
     OptionalConfigPath,
+    Plugins,
     PrecisionOption,
     ProcessCount,
     SettingsArguments,
     print_remarks,
     relaunch_distributed,
 )
+from dimaskdino.utils import plugins
 from dimaskdino.utils.errors import UserError, writing
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def evaluate(
     device: Device = "auto",
     precision: PrecisionOption = "fp32",
     processes: ProcessCount = 1,
+    plugin: Plugins = (),
 ) -> int:
     """Compute box and mask AP of a trained model at every stage, in one pass over the data.
 
@@ -67,7 +70,9 @@ def evaluate(
         device: Device to run on.
         precision: Precision of the forward pass.
         processes: Number of evaluating processes on this machine, one per GPU.
+        plugin: Modules of your own that the model needs.
     """
+    plugins.allow(plugin)
     from dimaskdino.checkpoints.published_settings import load_settings, starts_settings, translate_pairs
     from dimaskdino.evaluation.layerwise_ap import detect_layers
     from dimaskdino.model import load
@@ -186,6 +191,7 @@ def predict(
     batch_size: int = 8,
     device: Device = "auto",
     precision: PrecisionOption = "fp32",
+    plugin: Plugins = (),
 ) -> int:
     """Draw masks, boxes, classes and scores on images and videos, and write them in COCO's format.
 
@@ -203,7 +209,9 @@ def predict(
         batch_size: Number of images per forward pass, at most.
         device: Device to run on.
         precision: Precision of the forward pass.
+        plugin: Modules of your own that the model needs.
     """
+    plugins.allow(plugin)
     from dimaskdino.cli.predict_files import predict_files
     from dimaskdino.model import load
 
@@ -221,7 +229,11 @@ def predict(
 
 
 def export(
-    model: Positional[ModelSource], file: Positional[Path], stage: str | None = None, detections: int | None = None
+    model: Positional[ModelSource],
+    file: Positional[Path],
+    stage: str | None = None,
+    detections: int | None = None,
+    plugin: Plugins = (),
 ) -> int:
     """Write a model as an ONNX file, for ONNX Runtime, OpenVINO or TensorRT, or as a file of torch.export.
 
@@ -236,7 +248,9 @@ def export(
         file: File to write, .onnx or .pt2.
         stage: Stage to take the detections from, such as decoder.1; the last decoder layer by default.
         detections: Number of detections per image; evaluation.detections of the model by default.
+        plugin: Modules of your own that the model needs.
     """
+    plugins.allow(plugin)
     from dimaskdino.interop.export import export as write
     from dimaskdino.model import load
 

@@ -6,13 +6,15 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from dimaskdino.cli.options import Overrides
+from dimaskdino.cli.options import Overrides, Plugins
+from dimaskdino.utils import plugins
 
 
 def run(
     notebook: Positional[Path],
     folder: Positional[Path],
     parameters: Positional[Annotated[tuple[str, ...], arg(metavar="NAME=VALUE")]] = (),
+    plugin: Plugins = (),
 ) -> int:
     """Run a notebook with parameters, and write the executed notebook to a folder.
 
@@ -23,7 +25,9 @@ def run(
             'papermill --help-notebook NOTEBOOK' lists its parameters.
         folder: Run folder; also the value of the notebook's parameter `run`.
         parameters: Parameters of the notebook; values are YAML, such as 'overrides=[train.seed=1, train.keep=2]'.
+        plugin: Modules of your own that the configuration names and that may run (docs/extend.md).
     """
+    plugins.allow(plugin)
     from dimaskdino.runs.notebooks import parse_parameters, run_notebook
     from dimaskdino.runs.processes import project_root
     from dimaskdino.utils.resources import find_notebook
@@ -44,6 +48,7 @@ def study(
     parallel: int | None = None,
     plan: bool = False,
     archive: bool = False,
+    plugin: Plugins = (),
 ) -> int:
     """Train and evaluate the variants of a study, such as a table of the paper, with several seeds, and compare them.
 
@@ -63,7 +68,9 @@ def study(
         plan: Only show the missing runs, their cost and the minimum detectable effects.
         archive: Also write the results of all runs to FOLDER/runs.jsonl and FOLDER/bootstrap.npz. In another folder,
             copies of these two files replace the runs.
+        plugin: Modules of your own that the study or its configurations name and that may run (docs/extend.md).
     """
+    plugins.allow(plugin)
     from dimaskdino.runs.notebooks import run_notebook
     from dimaskdino.runs.processes import project_root
     from dimaskdino.studies.runner import plan_study

@@ -67,6 +67,13 @@ ProcessCount = Annotated[
         aliases=["--num-gpus"], help="Number of processes on this machine, one per GPU. For several machines: torchrun."
     ),
 ]
+Plugins = Annotated[
+    tuple[str, ...],
+    arg(
+        metavar="MODULE",
+        help="Python modules of your own that the configuration names and that may run, such as my_project.gates.",
+    ),
+]
 
 
 def settings_first(arguments: Sequence[str]) -> list[str]:

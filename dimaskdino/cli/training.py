@@ -4,11 +4,18 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from dimaskdino.cli.options import ProcessCount, SettingsArguments, TrainingConfig, relaunch_distributed
+from dimaskdino.cli.options import Plugins, ProcessCount, SettingsArguments, TrainingConfig, relaunch_distributed
+from dimaskdino.utils import plugins
 from dimaskdino.utils.errors import UserError, writing
 
 
-def new(data: Positional[Path], run: Positional[Path], weights: str | None = None, minutes: float | None = None) -> int:
+def new(
+    data: Positional[Path],
+    run: Positional[Path],
+    weights: str | None = None,
+    minutes: float | None = None,
+    plugin: Plugins = (),
+) -> int:
     """Write a complete, commented config.yaml for a dataset and this machine to a new run folder.
 
     For example: dimaskdino new data/animals runs/animals
@@ -22,7 +29,9 @@ def new(data: Positional[Path], run: Positional[Path], weights: str | None = Non
         weights: Trained model to start from (as for predict): its architecture is kept, its class heads re-initialised.
             By default a small backbone with ImageNet weights.
         minutes: How long the training may take on this machine.
+        plugin: Modules of your own that the weights need.
     """
+    plugins.allow(plugin)
     from dimaskdino.training.recipe import Machine, propose, try_out
 
     if run.exists():
@@ -44,6 +53,7 @@ def train(
     config: TrainingConfig = None,
     run: str | None = None,
     processes: ProcessCount = 1,
+    plugin: Plugins = (),
 ) -> int:
     """Train a model, or resume a training.
 
@@ -57,7 +67,9 @@ def train(
         config: Configuration; by default the config.yaml in the run folder, as 'dimaskdino new' writes it.
         run: Run folder; OUTPUT_DIR among the settings is the same.
         processes: Number of training processes on this machine, one per GPU.
+        plugin: Modules of your own that the configuration names and that may run (docs/extend.md).
     """
+    plugins.allow(plugin)
     from dimaskdino.checkpoints.published_settings import split_arguments
     from dimaskdino.training.launch import main as train_in_this_process
 
@@ -121,7 +133,7 @@ def status(run: Positional[Path]) -> int:
     return 1 if current["state"] == "failed" else 0
 
 
-def share(run: Positional[Path], target: Positional[Path]) -> int:
+def share(run: Positional[Path], target: Positional[Path], plugin: Plugins = ()) -> int:
     """Copy a finished run for sharing: weights in half precision, and its records.
 
     For example: dimaskdino share runs/mine shared/mine
@@ -129,7 +141,9 @@ def share(run: Positional[Path], target: Positional[Path]) -> int:
     Args:
         run: Run folder.
         target: Folder to create, a run folder that evaluate, predict and the notebooks accept.
+        plugin: Modules of your own that the model needs.
     """
+    plugins.allow(plugin)
     from dimaskdino.runs.folder import RunFolder
     from dimaskdino.runs.share import copy_for_sharing
 

@@ -25,6 +25,7 @@ import filelock
 
 from dimaskdino.config import Config, dump_config, load_config, read_tree
 from dimaskdino.runs.trackers import Metrics, hide_disk_errors_of_threads, open_trackers
+from dimaskdino.utils import plugins
 from dimaskdino.utils.errors import Stopped, UserError, explain_os_error, writing
 from dimaskdino.utils.files import parse_json_object, read_json_object, write_text
 
@@ -121,7 +122,14 @@ class RunFolder:
             written = load_config(self.path / "config.yaml")
         if written != config:
             write_text(self.path / "config.yaml", dump_config(config))
-        write_text(self.path / "versions.json", json.dumps(environment() | {"command": sys.argv}, indent=1))
+        versions = environment() | {"command": sys.argv}
+        if hashes := plugins.hashes():
+            before = read_json_object(self.path / "versions.json").get("plugins", {})
+            for module, digest in hashes.items():
+                if before.get(module, digest) != digest:
+                    print(f"note: {module} has changed since this run started")
+            versions["plugins"] = hashes
+        write_text(self.path / "versions.json", json.dumps(versions, indent=1))
 
     @contextlib.contextmanager
     def running(self, keep_finished: bool = False) -> Iterator[None]:

@@ -6,8 +6,10 @@ allowed, which is appended to Python's path. An environment variable passes the 
 processes, torchrun's workers and the kernels of notebooks.
 """
 
+import contextlib
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -67,8 +69,7 @@ def resolve(name: str, key: str) -> Any:
             f"{key} = {name} needs the module {module}, which may not run yet: if you trust it, add --plugin {module}, "
             f"in Python load(..., plugins=['{module}'])"
         )
-    if folders[0] not in sys.path:
-        sys.path.append(folders[0])
+    _append_to_path(folders[0])
     try:
         return reduce(getattr, attribute.split("."), importlib.import_module(module))
     except ModuleNotFoundError as error:
@@ -100,10 +101,17 @@ def build(section: Named, key: str, *arguments: Any) -> Any:
 
 
 def hashes() -> dict[str, str]:
-    """SHA-256 of the source of every allowed module that was imported."""
+    """SHA-256 of the source of every allowed module."""
     found = {}
-    for name in _allowed():
-        file = getattr(sys.modules.get(name), "__file__", None)
-        if file is not None:
-            found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    for module, folder in _allowed().items():
+        _append_to_path(folder)
+        with contextlib.suppress(ImportError):
+            spec = importlib.util.find_spec(module)
+            if spec is not None and spec.origin is not None:
+                found[module] = hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
     return found
+
+
+def _append_to_path(folder: str) -> None:
+    if folder not in sys.path:
+        sys.path.append(folder)
