@@ -15,25 +15,19 @@ from dimaskdino.runs import RunFolder, project_root
 
 @dataclass(frozen=True)
 class Lesson:
-    """A trained model with its validation images.
-
-    Attributes:
-        trained: the model.
-        data: the validation split of the data that it was trained on.
-        run: the run folder that it comes from; a file's folder if it is no run's.
-    """
+    """A trained model, the validation split of its training data, and its run folder (or the folder of its file)."""
 
     trained: Model
     data: CocoDataset
     run: RunFolder
 
     def samples(self, count: int) -> list[Sample]:
-        """Some images: of the first 3·count those with at least three objects, then others."""
+        """Some of the first 3 · count images: those with at least three objects, then others."""
         found = [self.data[i] for i in range(min(3 * count, len(self.data)))]
         return sorted(found, key=lambda sample: -min(len(sample.labels), 3))[:count]
 
     def looks(self, count: int) -> list[Look]:
-        """The model's look at these images."""
+        """The same images with the model's predictions."""
         return [self.trained.inspect(sample) for sample in self.samples(count)]
 
     def layerwise_ap(self) -> LayerwiseAP:

@@ -16,9 +16,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dimaskdino.data.painting import BLUE, GREY, ORANGE
-from dimaskdino.viz.style import NotebookFigure, style
+from dimaskdino.viz.style import panels, style
 
-_WIDE = {"description_width": "initial"}
+_ROWS = widgets.Layout(flex_flow="row wrap")
 
 
 class Question:
@@ -29,7 +29,7 @@ class Question:
         controls: the controls, in order.
 
     Attributes:
-        answer: what was committed; None before.
+        answer: the committed answer; None before.
     """
 
     def __init__(self, text: str, controls: Sequence[widgets.ValueWidget]) -> None:
@@ -38,7 +38,8 @@ class Question:
         self._button = widgets.Button(description="That is my answer", button_style="primary")
         self._note = widgets.Label()
         self._button.on_click(lambda _: self.commit(self._values()))
-        self.widget = widgets.VBox([widgets.HTML(f"<b>{text}</b>"), *self.controls, self._button, self._note])
+        title, row = widgets.HTML(f"<b>{text}</b>"), widgets.HBox(self.controls, layout=_ROWS)
+        self.widget = widgets.VBox([title, row, self._button, self._note])
 
     def _values(self) -> Any:
         return self.controls[0].value
@@ -55,53 +56,49 @@ class Question:
         data, metadata = live if isinstance(live, tuple) else (live, {})
         return data | {"text/plain": f"{self.text} (answer in the live notebook, or with .commit(…))"}, metadata
 
-    def _unanswered(self) -> bool:
+    def _answered(self) -> bool:
         if self.answer is None:
-            print("○ Answer the question first, then run this cell again; here is the truth all the same.")
-        return self.answer is None
+            print("○ Answer the question first, then run this cell again. The right answer is shown anyway.")
+        return self.answer is not None
+
+
+def _slider(low: float, high: float, step: float = 0.5, **options: Any) -> widgets.FloatSlider:
+    wide = {"description_width": "initial"}
+    return widgets.FloatSlider((low + high) / 2, min=low, max=high, step=step, style=wide, **options)
 
 
 class Number(Question):
     """A question for a number, answered with a slider."""
 
     def __init__(self, text: str, low: float, high: float, step: float = 0.5) -> None:
-        slider = widgets.FloatSlider((low + high) / 2, min=low, max=high, step=step, style=_WIDE)
-        super().__init__(text, [slider])
+        super().__init__(text, [_slider(low, high, step)])
         self.low, self.high = low, high
 
+    @style()
     def reveal(self, truth: float, mistakes: Mapping[float, str] | None = None) -> Figure:
-        """Show the answer beside the truth and beside what others get wrong.
+        """Show the answer beside the truth and beside frequent mistakes.
 
         Args:
             truth: the right number.
             mistakes: frequent answers, and what is wrong with each.
         """
-        self._unanswered()
         mistakes = mistakes or {}
-        with style():
-            figure = NotebookFigure(figsize=(8, 1.9 + 0.22 * len(mistakes)), layout="constrained")
-            axes = figure.subplots()
-            axes.axhline(0, color=GREY, linewidth=1)
-            values = [self.low, self.high, truth, *mistakes]
-            margin, middle = 0.05 * (max(values) - min(values)), (max(values) + min(values)) / 2
-            for number, (value, text) in enumerate(mistakes.items(), start=1):
-                axes.plot(value, 0, "x", color=GREY, markersize=8)
-                side = "right" if value > middle else "left"  # so that the text stays within the axes
-                axes.annotate(
-                    text,
-                    (value, 0),
-                    (0, -14 - 14 * number),
-                    textcoords="offset points",
-                    color=GREY,
-                    fontsize=9,
-                    ha=side,
-                )
-            axes.plot(truth, 0, "o", color=ORANGE, markersize=12, label=f"measured: {truth:.1f}")
-            if self.answer is not None:
-                axes.plot(self.answer, 0, "D", color=BLUE, markersize=10, label=f"your answer: {self.answer:.1f}")
-            axes.set(xlim=(min(values) - margin, max(values) + margin), yticks=[], title=self.text)
-            axes.spines["left"].set_visible(False)
-            figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+        figure, [axes] = panels(1, 1, 8, 1.9 + 0.22 * len(mistakes))
+        axes.axhline(0, color=GREY, linewidth=1)
+        values = [self.low, self.high, truth, *mistakes]
+        low, high = min(values), max(values)
+        for number, (value, text) in enumerate(mistakes.items(), start=1):
+            axes.plot(value, 0, "x", color=GREY, markersize=8)
+            side = "right" if value > (low + high) / 2 else "left"  # so that the text stays within the axes
+            place = {"xy": (value, 0), "xytext": (0, -14 - 14 * number), "textcoords": "offset points", "ha": side}
+            axes.annotate(text, color=GREY, fontsize=9, **place)
+        axes.plot(truth, 0, "o", color=ORANGE, markersize=12, label=f"measured: {truth:.1f}")
+        if self._answered():
+            axes.plot(self.answer, 0, "D", color=BLUE, markersize=10, label=f"your answer: {self.answer:.1f}")
+        margin = 0.05 * (high - low)
+        axes.set(xlim=(low - margin, high + margin), yticks=[], title=self.text)
+        axes.spines["left"].set_visible(False)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
         return figure
 
 
@@ -114,14 +111,14 @@ class Choice(Question):
         self.options = tuple(options)
 
     def reveal(self, right: str, mistakes: Mapping[str, str] | None = None) -> None:
-        """Say whether the answer is right, and what is wrong with the others.
+        """Print whether the answer is right, and what is wrong with the others.
 
         Raises:
             ValueError: the right answer is not among the options.
         """
         if right not in self.options:
             raise ValueError(f"'{right}' is none of the options {', '.join(self.options)}")
-        if not self._unanswered():
+        if self._answered():
             print(f"{'✓' if self.answer == right else '✗'} Your answer: {self.answer}")
         print(f"Right: {right}")
         for option, text in (mistakes or {}).items():
@@ -132,41 +129,28 @@ class Curve(Question):
     """A question for a curve: one slider for each place on an axis."""
 
     def __init__(self, text: str, places: Sequence[str], low: float, high: float) -> None:
-        sliders = [
-            widgets.FloatSlider(
-                (low + high) / 2, min=low, max=high, step=0.5, orientation="vertical", description=place, style=_WIDE
-            )
-            for place in places
-        ]
-        super().__init__(text, sliders)
+        super().__init__(text, [_slider(low, high, orientation="vertical", description=place) for place in places])
         self.places = tuple(places)
-        self.widget.children = [
-            self.widget.children[0],
-            widgets.HBox(sliders, layout=widgets.Layout(flex_flow="row wrap")),
-            *self.widget.children[1 + len(sliders) :],
-        ]
 
     def _values(self) -> list[float]:
         return [slider.value for slider in self.controls]
 
+    @style()
     def reveal(self, truth: Sequence[float], label: str) -> Figure:
         """Show the drawn curve beside the measured one.
 
         Args:
             truth: the measured value of each place; NaN where there is none.
-            label: what the values are, for the axis.
+            label: of the axis.
         """
-        self._unanswered()
-        with style():
-            figure = NotebookFigure(figsize=(8, 3.2), layout="constrained")
-            axes = figure.subplots()
-            axes.plot(range(len(self.places)), truth, "o-", color=ORANGE, label="measured")
-            if self.answer is not None:
-                axes.plot(range(len(self.places)), self.answer, "D--", color=BLUE, label="your curve")
-                error = float(np.nanmean(np.abs(np.array(self.answer) - np.array(truth, dtype=float))))
-                axes.text(0.02, 0.04, f"on average {error:.1f} apart", transform=axes.transAxes, color=GREY, fontsize=9)
-            axes.axhline(0, color="black", linewidth=0.8)
-            axes.set_xticks(range(len(self.places)), self.places)
-            axes.set(ylabel=label, title=self.text)
-            axes.legend(loc="best")
+        figure, [axes] = panels(1, 1, 8, 3.2)
+        axes.plot(range(len(self.places)), truth, "o-", color=ORANGE, label="measured")
+        if self._answered():
+            axes.plot(range(len(self.places)), self.answer, "D--", color=BLUE, label="your curve")
+            error = float(np.nanmean(np.abs(np.array(self.answer) - np.array(truth, dtype=float))))
+            axes.text(0.02, 0.04, f"on average {error:.1f} apart", transform=axes.transAxes, color=GREY, fontsize=9)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(self.places)), self.places)
+        axes.set(ylabel=label, title=self.text)
+        axes.legend(loc="best")
         return figure

@@ -96,18 +96,18 @@ def test_what_students_build_is_compared_with_the_model(shapes_data, tmp_path, c
         return total.permute(2, 0, 1).flatten(1)
 
     cases = (
-        (checks.check_attended, attended, {}, "reads what the model's 12 queries read"),
+        (checks.check_attended, attended, {}, "agrees with the package on all 12 queries"),
         (checks.check_attended, attended, {"unit": 1.0}, "they count in parts of the box"),
         (checks.check_attended, attended, {"over_all": False}, "all levels of a head share one"),
-        (checks.check_attended, lambda *given: 2 * attended(*given), {}, "is farthest from the model's"),
+        (checks.check_attended, lambda *given: 2 * attended(*given), {}, "expected"),
         (checks.check_attended, lambda *_: torch.zeros(3), {}, "expected the shape (12, 32), got (3,)"),
-        (checks.check_second_selection, second_selection, {}, "keeps the same 12 tokens as the model"),
+        (checks.check_second_selection, second_selection, {}, "the 12 tokens that are kept, and their order"),
         (checks.check_second_selection, second_selection, {"best_first": False}, "the right tokens in another order"),
         (checks.check_second_selection, lambda T_s1, *_: T_s1.scores[0].topk(12).indices, {}, "before the interaction"),
         (checks.check_second_selection, lambda *_: torch.arange(3), {}, "expected 12 rows, got the shape (3,)"),
-        (checks.check_guided_tokens, guided_tokens, {}, "gives the model's 85 tokens"),
+        (checks.check_guided_tokens, guided_tokens, {}, "all 85 feature tokens"),
         (checks.check_guided_tokens, guided_tokens, {"ffn": False}, "the feed-forward block is missing"),
-        (checks.check_guided_tokens, guided_tokens, {"residual": 1.0}, "is farthest from the model's"),
+        (checks.check_guided_tokens, guided_tokens, {"residual": 1.0}, "expected"),
         (checks.check_guided_tokens, lambda *_: None, {}, "returns nothing yet"),
     )
     for check, function, changes, words in cases:
@@ -130,8 +130,8 @@ def test_the_matching_cost_that_students_build_is_compared_with_the_models(shape
 
     objects = batch.targets.counts[0]
     cases = (
-        (cost, f"gives the model's 12 × {objects} costs"),
-        (partial(cost, dice=0), "everything but the dice cost is there"),
+        (cost, f"12 × {objects} costs"),
+        (partial(cost, dice=0), "the dice cost is missing"),
         (partial(cost, l1=10), "the l1 cost counts 2 times"),
         (lambda *given: cost(*given) + 1, "expected"),
         (lambda *given: cost(*given).T, "expected"),
@@ -228,14 +228,14 @@ def test_attention_with_heads_is_compared_with_a_layer(capsys):
     for seed in (0, 3):
         with checks.other_cases(seed):
             for function, words in (
-                (attend, "gives what the toy's layer with 4 heads gives"),
+                (attend, "a layer with 4 heads"),
                 (partial(attend, root=4.0), "divided by √C; each head has C / heads"),
                 (partial(attend, root=1.0), "not divided by √(C / heads)"),
                 (partial(attend, over=1), "softmax over the queries"),
                 (partial(attend, mixed=False), "the last projection, `out`, is missing"),
-                (partial(attend, better=0.1), "the weights of the heads: "),
+                (partial(attend, better=0.1), "the weights: "),
                 (lambda *given: (torch.zeros(6, 16), attend(*given)[1]), "the weights are right, the output is not"),
-                (lambda *given: attend(*given)[0], "expected 2 results"),
+                (lambda *given: attend(*given)[0], "expected the output and the weights"),
                 (lambda *given: None, "returns nothing yet"),
             ):
                 told(checks.check_attend(function, layer), words, capsys)
@@ -257,7 +257,7 @@ def test_best_detections_are_compared_with_the_kits_at_each_stage(capsys):
 
     looks = [model.inspect(scenes[i]) for i in range(len(scenes))]
     for function, words in (
-        (best, "objects of 16 images through 6 stages"),
+        (best, "objects of 16 images at 6 stages"),
         (partial(best, own=False), "detections of other classes"),
         (partial(best, masks_count=0.0), "chosen by the box IoU alone"),
         (partial(best, apart=True), "those of two detections"),
@@ -299,7 +299,7 @@ def test_training_steps_are_compared_with_the_packages(shapes_data, tmp_path, ca
 
     before = {name: value.clone() for name, value in model.detector.state_dict().items()}
     for function, words in (
-        (step, "moves every parameter as the package does"),
+        (step, "every parameter after the step"),
         (partial(step, denoising=False), "the denoising queries have no loss"),
         (partial(step, groups=False), "not divided by the number of groups"),
         (partial(step, divide=False), "not divided by the number of objects"),
@@ -333,11 +333,11 @@ def test_verdicts_are_compared_with_the_kits_on_a_real_study(capsys):
     for seed in (0, 2):
         with checks.other_cases(seed):
             for function, words in (
-                (verdicts, "gives the kit's intervals and p-values"),
+                (verdicts, "the intervals and p-values of"),
                 (partial(verdicts, adjust=lambda p: p), "the p-values are not adjusted"),
                 (partial(verdicts, adjust=lambda p: [min(1.0, len(p) * x) for x in p]), "(Bonferroni)"),
-                (partial(verdicts, quantile=1.96), "the lower end of the interval: expected"),
-                (partial(verdicts, add=1.0), ": the difference: expected"),
+                (partial(verdicts, quantile=1.96), "low: expected"),
+                (partial(verdicts, add=1.0), ": difference: expected"),
                 (lambda rows: verdicts(rows)[:1], "expected 3 results"),
                 (lambda rows: None, "returns nothing yet"),
             ):
@@ -379,7 +379,7 @@ def test_a_module_behind_a_gate_is_compared_in_the_real_model(shapes_data, tmp_p
         def forward(self, *given): ...
 
     for module, words in (
-        (Gated, "is BATO with the gate open"),
+        (Gated, "the model with an open gate"),
         (partial(Gated, features=False), "mask features: they are those of BATO"),
         (partial(Gated, always=True), "tokens: they are those of BATO"),
         (partial(Gated, learned=False), "no gradient reaches the gate"),
@@ -388,12 +388,12 @@ def test_a_module_behind_a_gate_is_compared_in_the_real_model(shapes_data, tmp_p
     ):
         told(checks.check_gated_module(module, look, model.detector), words, capsys)
     model.detector.bato = Gated(model.detector.bato, 0.5)  # as the chapter leaves it
-    told(checks.check_gated_module(Gated, look, model.detector), "can be trained", capsys)
+    told(checks.check_gated_module(Gated, look, model.detector), "the model with an open gate", capsys)
 
 
 def test_every_check_is_tested_here():
     tests = Path(__file__).read_text()
-    named = [name for name in checks.__all__ if name.startswith("check_")]
+    named = [name for name in dir(checks) if name.startswith("check_")]
     assert len(named) > 25
     for name in named:
         assert f"checks.{name}" in tests, name

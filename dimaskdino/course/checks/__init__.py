@@ -1,68 +1,38 @@
 """Checks of the exercises: each runs a student's function and explains what is wrong with the result."""
 
-from dimaskdino.course.checks.ablations import check_settings, check_unpaired, check_verdicts
-from dimaskdino.course.checks.bato import (
-    check_cross_attention,
-    check_guided_tokens,
-    check_mask_probability,
-    check_own_share,
-)
-from dimaskdino.course.checks.coco_weights import check_best_queries
-from dimaskdino.course.checks.de_imbalance import check_mask_to_box, check_recall, check_second_selection, check_select
-from dimaskdino.course.checks.deformable_attention import check_attended, check_bilinear, check_samples
-from dimaskdino.course.checks.detr import check_attend, check_cheapest_assignment, check_corners
-from dimaskdino.course.checks.evaluation import (
-    check_average_precision,
-    check_interpolated,
-    check_precision_recall,
-    check_right_ones,
-)
-from dimaskdino.course.checks.imbalance import check_best_detections, check_box_iou, check_imbalance, check_mask_iou
-from dimaskdino.course.checks.training import (
-    check_cheapest,
-    check_dice_loss,
-    check_giou,
-    check_matching_cost,
-    check_training_step,
-)
-from dimaskdino.course.checks.verdicts import CheckResult, other_cases
-from dimaskdino.course.checks.your_photographs import check_annotation, check_gate, check_gated_module
-
-__all__ = [
-    "CheckResult",
-    "check_annotation",
-    "check_attend",
-    "check_attended",
-    "check_average_precision",
-    "check_best_detections",
-    "check_best_queries",
-    "check_bilinear",
-    "check_box_iou",
-    "check_cheapest",
-    "check_cheapest_assignment",
-    "check_corners",
-    "check_cross_attention",
-    "check_dice_loss",
-    "check_gate",
-    "check_gated_module",
-    "check_giou",
-    "check_guided_tokens",
-    "check_imbalance",
-    "check_interpolated",
-    "check_mask_iou",
-    "check_mask_probability",
-    "check_mask_to_box",
-    "check_matching_cost",
-    "check_own_share",
-    "check_precision_recall",
-    "check_recall",
-    "check_right_ones",
-    "check_samples",
-    "check_second_selection",
-    "check_select",
-    "check_settings",
-    "check_training_step",
-    "check_unpaired",
-    "check_verdicts",
-    "other_cases",
-]
+from dimaskdino.course.checks.ablations import check_settings as check_settings
+from dimaskdino.course.checks.ablations import check_unpaired as check_unpaired
+from dimaskdino.course.checks.ablations import check_verdicts as check_verdicts
+from dimaskdino.course.checks.attention import check_attend as check_attend
+from dimaskdino.course.checks.attention import check_attended as check_attended
+from dimaskdino.course.checks.attention import check_bilinear as check_bilinear
+from dimaskdino.course.checks.attention import check_cheapest_assignment as check_cheapest_assignment
+from dimaskdino.course.checks.attention import check_corners as check_corners
+from dimaskdino.course.checks.attention import check_samples as check_samples
+from dimaskdino.course.checks.compare import CheckResult as CheckResult
+from dimaskdino.course.checks.compare import other_cases as other_cases
+from dimaskdino.course.checks.evaluation import check_average_precision as check_average_precision
+from dimaskdino.course.checks.evaluation import check_best_queries as check_best_queries
+from dimaskdino.course.checks.evaluation import check_interpolated as check_interpolated
+from dimaskdino.course.checks.evaluation import check_precision_recall as check_precision_recall
+from dimaskdino.course.checks.evaluation import check_right_ones as check_right_ones
+from dimaskdino.course.checks.imbalance import check_best_detections as check_best_detections
+from dimaskdino.course.checks.imbalance import check_box_iou as check_box_iou
+from dimaskdino.course.checks.imbalance import check_imbalance as check_imbalance
+from dimaskdino.course.checks.imbalance import check_mask_iou as check_mask_iou
+from dimaskdino.course.checks.modules import check_cross_attention as check_cross_attention
+from dimaskdino.course.checks.modules import check_guided_tokens as check_guided_tokens
+from dimaskdino.course.checks.modules import check_mask_probability as check_mask_probability
+from dimaskdino.course.checks.modules import check_mask_to_box as check_mask_to_box
+from dimaskdino.course.checks.modules import check_own_share as check_own_share
+from dimaskdino.course.checks.modules import check_recall as check_recall
+from dimaskdino.course.checks.modules import check_second_selection as check_second_selection
+from dimaskdino.course.checks.modules import check_select as check_select
+from dimaskdino.course.checks.training import check_cheapest as check_cheapest
+from dimaskdino.course.checks.training import check_dice_loss as check_dice_loss
+from dimaskdino.course.checks.training import check_giou as check_giou
+from dimaskdino.course.checks.training import check_matching_cost as check_matching_cost
+from dimaskdino.course.checks.training import check_training_step as check_training_step
+from dimaskdino.course.checks.your_photographs import check_annotation as check_annotation
+from dimaskdino.course.checks.your_photographs import check_gate as check_gate
+from dimaskdino.course.checks.your_photographs import check_gated_module as check_gated_module

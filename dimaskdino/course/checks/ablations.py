@@ -3,46 +3,35 @@
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy import stats as scipy_stats
 
 from dimaskdino.config import Section, load_config
+from dimaskdino.course.checks.compare import Wrong, called, check, compared, expect, more, random, seed_of_cases
 from dimaskdino.course.checks.pictures import draw_intervals
-from dimaskdino.course.checks.verdicts import (
-    CheckResult,
-    called,
-    compared,
-    difference,
-    more,
-    random,
-    right,
-    seed_of_cases,
-    wrong,
-)
 from dimaskdino.studies.comparison import Quantity, holm
 from dimaskdino.studies.report import StudyReport
 from dimaskdino.studies.study import Study
 from dimaskdino.utils.errors import UserError
 
 
-def check_settings(function: Callable[[], Sequence[str]], variant: str, study: Study) -> CheckResult:
-    """Chapter 7: `key=value` settings that make the shapes configuration into one variant of a study."""
+@check("`dimaskdino config keys` lists every setting; the variants in configs/ablations/*.yaml are examples")
+def check_settings(function: Callable[[], Sequence[str]], variant: str, study: Study) -> str:
+    """`key=value` settings that make the shapes configuration into one variant of a study."""
     wanted = study.variant(variant)
-    hint = "`dimaskdino config keys` lists every setting; the variants in configs/ablations/*.yaml are examples"
-    answer = called(function, (), hint)
-    if answer is None:
-        return CheckResult(False)
+    answer = called(function, ())
+    if not isinstance(answer, list | tuple) or not all(isinstance(text, str) for text in answer):
+        raise Wrong(f"expected a list of texts such as 'model.decoder.layers=3', got {answer!r}")
     try:
-        if not isinstance(answer, list | tuple) or not all(isinstance(text, str) for text in answer):
-            raise UserError(f"expected a list of texts such as 'model.decoder.layers=3', got {answer!r}")
         differing = _differing(load_config(study.scales["shapes"], answer), study.config(wanted, "shapes"))
     except UserError as error:
-        return wrong(function, str(error), hint)
+        raise Wrong(str(error)) from error
     if differing:
-        return wrong(function, f"expected '{wanted.label}'; not so yet: {'; '.join(differing)}", hint)
-    return right(function, f"gives the model '{wanted.label}'")
+        raise Wrong(f"expected '{wanted.label}', but {'; '.join(differing)}")
+    return f"the model '{wanted.label}'"
 
 
 def _differing(answer: Section, expected: Section, prefix: str = "") -> list[str]:
@@ -57,80 +46,65 @@ def _differing(answer: Section, expected: Section, prefix: str = "") -> list[str
     return problems
 
 
-def check_unpaired(function: Callable[[Sequence[float], Sequence[float]], tuple[float, float]]) -> CheckResult:
-    """Difference of the means of two rows' runs, b − a, and its standard error."""
+@check("first the mean and the variance (n − 1) of each row; then the root of the sum of variance / n")
+def check_unpaired(function: Callable[[Sequence[float], Sequence[float]], tuple[float, float]]) -> str:
+    """Difference of the means of two variants' runs, b − a, and its standard error."""
     cases = [([30.0, 34.0, 29.0], [33.0, 36.5, 33.5]), ([10.0, 12.0], [12.0, 10.0, 17.0])]
     cases += [((30 * x[0]).tolist(), (30 * x[1]).tolist()) for x in more(2, 2, 4)]
 
     def expected(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-        errors = (statistics.variance(row) / len(row) for row in (a, b))
-        return statistics.mean(b) - statistics.mean(a), math.sqrt(sum(errors))
+        error = statistics.variance(a) / len(a) + statistics.variance(b) / len(b)
+        return statistics.mean(b) - statistics.mean(a), math.sqrt(error)
 
-    hint = "first the mean and the variance (n − 1) of each row; then the root of the sum of variance / n"
-    return compared(function, cases, expected, hint)
+    return compared(function, cases, expected)
 
 
-def check_verdicts(
-    function: Callable[..., Sequence[Sequence[float]]], report: StudyReport, quantity: Quantity
-) -> CheckResult:
-    """To build: differences of a study's rows from the first, with intervals and adjusted p-values.
+@check("Welch's standard error and degrees of freedom; scipy.stats.t for interval and p; Holm from the smallest p")
+def check_verdicts(function: Callable[..., Sequence[Sequence[float]]], report: StudyReport, quantity: Quantity) -> str:
+    """To build: differences of a study's variants from the first, with intervals and adjusted p-values.
 
-    Args:
-        function: the student's, from lists of APs, one for each row, to (difference, low, high, adjusted p) of each row
-            after the first.
-        report: a study's report; its rows must have at least two runs.
-        quantity: what is compared.
+    The student's function takes lists of APs, one for each variant with at least two runs, and returns (difference,
+    low, high, adjusted p) of each variant after the first.
     """
-    rows = [row for row in report.study.variants if len(report.values(row.name, quantity)) > 1]
-    values = {row.name: list(report.values(row.name, quantity).values()) for row in rows}
-    if seed := seed_of_cases():
-        values = {
-            name: (np.array(found) + 3 * random(len(found), seed=number).numpy()).tolist()
-            for number, (name, found) in enumerate(values.items(), start=seed)
-        }
-    hint = "Welch's standard error and degrees of freedom; scipy.stats.t for interval and p; Holm from the smallest p"
-    answer = called(function, (list(values.values()),), hint)
-    if answer is None:
-        return CheckResult(False)
-    first, *others = values.values()
-    expected = [_verdict(first, other) for other in others]
-    adjusted = holm([p for *_, p in expected])
-    wanted = tuple((*interval, p) for (*interval, _), p in zip(expected, adjusted, strict=True))
-    problem = difference(answer, wanted)
-    labels = [row.label for row in rows[1:]]
-    if problem is None:
-        return right(function, f"gives the kit's intervals and p-values for {', '.join(labels)}")
-    try:
-        yours = [tuple(float(x) for x in row) for row in answer]
-        picture = draw_intervals(labels, [y[:3] for y in yours], [w[:3] for w in wanted], quantity.label)  # type: ignore[misc]
-    except (TypeError, ValueError, IndexError):
-        return wrong(function, problem, hint)
-    mistakes: dict[str, Any] = {
-        "the p-values are not adjusted": tuple(expected),
+    labels, values = [], []
+    for number, variant in enumerate(report.study.variants, start=seed_of_cases()):
+        runs = np.array(list(report.values(variant.name, quantity).values()))
+        if len(runs) > 1:
+            noise = 3 * random(len(runs), seed=number).numpy() if seed_of_cases() else 0
+            labels.append(variant.label)
+            values.append((runs + noise).tolist())
+    answer = called(function, (values,))
+    tests = [_welch(values[0], other) for other in values[1:]]
+    p = np.array([test.adjusted_p for test in tests])
+
+    def with_p(changed: Sequence[float]) -> tuple[Verdict, ...]:
+        return tuple(test._replace(adjusted_p=float(x)) for test, x in zip(tests, changed, strict=True))
+
+    bonferroni = (
         "the p-values are all multiplied by their number (Bonferroni); Holm multiplies the smallest by n, the next by "
-        "n − 1": tuple((*interval, min(1.0, p * len(expected))) for *interval, p in expected),
-    }
-    known = (text for text, then in mistakes.items() if difference(answer, then) is None)
-    text = next(known, None)
-    if text is None and len(yours) == len(wanted):
-        text = _first_wrong(yours, wanted, labels)
-    return wrong(function, text or problem, hint, picture)
+        "n − 1"
+    )
+    mistakes = {"the p-values are not adjusted": with_p(p), bonferroni: with_p(np.minimum(1, len(p) * p))}
+    expected = with_p(holm(p.tolist()))
+
+    def picture() -> Figure:
+        return draw_intervals(labels[1:], np.array(answer)[:, :3], np.array(expected)[:, :3], quantity.label)
+
+    expect(answer, expected, mistakes, picture)
+    return f"the intervals and p-values of {', '.join(labels[1:])}"
 
 
-def _verdict(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float, float]:
-    """Welch's difference b − a with its 95 % interval and p-value, by SciPy."""
+class Verdict(NamedTuple):
+    """A difference with its 95 % interval and p-value."""
+
+    difference: float
+    low: float
+    high: float
+    adjusted_p: float
+
+
+def _welch(a: Sequence[float], b: Sequence[float]) -> Verdict:
+    """Welch's test of the difference b − a, by SciPy; its p-value is not adjusted."""
     found = scipy_stats.ttest_ind(b, a, equal_var=False)
     interval = found.confidence_interval(0.95)
-    return statistics.mean(b) - statistics.mean(a), float(interval.low), float(interval.high), float(found.pvalue)
-
-
-def _first_wrong(
-    yours: Sequence[tuple[float, ...]], wanted: Sequence[tuple[float, ...]], labels: Sequence[str]
-) -> str | None:
-    """Which number of which row differs first, in words."""
-    names = ("the difference", "the lower end of the interval", "the upper end of the interval", "the adjusted p")
-    for label, mine, right_one in zip(labels, yours, wanted, strict=True):
-        for name, a, b in zip(names, mine, right_one, strict=False):
-            if difference(a, b):
-                return f"{label}: {name}: {difference(a, b)}"
-    return None
+    return Verdict(statistics.mean(b) - statistics.mean(a), interval.low, interval.high, found.pvalue)

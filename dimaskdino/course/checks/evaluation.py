@@ -1,41 +1,39 @@
-"""Chapter 2: average precision."""
+"""Chapter 2 and the appendix: average precision, and the pairs of query and class that become detections."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
+from torchvision.ops import box_convert, box_iou
 
-from dimaskdino.course.checks.pictures import draw_bars
-from dimaskdino.course.checks.verdicts import CheckResult, called, compared, difference, more, random, right, wrong
+from dimaskdino.course.checks.compare import called, check, compared, expect, more, random
 from dimaskdino.data.coco import CocoDataset
 from dimaskdino.evaluation.coco_ap import Truth, average_precision, precision_curves
 from dimaskdino.evaluation.detections import Detections
-from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER
-from dimaskdino.modeling.stages import short_name
+from dimaskdino.modeling.stages import FIRST_LAYER
 
 
-def check_right_ones(function: Callable[[Tensor, float], Sequence[bool]]) -> CheckResult:
+@check("go down the detections and remember which objects are claimed; only a right detection claims one")
+def check_right_ones(function: Callable[[Tensor, float], Sequence[bool]]) -> str:
     """Which detections are true positives, from IoUs (D, M) in the order of their scores."""
     iou = torch.tensor([[0.9, 0.2], [0.8, 0.6], [0.7, 0.55], [0.1, 0.0]])
     cases = [(iou, 0.5), (iou, 0.75), (iou[:, :1], 0.5), (random(5, 3, seed=4), 0.5)]
 
     def expected(overlaps: Tensor, threshold: float) -> Tensor:
         left, right = overlaps.clone(), []
-        for i in range(len(left)):
-            best = left[i].argmax()
-            right.append(bool(left[i, best] >= threshold))
+        for row in left:
+            best = row.argmax()
+            right.append(bool(row[best] >= threshold))
             if right[-1]:
                 left[:, best] = -1
         return torch.tensor(right)
 
-    hint = "go down the detections and remember which objects are claimed; only a right detection claims one"
-    return compared(function, cases, expected, hint)
+    return compared(function, cases, expected)
 
 
-def check_precision_recall(function: Callable[[Sequence[bool], int], tuple]) -> CheckResult:
+@check("after n detections with t right ones: t / n and t / objects; np.cumsum counts the right ones")
+def check_precision_recall(function: Callable[[Sequence[bool], int], tuple]) -> str:
     """Precision and recall (D,) after each detection."""
     cases = [([True, False, True, True], 5), ([False, True], 1), ([True], 3)]
     cases += [((x > 0.5).tolist(), 6) for x in more(3, 6)]
@@ -44,71 +42,63 @@ def check_precision_recall(function: Callable[[Sequence[bool], int], tuple]) -> 
         hits = torch.tensor(right).double().cumsum(0)
         return hits / torch.arange(1, len(right) + 1), hits / objects
 
-    hint = "after n detections with t right ones: t / n and t / objects; np.cumsum counts the right ones"
-    return compared(function, cases, expected, hint)
+    return compared(function, cases, expected)
 
 
-def check_interpolated(function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> CheckResult:
+@check("for each recall r the best of precision[recall >= r], 0 if there is none")
+def check_interpolated(function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> str:
     """Precision at 101 recalls from precision and recall after each detection."""
-    hits = np.cumsum([1, 0, 1, 1, 0, 0, 1])
-    cases = [(hits / np.arange(1, 8), hits / objects) for objects in (4, 5, 9)]
-    drawn = [np.cumsum(x.numpy() > 0.4) for x in more(3, 7)]
-    cases += [(found / np.arange(1, 8), found / 8) for found in drawn]
+    hits, places = np.cumsum([1, 0, 1, 1, 0, 0, 1]), np.arange(1, 8)
+    cases = [(hits / places, hits / objects) for objects in (4, 5, 9)]
+    for x in more(3, 7):
+        hits = np.cumsum(x.numpy() > 0.4)
+        cases.append((hits / places, hits / 8))
 
     def expected(precision: np.ndarray, recall: np.ndarray) -> Tensor:
         envelope = np.maximum.accumulate(precision[::-1])[::-1]  # never rising to the right
         places = np.searchsorted(recall, np.linspace(0, 1, 101), side="left")
         return torch.from_numpy(np.append(envelope, 0.0)[places])
 
-    hint = "for each recall r the best of precision[recall >= r], 0 if there is none"
-    return compared(function, cases, expected, hint)
+    return compared(function, cases, expected)
 
 
+@check("sort the detections of all images together by their scores; then ten thresholds, 0.5 to 0.95")
 def check_average_precision(
     function: Callable[..., float], found: Mapping[str, Detections], truth: Truth, data: CocoDataset, label: str
-) -> CheckResult:
-    """To build: box AP of one class at the first and the last stage and after the first layer.
+) -> str:
+    """To build: box AP of one class at the first stage, after the first layer, and at the last stage.
 
-    Args:
-        function: the student's, from a list of (IoUs (D, M), scores (D,)), one per image, best first, to AP in percent.
-        found: detections of every stage.
-        truth: the annotations, from `read_truth`.
-        data: the same split.
-        label: the class.
+    The student's function takes a list of (IoUs (D, M), scores (D,)), one per image, best first, and returns AP in
+    percent. `found` has the detections of every stage, `truth` the annotations of `data`.
     """
-    number = data.classes.index(label)
-    stages, shown = list(found), []
-    means: list[tuple[float, float]] = []
-    samples = (data[i] for i in range(len(data)))
-    true_boxes = {sample.image_id: sample.boxes[sample.labels == number].double() for sample in samples}
+    stages, agreed = list(found), []
     for stage in dict.fromkeys((stages[0], FIRST_LAYER, stages[-1])):
         rows = found[stage].boxes
-        by_image: dict[int, list[dict[str, Any]]] = {image: [] for image in true_boxes}
-        for row in sorted(rows, key=lambda row: -row["score"]):
-            if row["category_id"] == data.category_ids[number]:
-                by_image[row["image_id"]].append(row)
-        images = []
-        for image, boxes in true_boxes.items():
-            xywh = torch.tensor([row["bbox"] for row in by_image[image]], dtype=torch.float64).view(-1, 4)
-            iou = box_iou(torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1), boxes)
-            images.append((iou, np.array([row["score"] for row in by_image[image]])))
-        hint = "sort the detections of all images together by their scores; then ten thresholds, 0.5 to 0.95"
-        answer = called(function, (images,), hint)
-        if answer is None:
-            return CheckResult(False)
+        answer = called(function, (list(_overlaps(rows, data, label)),))
         expected = average_precision(truth, rows, "box").per_class[label]
-        shown.append(stage)
-        problem = difference(answer, expected)
-        if isinstance(answer, int | float):
-            means.append((float(answer), expected))
-        if problem is None:
-            continue
-        picture = draw_bars(list(map(short_name, shown)), *zip(*means, strict=True), "AP") if means else None
-        mistakes = {
-            "AP is in percent": expected / 100,
-            "this is AP at the threshold 0.5 alone": 100
-            * float(precision_curves(truth, rows, "box", 0.5)[number].mean()),
-        }
-        known = (text for text, then in mistakes.items() if difference(answer, then) is None)
-        return wrong(function, f"{stage}: {next(known, problem)}", hint, picture)
-    return right(function, f"gives {', '.join(f'{ap:.1f} at {s}' for (_, ap), s in zip(means, shown, strict=True))}")
+        loose = precision_curves(truth, rows, "box", 0.5)[data.classes.index(label)].mean()
+        mistakes = {"AP is in percent": expected / 100, "this is AP at the threshold 0.5 alone": 100 * float(loose)}
+        expect(answer, expected, mistakes, where=f"{stage}: ")
+        agreed.append(f"{expected:.1f} at {stage}")
+    return f"AP {', '.join(agreed)}"
+
+
+def _overlaps(rows: Sequence[dict], data: CocoDataset, label: str) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """For each image the IoUs (D, M) of the detections of a class with its objects, and their scores, best first."""
+    number = data.classes.index(label)
+    ranked = sorted(rows, key=lambda row: -row["score"])
+    for sample in data:
+        own = []
+        for row in ranked:
+            if row["image_id"] == sample.image_id and row["category_id"] == data.category_ids[number]:
+                own.append([*row["bbox"], row["score"]])
+        table = torch.tensor(own, dtype=torch.float64).view(-1, 5)
+        boxes = box_convert(table[:, :4], "xywh", "xyxy")
+        yield box_iou(boxes, sample.boxes[sample.labels == number].double()), table[:, 4].numpy()
+
+
+@check("flatten to Q · K numbers, take the n highest; the pair i belongs to query i // K")
+def check_best_queries(function: Callable[[Tensor, int], Tensor]) -> str:
+    """Queries (n,) of the best pairs of query and class, from class logits (Q, K)."""
+    cases = [(random(5, 3, seed=i), n) for i, n in enumerate((1, 4, 15))]
+    return compared(function, cases, lambda logits, n: logits.flatten().argsort(descending=True)[:n] // logits.shape[1])

@@ -1,100 +1,85 @@
 """Chapter 1: the imbalance, intersection over union, and objects through the stages."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from dimaskdino.course.checks.compare import box_pairs, called, check, compared, difference, expect, random
 from dimaskdino.course.checks.pictures import draw_bars
-from dimaskdino.course.checks.verdicts import (
-    CheckResult,
-    box_pairs,
-    called,
-    compared,
-    difference,
-    random,
-    right,
-    wrong,
-)
 from dimaskdino.inspection.look import Look
 from dimaskdino.inspection.objects import mask_iou, track_objects
-from dimaskdino.modeling.stages import short_name
+from dimaskdino.viz.curves import stage_title
 
 LEAST_SCORE = 0.3  # of the detections that are followed
 
 
-def check_imbalance(function: Callable[[float, float], float]) -> CheckResult:
-    """How far detection lags behind segmentation, in points of AP."""
-    cases = [(31.0, 35.5), (40.0, 38.0), (0.0, 0.0)]
-    return compared(function, cases, lambda box, mask: mask - box, "positive where the mask AP is higher")
+@check("positive where the mask AP is higher")
+def check_imbalance(function: Callable[[float, float], float]) -> str:
+    """Mask AP − box AP, in points."""
+    return compared(function, [(31.0, 35.5), (40.0, 38.0), (0.0, 0.0)], lambda box, mask: mask - box)
 
 
-def check_box_iou(function: Callable[[Tensor, Tensor], Tensor]) -> CheckResult:
+@check(
+    "the intersection runs from the larger of the two left ends to the smaller of the two right ends; it is empty if "
+    "that is negative"
+)
+def check_box_iou(function: Callable[[Tensor, Tensor], Tensor]) -> str:
     """Intersection over union of two boxes, xyxy, as a number."""
-    return compared(
-        function,
-        box_pairs(),
-        lambda a, b: float(box_iou(a[None], b[None])),
-        "the intersection runs from the larger of the two left ends to the smaller of the two right ends, and is empty "
-        "when that is negative",
-    )
+    return compared(function, box_pairs(), lambda a, b: float(box_iou(a[None], b[None])))
 
 
-def check_mask_iou(function: Callable[[Tensor, Tensor], Tensor]) -> CheckResult:
+@check("pixels in both, divided by pixels in at least one")
+def check_mask_iou(function: Callable[[Tensor, Tensor], Tensor]) -> str:
     """Intersection over union of two masks (h, w) bool, as a number."""
     cases = [(random(6, 7, seed=i) > 0.5, random(6, 7, seed=i + 10) > 0.3) for i in range(3)]
-    expected = lambda a, b: float(mask_iou(a[None], b[None]))  # noqa: E731
-    return compared(function, cases, expected, "pixels in both, divided by pixels in at least one")
+    return compared(function, cases, lambda a, b: float(mask_iou(a[None], b[None])))
 
 
-def check_best_detections(function: Callable[..., tuple[Tensor, Tensor]], looks: Sequence[Look]) -> CheckResult:
+@check("for each object: of the detections with its label the one with the largest box IoU + mask IoU")
+def check_best_detections(function: Callable[..., tuple[Tensor, Tensor]], looks: Sequence[Look]) -> str:
     """To build: how well every object of real images is detected at each stage with masks.
 
-    Args:
-        function: the student's, from (boxes (n, 4), masks (n, h, w), labels (n,), true_boxes (M, 4), true_masks
-            (M, h, w), true_labels (M,)) to the IoUs (M,) of boxes and of masks.
-        looks: images and what the model made of them.
+    The student's function takes boxes (n, 4), masks (n, h, w) and labels (n,) of detections, then those of the M
+    objects, and returns the IoUs (M,) of boxes and of masks.
     """
-    hint = "for each object: of the detections with its label the one with the largest box IoU + mask IoU"
     stages = [name for name, stage in looks[0].predictions.stages.items() if stage.has_masks]
     for image, look in enumerate(looks, start=1):
-        true = (look.sample.boxes, look.sample.masks.bool(), look.sample.labels)
         track = track_objects(look, stages, LEAST_SCORE)
-        for stage, *expected in zip(stages, track.box_iou, track.mask_iou, strict=True):
+        for stage, box, mask in zip(stages, track.box_iou, track.mask_iou, strict=True):
             found = look.instances(stage)
             sure = found.scores >= LEAST_SCORE
-            boxes, masks, labels = found.boxes[sure], found.masks[sure], found.labels[sure]
-            answer = called(function, (boxes, masks, labels, *true), hint)
-            if answer is None:
-                return CheckResult(False)
-            problem = difference(answer, tuple(expected))
-            if problem is None:
+            given = (found.boxes[sure], found.masks[sure], found.labels[sure])
+            given += (look.sample.boxes, look.sample.masks.bool(), look.sample.labels)
+            answer = called(function, given)
+            if difference(answer, (box, mask)) is None:
                 continue
-            if len(labels):
-                problem = _mistake(answer, boxes, masks, labels, *true) or problem
-            picture = None
-            if isinstance(answer, tuple | list) and all(getattr(x, "shape", None) == true[2].shape for x in answer):
-                names = [f"object {i + 1}" for i in range(len(true[2]))]
-                picture = draw_bars(names, answer[0].tolist(), expected[0].tolist(), f"box IoU, {short_name(stage)}")
-            return wrong(function, f"image {image}, {stage}: {problem}", hint, picture)
-    return right(function, f"follows the objects of {len(looks)} images through {len(stages)} stages")
+            mistakes = _mistakes(*given) if sure.any() else {}
+            picture = functools.partial(_draw_ious, answer, box, stage)
+            expect(answer, (box, mask), mistakes, picture, f"image {image}, {stage}: ")
+    return f"the objects of {len(looks)} images at {len(stages)} stages"
 
 
-def _mistake(
-    answer: Any, boxes: Tensor, masks: Tensor, labels: Tensor, true_boxes: Tensor, true_masks: Tensor, true: Tensor
-) -> str | None:
-    """Which frequent mistake gives this answer."""
-    box, mask, own = box_iou(boxes, true_boxes), mask_iou(masks, true_masks), labels[:, None] == true
-    of_class = tuple(x.where(own, 0.0) for x in (box, mask))
-    mistakes = {
-        "detections of other classes were chosen, too": _picked(box, mask, box + mask),
+def _draw_ious(answer: tuple[Tensor, Tensor], box: Tensor, stage: str) -> Figure:
+    names = [f"object {i + 1}" for i in range(len(box))]
+    return draw_bars(names, answer[0].tolist(), box.tolist(), f"box IoU, {stage_title(stage)}")
+
+
+def _mistakes(
+    boxes: Tensor, masks: Tensor, labels: Tensor, true_boxes: Tensor, true_masks: Tensor, true_labels: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Frequent mistakes and the answers that they lead to."""
+    box, mask, own = box_iou(boxes, true_boxes), mask_iou(masks, true_masks), labels[:, None] == true_labels
+    own_box, own_mask = box.where(own, 0.0), mask.where(own, 0.0)
+    return {
+        "box and mask are those of two detections": (own_box.amax(0), own_mask.amax(0)),
+        "chosen by the box IoU alone": _picked(own_box, own_mask, torch.where(own, box, -1.0)),
         "both are 0 if no detection has the class": _picked(box, mask, torch.where(own, box + mask, -1.0)),
-        "chosen by the box IoU alone": _picked(*of_class, torch.where(own, box, -1.0)),
-        "box and mask are those of two detections": tuple(x.amax(0) for x in of_class),
+        "detections of other classes were chosen, too": _picked(box, mask, box + mask),
     }
-    return next((text for text, then in mistakes.items() if difference(answer, then) is None), None)
 
 
 def _picked(box: Tensor, mask: Tensor, merit: Tensor) -> tuple[Tensor, Tensor]:

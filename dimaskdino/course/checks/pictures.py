@@ -9,87 +9,83 @@ from torch import Tensor
 
 from dimaskdino.data.painting import BLUE, ORANGE
 from dimaskdino.inspection.look import Look
-from dimaskdino.viz.style import NotebookFigure, show_image, style
+from dimaskdino.viz.style import panels, show_image, style
 
 YOURS, PACKAGE = "yours", "the package's"
 
 
-def draw_errors(look: Look, places: Float[Tensor, "n 2"], errors: Float[Tensor, " n"], title: str) -> Figure:
-    """How far an answer is from the package's, at places (x, y) relative to the padded input."""
-    with style():
-        figure = NotebookFigure(figsize=(5.4, 4.6), layout="constrained")
-        axes = figure.subplots()
-        show_image(axes, look.sample.image, title, dim=0.6)
-        x, y = look.pixels(places).T.numpy()
-        dots = axes.scatter(x, y, s=26, c=errors.numpy(), cmap="viridis_r", edgecolors="white", linewidths=0.3)
-        figure.colorbar(dots, label="distance from the package's", shrink=0.8)
-    return figure
-
-
-def draw_choices(look: Look, groups: Sequence[tuple[str, Float[Tensor, "n 2"]]], title: str) -> Figure:
-    """Groups of places (x, y), relative to the padded input, over the image."""
-    with style():
-        figure = NotebookFigure(figsize=(4.8, 4.9), layout="constrained")
-        axes = figure.subplots()
-        show_image(axes, look.sample.image, title, dim=0.6)
-        looks = (("o", "none", BLUE, 90), ("x", ORANGE, ORANGE, 40))
-        for (label, places), (marker, face, edge, size) in zip(groups, looks, strict=True):
-            x, y = look.pixels(places).T.numpy()
-            colours = {"color": edge} if marker == "x" else {"facecolors": face, "edgecolors": edge}
-            axes.scatter(x, y, s=size, marker=marker, linewidths=1.6, label=label, **colours)
-        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
-    return figure
-
-
-def draw_tables(yours: Float[np.ndarray, "n m"], expected: Float[np.ndarray, "n m"], rows: str, columns: str) -> Figure:
-    """Two tables of numbers and their difference."""
-    with style():
-        figure = NotebookFigure(figsize=(10, 3.6), layout="constrained")
-        panels = ((YOURS, yours), (PACKAGE, expected), ("difference", yours - expected))
-        limits = min(yours.min(), expected.min()), max(yours.max(), expected.max())
-        for axes, (title, values) in zip(figure.subplots(1, 3), panels, strict=True):
-            if title == "difference":
-                largest = abs(values).max()
-                image = axes.imshow(values, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
-            else:
-                image = axes.imshow(values, cmap="cividis_r", vmin=limits[0], vmax=limits[1], aspect="auto")
-            figure.colorbar(image)
-            axes.set(title=title, xlabel=columns, ylabel=rows)
-            axes.grid(False)
-    return figure
-
-
-def draw_bars(names: Sequence[str], yours: Sequence[float], expected: Sequence[float], label: str) -> Figure:
-    """Two rows of numbers with names, side by side."""
-    with style():
-        figure = NotebookFigure(figsize=(8, 3.4), layout="constrained")
-        axes = figure.subplots()
-        x = np.arange(len(names))
-        axes.bar(x - 0.2, yours, 0.38, color=BLUE, label=YOURS)
-        axes.bar(x + 0.2, expected, 0.38, color=ORANGE, label=PACKAGE)
-        axes.set_xticks(x, names, rotation=20, ha="right", fontsize=9)
-        axes.set(ylabel=label, title=f"{label[0].upper()}{label[1:]}, yours beside the package's")
-        axes.legend()
-    return figure
-
-
-def draw_intervals(
-    names: Sequence[str],
-    yours: Sequence[tuple[float, float, float]],
-    expected: Sequence[tuple[float, float, float]],
-    label: str,
+@style()
+def draw_errors(
+    look: Look, places: Float[Tensor, "n 2"], yours: Float[Tensor, "n C"], expected: Float[Tensor, "n C"], title: str
 ) -> Figure:
-    """Estimates with intervals (estimate, low, high), yours above the package's."""
-    with style():
-        figure = NotebookFigure(figsize=(8, 1.4 + 0.6 * len(names)), layout="constrained")
-        axes = figure.subplots()
-        for values, offset, colour, whose in ((yours, -0.14, BLUE, YOURS), (expected, 0.14, ORANGE, PACKAGE)):
-            for i, (estimate, low, high) in enumerate(values):
-                axes.plot([low, high], [i + offset] * 2, color=colour, linewidth=3, solid_capstyle="butt")
-                axes.plot(estimate, i + offset, "o", color=colour, label=whose if i == 0 else None)
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
-        axes.set(xlabel=label, title="Differences with their intervals")
-        figure.legend(loc="outside lower center", ncols=2)
+    """Draw the distance of vectors from the package's, at places (x, y) relative to the padded input."""
+    figure, [axes] = panels(1, 1, 5.4, 4.6)
+    show_image(axes, look.sample.image, title, dim=0.6)
+    x, y = look.pixels(places).T.numpy()
+    lengths = (yours - expected).detach().norm(dim=1).numpy()
+    dots = axes.scatter(x, y, s=26, c=lengths, cmap="viridis_r", edgecolors="white", linewidths=0.3)
+    figure.colorbar(dots, label="distance from the package's", shrink=0.8)
+    return figure
+
+
+@style()
+def draw_choices(look: Look, expected: Float[Tensor, "n 2"], yours: Float[Tensor, "m 2"]) -> Figure:
+    """Draw the tokens that are kept, at places (x, y) relative to the padded input."""
+    figure, [axes] = panels(1, 1, 4.8, 4.9)
+    show_image(axes, look.sample.image, "Tokens that are kept", dim=0.6)
+    ring = {"s": 90, "facecolors": "none", "edgecolors": BLUE}
+    axes.scatter(*look.pixels(expected).T.numpy(), linewidths=1.6, label="kept by the model", **ring)
+    cross = {"s": 40, "marker": "x", "color": ORANGE}
+    axes.scatter(*look.pixels(yours).T.numpy(), linewidths=1.6, label="kept by your function", **cross)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    return figure
+
+
+@style()
+def draw_tables(yours: Float[Tensor, "n m"], expected: Float[Tensor, "n m"], rows: str, columns: str) -> Figure:
+    """Draw two tables of numbers and their difference."""
+    figure, axes = panels(1, 3, 10, 3.6)
+    yours, expected = yours.detach().numpy(), expected.detach().numpy()
+    range_of_both = {"vmin": min(yours.min(), expected.min()), "vmax": max(yours.max(), expected.max())}
+    largest = abs(yours - expected).max()
+    images = (
+        axes[0].imshow(yours, cmap="cividis_r", aspect="auto", **range_of_both),
+        axes[1].imshow(expected, cmap="cividis_r", aspect="auto", **range_of_both),
+        axes[2].imshow(yours - expected, cmap="RdBu", aspect="auto", vmin=-largest, vmax=largest),
+    )
+    for each, image, title in zip(axes, images, (YOURS, PACKAGE, "difference"), strict=True):
+        figure.colorbar(image)
+        each.set(title=title, xlabel=columns, ylabel=rows)
+        each.grid(False)
+    return figure
+
+
+@style()
+def draw_bars(names: Sequence[str], yours: Sequence[float], expected: Sequence[float], label: str) -> Figure:
+    """Draw two rows of numbers with names, side by side."""
+    figure, [axes] = panels(1, 1, 8, 3.4)
+    x = np.arange(len(names))
+    axes.bar(x - 0.2, yours, 0.38, color=BLUE, label=YOURS)
+    axes.bar(x + 0.2, expected, 0.38, color=ORANGE, label=PACKAGE)
+    axes.set_xticks(x, names, rotation=20, ha="right", fontsize=9)
+    axes.set(ylabel=label, title=f"{label[0].upper()}{label[1:]}, yours beside the package's")
+    axes.legend()
+    return figure
+
+
+@style()
+def draw_intervals(
+    names: Sequence[str], yours: Float[np.ndarray, "n 3"], expected: Float[np.ndarray, "n 3"], label: str
+) -> Figure:
+    """Draw estimates with intervals (estimate, low, high), yours above the package's."""
+    figure, [axes] = panels(1, 1, 8, 1.4 + 0.6 * len(names))
+    for values, offset, colour, whose in ((yours, -0.14, BLUE, YOURS), (expected, 0.14, ORANGE, PACKAGE)):
+        y = np.arange(len(values)) + offset
+        axes.hlines(y, values[:, 1], values[:, 2], color=colour, linewidth=3)
+        axes.plot(values[:, 0], y, "o", color=colour, label=whose)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set(xlabel=label, title="Differences with their intervals")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
