@@ -157,7 +157,7 @@ values = st.recursive(
 keys = st.sampled_from(keys_of()) | st.sampled_from(["model", "data", "train", "loss.cost"]) | st.text(max_size=12)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(assignments=st.lists(st.tuples(keys, values), max_size=4))
 def test_any_setting_is_refused_in_words_or_survives_a_round_trip(assignments, tmp_path):
     overrides = [f"{key}={json.dumps(value)}" for key, value in assignments]
@@ -168,7 +168,7 @@ def test_any_setting_is_refused_in_words_or_survives_a_round_trip(assignments, t
     assert load_config(write(tmp_path, dump_config(config))) == config
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tree=st.dictionaries(st.sampled_from([*Config.model_fields, "extends", "MODEL", "x"]), values, max_size=4))
 def test_any_file_is_refused_in_words_or_is_a_configuration(tree, tmp_path):
     try:
@@ -178,7 +178,7 @@ def test_any_file_is_refused_in_words_or_is_a_configuration(tree, tmp_path):
     assert isinstance(config, Config)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=60) | st.binary(max_size=60).map(lambda raw: raw.decode("latin1")))
 def test_any_text_is_refused_in_words_or_is_a_configuration(text, tmp_path):
     (tmp_path / "any.yaml").write_text(text, encoding="utf-8", errors="surrogateescape")

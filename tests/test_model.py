@@ -247,7 +247,8 @@ def test_the_courses_models_load_by_name(tmp_path, monkeypatch):
 
 def test_published_checkpoints_load_like_any_other(tmp_path):
     torch.save({"model": state_dict(read("di_small"))}, tmp_path / "published.pth")
-    model = dimaskdino.load(tmp_path / "published.pth", overrides=["evaluation.detections=5"])
+    changes = ["evaluation.detections=5", "data.resize.shortest=256", "data.resize.longest=256"]
+    model = dimaskdino.load(tmp_path / "published.pth", overrides=changes)
     assert model.config.model.selection.k == (600, 300)
     assert model.classes == [f"class {i}" for i in range(1, 8)]
     assert len(model.predict(np.zeros((64, 64, 3), np.uint8), threshold=0)) == 5

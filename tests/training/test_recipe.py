@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from small import FILE, overrides, settings
 
-from dimaskdino.cli import settings_first
 from dimaskdino.cli.training import new
 from dimaskdino.config import load_config
 from dimaskdino.runs.folder import RunFolder
@@ -168,14 +167,3 @@ def test_new_and_train(shapes_data, finished, tmp_path, capsys):
         new(shapes_data, run)
     with pytest.raises(UserError, match="--minutes must be positive"):
         new(shapes_data, tmp_path / "other", minutes=0)
-
-
-def test_settings_on_either_side_of_options():
-    typed = ["train", "train.seed=1", "--run", "runs/a=b", "model.classes=3", "SOLVER.IMS_PER_BATCH", "8"]
-    expected = ["train", "train.seed=1", "model.classes=3", "SOLVER.IMS_PER_BATCH", "8", "--run", "runs/a=b"]
-    assert settings_first(typed) == expected
-    assert settings_first(["status", "runs/mine"]) == ["status", "runs/mine"]
-    valueless = ["train", "SOLVER.IMS_PER_BATCH", "--run", "runs/mine"]
-    assert settings_first(valueless) == valueless
-    photographs = ["predict", "runs/mine", "DSC_0001.JPG", "--output", "OUT"]
-    assert settings_first(photographs) == photographs
