@@ -120,8 +120,9 @@ def _beside(source: str) -> Path:
 def _score(model: "Model", store: "DetectionStore", split: str | None, folder: Path, resamples: int) -> None:
     """Score the detections, write the results to a folder and print them."""
     from dimaskdino.evaluation.bootstrap import bootstrap
-    from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, score_layers, truth_of
+    from dimaskdino.evaluation.layerwise_ap import score_layers, truth_of
     from dimaskdino.evaluation.upper_bounds import upper_bounds
+    from dimaskdino.modeling.stages import FIRST_LAYER
     from dimaskdino.viz import plot_layerwise_ap
 
     truth, source = truth_of(model, split)
@@ -149,7 +150,8 @@ def _write_error_analysis(model: "Model", store: "DetectionStore", split: str | 
     from dimaskdino.data.coco import CocoDataset
     from dimaskdino.data.painting import paint_beside_truth
     from dimaskdino.evaluation.error_analysis import KINDS, confusion, save_analysis, tide_analysis, worst_images
-    from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, truth_of
+    from dimaskdino.evaluation.layerwise_ap import truth_of
+    from dimaskdino.modeling.stages import FIRST_LAYER
     from dimaskdino.viz import plot_confusion, plot_error_analysis
 
     truth, _ = truth_of(model, split)

@@ -19,7 +19,9 @@ from pycocotools import mask as coco_mask
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dimaskdino import config
 from dimaskdino.checkpoints.model_files import TrainedModel
+from dimaskdino.config.sections import RENAMED_MODULES
 from dimaskdino.evaluation.coco_ap import Kind, Results
 from dimaskdino.modeling import Instances
 from dimaskdino.utils.collection import without_collection
@@ -180,19 +182,25 @@ class DetectionStore(Mapping[str, Detections]):
         self.images = images
         self._note = folder / "about.json"
         self._part = max(1, min(PART, images // LEAST_PARTS))
-        text = json.dumps(about | {"images per part": self._part}, indent=1, sort_keys=True)
+        about = about | {"images per part": self._part}
         deadline = time.monotonic() + START_SECONDS
-        while not first and not self._is_about(text):
+        while not first and not self._is_about(about):
             if time.monotonic() > deadline:
                 raise UserError(f"no process prepared {self.folder}; is it on a disk that all machines share?")
             time.sleep(POLL_SECONDS)
-        if not self._is_about(text):
+        if not self._is_about(about):
             self.remove()
-            write_text(self._note, text)
+            write_text(self._note, json.dumps(about, indent=1, sort_keys=True))
 
-    def _is_about(self, text: str) -> bool:
-        """Whether the files in the folder were made as `text` says."""
-        return self._note.exists() and self._note.read_text(errors="replace") == text
+    def _is_about(self, about: dict[str, Any]) -> bool:
+        """Whether the files were made as `about` says; settings that they lack count as default values."""
+        try:
+            stored = json.loads(self._note.read_text())
+            if "model" in stored:
+                stored["model"] = config.Model.model_validate(stored["model"]).model_dump(mode="json")
+        except (OSError, ValueError, TypeError):
+            return False
+        return stored == about
 
     @property
     def parts(self) -> range:
@@ -282,6 +290,14 @@ def fingerprint(model: TrainedModel) -> str:
     """A digest of a model's weights."""
     digest = hashlib.sha256()
     for name, value in model.detector.state_dict().items():
-        digest.update(name.encode())
+        digest.update(_name_in_digests(name).encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _name_in_digests(parameter: str) -> str:
+    """The name of a parameter in version 0.2, so that folders of that version are still recognised."""
+    for old, new in RENAMED_MODULES.items():
+        if parameter.startswith(f"{new}."):
+            return old + parameter.removeprefix(new)
+    return parameter.replace("de_imbalance.second_selections.", "de_imbalance.")

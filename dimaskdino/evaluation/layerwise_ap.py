@@ -16,11 +16,10 @@ from dimaskdino.evaluation.coco_ap import AveragePrecision, Truth, average_preci
 from dimaskdino.evaluation.detections import Detections, DetectionStore, file_digest, fingerprint
 from dimaskdino.evaluation.upper_bounds import UpperBounds, upper_bounds
 from dimaskdino.modeling import ImageBatch, Predictions, Stage, postprocess
+from dimaskdino.modeling.stages import FIRST_LAYER
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.files import write_text
 from dimaskdino.utils.progress import progress_bar
-
-FIRST_LAYER = "decoder.1"
 
 
 @dataclass(frozen=True)

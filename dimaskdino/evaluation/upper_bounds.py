@@ -24,6 +24,7 @@ from dimaskdino.evaluation.coco_ap import AverageRecall, Truth, average_recall
 from dimaskdino.evaluation.detections import Detections
 from dimaskdino.modeling import Stage, postprocess
 from dimaskdino.modeling.de_imbalance import mask_guided_boxes
+from dimaskdino.modeling.stages import DECODER_INPUT
 from dimaskdino.modeling.structures import padded_size
 from dimaskdino.utils.progress import progress_bar
 
@@ -157,4 +158,4 @@ def _boxes_from_masks(selection: config.Selection) -> dict[str, MaskToBox]:
     """The stages whose boxes are bounds of masks: the decoder's input, unless token interaction has refined it."""
     if len(selection.k) > 1 or selection.mask_to_box == "no":
         return {}
-    return {"decoder.0": selection.mask_to_box}
+    return {DECODER_INPUT: selection.mask_to_box}

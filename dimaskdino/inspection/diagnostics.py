@@ -29,6 +29,7 @@ from dimaskdino.evaluation.detections import Detections
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.inspection.objects import mask_iou
 from dimaskdino.modeling import Detector, ImageBatch, Predictions, Targets
+from dimaskdino.modeling.stages import is_decoder
 from dimaskdino.modeling.structures import FeatureLevels, SelectedTokens
 from dimaskdino.training.criterion import Losses, criterion
 from dimaskdino.training.matcher import Matches, match
@@ -136,7 +137,7 @@ def query_stability(matched: MatchedObjects) -> dict[str, float]:
     Only the decoder's stages share their queries, so the first entry is `decoder.1`, compared with the decoder's input.
     Objects that are unmatched at either stage do not count.
     """
-    rows = [i for i, name in enumerate(matched.stages) if name.startswith("decoder.")]
+    rows = [i for i, name in enumerate(matched.stages) if is_decoder(name)]
     shares = {}
     for before, after in itertools.pairwise(rows):
         both = (matched.query[before] >= 0) & (matched.query[after] >= 0)
@@ -217,7 +218,7 @@ def gradient_conflict(losses: Losses, detector: Detector) -> dict[str, GradientC
     parts, parameters = [], []
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:
-            parts.append(name.partition(".")[0])
+            parts.append(_part(name))
             parameters.append(parameter)
     box_gradients = _gradients(losses, _BOX_TERMS, parameters)
     mask_gradients = _gradients(losses, _MASK_TERMS, parameters)
@@ -233,6 +234,12 @@ def gradient_conflict(losses: Losses, detector: Detector) -> dict[str, GradientC
         product = box_norm * mask_norm
         conflicts[part] = GradientConflict(box_norm, mask_norm, (box @ mask).item() / product if product else math.nan)
     return conflicts
+
+
+def _part(parameter: str) -> str:
+    """The part of the detector that a parameter belongs to. The first selection is one, since MaskDINO has it, too."""
+    module, inner, *_ = parameter.split(".")
+    return inner if inner == "first_selection" else module
 
 
 def _gradients(losses: Losses, terms: Sequence[str], parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -25,7 +25,8 @@ from scipy.special import nctdtrinc
 from scipy.stats import t as student
 
 from dimaskdino.evaluation.bootstrap import CONFIDENCE
-from dimaskdino.evaluation.layerwise_ap import FIRST_LAYER, LayerwiseAP
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
+from dimaskdino.modeling.stages import FIRST_LAYER
 from dimaskdino.studies.runs import EvaluatedRun
 from dimaskdino.utils.errors import UserError
 

@@ -88,6 +88,20 @@ def test_detections_with_other_settings_are_replaced(change, model, shapes_data,
     )
 
 
+def test_detections_of_version_0_2_are_recognised(model, tmp_path):
+    """Parameters had other names then, and modules could not be replaced."""
+    digest = "e4227da63675d36b59bd6918d75d0382d8b4b765123b7311a360dea3dac089e5"
+    assert detections.fingerprint(load("dimaskdino-shapes")) == digest
+    store = detect_layers(model, folder=tmp_path)
+    about = json.loads((tmp_path / "about.json").read_text())
+    for section in ("backbone", "selection", "bato"):
+        del about["model"][section]["type"], about["model"][section]["options"]
+    (tmp_path / "about.json").write_text(json.dumps(about))
+    before = {part: (tmp_path / f"{part:06d}.safetensors").stat().st_mtime_ns for part in store.parts}
+    detect_layers(model, folder=tmp_path)
+    assert before == {part: (tmp_path / f"{part:06d}.safetensors").stat().st_mtime_ns for part in store.parts}
+
+
 def test_damaged_parts_are_computed_again_and_other_files_are_left_alone(model, tmp_path):
     expected = detect_layers(model, folder=tmp_path / "d")
     (tmp_path / "d" / "notes.txt").write_text("mine")
