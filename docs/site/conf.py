@@ -1,4 +1,4 @@
-"""Sphinx's settings of the documentation site; `python -m tools.course.site` uses them."""
+"""Sphinx's settings of the documentation site, for `python -m tools.course.site`."""
 
 from docutils import nodes
 from latex2mathml.converter import convert
@@ -10,7 +10,6 @@ release = dimaskdino.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "pydata_sphinx_theme"
 html_title = "DI-MaskDINO"
-html_static_path = ["_static"]
 html_theme_options = {
     "navigation_with_keys": False,
     "show_toc_level": 2,
@@ -21,13 +20,13 @@ html_theme_options = {
 html_show_sourcelink = False
 default_role = "code"  # docstrings write code as Markdown does
 copyright = "the dimaskdino contributors; Apache License 2.0"
-autodoc_typehints = "none"  # signatures have jaxtyping's shapes; the docstrings say them too
+autodoc_typehints = "none"  # jaxtyping's shapes are long; the docstrings have them too
 autodoc_member_order = "bysource"
 napoleon_use_rtype = False
-nb_execution_mode = "off"  # the chapters were executed before
+nb_execution_mode = "off"  # the chapters have their outputs
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath"]
-html_math_renderer = "mathml"  # which needs no script
+html_math_renderer = "mathml"  # needs no script
 myst_heading_anchors = 3
 
 

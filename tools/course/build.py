@@ -8,10 +8,10 @@ A source (`notebooks/source/NN_name.py`, Jupytext's percent format) is a chapter
         # end
 
 It becomes `notebooks/NN_name.ipynb` without the solutions, and `notebooks/solutions/NN_name.ipynb` with them. Both are
-stored with their outputs, so that the course can be read where nothing is installed: explorers as pictures, pictures
-with a palette, no progress bars, no paths of the machine that made them.
+stored with their outputs, so that the course can be read without an installation: explorers as pictures, pictures with
+a palette of 256 colours, no progress bars, no paths of the machine that built them.
 
-Once pyproject.toml has the repository's address (`[project.urls] Repository = "https://github.com/NAME/PROJECT"`), each
+If pyproject.toml has the repository's address (`[project.urls] Repository = "https://github.com/NAME/PROJECT"`), each
 student's notebook also gets badges that open it in Colab and Binder, and a cell that sets Colab up.
 """
 
@@ -37,7 +37,6 @@ from dimaskdino.utils.errors import UserError
 from tools.course.glossary import link_first_uses, symbols_of, terms_of
 
 BEGIN, END = "# solution", "# end"
-_WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -45,23 +44,13 @@ def without_solutions(code: str) -> str:
     """Replace the code between `# solution` and `# end` by `...`.
 
     Raises:
-        UserError: a solution that does not end, or ends without beginning.
+        UserError: the marks do not pair.
     """
-    kept: list[str] = []
-    inside = False
-    for line in code.splitlines():
-        mark = line.strip()
-        if mark in (BEGIN, END):
-            if inside == (mark == BEGIN):
-                raise UserError(f"'{mark}' is out of place in an exercise:\n{code}")
-            inside = not inside
-            if inside:
-                kept.append(f"{line[: len(line) - len(line.lstrip())]}...  # your code here")
-        elif not inside:
-            kept.append(line)
-    if inside:
-        raise UserError(f"a solution is not followed by '{END}':\n{code}")
-    return "\n".join(kept)
+    shown, count = re.subn(rf"(?ms)^( *){BEGIN}\n.*?^ *{END}$", r"\1...  # your code here", code)
+    marks = [line.strip() for line in code.splitlines()]
+    if not count == marks.count(BEGIN) == marks.count(END):
+        raise UserError(f"'{BEGIN}' and '{END}' do not pair in an exercise:\n{code}")
+    return shown
 
 
 def with_solutions(code: str) -> str:
@@ -72,52 +61,40 @@ def with_solutions(code: str) -> str:
 _SET_UP = """# On Colab: download and install the kit, about two minutes. Elsewhere this does nothing.
 import importlib.util
 import subprocess
-import re
 import sys
-import tomllib
 from pathlib import Path
-from urllib.parse import quote
 
 if importlib.util.find_spec("dimaskdino") is None:
     if not Path("kit").exists():
         subprocess.run(["git", "clone", "--quiet", "--depth", "1", "{address}", "kit"], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "-qq", "-e", "kit[notebooks]"], check=True)
-    # what is installed while Python runs is only found at its next start
+    # a running Python does not find newly installed packages
     sys.path += [str(Path(part).resolve()) for part in ("kit", "kit/ops")]
     importlib.invalidate_caches()
     %cd kit/notebooks"""
 
 
 def repository(project: Path) -> str | None:
-    """Address of the repository, as pyproject.toml has it, None if it has none."""
-    urls = tomllib.loads(project.read_text())["project"].get("urls", {})
-    return urls.get("Repository")
+    """Address of the repository in pyproject.toml; None if it has none."""
+    return tomllib.loads(project.read_text())["project"].get("urls", {}).get("Repository")
 
 
 def online(address: str, name: str) -> list[NotebookNode]:
-    """Cells with badges that open a chapter in Colab or Binder, and set-up for Colab.
-
-    Raises:
-        UserError: the address is not a repository on GitHub, which Colab and Binder need.
-    """
+    """A cell with badges that open a chapter in Colab or Binder, and the set-up for Colab; the address is GitHub's."""
     match = re.fullmatch(r"https://github\.com/([^/]+/[^/]+?)(?:\.git)?/?", address)
     if match is None:
         raise UserError(f"Colab and Binder need an address such as https://github.com/NAME/PROJECT, not {address}")
-    file = f"notebooks/{name}.ipynb"
-    colab = f"https://colab.research.google.com/github/{match[1]}/blob/main/{file}"
-    binder = f"https://mybinder.org/v2/gh/{match[1]}/main?urlpath={quote(f'lab/tree/{file}', safe='')}"
+    colab, binder, file = "https://colab.research.google.com", "https://mybinder.org", f"notebooks/{name}.ipynb"
+    lab = quote(f"lab/tree/{file}", safe="")
     badges = (
-        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab}) "
-        f"[![Open in Binder](https://mybinder.org/badge_logo.svg)]({binder})"
+        f"[![Open in Colab]({colab}/assets/colab-badge.svg)]({colab}/github/{match[1]}/blob/main/{file}) "
+        f"[![Open in Binder]({binder}/badge_logo.svg)]({binder}/v2/gh/{match[1]}/main?urlpath={lab})"
     )
     return [nbformat.v4.new_markdown_cell(badges), nbformat.v4.new_code_cell(_SET_UP.replace("{address}", address))]
 
 
 def read_source(source: Path) -> NotebookNode:
-    """A chapter as a notebook without outputs, with its solutions between their marks.
-
-    The first use of each term links to the glossary of the first chapter.
-    """
+    """A chapter without outputs, with its solutions between marks and links to the glossary of the first chapter."""
     notebook = jupytext.read(source, fmt="py:percent")
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
     explained = min(source.parent.glob("*.py"))
@@ -146,11 +123,9 @@ def notebooks_of(source: Path, address: str | None = None) -> tuple[NotebookNode
 
 
 def build(folder: Path, only: Collection[str] = ()) -> Iterator[Path]:
-    """Write and execute the notebooks of the sources in `folder/source`; yields what was written.
+    """Write and execute the notebooks of the sources in `folder/source`, and yield their paths.
 
-    Args:
-        folder: the folder of the notebooks.
-        only: beginnings of the names of the chapters to build, such as `03`; all by default.
+    `only` has the beginnings of the names of the chapters to build, such as `03`; all by default.
     """
     address = repository(folder.parent / "pyproject.toml")
     for source in sorted((folder / "source").glob("*.py")):
@@ -162,23 +137,16 @@ def build(folder: Path, only: Collection[str] = ()) -> Iterator[Path]:
             with tempfile.TemporaryDirectory() as made:
                 plain = Path(made) / target.name
                 nbformat.write(notebook, plain)
-                # papermill names the notebook's cells that fail, and passes on its parameters as they are
                 done = execute_notebook(str(plain), None, cwd=folder, progress_bar=False, config=kernel_config())
             nbformat.write(for_reading(done, folder.parent), target)
             yield target
 
 
 def for_reading(executed: NotebookNode, root: Path) -> NotebookNode:
-    """An executed notebook as it is stored.
-
-    Args:
-        executed: the notebook with its outputs.
-        root: the project's folder, which is left out of paths in texts.
-    """
+    """An executed notebook as it is stored; the project's folder `root` is left out of paths in texts."""
     made = nbformat.from_dict(executed)
     for name in ("widgets", "papermill"):
         made.metadata.pop(name, None)
-    made.cells = [cell for cell in made.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     number = 0
     for cell in made.cells:
         tags = cell.metadata.get("tags", [])
@@ -194,7 +162,7 @@ def for_reading(executed: NotebookNode, root: Path) -> NotebookNode:
             if "text" in output:
                 output.text = output.text.replace(f"{root}/", "")
             data = output.get("data", {})
-            data.pop(_WIDGET, None)
+            data.pop("application/vnd.jupyter.widget-view+json", None)
             if "image/png" in data:
                 data["image/png"] = base64.b64encode(with_palette(base64.b64decode(data["image/png"]))).decode()
                 data["text/plain"] = output.metadata.get("image/png", {}).get("alt", data.get("text/plain", ""))
@@ -203,10 +171,8 @@ def for_reading(executed: NotebookNode, root: Path) -> NotebookNode:
 
 def with_palette(png: bytes) -> bytes:
     """A PNG with a palette of 256 colours, about a third of the size."""
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
-        buffer, "PNG", optimize=True
-    )
+    buffer, picture = io.BytesIO(), Image.open(io.BytesIO(png)).convert("RGB")
+    picture.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

@@ -4,68 +4,49 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-# what is not prose: code, formulas, links, HTML, headings
-_PROTECTED = re.compile(r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|!?\[[^\]]*\]\([^)]*\)|<[^>]*>|^#+ .*?$", re.S | re.M)
-_SYMBOL = re.compile(r"\$[^$\n]+\$")
+# not prose: code, formulas, links, HTML, headings
+_PROTECTED = r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|!?\[[^\]]*\]\([^)]*\)|<[^>]*>|^#+ .*?$"
 
 
 def terms_of(source: Path) -> list[str]:
-    """The terms of a chapter's section *Glossary*, each entry `* **term, another name**: what it is`."""
-    section = _section(source, "Glossary")
-    return [name.strip() for entry in re.findall(r"\* \*\*([^*]+)\*\*:", section) for name in entry.split(",")]
+    """The terms of a chapter's section *Glossary*, each entry `* **term, another name**: explanation`."""
+    terms = []
+    for entry in re.findall(r"\* \*\*([^*]+)\*\*:", _section(source, "Glossary")):
+        terms += map(str.strip, entry.split(","))
+    return terms
 
 
 def symbols_of(source: Path) -> list[str]:
     """The symbols in the first column of a chapter's section *Symbols*, such as `$T_i$`."""
-    rows = re.findall(r"^\| (\$.*?) \|", _section(source, "Symbols"), re.M)
-    return [symbol for row in rows for symbol in _SYMBOL.findall(row)]
+    symbols = []
+    for row in re.findall(r"^\| (\$.*?) \|", _section(source, "Symbols"), re.M):
+        symbols += re.findall(r"\$[^$\n]+\$", row)
+    return symbols
 
 
 def _section(source: Path, title: str) -> str:
-    text = "\n".join(re.sub("^# ?", "", line) for line in source.read_text().splitlines())
+    text = re.sub("^# ?", "", source.read_text(), flags=re.M)
     return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0].partition("\n---")[0]
 
 
 def link_first_uses(texts: Sequence[str], terms: Sequence[str], symbols: Sequence[str], page: str) -> list[str]:
-    """The Markdown cells of a chapter with links at the first use of each term and symbol.
-
-    Args:
-        texts: the cells, in their order.
-        terms: names to look for in prose, also in the plural.
-        symbols: formulas to look for.
-        page: the page that explains them, such as `00_detr.ipynb`.
-    """
-    linked, missing, unknown = [], list(terms), list(symbols)
-    for text in texts:
-        parts, place = [], 0
-        for match in _PROTECTED.finditer(text):
-            parts.append(_link_terms(text[place : match.start()], missing, page))
-            if match[0] in unknown:
-                unknown.remove(match[0])
-                parts.append(f"[{match[0]}]({page}#Symbols)")
-            else:
-                parts.append(match[0])
-            place = match.end()
-        parts.append(_link_terms(text[place:], missing, page))
-        linked.append("".join(parts))
-    return linked
-
-
-def _link_terms(prose: str, missing: list[str], page: str) -> str:
-    """Prose with links at the terms that are still missing; found terms are taken from the list."""
-    if not missing:
-        return prose
-    longest_first = sorted(missing, key=len, reverse=True)
-    pattern = re.compile(rf"(?<![\w-])({'|'.join(map(_pattern, longest_first))})(?![\w-])")
+    """The Markdown cells of a chapter with links to a page at the first use of each term (in prose) and symbol."""
+    missing = {*terms, *symbols}
+    longest_first = sorted(terms, key=len, reverse=True)
+    names = "|".join(map(_pattern, longest_first))
+    pattern = re.compile(rf"(?P<protected>{_PROTECTED})|(?<![\w-])(?:{names})(?![\w-])", re.S | re.M)
 
     def link(match: re.Match[str]) -> str:
-        term = next(term for term in longest_first if re.fullmatch(_pattern(term), match[0]))
-        if term not in missing:
+        name, section = match[0], "Symbols"
+        if match["protected"] is None:
+            name = next(term for term in longest_first if re.fullmatch(_pattern(term), match[0]))
+            section = "Glossary"
+        if name not in missing:
             return match[0]
-        missing.remove(term)
-        return f"[{match[0]}]({page}#Glossary)"
+        missing.remove(name)
+        return f"[{match[0]}]({page}#{section})"
 
-    return pattern.sub(link, prose)
+    return [pattern.sub(link, text) for text in texts]
 
 
 def _pattern(term: str) -> str:

@@ -1,12 +1,12 @@
 """The course as assignments for nbgrader: `python -m tools.course.release FOLDER`.
 
 Each chapter becomes an assignment, `FOLDER/source/NN_name/NN_name.ipynb`, with the solutions between nbgrader's marks.
-A graded cell follows each exercise: its hidden test runs the exercise's check once more, as it is installed, with
-inputs that the notebook does not show. What the notebook prints does not count.
+A graded cell follows each exercise: its hidden test runs the check of the exercise again, from the installed package,
+with inputs that the notebook does not show.
 
     cd FOLDER
-    nbgrader generate_assignment 01_imbalance      # what students receive, in release/
-    nbgrader autograde 01_imbalance                # what they hand in, in submitted/STUDENT/01_imbalance/
+    nbgrader generate_assignment 01_imbalance      # the students' version, in release/
+    nbgrader autograde 01_imbalance                # grades submitted/STUDENT/01_imbalance/
 
 The folder must lie inside a clone of the kit, where the notebooks find the models.
 """
@@ -32,12 +32,19 @@ c.ExecutePreprocessor.timeout = 600
 """
 
 
-def graded(source: Path, seed: int) -> NotebookNode:
-    """A chapter for nbgrader.
+_HIDDEN = """# Exercise {number}, graded
+### BEGIN HIDDEN TESTS
+import importlib, sys
+for name in [n for n in sys.modules if n.startswith('dimaskdino.course.checks')]:
+    del sys.modules[name]  # whatever became of it, the one below is as installed
+checks = importlib.import_module('dimaskdino.course.checks')
+with checks.other_cases({seed}):
+    assert {check}
+### END HIDDEN TESTS"""
 
-    Args:
-        source: the chapter's source.
-        seed: of the inputs of the hidden tests.
+
+def graded(source: Path, seed: int) -> NotebookNode:
+    """A chapter for nbgrader; `seed` chooses the inputs of the hidden tests.
 
     Raises:
         UserError: an exercise has no check.
@@ -55,37 +62,18 @@ def graded(source: Path, seed: int) -> NotebookNode:
             raise UserError(f"{source}: an exercise without a call of checks.check_…:\n{cell.source}")
         cell.source = cell.source.replace(BEGIN, "### BEGIN SOLUTION").replace(END, "### END SOLUTION")
         cell.metadata["nbgrader"] = _marks(f"exercise-{exercise}", solution=True)
-        hidden = nbformat.v4.new_code_cell(
-            "\n".join(
-                [
-                    f"# Exercise {exercise}, graded",
-                    "### BEGIN HIDDEN TESTS",
-                    "import importlib, sys",
-                    "for name in [n for n in sys.modules if n.startswith('dimaskdino.course.checks')]:",
-                    "    del sys.modules[name]  # whatever became of it, the one below is as installed",
-                    "checks = importlib.import_module('dimaskdino.course.checks')",
-                    f"with checks.other_cases({seed + exercise}):",
-                    f"    assert {check}",
-                    "### END HIDDEN TESTS",
-                ]
-            )
-        )
+        hidden = nbformat.v4.new_code_cell(_HIDDEN.format(number=exercise, seed=seed + exercise, check=check))
         hidden["id"] = f"graded-{exercise}"
-        hidden.metadata["nbgrader"] = _marks(f"graded-{exercise}", grade=True, locked=True) | {"points": 1}
+        hidden.metadata["nbgrader"] = _marks(f"graded-{exercise}", grade=True, locked=True, points=1)
         cells.append(hidden)
     notebook.cells = cells
     return notebook
 
 
-def _marks(name: str, grade: bool = False, solution: bool = False, locked: bool = False) -> dict[str, object]:
-    return {
-        "grade": grade,
-        "solution": solution,
-        "locked": locked,
-        "task": False,
-        "grade_id": name,
-        "schema_version": 3,
-    }
+def _marks(name: str, **changes: object) -> dict[str, object]:
+    """Nbgrader's metadata of a cell."""
+    plain = {"grade": False, "solution": False, "locked": False, "task": False, "schema_version": 3}
+    return {**plain, "grade_id": name, **changes}
 
 
 def check_in(code: str) -> str | None:
@@ -98,11 +86,9 @@ def check_in(code: str) -> str | None:
 
 
 def release(sources: Path, folder: Path) -> Iterator[Path]:
-    """Write an assignment for every source with exercises, and nbgrader's configuration; yields the notebooks.
+    """Write an assignment for every source with exercises to nbgrader's course folder, and yield the notebooks.
 
-    Args:
-        sources: folder of the chapters' sources.
-        folder: nbgrader's course folder. Hidden tests have other inputs at every call.
+    Hidden tests have other inputs at every call.
     """
     write_text(folder / "nbgrader_config.py", _CONFIG)
     seed = secrets.randbelow(10**6)

@@ -1,7 +1,6 @@
-"""The documentation site: `python -m tools.course.site` builds the pages; the chapters have their outputs.
+"""Build the documentation site with Sphinx: `python -m tools.course.site` (needs `pip install -e '.[site]'`).
 
-Guides are the Markdown files of the repository; the reference comes from the docstrings. Needs the extra `site`
-(`pip install -e '.[site]'`).
+Guides are the repository's Markdown files, chapters its executed notebooks; the reference comes from the docstrings.
 """
 
 import re
@@ -16,58 +15,34 @@ from nbformat import NotebookNode
 
 from dimaskdino.runs.processes import project_root
 from dimaskdino.utils.errors import UserError
-from dimaskdino.utils.progress import progress_bar
-
-
-def with_alternative_texts(notebook: NotebookNode) -> NotebookNode:
-    """The notebook with the alternative texts of its pictures where MyST looks for them."""
-    made = nbformat.from_dict(notebook)
-    for cell in made.cells:
-        for output in cell.get("outputs", []):
-            alt = output.get("metadata", {}).get("image/png", {}).get("alt")
-            if alt:
-                cell.metadata["mystnb"] = {"image": {"alt": alt}}
-    return made
-
 
 # pages of the site that are files elsewhere in the repository
 PAGES = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
 
 
 def build(root: Path, output: Path, notebooks: list[Path]) -> Path:
-    """Build the site.
+    """Build the site of the project in `root` with its executed notebooks, and return the first page.
 
-    Args:
-        root: the project's folder.
-        output: folder for the sources (`source/`) and the site (`html/`); what was there is replaced.
-        notebooks: the executed chapters, in their order.
-
-    Returns:
-        The site's first page.
+    The folder `output` is replaced: `source/` has the sources, `html/` the site.
 
     Raises:
-        UserError: Sphinx reported a warning or an error; what it said is passed on.
+        UserError: Sphinx reported a warning or an error.
     """
     shutil.rmtree(output, ignore_errors=True)
     source, html = output / "source", output / "html"
     shutil.copytree(root / "docs" / "site", source)
     shutil.copytree(root / "docs" / "figures", source / "figures")
-    (source / "_static").mkdir()
     guides = {page.stem: page for page in (root / "docs").glob("*.md")}
     guides |= {name: root / file for name, file in PAGES.items()}
-    known = {path.resolve(): f"{name}.md" for name, path in guides.items()}
-    known |= {path.resolve(): path.name for path in notebooks}
+    known = {path.resolve(): path.name for path in notebooks}
+    for name, path in guides.items():
+        known[path.resolve()] = f"{name}.md"
     for name, path in guides.items():
         (source / f"{name}.md").write_text(_with_site_links(path.read_text(), path.parent, known))
-    for path in progress_bar(notebooks, "chapters"):
-        executed = with_alternative_texts(nbformat.read(path, as_version=4))
-        for cell in executed.cells:
-            if cell.cell_type == "markdown":
-                cell.source = _with_site_links(cell.source, path.parent, known)
-        nbformat.write(executed, source / path.name)
-    names = "\n".join(path.stem for path in notebooks)
-    course = (source / "course.md").read_text().replace("{{ chapters }}", names)
-    (source / "course.md").write_text(course)
+    for path in notebooks:
+        nbformat.write(chapter_page(path, known), source / path.name)
+    course = source / "course.md"
+    course.write_text(course.read_text().replace("{{ chapters }}", "\n".join(path.stem for path in notebooks)))
     command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going", str(source), str(html)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -75,14 +50,21 @@ def build(root: Path, output: Path, notebooks: list[Path]) -> Path:
     return html / "index.html"
 
 
-def _with_site_links(markdown: str, folder: Path, known: Mapping[Path, str]) -> str:
-    """Point links to pages of the site, and turn links to other files of the repository into text.
+def chapter_page(path: Path, known: Mapping[Path, str]) -> NotebookNode:
+    """An executed chapter with links to the site's pages, and its alternative texts where MyST looks for them."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _with_site_links(cell.source, path.parent, known)
+        for output in cell.get("outputs", []):
+            alt = output.get("metadata", {}).get("image/png", {}).get("alt")
+            if alt:
+                cell.metadata["mystnb"] = {"image": {"alt": alt}}
+    return notebook
 
-    Args:
-        markdown: the text.
-        folder: folder that its relative links start from.
-        known: names of the site's pages by their files.
-    """
+
+def _with_site_links(markdown: str, folder: Path, known: Mapping[Path, str]) -> str:
+    """Point relative links of a file in `folder` to the known pages of the site; links to other files become text."""
 
     def link(match: re.Match[str]) -> str:
         text, target = match[1], match[2]

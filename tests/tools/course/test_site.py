@@ -8,22 +8,20 @@ import pytest
 
 pytest.importorskip("myst_nb", reason="pip install -e '.[site]' for the site")
 
-from tools.course.site import build, with_alternative_texts
+from tools.course.site import build, chapter_page
 
 ROOT = Path(__file__).parents[3]
 
 
-def executed():
+def test_pictures_keep_their_alternative_texts(tmp_path):
     metadata = {"image/png": {"alt": "What it shows"}}
     picture = nbformat.v4.new_output("display_data", {"image/png": "…", "text/plain": "x"}, metadata=metadata)
     code = nbformat.v4.new_code_cell("f()", outputs=[picture])
-    text = [nbformat.v4.new_markdown_cell(t) for t in ("# Title", "words", "## Part", "so\n\n### Exercise 1")]
-    return nbformat.v4.new_notebook(cells=[*text, code, nbformat.v4.new_code_cell("g()")])
-
-
-def test_pictures_keep_their_alternative_texts():
-    made = with_alternative_texts(executed())
-    assert made.cells[4].metadata["mystnb"]["image"]["alt"] == "What it shows"
+    link = nbformat.v4.new_markdown_cell("[that](b.md#Part) and [other](c.py)")
+    nbformat.write(nbformat.v4.new_notebook(cells=[link, code]), tmp_path / "a.ipynb")
+    made = chapter_page(tmp_path / "a.ipynb", {tmp_path / "b.md": "page.md"})
+    assert made.cells[0].source == "[that](page.md#part) and other"
+    assert made.cells[1].metadata["mystnb"]["image"]["alt"] == "What it shows"
 
 
 def test_guides_and_reference_build_without_warnings_and_with_links_that_lead_somewhere(tmp_path):
