@@ -3,14 +3,14 @@
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dimaskdino.studies.comparison import Comparison, ComparisonResult, Interval, Quantity, compare
 from dimaskdino.studies.runs import EvaluatedRun
-from dimaskdino.studies.study import Study, Variant
+from dimaskdino.studies.study import Study
 from dimaskdino.utils.files import write_text
 from dimaskdino.utils.markdown import escape
 
@@ -65,95 +65,87 @@ class StudyReport:
         paired = self.scale in self.study.starts
         return compare(self.study.registered, self.measured, len(self.study.seeds), paired)
 
-    def published_difference(self, column: str, comparison: Comparison) -> float | None:
-        """The same difference in the paper, in points; None if the paper lacks one of its numbers."""
-        difference = 0.0
-        for name, weight in comparison.weights.items():
-            value = self.published[column].get(name, {}).get(str(comparison.quantity))
-            if value is None:
-                return None
-            difference += weight * value
-        return round(difference, 2)
-
     def published_differences(self, comparison: Comparison) -> dict[str, float]:
-        """The published differences by column, where there are any."""
-        found = {}
-        for column in self.published:
-            difference = self.published_difference(column, comparison)
-            if difference is not None:
-                found[column] = difference
-        return found
+        """The same difference in the paper by column, in points, where the paper has all its numbers."""
+        differences = {}
+        for column, by_name in self.published.items():
+            values = [by_name.get(name, {}).get(str(comparison.quantity)) for name in comparison.weights]
+            if None not in values:
+                weights = comparison.weights.values()
+                difference = sum(weight * value for weight, value in zip(weights, values, strict=True))
+                differences[column] = round(difference, 2)
+        return differences
 
     def to_json(self) -> dict[str, Any]:
         """The whole report as plain values."""
-        return {
-            "study": self.study.title,
-            "scale": self.scale,
-            "seeds": len(self.study.seeds),
-            "variants": [self._variant(variant) for variant in self.study.variants],
-            "comparisons": [self._result(result) for result in self.results],
-        }
-
-    def _variant(self, variant: Variant) -> dict[str, Any]:
-        measured = {}
-        for quantity in self.study.quantities:
-            values = self.values(variant.name, quantity)
-            measured[str(quantity)] = {
-                "by_seed": values,
-                "mean": statistics.mean(values.values()) if values else None,
-                "standard_deviation": statistics.stdev(values.values()) if len(values) > 1 else None,
-            }
-        published = {column: by_name[variant.name] for column, by_name in self.published.items()}
-        return {"name": variant.name, "label": variant.label, "measured": measured, "published": published}
-
-    def _result(self, result: ComparisonResult) -> dict[str, Any]:
-        published = self.published_differences(result.comparison)
-        verdicts = {column: result.verdict(value) for column, value in published.items()}
-        return result.to_json() | {"published": published, "verdicts": verdicts}
+        variants = []
+        for variant in self.study.variants:
+            content = {"name": variant.name, "label": variant.label, "measured": {}, "published": {}}
+            for quantity in self.study.quantities:
+                values = self.values(variant.name, quantity)
+                content["measured"][str(quantity)] = {
+                    "by_seed": values,
+                    "mean": statistics.mean(values.values()) if values else None,
+                    "standard_deviation": statistics.stdev(values.values()) if len(values) > 1 else None,
+                }
+            for column, by_name in self.published.items():
+                content["published"][column] = by_name[variant.name]
+            variants.append(content)
+        comparisons = []
+        for result in self.results:
+            content = asdict(result)
+            content |= content.pop("comparison") | {"quantity": str(result.comparison.quantity)}
+            content["published"] = self.published_differences(result.comparison)
+            content["verdicts"] = {column: result.verdict(value) for column, value in content["published"].items()}
+            comparisons.append(content)
+        about = {"study": self.study.title, "scale": self.scale, "seeds": len(self.study.seeds)}
+        return about | {"variants": variants, "comparisons": comparisons}
 
     def markdown(self) -> str:
         """The report as two tables: the variants, and their differences."""
         title = f"**{escape(self.study.title)}**, scale {escape(self.scale)}: mean over seeds ± standard deviation"
-        parts = [title, _table(*self._variants_table())]
+        parts = [title, _table(self._variants())]
         if self.results:
-            parts += [_EXPLANATION, _table(*self._differences_table())]
+            parts += [_EXPLANATION, _table(self._differences())]
         return "\n\n".join(parts)
 
-    def _variants_table(self) -> tuple[list[str], list[list[str]]]:
+    def _variants(self) -> list[list[str]]:
+        """The table of variants, with its header."""
         quantities = self.study.quantities
-        published = []
+        rows = [["", *(quantity.label for quantity in quantities), "seeds"]]
+        for variant in self.study.variants:
+            row = [escape(variant.label)]
+            for quantity in quantities:
+                row.append(_spread(list(self.values(variant.name, quantity).values()), quantity))
+            rows.append([*row, str(len(self.measured.get(variant.name, {})))])
         for column, by_name in self.published.items():
             for quantity in quantities:
-                if any(str(quantity) in values for values in by_name.values()):
-                    published.append((column, quantity))
-        header = ["", *(q.label for q in quantities), "seeds", *(f"{column}: {q.label}" for column, q in published)]
-        lines = []
-        for variant in self.study.variants:
-            line = [escape(variant.label)]
-            for quantity in quantities:
-                line.append(_spread(list(self.values(variant.name, quantity).values()), quantity))
-            line.append(str(len(self.measured.get(variant.name, {}))))
-            for column, quantity in published:
-                line.append(_number(self.published[column][variant.name].get(str(quantity)), quantity))
-            lines.append(line)
-        return header, lines
+                values = [by_name[variant.name].get(str(quantity)) for variant in self.study.variants]
+                if any(value is not None for value in values):
+                    cells = [f"{column}: {quantity.label}", *(_number(value, quantity) for value in values)]
+                    for row, cell in zip(rows, cells, strict=True):
+                        row.append(cell)
+        return rows
 
-    def _differences_table(self) -> tuple[list[str], list[list[str]]]:
-        header = ["", "", "difference", "95 % interval", "over images", "p", "MDE", "runs"]
+    def _differences(self) -> list[list[str]]:
+        """The table of comparisons, with its header."""
+        rows = [["", "", "difference", "95 % interval", "over images", "p", "MDE", "runs"]]
         for column in self.published:
-            header += [column, "verdict"]
-        lines = []
+            rows[0] += [column, "verdict"]
         for result in self.results:
-            line = [escape(result.comparison.label), result.comparison.quantity.label, f"{result.difference:+.1f}"]
-            line += [_interval(result.joint), _interval(result.over_images)]
-            line.append("–" if result.adjusted_p is None else show_p(result.adjusted_p))
-            line.append("–" if result.mde is None else f"±{result.mde:.1f}")
-            line.append(" / ".join(map(str, result.runs.values())))
+            row = [escape(result.comparison.label), result.comparison.quantity.label, f"{result.difference:+.1f}"]
+            row += [_interval(result.joint), _interval(result.over_images)]
+            row.append("–" if result.adjusted_p is None else show_p(result.adjusted_p))
+            row.append("–" if result.mde is None else f"±{result.mde:.1f}")
+            row.append(" / ".join(map(str, result.runs.values())))
+            published = self.published_differences(result.comparison)
             for column in self.published:
-                published = self.published_difference(column, result.comparison)
-                line += ["–", "–"] if published is None else [f"{published:+.1f}", result.verdict(published)]
-            lines.append(line)
-        return header, lines
+                if column in published:
+                    row += [f"{published[column]:+.1f}", result.verdict(published[column])]
+                else:
+                    row += ["–", "–"]
+            rows.append(row)
+        return rows
 
     def save(self, folder: Path) -> None:
         """Write table.json and table.md.
@@ -187,11 +179,11 @@ def _spread(values: Sequence[float], quantity: Quantity) -> str:
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with columns aligned in plain text."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with columns aligned in plain text; the first row is its header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for row in (header, ["-" * width for width in widths], *rows):
+    for row in (rows[0], ["-" * width for width in widths], *rows[1:]):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -1,25 +1,24 @@
 """Plan and run a study: which runs are missing, what they cost, and several runs at a time."""
 
 import os
-import queue
 import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 
-from dimaskdino.config import Config, load_config
+from dimaskdino.config import Config, load_config, parse_config
 from dimaskdino.evaluation.bootstrap import DRAWS
-from dimaskdino.runs.folder import RunFolder
+from dimaskdino.runs.folder import RunFolder, check_settings
 from dimaskdino.runs.processes import TrainingProcess
 from dimaskdino.studies.comparison import planned_mde, pooled_deviation
-from dimaskdino.studies.runs import check_archived, read_archive
+from dimaskdino.studies.runs import RUNS, read_archive
 from dimaskdino.studies.study import Study, run_path, start_path
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.progress import progress_bar
@@ -28,7 +27,7 @@ from dimaskdino.utils.signals import child_environment
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One training with its evaluation, or a training from which others start."""
+    """A training with its evaluation, or a training from which others start."""
 
     title: str
     path: Path
@@ -116,35 +115,39 @@ def plan_study(
     """
     if parallel is not None and parallel < 1:
         raise UserError(f"parallel must be at least 1, got {parallel}")
+    seeds = seeds or study.seeds
     archived = read_archive(folder)
     starts, runs = [], []
-    for seed in seeds or study.seeds:
-        weights, of_seed = [], []
-        if scale in study.starts:
-            weights = [f"train.weights={start_path(folder, seed)}"]
+    for seed in seeds:
+        weights = [f"train.weights={start_path(folder, seed)}"] if scale in study.starts else []
+        of_seed = []
         for variant in study.variants:
             settings = (*study.overrides(variant, scale, seed), *weights, *changes)
             path, title = run_path(folder, variant, seed), f"{variant.label}, seed {seed}"
-            run = _planned(title, path, study.scales[scale], settings)
-            if path.name in archived:
-                check_archived(folder, archived[path.name], run.config)
-                run = replace(run, is_archived=True)
+            run = _planned(title, path, study.scales[scale], settings, is_archived=path.name in archived)
+            if run.is_archived:
+                # another machine had the common start in another folder
+                before = parse_config(archived[path.name]["config"], weights, str(folder / RUNS))
+                check_settings(before, run.config, folder / RUNS, same_result=True)
             of_seed.append(run)
         if weights and not all(run.done for run in of_seed):
             settings = (f"train.seed={seed}", *changes)
-            start = _planned(f"start, seed {seed}", start_path(folder, seed), study.starts[scale], settings)
-            starts.append(replace(start, is_start=True))
+            path, title = start_path(folder, seed), f"start, seed {seed}"
+            starts.append(_planned(title, path, study.starts[scale], settings, is_start=True))
         runs += of_seed
-    power = describe_power(study, scale, len(seeds or study.seeds), folder)
-    parallel = parallel or max(1, torch.cuda.device_count())
-    return Plan((*starts, *runs), parallel, _seconds_per_step(folder), tuple(power))
+    return Plan(
+        (*starts, *runs),
+        parallel or max(1, torch.cuda.device_count()),
+        _seconds_per_step(folder),
+        tuple(describe_power(study, scale, len(seeds), folder)),
+    )
 
 
-def _planned(title: str, path: Path, file: Path, settings: tuple[str, ...]) -> PlannedRun:
+def _planned(title: str, path: Path, file: Path, settings: tuple[str, ...], **kind: bool) -> PlannedRun:
     config = load_config(file, settings)
     if (path / "config.yaml").exists():
         RunFolder(path).check_config(config, same_result=True)
-    return PlannedRun(title, path, file, settings, config)
+    return PlannedRun(title, path, file, settings, config, **kind)
 
 
 def _seconds_per_step(folder: Path) -> float | None:
@@ -194,19 +197,17 @@ def run_study(plan: Plan) -> dict[str, str]:
         The reasons of failed runs by their titles.
     """
     missing = plan.missing
-    jobs = _Jobs(environments(plan.parallel), [run.path for run in missing if run.is_start])
+    jobs = _Jobs(plan.parallel, {run.path for run in plan.runs if run.is_start})
     failed: dict[str, str] = {}
     with (
         progress_bar(total=len(plan.runs), initial=len(plan.runs) - len(missing), description="runs") as progress,
         ThreadPoolExecutor(plan.parallel) as workers,
     ):
-        # submitted in the order of the plan: a run comes after the training from which it starts
-        pending: dict[Future[None], PlannedRun] = {workers.submit(jobs.work, run): run for run in missing}
         try:
-            while pending:
-                ended, _ = wait(pending, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    run, error = pending.pop(future), future.exception()
+            for is_start in (True, False):  # the other runs need the starts
+                futures = {workers.submit(jobs.work, run): run for run in missing if run.is_start == is_start}
+                for future in as_completed(futures):
+                    run, error = futures[future], future.exception()
                     progress.update()
                     if error is not None:
                         failed[run.title] = str(error)
@@ -236,78 +237,63 @@ class _Jobs:
     """The runs in the worker threads.
 
     Args:
-        environments: environment variables, for each of the simultaneous runs.
+        parallel: number of threads.
         starts: run folders of the trainings from which others start.
     """
 
-    def __init__(self, environments: Sequence[Mapping[str, str]], starts: Sequence[Path]) -> None:
-        self.environments: queue.Queue[Mapping[str, str]] = queue.Queue()  # those that no run is using
-        for environment in environments:
-            self.environments.put(environment)
-        self.started = {path: threading.Event() for path in starts}  # set when that training has ended
+    def __init__(self, parallel: int, starts: Set[Path]) -> None:
+        self.starts = starts
+        self.unused = environments(parallel)
         self.stopping = threading.Event()
-        self.trainings: set[TrainingProcess] = set()
-        self.evaluations: set[subprocess.Popen] = set()
+        self.stops: set[Callable[[], None]] = set()  # stop the processes that are running
 
     def work(self, run: PlannedRun) -> None:
-        """Train and evaluate one run."""
-        try:
-            self._wait_for_start(run)
-            environment = self.environments.get()
-            try:
-                self._train(run, environment)
-                if not run.is_start:
-                    self._evaluate(run, environment)
-            finally:
-                self.environments.put(environment)
-        finally:
-            if run.path in self.started:
-                self.started[run.path].set()
-
-    def _wait_for_start(self, run: PlannedRun) -> None:
-        """Wait for the training from which a run starts.
+        """Train and evaluate one run.
 
         Raises:
-            UserError: it failed.
+            UserError: it failed, or was not started since its start failed or all runs are stopping.
         """
-        weights = run.config.train.weights
-        if weights in self.started:
-            self.started[weights].wait()
-            if not RunFolder(weights).model.exists():
-                raise UserError(f"not started: {weights.name}, from which it starts, failed")
+        start = run.config.train.weights
+        if start in self.starts and not RunFolder(start).model.exists():
+            raise UserError(f"not started: {start.name}, from which it starts, failed")
+        environment = self.unused.pop()  # there is one per thread
+        try:
+            self._train(run, environment)
+            if not run.is_start:
+                self._evaluate(run, environment)
+        finally:
+            self.unused.append(environment)
 
     def _train(self, run: PlannedRun, environment: Mapping[str, str]) -> None:
         if self.stopping.is_set():
             raise UserError("not started")
         with TrainingProcess(str(run.config_file), run.path, run.overrides, environment=environment) as training:
-            self.trainings.add(training)
+            self.stops.add(training.stop)
             if self.stopping.is_set():  # set after the check above, before `stop` knew of this training
                 training.stop()
             for _ in training.follow():
                 pass
-            self.trainings.discard(training)
+            self.stops.discard(training.stop)
 
     def _evaluate(self, run: PlannedRun, environment: Mapping[str, str]) -> None:
         if self.stopping.is_set():
             raise UserError("not evaluated")
-        command = [sys.executable, "-m", "dimaskdino", "evaluate", str(run.path), "--bootstrap", str(DRAWS)]
-        with RunFolder(run.path).log.open("a") as log:
+        log = RunFolder(run.path).log
+        with log.open("a") as output:
             evaluation = subprocess.Popen(
-                command,
+                [sys.executable, "-m", "dimaskdino", "evaluate", str(run.path), "--bootstrap", str(DRAWS)],
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 env=os.environ | child_environment() | environment,
             )
-        self.evaluations.add(evaluation)
+        self.stops.add(evaluation.terminate)
         if evaluation.wait():
-            raise UserError(f"the evaluation failed; see the end of {RunFolder(run.path).log}")
-        self.evaluations.discard(evaluation)
+            raise UserError(f"the evaluation failed; see the end of {log}")
+        self.stops.discard(evaluation.terminate)
 
     def stop(self) -> None:
         """Stop all runs; trainings save their state first."""
         self.stopping.set()
-        for evaluation in list(self.evaluations):
-            evaluation.terminate()
-        for training in list(self.trainings):
-            training.stop()
+        for stop in list(self.stops):
+            stop()

@@ -1,6 +1,6 @@
 """Evaluated runs of a study, read from run folders and from the archive of a study folder.
 
-An archive is two files that stand for the run folders, in a repository or on another machine:
+An archive is two files that replace the run folders, in a repository or on another machine:
 
 runs.jsonl      a line per run: variant, seed, configuration, versions, AP of every stage and class, validations
 bootstrap.npz   a float32 array (samples, resamples) per run, by VARIANT_SEED; the line of the run names the samples
@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from dimaskdino.config import Config, parse_config, read_tree
+from dimaskdino.config import read_tree
 from dimaskdino.evaluation.bootstrap import BootstrapAP, save_arrays
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
-from dimaskdino.runs.folder import RunFolder, check_settings
+from dimaskdino.runs.folder import RunFolder
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.files import parse_json_object, read_json_object, write_atomically, write_text
 
@@ -32,8 +32,8 @@ class EvaluatedRun:
     Attributes:
         result: AP at every stage.
         samples: AP on resampled images, if the run was evaluated with `--bootstrap`.
-        validations: box and mask AP in percent of the stages that each validation scored, in the order of training:
-            `{"decoder.1": {"box": 21.0, "mask": 21.3}, …}`. A value is None where AP is not defined.
+        validations: box and mask AP in percent, None if undefined, of the stages that each validation scored, in the
+            order of training: `{"decoder.1": {"box": 21.0, "mask": 21.3}, …}`.
     """
 
     result: LayerwiseAP
@@ -49,11 +49,8 @@ class EvaluatedRun:
         """
         result = LayerwiseAP.load(run / "evaluation" / "layers.json")
         samples = run / "evaluation" / SAMPLES
-        return cls(
-            result,
-            BootstrapAP.load(samples) if samples.exists() else None,
-            _by_stage(_validations(run), result),
-        )
+        loaded = BootstrapAP.load(samples) if samples.exists() else None
+        return cls(result, loaded, _by_stage(_validations(run), result))
 
 
 def load_runs(folder: Path, variants: Sequence[str]) -> dict[str, dict[int, EvaluatedRun]]:
@@ -85,13 +82,12 @@ def archive_runs(folder: Path) -> Path:
     """Write all evaluated runs of a study folder to its archive. Runs that only the archive has are kept.
 
     Returns:
-        The file with a line per run; the bootstrap samples are beside it.
+        `runs.jsonl`; `bootstrap.npz` is beside it.
 
     Raises:
         UserError: a run cannot be read, or the archive cannot be written.
     """
-    lines = read_archive(folder)
-    samples = _read_samples(folder)
+    lines, samples = read_archive(folder), _read_samples(folder)
     for variant, seed, run in _run_folders(folder):
         evaluated = EvaluatedRun.load(run)
         versions = read_json_object(run / "versions.json")
@@ -99,9 +95,9 @@ def archive_runs(folder: Path) -> Path:
         bootstrap = None
         samples.pop(run.name, None)
         if evaluated.samples is not None:
-            by_name = evaluated.samples.samples
-            bootstrap = {"images": evaluated.samples.images, "samples": list(by_name)}
-            samples[run.name] = np.stack(list(by_name.values())).astype(np.float32)
+            arrays = evaluated.samples.samples
+            bootstrap = {"images": evaluated.samples.images, "samples": list(arrays)}
+            samples[run.name] = np.stack(list(arrays.values())).astype(np.float32)
         lines[run.name] = {
             "variant": variant,
             "seed": seed,
@@ -112,13 +108,13 @@ def archive_runs(folder: Path) -> Path:
             "bootstrap": bootstrap,
         }
     write_atomically(folder / SAMPLES, lambda partial: save_arrays(partial, **samples))
-    text = "".join(json.dumps(lines[name], separators=(",", ":")) + "\n" for name in sorted(lines))
-    write_text(folder / RUNS, text)
+    text = [json.dumps(lines[name], separators=(",", ":")) for name in sorted(lines)]
+    write_text(folder / RUNS, "\n".join([*text, ""]))
     return folder / RUNS
 
 
 def read_archive(folder: Path) -> dict[str, dict[str, Any]]:
-    """The lines of a study folder's archive by VARIANT_SEED; empty without an archive.
+    """Lines of the archive of a study folder by VARIANT_SEED; empty without an archive.
 
     Raises:
         UserError: a line is damaged.
@@ -133,25 +129,6 @@ def read_archive(folder: Path) -> dict[str, dict[str, Any]]:
             raise UserError(f"{file}, line {number}: not a run of a study; copy the file again")
         lines[f"{line['variant']}_{line['seed']}"] = line
     return lines
-
-
-def check_archived(folder: Path, line: dict[str, Any], config: Config) -> None:
-    """Check that an archived run was made with a configuration.
-
-    Args:
-        folder: the study folder.
-        line: the line of the run in its archive.
-        config: the configuration. The folder of the start that a run shares with others may differ.
-
-    Raises:
-        UserError: settings that matter differ.
-    """
-    source = folder / RUNS
-    before = parse_config(line["config"], [], str(source))
-    start, weights = before.train.weights, config.train.weights
-    if start is not None and weights is not None and Path(start).name == Path(weights).name:
-        before = before.model_copy(update={"train": before.train.model_copy(update={"weights": weights})})
-    check_settings(before, config, source, same_result=True)
 
 
 def _run_folders(folder: Path) -> list[tuple[str, int, Path]]:
@@ -172,7 +149,7 @@ def _validations(run: Path) -> list[dict[str, Any]]:
 
 
 def _by_stage(validations: Sequence[dict[str, Any]], result: LayerwiseAP) -> tuple[dict[str, Any], ...]:
-    """Box and mask AP of each validation by stage."""
+    """Box and mask AP of each validation by stage; its own values are those of the last stage."""
     last = next(reversed(result.stages))
     found = []
     for validation in validations:
@@ -188,14 +165,12 @@ def _from_archive(folder: Path, line: dict[str, Any], samples: np.ndarray | None
         validations = _by_stage(line["validations"], result)
         bootstrap = None
         if line["bootstrap"] is not None:
-            by_name = dict(zip(line["bootstrap"]["samples"], np.asarray(samples, np.float64), strict=True))
-            bootstrap = BootstrapAP(line["bootstrap"]["images"], by_name)
+            arrays = dict(zip(line["bootstrap"]["samples"], np.asarray(samples, np.float64), strict=True))
+            bootstrap = BootstrapAP(line["bootstrap"]["images"], arrays)
+        return EvaluatedRun(result, bootstrap, validations)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         name = f"{line['variant']}_{line['seed']}"
-        raise UserError(
-            f"{folder}: the archive of {name} is damaged ({error!r}); copy {RUNS} and {SAMPLES} again"
-        ) from None
-    return EvaluatedRun(result, bootstrap, validations)
+        raise UserError(f"{folder / RUNS}, {name}: damaged ({error!r}); copy it and {SAMPLES} again") from None
 
 
 def _read_samples(folder: Path) -> dict[str, np.ndarray]:

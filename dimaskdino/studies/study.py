@@ -80,19 +80,14 @@ class Study(Section):
         return named
 
     @model_validator(mode="after")
-    def _check_comparisons(self) -> "Study":
+    def _check_references(self) -> "Study":
         names = [variant.name for variant in self.variants]
         for comparison in self.comparisons:
             for name in (*comparison.plus, *comparison.minus):
                 if name not in names:
                     raise ValueError(f"unknown variant '{name}' in a comparison; the variants are {', '.join(names)}")
-            on_both_sides = set(comparison.plus) & set(comparison.minus)
-            if on_both_sides:
-                raise ValueError(f"{', '.join(sorted(on_both_sides))} cannot be compared with itself")
-        return self
-
-    @model_validator(mode="after")
-    def _check_published(self) -> "Study":
+                if name in comparison.plus and name in comparison.minus:
+                    raise ValueError(f"{name} cannot be compared with itself")
         missing = [variant.name for variant in self.variants if variant.published is None]
         if self.columns and missing:
             raise ValueError(f"the study has published columns; set `published` for {', '.join(missing)}")
