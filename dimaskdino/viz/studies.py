@@ -1,4 +1,4 @@
-"""Figures of studies: variants of a model side by side, and what they differ by."""
+"""Figures of studies: variants of a model side by side, and their differences."""
 
 import statistics
 import textwrap
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dimaskdino.data.painting import CYCLE, GREY, data_label
@@ -13,220 +14,207 @@ from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.studies.comparison import ComparisonResult
 from dimaskdino.studies.report import StudyReport
 from dimaskdino.viz.curves import short_name, stage_order
-from dimaskdino.viz.style import BOX, MASK, NotebookFigure, style
+from dimaskdino.viz.style import BOX, KINDS, LINES, MASK, NotebookFigure, style
 
-MARKERS, LINES = "os^Dv<>p", ("-", "--", ":", "-.")
+MARKERS = "os^Dv<>p"
+PUBLISHED = "D^v"  # markers of the columns of published numbers
 MOST_BANDS = 6  # variants; more bands hide each other
-LONGEST_ROW = 48  # characters of a label beside a line
+LONGEST_LABEL = 48  # characters beside a line
 
 
 def study_figures(report: StudyReport) -> dict[str, Figure]:
-    """The figures of a study by name: `rows`, `differences` if rows are compared, and `layers`."""
-    study, labels = report.study, {row.name: row.label for row in report.study.variants}
-    columns = {
-        f"{name}, published": {row: [(v["last.box"], v["last.mask"])] for row, v in rows.items()}
-        for name, rows in report.published.items()
-    }
-    columns[f"{report.scale}, measured"] = {
-        row: [(m.result.last.box.AP, m.result.last.mask.AP) for m in runs.values()]
-        for row, runs in report.measured.items()
-    }
-    figures = {"rows": plot_ablation(labels, columns, f"{study.title}: last layer")}
+    """The figures of a study by name: `rows`, `differences` if it registers comparisons, and `layers`."""
+    title = report.study.title
+    labels = {variant.name: variant.label for variant in report.study.variants}
+    columns, layers = {}, {}
+    for column, by_name in report.published.items():
+        columns[f"{column}, published"] = {n: [(ap["last.box"], ap["last.mask"])] for n, ap in by_name.items()}
+    measured = columns[f"{report.scale}, measured"] = {}
+    for name, runs in report.measured.items():
+        results = layers[labels[name]] = [run.result for run in runs.values()]
+        measured[name] = [(result.last.box.AP, result.last.mask.AP) for result in results]
+    figures = {"rows": plot_ablation(labels, columns, f"{title}: last layer")}
     if report.results:
-        pairs = [(found, report.published_differences(found.comparison)) for found in report.results]
-        figures["differences"] = plot_differences(pairs, f"{study.title}: differences")
-    by_label = {labels[row]: [m.result for m in runs.values()] for row, runs in report.measured.items()}
-    return figures | {"layers": plot_study_layers(by_label, f"{study.title}: every stage")}
+        pairs = [(result, report.published_differences(result.comparison)) for result in report.results]
+        figures["differences"] = plot_differences(pairs, f"{title}: differences")
+    figures["layers"] = plot_study_layers(layers, f"{title}: every stage")
+    return figures
 
 
 def plot_ablation(
-    rows: Mapping[str, str], columns: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str
+    labels: Mapping[str, str], columns: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str
 ) -> Figure:
     """Plot box and mask AP of variants of a model, one panel per source; a bar marks the mean of several runs.
 
     Args:
-        rows: labels by row name, from top to bottom.
-        columns: by the name to show, (box AP, mask AP) of every run of each row; rows without any are left empty.
+        labels: label of each variant by name, from top to bottom.
+        columns: by the title of the panel, (box AP, mask AP) in percent of every run by name of the variant.
         title: above all panels.
     """
-    place = {name: len(rows) - 1 - i for i, name in enumerate(rows)}
+    place = {name: len(labels) - 1 - i for i, name in enumerate(labels)}
     with style():
-        figure = NotebookFigure(figsize=(3.6 * len(columns) + 2.2, 0.62 * len(rows) + 1.9), layout="constrained")
+        figure = NotebookFigure(figsize=(3.6 * len(columns) + 2.2, 0.62 * len(labels) + 1.9), layout="constrained")
         panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-        for axes, (column, outcome) in zip(panels, columns.items(), strict=True):
-            for kind, (colour, marker, shift) in enumerate(((BOX, "s", 0.14), (MASK, "o", -0.14))):
-                for name, values in outcome.items():
-                    x, y = [pair[kind] for pair in values], place[name] + shift
+        for axes, (column, by_name) in zip(panels, columns.items(), strict=True):
+            for i, (kind, colour, marker) in enumerate(KINDS):
+                for name, pairs in by_name.items():
+                    x, y = [pair[i] for pair in pairs], place[name] + (0.14, -0.14)[i]
                     axes.plot(x, [y] * len(x), marker, color=colour, alpha=0.55 if len(x) > 1 else 1, markersize=7)
                     if len(x) > 1:
                         axes.plot([np.mean(x)] * 2, [y - 0.16, y + 0.16], color=colour, linewidth=2.5)
-                axes.plot([], [], marker, color=colour, label=("box", "mask")[kind])
-            axes.set(title=column, xlabel="AP (%)", ylim=(-0.6, len(rows) - 0.4))
+                axes.plot([], [], marker, color=colour, label=kind)
+            axes.set(title=column, xlabel="AP (%)", ylim=(-0.6, len(labels) - 0.4))
             axes.margins(x=0.1)
-            if not outcome:
+            if not by_name:
                 axes.set(xticks=[], xlabel="nothing measured")
-        panels[0].set_yticks(list(place.values()), list(rows.values()))
+        panels[0].set_yticks(list(place.values()), list(labels.values()))
         panels[-1].legend(loc="best")
         figure.suptitle(title)
     return figure
 
 
-def plot_study_layers(rows: Mapping[str, Sequence[LayerwiseAP]], title: str) -> Figure:
-    """Plot the imbalance at every stage for variants of a model, large, beside box and mask AP on one scale.
+def plot_study_layers(variants: Mapping[str, Sequence[LayerwiseAP]], title: str) -> Figure:
+    """Plot the imbalance of variants of a model at every stage, large, beside box and mask AP on one scale.
 
-    Lines are means over the runs; bands, of up to six variants, are standard deviations. The dotted line is the upper
-    bound of masks where a result has one (`evaluation.upper_bounds`). Variants of two factors, named `A, x`, `A, y`,
-    `B, x`, …, have a colour for the first and a line style for the second.
+    Lines are means over the runs; bands, of up to six variants, are standard deviations. Variants of two factors, named
+    `A, x`, `A, y`, `B, x`, …, have a colour for the first and a line style for the second.
 
     Args:
-        rows: the results of each variant's runs by the name to show; variants without any are left out.
+        variants: results of each variant's runs by label; variants without any are left out.
         title: above all panels.
     """
-    names = stage_order(result for results in rows.values() for result in results)
-    strokes = _strokes(rows)
+    names = stage_order(result for results in variants.values() for result in results)
+    strokes = _strokes(variants)
     with style():
         figure = NotebookFigure(figsize=(max(12.0, 1.5 * len(names)), 6.4), layout="constrained")
         grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.45))
         box = figure.add_subplot(grid[0, 0])
         mask = figure.add_subplot(grid[1, 0], sharex=box, sharey=box)
         imbalance = figure.add_subplot(grid[:, 1])
-        for axes, what in ((box, "box AP (%)"), (mask, "mask AP (%)"), (imbalance, "mask − box (points)")):
-            ends: list[tuple[float, float, str, dict[str, Any]]] = []
-            for label, results in rows.items():
-                values = {name: _at(results, name, what) for name in names}
-                x = [i for i, name in enumerate(names) if values[name]]
-                if not x:
-                    continue
-                means = np.array([statistics.mean(values[names[i]]) for i in x])
-                spread = np.array([_deviation(values[names[i]]) for i in x])
-                runs = f"{len(results)} run{'s' if len(results) > 1 else ''}"
-                axes.plot(x, means, **strokes[label], label=f"{label} ({runs})")
-                if len(rows) <= MOST_BANDS:
-                    band = {"color": strokes[label]["color"], "alpha": 0.15, "linewidth": 0}
-                    axes.fill_between(x, means - spread, means + spread, **band)
-                ends.append((x[-1], means[-1], f"{data_label(label, LONGEST_ROW)} ({runs})", strokes[label]))
-            axes.set(ylabel=what)
+        for axes, metric in ((box, "box"), (mask, "mask"), (imbalance, "imbalance")):
+            ends = []
+            for label, results in variants.items():
+                x, means, deviations = _by_stage(results, names, metric)
+                if len(x):
+                    axes.plot(x, means, **strokes[label])
+                    if len(variants) <= MOST_BANDS:
+                        band = {"color": strokes[label]["color"], "alpha": 0.15, "linewidth": 0}
+                        axes.fill_between(x, means - deviations, means + deviations, **band)
+                    runs = f"{len(results)} run{'s' if len(results) > 1 else ''}"
+                    ends.append((x[-1], means[-1], f"{data_label(label, LONGEST_LABEL)} ({runs})", strokes[label]))
+            axes.set(ylabel="imbalance (points)" if metric == "imbalance" else f"{metric} AP (%)")
             axes.set_xticks(range(len(names)), [short_name(name) for name in names], fontsize=8)
-            if axes is not imbalance:
-                axes.tick_params("x", labelsize=7.5, labelrotation=40)
-            else:
+            if metric == "imbalance":
                 axes.axhline(0, color="black", linewidth=0.8)
                 _label_lines(axes, ends)
-        mask.autoscale_view()
-        limits = {r.upper_bounds.mask.mean for results in rows.values() for r in results if r.upper_bounds is not None}
-        for limit in limits - {None}:
-            _mark_upper_bound(mask, limit)
+            else:
+                axes.tick_params("x", labelsize=7.5, labelrotation=40)
         figure.suptitle(title)
     return figure
 
 
-def _mark_upper_bound(axes: Any, limit: float) -> None:
-    """A dotted line at an upper bound, or a note where the curves end far below it."""
-    low, high = axes.get_ylim()
-    if limit < high + 0.5 * (high - low):
-        axes.axhline(limit, color=GREY, linestyle=":")
-        axes.text(0, limit, f"upper bound, masks {limit:.0f}", color=GREY, fontsize=8.5, va="bottom")
-    else:
-        axes.text(0.02, 0.95, f"upper bound, masks {limit:.0f}", color=GREY, fontsize=8.5, transform=axes.transAxes)
+def _by_stage(
+    results: Sequence[LayerwiseAP], names: Sequence[str], metric: str
+) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Places of the stages that have values, their means and standard deviations over the results."""
+    x, means, deviations = [], [], []
+    for place, name in enumerate(names):
+        values = []
+        for result in results:
+            found = getattr(result.stages.get(name), metric, None)
+            value = found if metric == "imbalance" or found is None else found.AP
+            if value is not None:
+                values.append(value)
+        if values:
+            x.append(place)
+            means.append(statistics.mean(values))
+            deviations.append(statistics.stdev(values) if len(values) > 1 else 0.0)
+    return x, np.array(means), np.array(deviations)
 
 
 def _strokes(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Colour, marker and line style of each variant's line."""
-    names = list(labels)
-    parts = [tuple(name.split(", ", 1)) for name in names]
-    first, second = (list(dict.fromkeys(part[end] for part in parts)) for end in (0, -1))
-    factors = all(len(part) == 2 for part in parts) and len(first) * len(second) == len(names) > len(second)
-    found = {}
-    for number, (name, part) in enumerate(zip(names, parts, strict=True)):
-        at, dashes = (first.index(part[0]), second.index(part[1])) if factors else (number, 0)
-        look = {"color": CYCLE[at % len(CYCLE)], "marker": MARKERS[at % len(MARKERS)]}
-        found[name] = look | {"linestyle": LINES[dashes % len(LINES)]}
-    return found
+    parts = {label: label.partition(", ")[::2] for label in labels}
+    firsts = list(dict.fromkeys(first for first, _ in parts.values()))
+    seconds = list(dict.fromkeys(second for _, second in parts.values()))
+    two_factors = "" not in seconds and len(firsts) * len(seconds) == len(parts) > len(seconds)
+    strokes = {}
+    for number, (label, (first, second)) in enumerate(parts.items()):
+        colour, dashes = (firsts.index(first), seconds.index(second)) if two_factors else (number, 0)
+        look = {"color": CYCLE[colour % len(CYCLE)], "marker": MARKERS[colour % len(MARKERS)]}
+        strokes[label] = look | {"linestyle": LINES[dashes % len(LINES)]}
+    return strokes
 
 
-def _label_lines(axes: Any, ends: Sequence[tuple[float, float, str, dict[str, Any]]]) -> None:
+def _label_lines(axes: Axes, ends: Sequence[tuple[float, float, str, dict[str, Any]]]) -> None:
     """Write each line's label beside its last point (x, y, text, look), moved apart where they would overlap."""
     if not ends:
         return
+    ends = sorted(ends, key=lambda end: end[1])
     low, high = axes.get_ylim()
-    places, step, lowest = [], 0.05 * (high - low), -np.inf
-    for _, y, _, _ in sorted(ends, key=lambda end: end[1]):
-        lowest = max(y, lowest + step)
+    places, lowest = [], -np.inf
+    for _, y, _, _ in ends:
+        lowest = max(y, lowest + 0.05 * (high - low))
         places.append(lowest)
-    raised = statistics.mean(places) - statistics.mean(y for _, y, _, _ in ends)
-    right = max(x for x, *_ in ends) + 0.1
-    for (x, y, text, look), place in zip(sorted(ends, key=lambda end: end[1]), places, strict=True):
+    raised = np.mean(places) - np.mean([end[1] for end in ends])
+    right = max(end[0] for end in ends) + 0.1
+    for (x, y, text, look), place in zip(ends, places, strict=True):
         line = {"arrowstyle": "-", "color": look["color"], "linestyle": look["linestyle"], "relpos": (0, 0.5)}
         where = {"textcoords": "data", "va": "center", "annotation_clip": False, "arrowprops": line}
         axes.annotate(text, (x, y), (right + 0.35, place - raised), color=look["color"], fontsize=9.5, **where)
     axes.set_xlim(right=right)
 
 
-def _deviation(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _at(results: Sequence[LayerwiseAP], stage: str, what: str) -> list[float]:
-    """The values at a stage of those runs that have one."""
-    stages = [result.stages[stage] for result in results if stage in result.stages]
-    if what.startswith("mask −"):
-        outcome = [stage.imbalance for stage in stages]
-    elif what.startswith("mask"):
-        outcome = [stage.mask.AP if stage.mask else None for stage in stages]
-    else:
-        outcome = [stage.box.AP for stage in stages]
-    return [value for value in outcome if value is not None]
-
-
-def plot_differences(comparisons: Sequence[tuple[ComparisonResult, Mapping[str, float]]], title: str) -> Figure:
+def plot_differences(results: Sequence[tuple[ComparisonResult, Mapping[str, float]]], title: str) -> Figure:
     """Plot differences between variants with their intervals, one panel per quantity, beside the published differences.
 
     All panels have one scale, so that a point of AP has the same length everywhere.
 
     Args:
-        comparisons: each comparison with the published differences by column; at least one.
+        results: the result of each comparison with the published differences by column; at least one.
         title: above all panels.
     """
-    names = list(dict.fromkeys(found.comparison.label for found, _ in comparisons))
-    place = {name: len(names) - 1 - i for i, name in enumerate(names)}
-    columns = list(dict.fromkeys(column for _, published in comparisons for column in published))
-    quantities = list(dict.fromkeys(found.comparison.quantity for found, _ in comparisons))
+    labels = list(dict.fromkeys(result.comparison.label for result, _ in results))
+    place = {label: len(labels) - 1 - i for i, label in enumerate(labels)}
+    columns = list(dict.fromkeys(column for _, published in results for column in published))
+    quantities = list(dict.fromkeys(result.comparison.quantity for result, _ in results))
+    across = min(3, len(quantities))
+    down = -(-len(quantities) // across)
     with style():
-        across = min(3, len(quantities))
-        down = -(-len(quantities) // across)
-        size = (3.2 * across + 3.4, (0.62 * len(names) + 1.3) * down + 0.7)
+        size = (3.2 * across + 3.4, (0.62 * len(labels) + 1.3) * down + 0.7)
         figure = NotebookFigure(figsize=size, layout="constrained")
-        grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
-        for quantity, axes in zip(quantities, grid, strict=False):
-            for found, published in comparisons:
-                if found.comparison.quantity != quantity:
-                    continue
-                y = place[found.comparison.label]
-                for interval, width, colour in ((found.joint, 2.0, GREY), (found.over_images, 6.0, BOX)):
-                    if interval:
-                        ends = [interval.low, interval.high]
-                        axes.plot(ends, [y] * 2, color=colour, linewidth=width, alpha=0.6, solid_capstyle="butt")
-                axes.plot(found.difference, y, "|", color="black", markersize=14, markeredgewidth=2)
-                for number, column in enumerate(columns):
-                    if column in published:
-                        axes.plot(published[column], y + 0.28, "D^v"[number % 3], color=MASK, markersize=6)
+        panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
+        for axes in panels[len(quantities) :]:
+            axes.remove()
+        for quantity, axes in zip(quantities, panels, strict=False):
+            for result, published in results:
+                if result.comparison.quantity == quantity:
+                    _draw_difference(axes, place[result.comparison.label], result, published, columns)
             axes.axvline(0, color="black", linewidth=0.8)
-            axes.set(title=quantity.label, xlabel="points", ylim=(-0.6, len(names) - 0.4))
+            axes.set(title=quantity.label, xlabel="points", ylim=(-0.6, len(labels) - 0.4))
             axes.xaxis.set_tick_params(labelbottom=True)
             axes.margins(x=0.06)
-        for axes in grid[len(quantities) :]:  # places that are left over
-            axes.remove()
-        axes = figure.axes[0]
-        axes.set_yticks(list(place.values()), [textwrap.fill(name, 26, break_on_hyphens=False) for name in names])
-        marks = [
-            axes.plot([], [], "|", color="black", markersize=12, markeredgewidth=2, label="difference of the means")[0],
-            axes.plot([], [], color=GREY, linewidth=2, alpha=0.6, label="95 %, trainings and images")[0],
-            axes.plot([], [], color=BOX, linewidth=6, alpha=0.6, label="95 %, images alone")[0],
-            *(
-                axes.plot([], [], "D^v"[i % 3], color=MASK, label=f"published, {column}")[0]
-                for i, column in enumerate(columns)
-            ),
-        ]
+        axes = panels[0]
+        axes.set_yticks(list(place.values()), [textwrap.fill(label, 26, break_on_hyphens=False) for label in labels])
+        marks = axes.plot([], [], "|", color="black", markersize=12, markeredgewidth=2, label="difference of the means")
+        marks += axes.plot([], [], color=GREY, linewidth=2, alpha=0.6, label="95 %, trainings and images")
+        marks += axes.plot([], [], color=BOX, linewidth=6, alpha=0.6, label="95 %, images alone")
+        for marker, column in zip(PUBLISHED, columns, strict=False):
+            marks += axes.plot([], [], marker, color=MASK, label=f"published, {column}")
         figure.legend(handles=marks, loc="outside lower center", ncols=min(5, len(marks)), fontsize=9)
         figure.suptitle(title)
     return figure
+
+
+def _draw_difference(
+    axes: Axes, y: float, result: ComparisonResult, published: Mapping[str, float], columns: Sequence[str]
+) -> None:
+    """Draw a difference at the height y with its intervals and published differences."""
+    for interval, width, colour in ((result.joint, 2.0, GREY), (result.over_images, 6.0, BOX)):
+        if interval:
+            ends = [interval.low, interval.high]
+            axes.plot(ends, [y] * 2, color=colour, linewidth=width, alpha=0.6, solid_capstyle="butt")
+    axes.plot(result.difference, y, "|", color="black", markersize=14, markeredgewidth=2)
+    for marker, column in zip(PUBLISHED, columns, strict=False):
+        if column in published:
+            axes.plot(published[column], y + 0.28, marker, color=MASK, markersize=6)

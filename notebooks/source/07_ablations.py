@@ -32,7 +32,6 @@ from dimaskdino.course.questions import Choice
 from dimaskdino.inspection import diagnostics
 from dimaskdino.modeling import Detector
 from dimaskdino.runs import project_root
-from dimaskdino.studies.comparison import correlation_of_pairs
 from dimaskdino.studies.report import StudyReport, paper_tables
 from dimaskdino.studies.study import load_study
 from dimaskdino.viz import draw_architecture, plot_ablation, plot_differences, plot_study_layers
@@ -165,10 +164,13 @@ if checks.check_unpaired(unpaired):
 # you believe it.
 
 # %%
+base = report.values("neither", box)
 for name in ("di", "bato", "di_bato"):
-    found = correlation_of_pairs(report.values("neither", box), report.values(name, box))
-    if found is not None:
-        print(f"neither and {labels[modules.title][name]}: correlation over seeds {found:+.2f}")
+    other = report.values(name, box)
+    common = sorted(set(base) & set(other))
+    if len(common) > 2:
+        correlation = statistics.correlation([base[seed] for seed in common], [other[seed] for seed in common])
+        print(f"neither and {labels[modules.title][name]}: correlation over seeds {correlation:+.2f}")
 
 # %% [markdown]
 # A difference is uncertain twice over. Other **trainings** would have given other models, and other **images** would

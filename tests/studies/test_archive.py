@@ -93,12 +93,12 @@ def test_damaged_archives_are_refused(study, tmp_path):
     with pytest.raises(UserError, match=r"runs.jsonl, line 3: .*copy the file again"):
         load_runs(tmp_path, ["a"])
     file.write_text(text.replace('"stages"', '"steps"'))
-    with pytest.raises(UserError, match="archive of a_0 is damaged"):
+    with pytest.raises(UserError, match=r"runs.jsonl, a_0: damaged"):
         load_runs(tmp_path, ["a"])
     file.write_text(text)
     (tmp_path / "bootstrap.npz").write_bytes((tmp_path / "bootstrap.npz").read_bytes()[:-100])
     with pytest.raises(UserError, match=r"bootstrap.npz is damaged"):
         load_runs(tmp_path, ["a"])
     (tmp_path / "bootstrap.npz").unlink()
-    with pytest.raises(UserError, match="archive of a_0 is damaged"):
+    with pytest.raises(UserError, match=r"runs.jsonl, a_0: damaged"):
         load_runs(tmp_path, ["a"])

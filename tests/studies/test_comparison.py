@@ -11,13 +11,12 @@ from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
 from dimaskdino.studies.comparison import (
     Comparison,
     Quantity,
+    Variance,
     compare,
-    correlation_of_pairs,
     first_at,
     minimum_detectable_effect,
     planned_mde,
     pooled_deviation,
-    slope_within_variants,
 )
 from dimaskdino.studies.runs import EvaluatedRun
 from dimaskdino.utils.errors import UserError
@@ -151,11 +150,10 @@ def test_single_runs_have_a_difference_and_nothing_more():
 
 
 def test_detectable_difference_is_found_four_times_of_five():
-    variance, df, level = 0.8, 9.0, 0.01
-    effect = minimum_detectable_effect(variance, df, level)
-    critical, shift = student.ppf(1 - level / 2, df), effect / variance**0.5
-    assert nct.sf(critical, df, shift) + nct.cdf(-critical, df, shift) == pytest.approx(0.8, abs=1e-6)
-    assert minimum_detectable_effect(0.0, 9.0, 0.05) is None
+    effect = minimum_detectable_effect(Variance(0.8, 9.0), level=0.01)
+    critical, shift = student.ppf(1 - 0.01 / 2, 9), effect / 0.8**0.5
+    assert nct.sf(critical, 9, shift) + nct.cdf(-critical, 9, shift) == pytest.approx(0.8, abs=1e-6)
+    assert minimum_detectable_effect(Variance(0.0, 9.0), 0.05) is None
 
 
 def test_planned_power_holds_in_simulated_studies():
@@ -188,28 +186,6 @@ def test_the_joint_interval_covers_trainings_and_images():
             covered[name] += interval.low < 2 < interval.high
     assert 0.93 < covered["joint"] / 400 < 0.985
     assert covered["over_trainings"] / 400 < 0.85
-
-
-def test_correlation_of_pairs():
-    assert correlation_of_pairs({0: 1.0, 1: 2.0, 2: 3.0}, {0: 2.0, 1: 4.0, 2: 6.0, 3: 9.0}) == pytest.approx(1)
-    assert correlation_of_pairs({0: 1.0, 1: 2.0, 2: 3.0}, {0: 3.0, 1: 2.0, 2: 1.0}) == pytest.approx(-1)
-    assert correlation_of_pairs({0: 1.0, 1: 2.0}, {0: 3.0, 1: 2.0}) is None
-
-
-def test_slope_within_rows_ignores_how_far_the_rows_are_apart():
-    """Within a: 2 points per point over x = −1, 0, 1; within b: 0 over x = −1, 1. Pooled: (2 + 2 + 0) / (2 + 2) = 1."""
-
-    def two(box, mask):
-        stage = run(box).result.stages["decoder.1"]
-        return EvaluatedRun(LayerwiseAP({"decoder.1": StageAP(stage.box, run(mask).result.last.box)}, 1, ""))
-
-    measured = {
-        "a": {seed: two(9 + seed, 29 + 2 * seed) for seed in range(3)},
-        "b": {seed: two(59 + 2 * seed, 10) for seed in range(2)},
-    }
-    mask = Quantity.parse("last.mask")
-    assert slope_within_variants(measured, mask, BOX) == pytest.approx((2 * 2 + 0) / (2 + 2))
-    assert slope_within_variants({"b": {0: two(1, 2), 1: two(1, 3)}}, mask, BOX) is None
 
 
 def test_a_value_is_read_where_the_ap_is_reached_first():

@@ -151,9 +151,10 @@ def test_published_differences_of_comparisons():
     study = load_study(ROOT / "configs" / "ablations" / "table_4.yaml")
     report = StudyReport(study, "shapes", {}, study.published(TABLES))
     box = {(row["di"], row["bato"]): row["coco"]["box"] for row in TABLES["table_4_modules"]}
-    by_label = {
-        c.label: report.published_difference("COCO", c) for c in study.registered if str(c.quantity) == "last.box"
-    }
+    by_label = {}
+    for comparison in study.registered:
+        if str(comparison.quantity) == "last.box":
+            by_label[comparison.label] = report.published_differences(comparison)["COCO"]
     assert by_label["De-Imbalance − neither (MaskDINO)"] == pytest.approx(box[True, False] - box[False, False])
     alone, beside = box[True, False] - box[False, False], box[True, True] - box[False, True]
     assert by_label["De-Imbalance, with and without BATO"] == pytest.approx((alone + beside) / 2)

@@ -1,16 +1,14 @@
 """Figures show the numbers they are given."""
 
 import io
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from dimaskdino import config
-from dimaskdino.evaluation.coco_ap import AveragePrecision, AverageRecall
+from dimaskdino.evaluation.coco_ap import AveragePrecision
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
-from dimaskdino.evaluation.upper_bounds import UpperBounds
 from dimaskdino.inspection.diagnostics import Calibration, GradientConflict, MatchedObjects, Survey
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.denoising import Denoising
@@ -234,21 +232,10 @@ def test_variants_of_two_factors_have_a_colour_and_a_line_style():
     assert len(others.collections) == 3
 
 
-def test_an_upper_bound_far_above_the_curves_is_written_not_drawn():
-    def drawn(limit):
-        recall = AverageRecall(limit, None, None, None, {})
-        result = replace(RESULT, upper_bounds=UpperBounds(recall, {"mask2box": recall, "bitmask": recall}, {}))
-        mask = plot_study_layers({"A": [result]}, "title").axes[1]
-        return [text.get_text() for text in mask.texts], [list(line.get_ydata()) for line in mask.lines[1:]]
-
-    assert drawn(40.0) == (["upper bound, masks 40"], [[40.0, 40.0]])
-    assert drawn(95.0) == (["upper bound, masks 95"], [])
-
-
 def test_differences_show_intervals_and_published():
     def comparison(label, quantity, difference, images=None, joint=None):
         comparison = Comparison(label, ("b",), ("a",), Quantity.parse(quantity))
-        return ComparisonResult(comparison, {"a": 2, "b": 2}, difference, images, joint, joint, 0.1, 0.2, 3.0, True)
+        return ComparisonResult(comparison, {"a": 2, "b": 2}, difference, over_images=images, joint=joint)
 
     found = comparison("b − a", "last.box", 3.0, Interval(1.0, 5.0), Interval(-9.0, 15.0))
     single = comparison("c − a", "last.box", -1.0)
