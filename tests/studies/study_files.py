@@ -1,4 +1,4 @@
-"""A small study file, and synthetic run folders for it."""
+"""A small study file, and synthetic runs for it."""
 
 import json
 from pathlib import Path
@@ -27,14 +27,14 @@ def write_study(folder, **changes):
             {"name": "b", "label": "B", "settings": {"tiny": ["model.bato.enabled=false"]}},
         ],
         "comparisons": [{"plus": ["b"], "minus": ["a"]}],
-    } | changes
-    (folder / "study.yaml").write_text(yaml.safe_dump(content))
+    }
+    (folder / "study.yaml").write_text(yaml.safe_dump(content | changes))
     return folder / "study.yaml"
 
 
-def stage_ap(box, mask):
-    values = dict.fromkeys(AveragePrecision.__dataclass_fields__)
-    return StageAP(AveragePrecision(**values | {"AP": box}), AveragePrecision(**values | {"AP": mask}))
+def stage_ap(box, mask=None):
+    fields = dict.fromkeys(AveragePrecision.__dataclass_fields__)
+    return StageAP(AveragePrecision(**fields | {"AP": box}), AveragePrecision(**fields | {"AP": mask}))
 
 
 def write_run(folder, variant, seed, first, last, samples=None):
@@ -48,14 +48,14 @@ def write_run(folder, variant, seed, first, last, samples=None):
     return run
 
 
-def write_training(run, study_file, variant, seed, validations=(), changes=()):
-    """The training of a run: its configuration, versions and (step, box, mask, first layer's box) of validations."""
+def write_training(run, study_file, variant, seed, *changes):
+    """The training of a run: its configuration, its versions and two validations, which score the first layer too."""
     study = load_study(study_file)
     overrides = [*study.overrides(study.variant(variant), "tiny", seed), *changes]
     (run / "config.yaml").write_text(dump_config(load_config(study.scales["tiny"], overrides)))
     (run / "versions.json").write_text(json.dumps({"python": "3.11.7", "command": ["/home/somebody/study"]}))
-    lines = [json.dumps({"step": 1, "loss": 2.0, "seconds_per_step": 0.5})]
-    for step, box, mask, first in validations:
-        scores = {"box_AP": box, "mask_AP": mask, "images": 4, "stages": {"decoder.1": {"box": first, "mask": 1.0}}}
-        lines.append(json.dumps({"step": step, "validation": scores}))
-    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    records = [{"step": 1, "loss": 2.0, "seconds_per_step": 0.5}]
+    for step, box, mask in ((10, 1.0, 2.0), (20, None, None)):
+        stages = {"decoder.1": {"box": step / 20, "mask": 1.0}}
+        records.append({"step": step, "validation": {"box_AP": box, "mask_AP": mask, "images": 4, "stages": stages}})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

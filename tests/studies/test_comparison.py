@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy.stats import nct, ttest_ind, ttest_rel
 from scipy.stats import t as student
+from study_files import stage_ap
 
 from dimaskdino.evaluation.bootstrap import BootstrapAP
-from dimaskdino.evaluation.coco_ap import AveragePrecision
-from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.studies.comparison import (
     Comparison,
     Quantity,
@@ -27,18 +27,18 @@ B_MINUS_A = Comparison("B − A", ("b",), ("a",), BOX)
 
 def run(ap, draws=None, images=200):
     """A run with this box AP at its only stage, and its bootstrap samples."""
-    values = dict.fromkeys(AveragePrecision.__dataclass_fields__) | {"AP": ap}
-    result = LayerwiseAP({"decoder.1": StageAP(AveragePrecision(**values), None)}, images, "synthetic")
+    result = LayerwiseAP({"decoder.1": stage_ap(ap)}, images, "synthetic")
     return EvaluatedRun(result, None if draws is None else BootstrapAP("same", {"decoder.1/box": np.array(draws)}))
 
 
-def rows(**values):
+def runs(**values):
+    """Runs with these box APs by name of the variant and seed."""
     return {name: {seed: run(ap) for seed, ap in enumerate(found)} for name, found in values.items()}
 
 
-def test_two_rows_are_a_welch_test():
+def test_two_variants_are_a_welch_test():
     a, b = [30.0, 34.0, 32.0, 33.0], [32.0, 41.0, 36.0]
-    [found] = compare([B_MINUS_A], rows(a=a, b=b), seeds=3)
+    [found] = compare([B_MINUS_A], runs(a=a, b=b), seeds=3)
     expected = ttest_ind(b, a, equal_var=False)
     interval = expected.confidence_interval()
     assert found.difference == pytest.approx(np.mean(b) - np.mean(a))
@@ -50,8 +50,8 @@ def test_two_rows_are_a_welch_test():
 
 
 def test_a_factor_of_a_two_by_two_by_hand():
-    """Rows with variances 1, 4, 9 and 16 and three runs each; weights ±1/2."""
-    measured = rows(neither=[9, 10, 11], one=[18, 20, 22], other=[27, 30, 33], both=[41, 45, 49])
+    """Variances 1, 4, 9 and 16 and three runs each; weights ±1/2."""
+    measured = runs(neither=[9, 10, 11], one=[18, 20, 22], other=[27, 30, 33], both=[41, 45, 49])
     factor = Comparison("one", ("one", "both"), ("neither", "other"), BOX)
     [found] = compare([factor], measured, seeds=3)
     assert found.difference == pytest.approx((20 - 10 + 45 - 30) / 2)
@@ -61,8 +61,8 @@ def test_a_factor_of_a_two_by_two_by_hand():
     assert (found.joint.low, found.joint.high) == pytest.approx((12.5 - half, 12.5 + half))
 
 
-def test_rows_with_a_common_start_are_compared_by_pairs():
-    """Differences of the seeds that both rows have: 1, 2 and 3."""
+def test_variants_with_a_common_start_are_compared_in_pairs():
+    """Differences of the seeds that both variants have: 1, 2 and 3."""
     measured = {
         "a": {seed: run(ap) for seed, ap in {0: 10, 1: 20, 2: 40, 3: 50}.items()},
         "b": {seed: run(ap) for seed, ap in {2: 43, 1: 22, 0: 11}.items()},
@@ -76,15 +76,15 @@ def test_rows_with_a_common_start_are_compared_by_pairs():
 
 
 def test_pairs_stay_pairs_where_a_run_has_no_value():
-    """Seed 1 of row b has no AP: the pairs are seeds 0 and 2, differences 1 and 3."""
-    measured = rows(a=[10, 20, 40], b=[11, None, 43])
+    """Seed 1 of b has no AP: the pairs are seeds 0 and 2, differences 1 and 3."""
+    measured = runs(a=[10, 20, 40], b=[11, None, 43])
     [found] = compare([B_MINUS_A], measured, seeds=2, paired=True)
     assert (found.difference, found.runs) == (2, {"b": 2, "a": 2})
     assert found.p == pytest.approx(ttest_rel([11, 43], [10, 40]).pvalue)
 
 
 def test_pooled_deviation():
-    """Rows with variances 1 and 9. By pairs, (0, 1, 2) and (0, 3, 6) without row and seed leave ±(1, 0, −1)."""
+    """Variances 1 and 9. In pairs, (0, 1, 2) and (0, 3, 6) without effects of variant and seed leave ±(1, 0, −1)."""
     values = {"a": {0: 0.0, 1: 1.0, 2: 2.0}, "b": {0: 0.0, 1: 3.0, 2: 6.0}, "c": {0: 5.0}}
     assert pooled_deviation(values, paired=False) == pytest.approx(((1 + 9) / 2) ** 0.5)
     assert pooled_deviation(values, paired=True) == pytest.approx((4 / 2) ** 0.5)
@@ -106,7 +106,7 @@ def test_images_widen_the_joint_interval_by_their_variance():
     [found] = compare([B_MINUS_A], measured, seeds=2)
     trainings = 2 / 2 + 2 / 2
     variance, df = trainings + 6, (trainings + 6) ** 2 / (1**2 / 1 + 1**2 / 1 + 6**2 / 6)
-    # (the two rows' variances of 1 have one degree of freedom each)
+    # (the two variants' variances of 1 have one degree of freedom each)
     half = student.ppf(0.975, df) * variance**0.5
     assert (found.joint.low, found.joint.high) == pytest.approx((4 - half, 4 + half))
     assert found.over_trainings.high - 4 == pytest.approx(student.ppf(0.975, 2) * trainings**0.5)
@@ -114,7 +114,7 @@ def test_images_widen_the_joint_interval_by_their_variance():
 
 
 def test_p_values_are_adjusted_by_holm():
-    measured = rows(a=[10, 11, 12], b=[20, 21, 22], c=[12, 13, 14], d=[11, 12, 13])
+    measured = runs(a=[10, 11, 12], b=[20, 21, 22], c=[12, 13, 14], d=[11, 12, 13])
     comparisons = [Comparison(name, (name,), ("a",), BOX) for name in "bcd"]
     found = {c.comparison.label: c for c in compare(comparisons, measured, seeds=3)}
     p = [found[name].p for name in "bcd"]
@@ -138,15 +138,15 @@ def test_p_values_are_adjusted_by_holm():
     ],
 )
 def test_the_rule_of_verdicts(values, seeds, published, expected):
-    [found] = compare([B_MINUS_A], rows(**values), seeds)
+    [found] = compare([B_MINUS_A], runs(**values), seeds)
     assert found.verdict(published) == expected
 
 
 def test_single_runs_have_a_difference_and_nothing_more():
-    [found] = compare([B_MINUS_A], rows(a=[10, 11, 12], b=[20]), seeds=3)
+    [found] = compare([B_MINUS_A], runs(a=[10, 11, 12], b=[20]), seeds=3)
     assert found.difference == 9
     assert (found.over_trainings, found.joint, found.p, found.adjusted_p, found.mde) == (None,) * 5
-    assert compare([B_MINUS_A], rows(a=[10]), seeds=1) == []
+    assert compare([B_MINUS_A], runs(a=[10]), seeds=1) == []
 
 
 def test_detectable_difference_is_found_four_times_of_five():
@@ -165,7 +165,7 @@ def test_planned_power_holds_in_simulated_studies():
 
 
 def test_the_joint_interval_covers_trainings_and_images():
-    """Simulated studies: the true difference is 2; runs scatter by 1, this draw of 100 images shifts row b by σ = 1.
+    """Simulated studies: the true difference is 2; runs scatter by 1, this draw of 100 images shifts b by σ = 1.
 
     An interval over trainings alone misses what the images do; the joint one covers as often as it says.
     """
@@ -200,7 +200,7 @@ def test_a_value_is_read_where_the_ap_is_reached_first():
 
 
 def test_imbalance_at_equal_ap_by_hand():
-    """In both rows the imbalance falls by 0.2 points per point of box AP, so it is equal at equal AP."""
+    """In both variants the imbalance falls by 0.2 points per point of box AP, so it is equal at equal AP."""
 
     def trained(*boxes):
         during = tuple({"decoder.1": {"box": ap, "mask": 12 + 0.8 * ap}} for ap in boxes)
@@ -214,8 +214,8 @@ def test_imbalance_at_equal_ap_by_hand():
     assert imbalance == Quantity("first", "imbalance", 25)
     assert str(imbalance) == "first.imbalance@25"
     assert imbalance.label == "imbalance, first layer, at 25 box AP"
-    for rows_of in measured.values():
-        assert imbalance.by_seed(rows_of) == pytest.approx({0: 12 - 0.2 * 25, 1: 12 - 0.2 * 25})
+    for of_variant in measured.values():
+        assert imbalance.by_seed(of_variant) == pytest.approx({0: 12 - 0.2 * 25, 1: 12 - 0.2 * 25})
     [found] = compare([Comparison("B − A", ("b",), ("a",), imbalance)], measured, seeds=2)
     assert found.difference == pytest.approx(0)
     assert found.over_images is None

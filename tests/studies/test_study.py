@@ -24,61 +24,49 @@ FILES = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
 TABLES = paper_tables()
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda p: p.stem)
-def test_every_row_is_a_configuration_and_has_published_numbers(file):
-    study = load_study(file)
-    for scale in study.scales:
-        configs = [study.config(row, scale).model_dump_json() for row in study.variants]
-        assert len(set(configs)) == len(configs)
-    for numbers in study.published(TABLES).values():
-        assert set(numbers) == {row.name for row in study.variants}
-        for values in numbers.values():
-            assert all(10 < ap < 150 for name, ap in values.items() if not name.endswith("imbalance"))
-            assert values["last.imbalance"] == values["last.mask"] - values["last.box"]
-
-
-def test_rows_with_one_name_are_one_variant():
+def test_variants_are_configurations_with_published_numbers():
+    """Within a study they differ; studies share the runs of a name, so a name stands for one configuration."""
     seen = {}
     for study in map(load_study, FILES):
-        for row in study.variants:
-            for scale in study.scales:
-                config = study.config(row, scale)
-                assert seen.setdefault((row.name, scale), config) == config
+        for scale in study.scales:
+            configs = {variant.name: study.config(variant, scale) for variant in study.variants}
+            assert len({config.model_dump_json() for config in configs.values()}) == len(configs)
+            for name, config in configs.items():
+                assert seen.setdefault((name, scale), config) == config
+        for numbers in study.published(TABLES).values():
+            assert set(numbers) == {variant.name for variant in study.variants}
+            for values in numbers.values():
+                assert all(10 < ap < 150 for name, ap in values.items() if not name.endswith("imbalance"))
+                assert values["last.imbalance"] == values["last.mask"] - values["last.box"]
 
 
-def test_published_numbers_are_those_of_the_row():
-    study = load_study(ROOT / "configs" / "ablations" / "table_4.yaml")
-    numbers = study.published(TABLES)
-    for number, row in enumerate(study.variants):
+def test_published_numbers_are_those_of_the_variant():
+    study = load_study(find_study("table_4"))
+    for number, variant in enumerate(study.variants):
         entry = TABLES["table_4_modules"][number]
-        config = study.config(row, "coco").model
+        config = study.config(variant, "coco").model
         assert (len(config.selection.k) > 1, config.bato.enabled) == (entry["di"], entry["bato"])
-        found = numbers["COCO"][row.name]
+        found = study.published(TABLES)["COCO"][variant.name]
         assert (found["last.box"], found["last.mask"]) == (entry["coco"]["box"], entry["coco"]["mask"])
-
-
-def test_published_numbers_of_both_layers():
-    numbers = load_study(ROOT / "configs" / "ablations" / "figure_1.yaml").published(TABLES)["BDD100K"]
-    first, last = (TABLES["figure_1_layer_ap_bdd100k"]["maskdino"][layer] for layer in ("first", "last"))
-    assert (numbers["neither"]["first.box"], numbers["neither"]["last.mask"]) == (first["box"], last["mask"])
-    assert numbers["neither"]["first.imbalance"] == first["mask"] - first["box"]
+    layers = TABLES["figure_1_layer_ap_bdd100k"]["maskdino"]
+    found = load_study(find_study("figure_1")).published(TABLES)["BDD100K"]["neither"]
+    assert (found["first.box"], found["last.mask"]) == (layers["first"]["box"], layers["last"]["mask"])
+    assert found["first.imbalance"] == layers["first"]["mask"] - layers["first"]["box"]
 
 
 def test_study_files_of_version_0_2_are_read(tmp_path):
     study = load_study(write_study(tmp_path))
     text = (tmp_path / "study.yaml").read_text()
-    renamed = text.replace("variants:", "rows:").replace("comparisons:", "contrasts:")
-    (tmp_path / "old.yaml").write_text(renamed)
-    assert "rows:" in renamed
-    assert "contrasts:" in renamed
+    assert text.count("variants:") == text.count("comparisons:") == 1
+    (tmp_path / "old.yaml").write_text(text.replace("variants:", "rows:").replace("comparisons:", "contrasts:"))
     assert load_study(tmp_path / "old.yaml") == study
 
 
 def test_mistakes_are_named(tmp_path, monkeypatch):
-    row = {"name": "a", "label": "A"}
+    only = {"name": "a", "label": "A"}
     for changes, message in (
-        ({"variants": [row, row]}, "names of variants must be unique, got a, a"),
-        ({"variants": [row]}, "unknown variant 'b' in a comparison; the variants are a"),
+        ({"variants": [only, only]}, "names of variants must be unique, got a, a"),
+        ({"variants": [only]}, "unknown variant 'b' in a comparison; the variants are a"),
         ({"comparisons": [{"plus": ["a", "b"], "minus": ["b"]}]}, "b cannot be compared with itself"),
         ({"comparisons": [{"plus": [], "minus": ["b"]}]}, r"comparisons.0.plus"),
         ({"deviation": {"last": 1.0}}, "'last' is no quantity"),
@@ -102,21 +90,16 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
         find_study("table4")
 
 
-def test_rows_start_from_the_training_of_their_seed(tmp_path):
+def test_variants_start_from_the_training_of_their_seed(tmp_path):
     shapes = ROOT / "configs" / "shapes"
     scales = {"tiny": str(shapes / "miniature.yaml"), "whole": str(shapes / "dimaskdino_r18.yaml")}
-    changes = {"scales": scales, "starts": {"tiny": str(shapes / "miniature_start.yaml")}, "seeds": [0, 1]}
-    rows = [{"name": "a", "label": "A"}, {"name": "b", "label": "B", "settings": {"tiny": ["model.bato.after=[2]"]}}]
-    study = load_study(write_study(tmp_path, variants=rows, **changes))
-    plan = plan_study(study, "tiny", [], tmp_path)
-    assert [run.title for run in plan.runs] == [
-        *("start, seed 0", "start, seed 1"),  # first, so that nothing has to wait for one
-        *("A, seed 0", "B, seed 0", "A, seed 1", "B, seed 1"),
-    ]
-    assert [run.config.train.weights for run in plan.runs[2:]] == [
-        tmp_path / "runs" / f"start_{seed}" for seed in (0, 0, 1, 1)
-    ]
-    assert [run.config.train.seed for run in plan.runs] == [0, 1, 0, 0, 1, 1]
+    starts = {"tiny": str(shapes / "miniature_start.yaml")}
+    study = load_study(write_study(tmp_path, scales=scales, starts=starts, seeds=[0, 1]))
+    start, *others = plan_study(study, "tiny", [1], tmp_path).runs
+    assert [run.title for run in (start, *others)] == ["start, seed 1", "A, seed 1", "B, seed 1"]
+    assert [run.config.train.weights for run in others] == [tmp_path / "runs" / "start_1"] * 2
+    assert [run.config.train.seed for run in (start, *others)] == [1, 1, 1]
+    assert [run.is_start for run in plan_study(study, "tiny", [], tmp_path).runs] == [True] * 2 + [False] * 4
     assert len(plan_study(study, "whole", [], tmp_path).runs) == 4
     with pytest.raises(UserError, match="cannot be called start"):
         load_study(write_study(tmp_path, variants=[{"name": "start", "label": "A"}], comparisons=[]))
@@ -127,7 +110,7 @@ def test_a_report_of_means_and_differences(tmp_path):
     for seed, a, b in ((0, 30.0, 32.0), (1, 34.0, 37.0), (2, 32.0, 36.0)):
         write_run(tmp_path, "a", seed, (10.0, 13.0), (a, 40.0), {"decoder.2/box": [a - 1, a, a + 1]})
         write_run(tmp_path, "b", seed, (10.0, 11.0 + seed), (b, 40.0), {"decoder.2/box": [b + 1, b, b + 1]})
-    write_run(tmp_path, "a_wide", 0, (0.0, 0.0), (0.0, 0.0))  # another row's
+    write_run(tmp_path, "a_wide", 0, (0.0, 0.0), (0.0, 0.0))  # of another variant
     report = StudyReport.of(study, "tiny", tmp_path)
     box, imbalance = study.quantities
     assert report.values("a", box) == {0: 30, 1: 34, 2: 32}
@@ -148,7 +131,7 @@ def test_a_report_of_means_and_differences(tmp_path):
 
 
 def test_published_differences_of_comparisons():
-    study = load_study(ROOT / "configs" / "ablations" / "table_4.yaml")
+    study = load_study(find_study("table_4"))
     report = StudyReport(study, "shapes", {}, study.published(TABLES))
     box = {(row["di"], row["bato"]): row["coco"]["box"] for row in TABLES["table_4_modules"]}
     by_label = {}
@@ -162,8 +145,8 @@ def test_published_differences_of_comparisons():
 
 def test_comparisons_on_other_images_are_refused(tmp_path):
     study = load_study(write_study(tmp_path))
-    for row in "ab":
-        write_run(tmp_path, row, 0, (1.0, 1.0), (1.0, 1.0), {"decoder.2/box": [1, 2]})
+    for variant in "ab":
+        write_run(tmp_path, variant, 0, (1.0, 1.0), (1.0, 1.0), {"decoder.2/box": [1, 2]})
     file = tmp_path / "runs" / "a_0" / "evaluation" / "bootstrap.npz"
     BootstrapAP("others", BootstrapAP.load(file).samples).save(file)
     with pytest.raises(UserError, match="different images"):
@@ -171,7 +154,7 @@ def test_comparisons_on_other_images_are_refused(tmp_path):
 
 
 def test_the_plan_says_what_it_can_find(tmp_path):
-    """Two rows of n runs and a deviation σ: standard error σ·√(2/n), at most 2(n − 1) degrees of freedom."""
+    """Two variants of n runs and a deviation σ: standard error σ·√(2/n), at most 2(n − 1) degrees of freedom."""
     study = load_study(write_study(tmp_path, deviation={"last.box": 1.5}))
     title, box, found, imbalance = describe_power(study, "tiny", 8, tmp_path)
     assert title == "minimum detectable effects of 2 comparisons with 8 seeds, at 80 % power:"
@@ -181,13 +164,12 @@ def test_the_plan_says_what_it_can_find(tmp_path):
     # one decimal is printed, and the plan knows that the degrees of freedom are estimated
     assert 0.78 < nct.sf(critical, 14, effect / error) < 0.86
     assert imbalance.endswith("known after two seeds, or with `deviation` in the study file")
-    assert list(describe_power(study, "tiny", 1, tmp_path)) == [
-        "one seed leaves every comparison inconclusive; use at least three"
-    ]
-    for seed, imbalance_of_a in enumerate((1.0, 3.0)):  # variance 2 in row a, 0 in row b: deviation 1 when pooled
+    [line] = describe_power(study, "tiny", 1, tmp_path)
+    assert line == "one seed leaves every comparison inconclusive; use at least three"
+    for seed, imbalance_of_a in enumerate((1.0, 3.0)):  # variances 2 in a and 0 in b: deviation 1 when pooled
         write_run(tmp_path, "a", seed, (10.0, 10.0 + imbalance_of_a), (30.0, 30.0))
         write_run(tmp_path, "b", seed, (10.0, 11.0), (30.0, 30.0))
-    lines = list(describe_power(study, "tiny", 8, tmp_path))
+    lines = describe_power(study, "tiny", 8, tmp_path)
     assert lines[1] == box  # the file's, although the runs have one, too
     assert lines[3].endswith("for a standard deviation of 1.0 points over trainings:")
 
@@ -215,7 +197,7 @@ def test_runs_that_go_at_once_share_the_gpus_and_cores(monkeypatch, given, devic
 
 @pytest.mark.slow
 def test_a_study_runs_and_goes_on_whatever_fails(shapes_data, tmp_path):
-    """Two runs at a time, of which one cannot start; then the same again with that mended, and another seed."""
+    """Two runs at a time, of which one cannot start; then the same again with that repaired, and another seed."""
     study, changes = load_study(write_study(tmp_path)), overrides(shapes_data)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "b_0").touch()  # where a folder should be
@@ -262,13 +244,12 @@ def test_the_command_writes_a_report_and_interrupting_it_loses_nothing(shapes_da
     assert stopped["state"] == "stopped"
     reached = max(json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines())
     assert 0 < reached < 150
-    again = subprocess.run([*command, "--scale", "tiny"], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    again = subprocess.run([*command, "--scale", "tiny", "--archive"], cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "1 runs, 0 done, 1 to do" in again.stdout
     assert f"{150 - reached} of 150 steps left" in again.stdout
     assert "| A" in again.stdout
     report = tmp_path / "out" / "study"
-    assert {"study.ipynb", "table.md", "table.json", "rows.png", "layers.png"} <= {
-        file.name for file in report.iterdir()
-    }
+    for name in ("study.ipynb", "table.md", "table.json", "rows.png", "layers.png", "../runs.jsonl"):
+        assert (report / name).exists()
     assert json.loads((report / "status.json").read_text())["state"] == "finished"
