@@ -63,6 +63,7 @@ test-all: .venv/.dev
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 lab: .venv/.installed
 	$(BIN)/jupyter lab notebooks

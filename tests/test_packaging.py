@@ -118,7 +118,8 @@ def test_the_wheel_has_the_operators_sources_and_the_data(wheel):
     assert {"ms_deform_attn/csrc/cpu.cpp", "ms_deform_attn/csrc/cuda.cu", "ms_deform_attn/functional.py"} <= names
     configs = {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
     assert {f"dimaskdino/_data/configs/{name}" for name in configs} <= names
-    assert "dimaskdino/studies/paper_tables.json" in names
+    assert {"dimaskdino/py.typed", "dimaskdino/studies/paper_tables.json"} <= names
+    assert not any(name.startswith(("tools/", "tests/", "docs/")) for name in names)
 
 
 def test_an_empty_environment_with_the_wheel_alone_predicts(wheel, tmp_path):
