@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent))
 from small import FILE, overrides
 
 from dimaskdino.runs.folder import RunFolder
@@ -25,10 +24,6 @@ LONG = ("schedule.steps=5000", "schedule.drops=[4999]", "train.checkpoint_every=
 RUN_60 = ("schedule.steps=60", "train.checkpoint_every=2")
 
 
-class NotPossible(Exception):
-    """This machine cannot have the fault, for example because mounting a disk needs rights."""
-
-
 def process(folder: Path, data: Path, *changes: str, processes: int = 1, restarts: int = 0) -> subprocess.Popen:
     """A training in a process of its own, or in several under torchrun, as `TrainingProcess` starts it."""
     arguments = [str(FILE), str(folder), *overrides(data, *changes)]
@@ -36,10 +31,10 @@ def process(folder: Path, data: Path, *changes: str, processes: int = 1, restart
     if restarts:
         command.insert(command.index("--nnodes=1"), f"--max-restarts={restarts}")
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads() if processes == 1 else 1)
-    return started(command, **environment)
+    return _start(command, environment)
 
 
-def started(command: list[str], **environment: str) -> subprocess.Popen:
+def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment
     )
@@ -47,7 +42,7 @@ def started(command: list[str], **environment: str) -> subprocess.Popen:
 
 def kit(*arguments: object) -> subprocess.Popen:
     """A command of the kit in a process of its own."""
-    return started([sys.executable, "-m", "dimaskdino", *map(str, arguments)], MPLBACKEND="agg")
+    return _start([sys.executable, "-m", "dimaskdino", *map(str, arguments)], {"MPLBACKEND": "agg"})
 
 
 def finish(running: subprocess.Popen) -> str:
@@ -117,6 +112,12 @@ class Scene:
     def start(self, *changes: str, processes: int = 1, restarts: int = 0) -> subprocess.Popen:
         return process(self.run.path, self.data, *changes, processes=processes, restarts=restarts)
 
+    def running(self, step: int, *changes: str, processes: int = 1, restarts: int = 0) -> subprocess.Popen:
+        """A training that has reached a step."""
+        trainer = self.start(*changes, processes=processes, restarts=restarts)
+        wait_for_step(self.run, step)
+        return trainer
+
     def undisturbed(self, *changes: str, processes: int = 1) -> Path:
         """The model that the same training ends with when nothing happens to it; scenes share it."""
         settings = hashlib.sha256(repr((changes, processes)).encode()).hexdigest()[:12]
@@ -139,7 +140,7 @@ class Scene:
         path.mkdir()
         options = ["-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(path)]
         if shutil.which("mount") is None or subprocess.run(["mount", *options], capture_output=True).returncode:
-            raise NotPossible("mounting a disk needs rights that this process does not have")
+            pytest.skip("mounting a disk needs rights that this process does not have")
         try:
             yield Disk(path)
         finally:

@@ -1,0 +1,86 @@
+"""Each bad input is given to the command line: one clear line, no traceback, nothing lost, no code run."""
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from small import FILE, overrides
+
+from dimaskdino import cli
+from dimaskdino.training.launch import main as train
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an input is made.
+
+    Attributes:
+        folder: an empty folder, and the current one.
+        data: the small shapes data; not to be changed.
+        run: a finished run; not to be changed.
+    """
+
+    folder: Path
+    data: Path
+    run: Path
+
+    @property
+    def model(self) -> Path:
+        return self.run / "checkpoints" / "model.safetensors"
+
+    @property
+    def photo(self) -> Path:
+        return next((self.data / "images" / "val").iterdir())
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def kept(self) -> dict[Path, tuple[int, int]]:
+        """The files that no command may change, with their times and sizes."""
+        files = {}
+        for path in [*self.run.rglob("*"), *self.data.rglob("*")]:
+            if path.is_file() and path.name not in ("lock", "status.json", "train.log"):
+                files[path] = (path.stat().st_mtime_ns, path.stat().st_size)
+        return files
+
+
+@pytest.fixture(scope="session")
+def finished_run(shapes_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("run") / "finished"
+    assert train(str(FILE), str(run), overrides(shapes_data)) == 0
+    return run
+
+
+@pytest.fixture
+def place(shapes_data, finished_run, tmp_path, monkeypatch) -> Place:
+    monkeypatch.chdir(tmp_path)
+    return Place(tmp_path, shapes_data, finished_run)
+
+
+@pytest.fixture
+def refused(place, capfd, monkeypatch) -> Callable[..., list[str]]:
+    """Give arguments to the command line, which must answer in lines of this pattern, and return these lines."""
+
+    def check(says: str, *arguments: object) -> list[str]:
+        kept = place.kept()
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["dimaskdino", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        output = "".join(capfd.readouterr())
+        said = [line for line in output.splitlines() if re.search(says, line)]
+        assert said, output
+        assert ended.value.code == 1, output
+        assert "Traceback" not in output
+        assert len(said[0]) < 1000
+        assert not (place.folder / "pwned").exists()
+        assert place.kept() == kept
+        return said
+
+    return check
