@@ -245,14 +245,6 @@ def claims() -> str:
     return markdown_table(["claim", "paper", "first study, exploratory", "second study", "verdict"], rows)
 
 
-def robustness() -> str:
-    """How many faults and bad inputs are tested."""
-    outcomes, inputs = measured("faults")["faults"].values(), measured("bad_inputs")
-    kinds = ", ".join(f"{count} {kind}" for kind, count in inputs.items())
-    survived = sum(outcome == "survived" for outcome in outcomes)
-    return f"{survived} of {len(outcomes)} faults are survived. {sum(inputs.values())} bad inputs are refused: {kinds}."
-
-
 def _by_stage(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """A table of box AP and imbalance at the decoder's input, first and last layer."""
     head, lines = ["boxes that enter the decoder"], []
@@ -289,8 +281,8 @@ def formula_in_training() -> str:
 
 
 BLOCKS = (
-    *(table, headlines, models, diagnostics, photographs, claims, robustness),
-    *(formula_at_test_time, formula_in_training),
+    *(table, headlines, models, diagnostics, photographs),
+    *(claims, formula_at_test_time, formula_in_training),
 )
 _BLOCK = re.compile(r"(<!-- records: (.+?) -->\n)((?:(?!<!--).*\n)*)(<!-- end -->)")
 
