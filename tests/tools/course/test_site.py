@@ -44,7 +44,7 @@ def test_a_chapter_becomes_a_page(tmp_path):
     course = (index.parent / "course.html").read_text()
     assert 'href="07_ablations.html"' in course
     assert page.read_text().count("<img") >= 2
-    assert page.read_text().count('alt="Figure: What each module brings') == 1
+    assert page.read_text().count('alt="Figure: Effect of each module') == 1
     # with formulas, and without a network
     formulas = index.parent / "04_de_imbalance.html"
     assert "<msub><mi>T</mi>" in formulas.read_text()
