@@ -8,8 +8,8 @@ from typing import Any
 from dimaskdino.checkpoints import load_checkpoint, save_model
 from dimaskdino.config import dump_config
 from dimaskdino.runs.folder import RunFolder
-from dimaskdino.utils.errors import UserError, writing
-from dimaskdino.utils.files import read_json_object, write_text
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.files import new_folder, read_json_object, write_text
 
 DIGITS = 5  # of the numbers in the metrics, the largest part of the copy besides the weights
 
@@ -29,26 +29,17 @@ def copy_for_sharing(run: RunFolder, target: RunFolder) -> None:
     """
     if run.status()["state"] != "finished":
         raise UserError(f"{run.path} is not a finished run ({run.status().get('reason', 'still running')})")
-    if target.path.exists():
-        raise UserError(f"{target.path} exists already; choose another folder or delete it")
     trained = load_checkpoint(run.path)
-    # the target appears when it is complete, so that the command can be repeated after a failure
-    made = RunFolder(target.path.with_name(f"{target.path.name}.partial"))
-    shutil.rmtree(made.path, ignore_errors=True)
-    try:
-        with writing(target.path):
-            save_model(made.model, trained.detector, trained.config, trained.classes, trained.step, half=True)
-            shutil.copyfile(run.path / "status.json", made.path / "status.json")
-            write_text(made.path / "config.yaml", dump_config(trained.config))
-            records = [json.dumps(_rounded(record)) + "\n" for record in run.read_metrics()]
-            write_text(made.path / "metrics.jsonl", "".join(records))
-            versions = read_json_object(run.path / "versions.json")
-            command = [str(word) for word in versions.get("command", ())]
-            versions["command"] = [Path(word).name if Path(word).is_absolute() else word for word in command]
-            write_text(made.path / "versions.json", json.dumps(versions, indent=1))
-            made.path.rename(target.path)
-    finally:
-        shutil.rmtree(made.path, ignore_errors=True)
+    versions = read_json_object(run.path / "versions.json")
+    command = [str(word) for word in versions.get("command", ())]
+    versions["command"] = [Path(word).name if Path(word).is_absolute() else word for word in command]
+    records = [json.dumps(_rounded(record)) + "\n" for record in run.read_metrics()]
+    with new_folder(target.path) as path:
+        save_model(RunFolder(path).model, trained.detector, trained.config, trained.classes, trained.step, half=True)
+        shutil.copyfile(run.path / "status.json", path / "status.json")
+        write_text(path / "config.yaml", dump_config(trained.config))
+        write_text(path / "metrics.jsonl", "".join(records))
+        write_text(path / "versions.json", json.dumps(versions, indent=1))
 
 
 def _rounded(value: Any) -> Any:
