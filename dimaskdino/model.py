@@ -23,7 +23,6 @@ from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.evaluation.predict import predict_images
 from dimaskdino.inspection.look import Look, look_at
 from dimaskdino.interop import hub
-from dimaskdino.interop.fiftyone import to_fiftyone
 from dimaskdino.interop.supervision import to_supervision
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.precision import Precision, fast_precision
@@ -154,14 +153,6 @@ class Result:
             UserError: supervision is not installed.
         """
         return to_supervision(self.instances, self.classes)
-
-    def to_fiftyone(self) -> Any:
-        """Convert to `fiftyone.Detections`, with relative boxes and masks cropped to them.
-
-        Raises:
-            UserError: fiftyone is not installed.
-        """
-        return to_fiftyone(self.instances, self.classes, (self.image.shape[-2], self.image.shape[-1]))
 
 
 class Model(TrainedModel):

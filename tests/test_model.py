@@ -1,7 +1,7 @@
 """The public interface: load every format, predict on every kind of image, results that convert."""
 
 import json
-import math
+import sys
 import warnings
 from pathlib import Path
 
@@ -192,30 +192,10 @@ def test_supervision(model, pixels):
     assert list(detections["class_name"]) == result.class_names
 
 
-@pytest.mark.filterwarnings("ignore")  # of FiftyOne's own dependencies
-def test_fiftyone(model, pixels):
-    pytest.importorskip("fiftyone", reason="pip install fiftyone")
-    result = model.predict(pixels, threshold=0)
-    detections = result.to_fiftyone().detections
-    assert [d.label for d in detections] == result.class_names
-    torch.testing.assert_close(torch.tensor([d.confidence for d in detections]), result.scores)
-    height, width = pixels.shape[:2]
-    for detection, (x0, y0, x1, y1), mask in zip(detections, result.boxes.tolist(), result.masks, strict=True):
-        left, top, w, h = detection.bounding_box
-        assert (left * width, top * height) == pytest.approx((x0, y0), abs=1e-3)
-        assert ((left + w) * width, (top + h) * height) == pytest.approx((x1, y1), abs=1e-3)
-        # every pixel that the box touches, at least one
-        first_row, first_column = min(math.floor(y0), height - 1), min(math.floor(x0), width - 1)
-        rows = slice(first_row, max(math.ceil(y1), first_row + 1))
-        columns = slice(first_column, max(math.ceil(x1), first_column + 1))
-        np.testing.assert_array_equal(detection.mask, mask[rows, columns].numpy())
-
-
-@pytest.mark.parametrize("name", ["supervision", "fiftyone"])
-def test_without_the_package_the_extra_is_named(name, model, pixels, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, name, None)
-    with pytest.raises(UserError, match=rf"dimaskdino\[{name}\]"):
-        getattr(model.predict(pixels), f"to_{name}")()
+def test_without_the_package_the_extra_is_named(model, pixels, monkeypatch):
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(UserError, match=r"dimaskdino\[supervision\]"):
+        model.predict(pixels).to_supervision()
 
 
 def test_inspect_has_every_stage_and_the_papers_intermediates(model, shapes_data):

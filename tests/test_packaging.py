@@ -16,7 +16,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 CONDA_ONLY = {"python", "pip", "cxx-compiler"}
 CONDA_NAMES = {"torch": "pytorch"}
-NOT_IN_CONDA = {"fiftyone", "transformers"}  # a database server; benchmarks alone
+NOT_IN_CONDA = {"transformers"}  # benchmarks alone
 
 
 def requirement(text: str) -> tuple[str, str]:
