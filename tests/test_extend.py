@@ -15,15 +15,19 @@ from small import overrides, settings
 from dimaskdino import UserError, load
 from dimaskdino.config import parse_config
 from dimaskdino.data.dataloader import training_dataset
+from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.modeling import Detector, Stage, Targets
 from dimaskdino.modeling.bato import BATO
 from dimaskdino.modeling.de_imbalance import DeImbalance
 from dimaskdino.runs.folder import RunFolder
+from dimaskdino.studies.comparison import Quantity
+from dimaskdino.studies.runs import EvaluatedRun
 from dimaskdino.training.matcher import matching_costs
 from dimaskdino.training.trainer import train
 from dimaskdino.utils import plugins
 
-PAGE = (Path(__file__).parent.parent / "docs" / "extend.md").read_text()
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "extend.md").read_text()
 EXAMPLES = dict(re.findall(r"```python\n# my_project/(\w+)\.py\n(.*?)```", PAGE, re.DOTALL))
 COMMANDS = re.findall(r"^dimaskdino .*", PAGE, re.MULTILINE)
 ALL = (
@@ -116,6 +120,15 @@ def test_a_cost_is_added_with_its_weight(allowed):
         costs.append(cost)
     distance = (stage.boxes[0, :, None, :2] - boxes[0, None, :, :2]).norm(dim=-1)
     torch.testing.assert_close(costs[1] - costs[0], 3 * distance[None])
+
+
+def test_a_study_compares_a_quantity_of_the_users(allowed):
+    layers = ROOT / "notebooks" / "models" / "dimaskdino" / "evaluation" / "layers.json"
+    run = EvaluatedRun(LayerwiseAP.load(layers), None)
+    quantity = Quantity.parse("my_project.quantities:small_objects")
+    assert quantity.in_run(run) == run.result.last.box.APs
+    assert quantity.label == "small objects"
+    assert str(quantity) == "my_project.quantities:small_objects"
 
 
 def test_modules_are_arguments():

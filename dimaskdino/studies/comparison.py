@@ -24,10 +24,12 @@ from jaxtyping import Float
 from scipy.special import nctdtrinc
 from scipy.stats import t as student
 
+from dimaskdino.config.sections import TYPE
 from dimaskdino.evaluation.bootstrap import CONFIDENCE
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.modeling.stages import FIRST_LAYER
 from dimaskdino.studies.runs import EvaluatedRun
+from dimaskdino.utils import plugins
 from dimaskdino.utils.errors import UserError
 
 ENOUGH_SEEDS = 3
@@ -51,21 +53,24 @@ class Quantity:
     """
 
     stage: str
-    metric: Literal["box", "mask", "imbalance"]
+    metric: Literal["box", "mask", "imbalance", "own"]
     at: float | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Quantity":
-        """Parse text such as `last.box`, `decoder.0.mask` or `first.imbalance@25`.
+        """Parse text such as `last.box`, `decoder.0.mask`, `first.imbalance@25` or `my_project.quantities:small`.
 
         Raises:
             ValueError: the text is something else.
         """
+        if re.fullmatch(TYPE, text):
+            return OwnQuantity(text, "own")
         match = re.fullmatch(r"(.+)\.(box|mask|imbalance)(?:@(\d+(?:\.\d+)?))?", text)
         if match is None:
             raise ValueError(
                 f"'{text}' is no quantity; expected STAGE.box, STAGE.mask or STAGE.imbalance, such as last.box, or "
-                "with a box AP of the stage at which it is read, such as first.imbalance@25"
+                "with a box AP of the stage at which it is read, such as first.imbalance@25; or MODULE:NAME of a "
+                "function of your own"
             )
         return cls(match[1], match[2], None if match[3] is None else float(match[3]))
 
@@ -130,6 +135,23 @@ class Quantity:
         if self.metric == "imbalance":
             return None if box is None or mask is None else mask - box
         return box if self.metric == "box" else mask
+
+
+class OwnQuantity(Quantity):
+    """A function of the user's from the AP of all stages to a number (docs/extend.md); `stage` is its MODULE:NAME."""
+
+    def __str__(self) -> str:
+        return self.stage
+
+    @property
+    def label(self) -> str:
+        return self.stage.partition(":")[2].replace("_", " ")
+
+    def in_run(self, run: EvaluatedRun) -> float | None:
+        return plugins.resolve(self.stage, "report")(run.result)
+
+    def resampled(self, run: EvaluatedRun) -> None:
+        """No bootstrap samples exist of it, so that its interval is over trainings alone."""
 
 
 def first_at(points: Sequence[tuple[float, float]], x: float) -> float | None:
