@@ -21,12 +21,11 @@ _EXPLANATION = (
     "finds with 80 % power. A published difference is *supported* (same sign) or *contradicted* (opposite sign) if "
     "p < 0.05 and all registered seeds, at least three, were run; otherwise the comparison is *inconclusive*."
 )
-PAPER = Path(__file__).parent / "paper_tables.json"
 
 
 def paper_tables() -> dict[str, Any]:
     """The numbers of the paper's tables and of its figure 1."""
-    return json.loads(PAPER.read_text())
+    return json.loads((Path(__file__).parent / "paper_tables.json").read_text())
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ class StudyReport:
         for result in self.results:
             row = [escape(result.comparison.label), result.comparison.quantity.label, f"{result.difference:+.1f}"]
             row += [_interval(result.joint), _interval(result.over_images)]
-            row.append("–" if result.adjusted_p is None else show_p(result.adjusted_p))
+            row.append(_p_value(result.adjusted_p))
             row.append("–" if result.mde is None else f"±{result.mde:.1f}")
             row.append(" / ".join(map(str, result.runs.values())))
             published = self.published_differences(result.comparison)
@@ -161,8 +160,9 @@ def _interval(interval: Interval | None) -> str:
     return "–" if interval is None else f"{interval.low:+.1f} to {interval.high:+.1f}"
 
 
-def show_p(p: float) -> str:
-    """A p-value with two digits, or that it is below 0.001."""
+def _p_value(p: float | None) -> str:
+    if p is None:
+        return "–"
     return "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 

@@ -1,13 +1,12 @@
 """Study files: variants of one model configuration, each trained with several seeds."""
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 
-from dimaskdino.config import Config, Section, explain, load_config, parse_yaml
+from dimaskdino.config import Config, Section, explain, load_config, read_tree
 from dimaskdino.studies.comparison import Comparison, Quantity
 from dimaskdino.studies.runs import EvaluatedRun, load_runs
 from dimaskdino.utils.errors import UserError
@@ -81,17 +80,22 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _check_references(self) -> "Study":
-        names = [variant.name for variant in self.variants]
         for comparison in self.comparisons:
             for name in (*comparison.plus, *comparison.minus):
-                if name not in names:
-                    raise ValueError(f"unknown variant '{name}' in a comparison; the variants are {', '.join(names)}")
+                if name not in self.names:
+                    known = ", ".join(self.names)
+                    raise ValueError(f"unknown variant '{name}' in a comparison; the variants are {known}")
                 if name in comparison.plus and name in comparison.minus:
                     raise ValueError(f"{name} cannot be compared with itself")
         missing = [variant.name for variant in self.variants if variant.published is None]
         if self.columns and missing:
             raise ValueError(f"the study has published columns; set `published` for {', '.join(missing)}")
         return self
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the variants."""
+        return [variant.name for variant in self.variants]
 
     @property
     def quantities(self) -> tuple[Quantity, ...]:
@@ -150,7 +154,7 @@ class Study(Section):
         Raises:
             UserError: a run is damaged.
         """
-        return load_runs(folder, [variant.name for variant in self.variants])
+        return load_runs(folder, self.names)
 
 
 def _published_values(tables: Mapping[str, Any], path: list[str]) -> dict[str, float]:
@@ -190,9 +194,7 @@ def find_study(name: str) -> Path:
     known = sorted(file.stem for file in folder.glob("*.yaml"))
     if name in known:
         return folder / f"{name}.yaml"
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    raise UserError(f"no study '{name}'; {hint}the kit has {', '.join(known)}")
+    raise UserError(f"no study '{name}': give a YAML file, or one of {', '.join(known)}")
 
 
 def load_study(path: Path) -> Study:
@@ -202,13 +204,10 @@ def load_study(path: Path) -> Study:
         UserError: it cannot be read, or is not a study.
     """
     try:
-        study = Study.model_validate(parse_yaml(path.read_text(encoding="utf-8"), str(path)))
-    except OSError as error:
-        raise UserError(f"cannot read the study {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not in UTF-8; save it in that encoding") from None
+        study = Study.model_validate(read_tree(path))
     except ValidationError as error:
         raise UserError(explain(error, f"{path} is not a study", Study)) from None
-    scales = {name: (path.parent / file).resolve() for name, file in study.scales.items()}
-    starts = {name: (path.parent / file).resolve() for name, file in study.starts.items()}
-    return study.model_copy(update={"scales": scales, "starts": starts})
+    files = {}
+    for key in ("scales", "starts"):
+        files[key] = {name: (path.parent / file).resolve() for name, file in getattr(study, key).items()}
+    return study.model_copy(update=files)

@@ -73,7 +73,7 @@ NOTEBOOKS = [
     ("run train {model} config={config}", WHERE_A_FOLDER),
 ]
 STUDIES = [
-    ("study table_33", "no study 'table_33'; did you mean 'table_3'"),
+    ("study table_33", "no study 'table_33': give a YAML file, or one of "),
     ("study table_3 . --scale huge --plan", "no scale 'huge'"),
     ("study table_3 . --parallel 0 --plan", "parallel must be at least 1"),
     ("study table_3 . --seeds -4 --plan", "train.seed: input should be greater than or equal to 0"),

@@ -78,7 +78,7 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
     study = load_study(write_study(tmp_path))
     with pytest.raises(UserError, match="no scale 'huge', only tiny"):
         study.config(study.variants[0], "huge")
-    with pytest.raises(UserError, match="cannot read the study"):
+    with pytest.raises(UserError, match=r"cannot read .*none\.yaml"):
         load_study(tmp_path / "none.yaml")
     with pytest.raises(UserError, match="parallel must be at least 1, got 0"):
         plan_study(study, "tiny", [], tmp_path, parallel=0)
@@ -86,7 +86,7 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
         plan_study(study, "tiny", [], tmp_path, ["modle.heads=3"])
     monkeypatch.chdir(tmp_path)  # a study of the kit is found from anywhere
     assert find_study("table_4") == ROOT / "configs" / "ablations" / "table_4.yaml"
-    with pytest.raises(UserError, match="did you mean 'table_4'"):
+    with pytest.raises(UserError, match=r"no study 'table4': .* table_4, "):
         find_study("table4")
 
 
