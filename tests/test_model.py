@@ -40,7 +40,7 @@ def same(a: dimaskdino.Result, b: dimaskdino.Result) -> bool:
     return torch.equal(a.boxes, b.boxes) and torch.equal(a.scores, b.scores) and torch.equal(a.masks, b.masks)
 
 
-def test_what_is_exported_is_there():
+def test_public_names_exist():
     for name in dimaskdino.__all__:
         assert getattr(dimaskdino, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
@@ -79,7 +79,7 @@ def test_every_kind_of_image_gives_the_same_result(model, pixels, tmp_path):
         ("nowhere.jpg", "does not exist"),
     ],
 )
-def test_what_is_no_image_is_named(model, image, message):
+def test_invalid_images_are_refused(model, image, message):
     with pytest.raises(UserError, match=message):
         model.predict(image)
 
@@ -103,7 +103,7 @@ def test_a_result_does_not_depend_on_its_batch(model, pixels):
     assert model.predict([]) == []
 
 
-def test_results_hold_what_they_say(model, shapes_data):
+def test_attributes_of_a_result(model, shapes_data):
     sample = CocoDataset(shapes_data, "val")[0]
     result = model.predict(sample.image, threshold=0)
     assert result.masks.shape == (60, 64, 64)
@@ -134,7 +134,7 @@ def test_stages(model, pixels):
         model.predict(pixels, stage="decoder.9")
 
 
-def test_coco_records_are_the_masks_and_boxes(model, pixels):
+def test_coco_annotations_are_the_masks_and_boxes(model, pixels):
     result = model.predict(pixels, threshold=0)
     records = json.loads(json.dumps(result.to_coco(7, category_ids=[10, 20, 30, 40, 50])))
     decoded = np.stack([coco_mask.decode(record["segmentation"]) for record in records])
@@ -287,7 +287,7 @@ def test_devices_and_precisions(shapes_data, tmp_path, pixels):
     ("known", "expected"),
     [({}, "fp32"), ({"avx512_f": True, "avx512_bf16": False}, "fp32"), ({"amx_bf16": True}, "bf16")],
 )
-def test_the_automatic_precision_is_what_the_processor_is_fast_with(
+def test_automatic_precision_follows_the_processor(
     known, expected, monkeypatch, shapes_data, tmp_path
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)

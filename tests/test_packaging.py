@@ -53,20 +53,6 @@ def test_conda_asks_for_the_same_packages_and_bounds():
     assert found["python"] == project()["project"]["requires-python"].replace(" ", "")
 
 
-def test_detectron2_has_its_own_file_that_the_first_one_names():
-    second = yaml.safe_load((ROOT / "environment-detectron2.yml").read_text())
-    assert second["dependencies"] == ["detectron2"]
-    assert second["name"] == yaml.safe_load((ROOT / "environment.yml").read_text())["name"]
-    assert "environment-detectron2.yml" in (ROOT / "environment.yml").read_text()
-    assert "detectron2" not in conda_requirements()
-
-
-def test_no_distribution_of_ours_has_the_name_of_another_project():
-    names = {project(file)["project"]["name"] for file in ("pyproject.toml", "ops/pyproject.toml")}
-    assert names == {"dimaskdino", "dimaskdino-ops"}
-    assert "ms-deform-attn" not in pip_requirements()
-
-
 def test_every_package_is_listed():
     folders = {path.parent for path in (ROOT / "dimaskdino").rglob("*.py")}
     listed = {name for name in project()["tool"]["setuptools"]["packages"] if not name.startswith("dimaskdino._data")}

@@ -1,9 +1,8 @@
-"""Run folders, training followed from outside, and the run notebooks executed by papermill."""
+"""Run folders, training processes, and the run notebooks executed by papermill."""
 
 import contextlib
 import errno
 import json
-import os
 import re
 import signal
 import subprocess
@@ -29,7 +28,7 @@ from dimaskdino.utils.signals import StopRequest
 NOTEBOOKS = Path(__file__).parent.parent.parent / "notebooks" / "runs"
 
 
-def test_status_of_what_went_well_and_what_did_not(tmp_path):
+def test_status_after_success_and_failure(tmp_path):
     folder = RunFolder(tmp_path / "run")
     assert "holds no run" in folder.status()["reason"]
     with folder.running():
@@ -40,7 +39,7 @@ def test_status_of_what_went_well_and_what_did_not(tmp_path):
     assert folder.status() | {"state": "failed", "reason": "division by zero"} == folder.status()
 
 
-def test_a_run_is_looked_at_without_waiting_for_pytorch(tmp_path):
+def test_status_does_not_import_pytorch(tmp_path):
     folder = RunFolder(tmp_path)
     with folder.running(), folder.metrics(0) as metrics:
         metrics.write({"step": 1, "loss": 2.0})
@@ -54,7 +53,7 @@ def test_a_run_is_looked_at_without_waiting_for_pytorch(tmp_path):
 
 
 def running_elsewhere(folder, child: str = "") -> subprocess.Popen:
-    """A process that has a run in the folder, and has started it when this returns."""
+    """A process whose run in the folder has started."""
     code = (
         "from dimaskdino.runs.folder import RunFolder\nimport os, time\n"
         f"with RunFolder({str(folder)!r}).running():\n {child}\n print('started', flush=True)\n time.sleep(60)"
@@ -88,7 +87,7 @@ def test_a_killed_run_has_failed_unless_its_lock_cannot_be_checked(tmp_path):
         assert ("its lock cannot be checked from this machine" in status.get("note", "")) == (state == "running")
 
 
-def test_a_forked_helper_does_not_keep_the_run_alive(tmp_path):
+def test_a_forked_process_does_not_hold_the_lock(tmp_path):
     process = running_elsewhere(tmp_path, "os.fork() or (time.sleep(60), os._exit(0))")
     [helper] = psutil.Process(process.pid).children()
     try:
@@ -104,7 +103,7 @@ def test_a_forked_helper_does_not_keep_the_run_alive(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '"running"', '{"state": 3}', "\x00\x00"])
-def test_damaged_small_files_are_not_in_the_way(tmp_path, shapes_data, content):
+def test_damaged_small_files_are_ignored(tmp_path, shapes_data, content):
     folder = RunFolder(tmp_path)
     config = settings(shapes_data)
     with folder.running():
@@ -130,7 +129,7 @@ def test_a_damaged_configuration_is_checked_against_the_checkpoints_copy(tmp_pat
         folder.check_config(settings(shapes_data, "model.classes=9"))
 
 
-def test_a_command_that_is_refused_does_not_spoil_a_finished_run(tmp_path):
+def test_a_refused_command_does_not_change_a_finished_run(tmp_path):
     folder = RunFolder(tmp_path)
     with folder.running():
         pass
@@ -177,16 +176,17 @@ def test_nohup_is_respected():
 
 
 @pytest.mark.parametrize(
-    ("number", "advice"),
+    ("error", "advice"),
     [
-        (errno.ENOLCK, "does not support this; choose a folder on a local disk"),
-        (errno.ESTALE, "lost the file; run the command again"),
-        (errno.EROFS, "is read-only; choose a folder on another disk"),
+        (OSError(errno.ENOLCK, ""), "does not support this; choose a folder on a local disk"),
+        (OSError(errno.ESTALE, ""), "lost the file; run the command again"),
+        (OSError(errno.EROFS, ""), "is read-only; choose a folder on another disk"),
+        (NotImplementedError(), "has no locks; choose a folder on a local disk"),
     ],
 )
-def test_file_systems_that_cannot_lock(number, advice, tmp_path, monkeypatch):
+def test_file_systems_that_cannot_lock(error, advice, tmp_path, monkeypatch):
     def acquire(*_, **__):
-        raise OSError(number, os.strerror(number))
+        raise error
 
     monkeypatch.setattr("filelock.FileLock.acquire", acquire)
     with pytest.raises(UserError, match=rf"cannot lock {tmp_path}: .*{advice}"), RunFolder(tmp_path).running():
@@ -196,13 +196,7 @@ def test_file_systems_that_cannot_lock(number, advice, tmp_path, monkeypatch):
     assert "written on node7" in RunFolder(tmp_path).status()["note"]
 
 
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    monkeypatch.setattr("filelock.FileLock.acquire", lambda *_, **__: (_ for _ in ()).throw(NotImplementedError))
-    with pytest.raises(UserError, match="has no locks; choose a folder on a local disk"), RunFolder(tmp_path).running():
-        pass
-
-
-def test_runs_of_the_same_name_are_told_apart(tmp_path):
+def test_runs_of_the_same_name_get_distinct_names(tmp_path):
     assert distinct_names(["runs/a", "runs/b"]) == ["a", "b"]
     assert distinct_names(["x/runs/a", "y/runs/a", "b"]) == [
         "x/runs/a",
@@ -258,7 +252,7 @@ def test_a_training_that_fails_says_why(tmp_path, monkeypatch):
         list(training.follow())
 
 
-def test_a_run_that_ends_while_its_status_is_read_has_not_vanished(tmp_path):
+def test_a_run_that_ends_during_status_has_not_vanished(tmp_path):
     inside = threading.Event()
 
     def run() -> None:

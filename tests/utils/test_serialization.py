@@ -78,7 +78,7 @@ HARMFUL = {
 
 
 @pytest.mark.parametrize("name", HARMFUL)
-def test_everything_else_is_refused_in_one_line(name, tmp_path, capsys):
+def test_harmful_pickles_are_refused_in_one_line(name, tmp_path, capsys):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": HARMFUL[name]}, 4))
     with pytest.raises(UserError, match=r"x.pkl cannot be read as a pickle of arrays") as caught:
         read_state_dict(tmp_path / "x.pkl")
@@ -102,7 +102,7 @@ def test_damaged_pickles_are_refused_or_read(tmp_path_factory, place, value):
 @pytest.mark.parametrize(
     "content", [b"", b"text", b"\x80\x04", pickletools.optimize(pickle.dumps([1])), b"PK\x03\x04 cut"]
 )
-def test_what_is_no_checkpoint_is_one_line_without_torchs_advice(content, tmp_path):
+def test_other_files_are_refused_in_one_line_without_torchs_advice(content, tmp_path):
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.pt cannot be read as a checkpoint") as caught:
         read_pt(tmp_path / "x.pt")
