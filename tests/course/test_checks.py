@@ -1,16 +1,14 @@
 """Checks of the exercises: they tell right from wrong, and say what is wrong."""
 
+import ast
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 from small import trained_file
 from torch import nn
-from torch.nn import functional
 from torchvision.ops import box_iou
 
 from dimaskdino import load
@@ -21,14 +19,10 @@ from dimaskdino.data.dataloader import collate, training_dataset
 from dimaskdino.data.shapes import generate
 from dimaskdino.evaluation.coco_ap import read_truth
 from dimaskdino.evaluation.layerwise_ap import detect_layers
-from dimaskdino.inspection.objects import mask_iou
 from dimaskdino.modeling import ImageBatch
-from dimaskdino.modeling.layers import inverse_sigmoid, sine_boxes
-from dimaskdino.studies.comparison import Comparison, Quantity, compare, holm
+from dimaskdino.studies.comparison import Comparison, Quantity, compare
 from dimaskdino.studies.report import StudyReport
 from dimaskdino.studies.study import load_study
-from dimaskdino.training.criterion import stage_losses
-from dimaskdino.training.matcher import Matches, match
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,8 +53,21 @@ WRONG = {
 }
 
 
+def solution(chapter, name, old="", new=""):
+    """A function or class of a chapter's source, with other code in place of the old one."""
+    text = next((ROOT / "notebooks" / "source").glob(f"{chapter}_*.py")).read_text()
+    if old:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    nodes = [node for node in ast.parse(text).body if isinstance(node, kept)]
+    names = {}
+    exec(compile(ast.Module(nodes, []), chapter, "exec"), names)
+    return names[name]
+
+
 def told(result, words, capsys):
-    """Whether what was printed has the words and the verdict; the picture is drawn."""
+    """Whether the printed text has the words and the verdict; the picture is drawn."""
     printed = capsys.readouterr().out
     assert words in printed
     assert bool(result) == printed.startswith("✓")
@@ -69,110 +76,90 @@ def told(result, words, capsys):
         assert result.picture._repr_png_()[0].startswith(b"\x89PNG")
 
 
-def test_what_students_build_is_compared_with_the_model(shapes_data, tmp_path, capsys):
-    model = load(trained_file(tmp_path / "model.safetensors", shapes_data))
-    look = model.inspect(CocoDataset(shapes_data, "val")[0])
+@pytest.fixture
+def model(shapes_data, tmp_path):
+    return load(trained_file(tmp_path / "model.safetensors", shapes_data, "model.denoising.queries=20"))
 
-    def second_selection(T_s1, block, heads, k, interact=True, best_first=True):
-        x, boxes = T_s1.content, T_s1.boxes
-        for layer in block.layers:
-            x = layer(x, block.position(sine_boxes(boxes, x.shape[-1])), False)[0] if interact else x
-            boxes = (block.box(x) + inverse_sigmoid(boxes)).sigmoid()
-        rows = heads.label(block.norm(x)).amax(-1).topk(k, dim=1).indices[0]
-        return rows if best_first else rows.flip(0)
 
-    def guided_tokens(T_i, position, mask, box, bato, ffn=True, residual=0.0):
-        x = bato.attention(T_i, T_i + position, mask + box, mask)[0]
-        return (bato.ffn(x) if ffn else x) + residual
+@pytest.fixture
+def look(model, shapes_data):
+    return model.inspect(CocoDataset(shapes_data, "val")[0])
 
-    def attended(maps, boxes, offsets, scores, unit=None, over_all=True):
-        unit = boxes[:, None, None, None, 2:] * (0.5 / offsets.shape[3]) if unit is None else unit
-        places = boxes[:, None, None, None, :2] + offsets * unit
-        weights = scores.flatten(2).softmax(-1).view(scores.shape) if over_all else scores.softmax(-1)
-        total = 0
-        for level, values in enumerate(maps):
-            read = functional.grid_sample(values, 2 * places[:, :, level].transpose(0, 1) - 1, align_corners=False)
-            total = total + (read * weights[:, :, level].transpose(0, 1)[:, None]).sum(-1)
-        return total.permute(2, 0, 1).flatten(1)
 
-    cases = (
-        (checks.check_attended, attended, {}, "agrees with the package on all 12 queries"),
-        (checks.check_attended, attended, {"unit": 1.0}, "they count in parts of the box"),
-        (checks.check_attended, attended, {"over_all": False}, "all levels of a head share one"),
-        (checks.check_attended, lambda *given: 2 * attended(*given), {}, "expected"),
-        (checks.check_attended, lambda *_: torch.zeros(3), {}, "expected the shape (12, 32), got (3,)"),
-        (checks.check_second_selection, second_selection, {}, "the 12 tokens that are kept, and their order"),
-        (checks.check_second_selection, second_selection, {"best_first": False}, "the right tokens in another order"),
-        (checks.check_second_selection, lambda T_s1, *_: T_s1.scores[0].topk(12).indices, {}, "before the interaction"),
-        (checks.check_second_selection, lambda *_: torch.arange(3), {}, "expected 12 rows, got the shape (3,)"),
-        (checks.check_guided_tokens, guided_tokens, {}, "all 85 feature tokens"),
-        (checks.check_guided_tokens, guided_tokens, {"ffn": False}, "the feed-forward block is missing"),
-        (checks.check_guided_tokens, guided_tokens, {"residual": 1.0}, "expected"),
-        (checks.check_guided_tokens, lambda *_: None, {}, "returns nothing yet"),
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("", "", "agrees with the package on all 12 queries"),
+        ("offsets * unit", "offsets", "they count in parts of the box"),
+        ("scores.flatten(2).softmax(-1).view(scores.shape)", "scores.softmax(-1)", "all levels of a head share one"),
+        ("return total.permute", "return 2 * total.permute", "expected"),
+        ("total.permute(2, 0, 1).flatten(1)", "total.flatten(1)", "expected the shape (12, 32), got"),
+    ],
+)
+def test_deformable_attention(look, model, old, new, words, capsys):
+    told(checks.check_attended(solution("03", "attended", old, new), look, model.detector), words, capsys)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("", "", "the 12 tokens that are kept, and their order"),
+        ("dim=1).indices[0]", "dim=1).indices[0].flip(0)", "the right tokens in another order"),
+        ("heads.label(block.norm(x))", "T_s1.scores[..., None]", "before the interaction"),
+        ("dim=1).indices[0]", "dim=1).indices[0, :3]", "expected 12 rows, got the shape (3,)"),
+    ],
+)
+def test_the_second_selection(look, model, old, new, words, capsys):
+    told(
+        checks.check_second_selection(solution("04", "second_selection", old, new), look, model.detector), words, capsys
     )
-    for check, function, changes, words in cases:
-        told(check(partial(function, **changes), look, model.detector), words, capsys)
 
 
-def test_the_matching_cost_that_students_build_is_compared_with_the_models(shapes_data, tmp_path, capsys):
-    model = load(trained_file(tmp_path / "model.safetensors", shapes_data))
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("", "", "all 85 feature tokens"),
+        ("bato.ffn(attended)", "attended", "the feed-forward block is missing"),
+        ("bato.ffn(attended)", "bato.ffn(attended) + 1", "expected"),
+        ("return bato.ffn(attended)", "...", "returns nothing yet"),
+    ],
+)
+def test_the_tokens_after_bato(look, model, old, new, words, capsys):
+    told(checks.check_guided_tokens(solution("05", "guided_tokens", old, new), look, model.detector), words, capsys)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("", "", "costs"),
+        ("5 * c_dice", "0 * c_dice", "the dice cost is missing"),
+        ("5 * torch.cdist", "10 * torch.cdist", "the l1 cost counts 2 times"),
+        ("- 2 * giou", "- 2 * giou + 1", "expected"),
+        ("- 2 * giou", "- 2 * giou[:1]", "expected"),
+    ],
+)
+def test_the_matching_cost(model, old, new, words, seed, capsys):
     batch = collate([training_dataset(model.config)[0]])
     with torch.no_grad():
         stage = model.detector(ImageBatch.from_images(batch.images)).last
-
-    def cost(logits, boxes, masks, labels, true_boxes, true_masks, giou, dice=5, l1=5):
-        p, inside = logits.sigmoid()[:, labels], masks.sigmoid()
-        c_class = -0.25 * (1 - p) ** 2 * (p + 1e-8).log() + 0.75 * p**2 * (1 - p + 1e-8).log()
-        c_mask = functional.softplus(masks).mean(1, keepdim=True) - masks @ true_masks.T / masks.shape[1]
-        c_dice = 1 - (2 * inside @ true_masks.T + 1) / (inside.sum(1, keepdim=True) + true_masks.sum(1) + 1)
-        boxes = torch.cdist(boxes, true_boxes, p=1)
-        return 4 * c_class + 5 * c_mask + dice * c_dice + l1 * boxes - 2 * giou
-
-    objects = batch.targets.counts[0]
-    cases = (
-        (cost, f"12 × {objects} costs"),
-        (partial(cost, dice=0), "the dice cost is missing"),
-        (partial(cost, l1=10), "the l1 cost counts 2 times"),
-        (lambda *given: cost(*given) + 1, "expected"),
-        (lambda *given: cost(*given).T, "expected"),
-        (lambda *_: None, "returns nothing yet"),
-    )
-    for seed in (0, 3):
-        for function, words in cases:
-            with checks.other_cases(seed):
-                told(checks.check_matching_cost(function, stage, batch.targets, model.config.loss), words, capsys)
+    function = solution("06", "matching_cost", old, new)
+    with checks.other_cases(seed):
+        told(checks.check_matching_cost(function, stage, batch.targets, model.config.loss), words, capsys)
 
 
-def test_the_average_precision_that_students_build_is_compared_with_the_librarys(tmp_path, capsys):
+def test_average_precision(tmp_path, capsys):
     generate(tmp_path / "data", Shapes(train=1, val=8), processes=0)
     model = load("dimaskdino-shapes", device="cpu", overrides=[f"data.root={tmp_path / 'data'}"])
     data, found = CocoDataset(tmp_path / "data", "val"), detect_layers(model)
     truth = read_truth(data.annotations_file)
-
-    def ap(images, thresholds=np.linspace(0.5, 0.95, 10), together=True):  # noqa: B008
-        objects, values = sum(iou.shape[1] for iou, _ in images), []
-        order = np.argsort(-np.concatenate([scores for _, scores in images]), kind="stable")
-        for threshold in thresholds:
-            right = []
-            for iou, _ in images:
-                free = set(range(iou.shape[1]))
-                for row in iou.tolist():
-                    best = max(free, key=row.__getitem__, default=None)
-                    right.append(best is not None and row[best] >= threshold)
-                    free -= {best} if right[-1] else set()
-            hits = np.cumsum(np.array(right)[order] if together else right)
-            precision, recall = hits / np.arange(1, len(right) + 1), hits / objects
-            values.append(np.mean([precision[recall >= r].max(initial=0) for r in np.linspace(0, 1, 101)]))
-        return 100 * np.mean(values)
-
-    cases = (
-        (ap, "at decoder.4"),
-        (lambda images: ap(images) / 100, "AP is in percent"),
-        (partial(ap, thresholds=[0.5]), "the threshold 0.5 alone"),
-        (partial(ap, together=False), "first_selection: expected"),
-        (lambda images: None, "returns nothing yet"),
-    )
-    for function, words in cases:
+    for old, new, words in (
+        ("", "", "at decoder.4"),
+        ("100 * float(np.mean", "float(np.mean", "AP is in percent"),
+        ("np.linspace(0.5, 0.95, 10)", "[0.5]", "the threshold 0.5 alone"),
+        ("precision_recall(right[order], objects)", "precision_recall(right, objects)", "first_selection: expected"),
+    ):
+        function = solution("02", "average_precision", old, new)
         told(checks.check_average_precision(function, found, truth, data, "disk"), words, capsys)
 
 
@@ -213,134 +200,90 @@ def test_settings_that_differ_are_named(capsys):
         assert words in capsys.readouterr().out
 
 
-def test_attention_with_heads_is_compared_with_a_layer(capsys):
+@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("", "", "a layer with 4 heads"),
+        ("/ q.shape[-1] ** 0.5", "/ x.shape[-1] ** 0.5", "divided by √C; each head has C / heads"),
+        (" / q.shape[-1] ** 0.5", "", "not divided by √(C / heads)"),
+        ("0.5).softmax(-1)\n    return out", "0.5).softmax(1)\n    return out", "softmax over the queries"),
+        ("return out((weights", "return ((weights", "the last projection, `out`, is missing"),
+        ("0.5).softmax(-1)\n    return out", "0.5).softmax(-1) + 0.1\n    return out", "the weights: at"),
+        ("return out((weights", "return 2 * out((weights", "the weights are right, the output is not"),
+        ("flatten(1)), weights\n", "flatten(1))\n", "expected the output and the weights"),
+    ],
+)
+def test_attention_with_heads(old, new, words, seed, capsys):
     torch.manual_seed(0)
     layer = nn.MultiheadAttention(16, 4, batch_first=True).eval()
     nn.init.normal_(layer.in_proj_bias)
     nn.init.normal_(layer.out_proj.bias)
-
-    def attend(x, tokens, ask, key, value, out, heads, root=2.0, over=-1, mixed=True, better=0.0):
-        q, k, v = (part.view(len(part), heads, -1).transpose(0, 1) for part in (ask(x), key(tokens), value(tokens)))
-        weights = (q @ k.transpose(1, 2) / root).softmax(over) + better
-        read = (weights @ v).transpose(0, 1).flatten(1)
-        return (out(read) if mixed else read), weights
-
-    for seed in (0, 3):
-        with checks.other_cases(seed):
-            for function, words in (
-                (attend, "a layer with 4 heads"),
-                (partial(attend, root=4.0), "divided by √C; each head has C / heads"),
-                (partial(attend, root=1.0), "not divided by √(C / heads)"),
-                (partial(attend, over=1), "softmax over the queries"),
-                (partial(attend, mixed=False), "the last projection, `out`, is missing"),
-                (partial(attend, better=0.1), "the weights: "),
-                (lambda *given: (torch.zeros(6, 16), attend(*given)[1]), "the weights are right, the output is not"),
-                (lambda *given: attend(*given)[0], "expected the output and the weights"),
-                (lambda *given: None, "returns nothing yet"),
-            ):
-                told(checks.check_attend(function, layer), words, capsys)
+    with checks.other_cases(seed):
+        told(checks.check_attend(solution("00", "attend", old, new), layer), words, capsys)
 
 
-def test_best_detections_are_compared_with_the_kits_at_each_stage(capsys):
+def test_best_detections(capsys):
     scenes = CocoDataset(ROOT / "notebooks" / "scenes", "val")
     model = load("dimaskdino-solids", device="cpu")
-
-    def best(
-        boxes, masks, labels, true_boxes, true_masks, true_labels, own=True, masks_count=1.0, apart=False, anyway=False
+    looks = [model.inspect(scenes[i]) for i in range(6)]
+    first = "[(float(box_iou(boxes[0], true_box)), float(mask_iou(masks[0], true_mask)))]"
+    for old, new, words in (
+        ("", "", "objects of 6 images at 6 stages"),
+        ("if label == true_label:", "if True:", "detections of other classes"),
+        ("max(pairs, key=sum)", "max(pairs)", "chosen by the box IoU alone"),
+        ("max(pairs, key=sum)", "tuple(map(max, zip(*pairs)))", "those of two detections"),
+        ("pairs = [(0.0, 0.0)]", f"pairs = [(0.0, 0.0)] if true_label in labels else {first}", "both are 0 if no"),
+        ("torch.tensor(found).T.unbind()", "torch.tensor(found).T.unbind()[::-1]", ": result 1: "),
+        ("torch.tensor(found).T.unbind()", "torch.tensor(found)[0]", ": expected 2 results"),
+        ("torch.tensor(found).T.unbind()", "0.5", ": expected 2 results"),
     ):
-        box, mask = box_iou(boxes, true_boxes), mask_iou(masks, true_masks)
-        allowed = (labels[:, None] == true_labels) | (not own)
-        if apart:
-            return tuple(x.where(allowed, 0.0).amax(0) for x in (box, mask))
-        row = torch.where(allowed, box + masks_count * mask, -1.0).argmax(0, keepdim=True)
-        return tuple(x.gather(0, row)[0].where(allowed.any(0) | anyway, 0.0) for x in (box, mask))
-
-    looks = [model.inspect(scenes[i]) for i in range(len(scenes))]
-    for function, words in (
-        (best, "objects of 16 images at 6 stages"),
-        (partial(best, own=False), "detections of other classes"),
-        (partial(best, masks_count=0.0), "chosen by the box IoU alone"),
-        (partial(best, apart=True), "those of two detections"),
-        (partial(best, anyway=True), "both are 0 if no detection has the class"),
-        (lambda *given: best(*given)[::-1], ": result 1: "),
-        (lambda *given: torch.zeros(2), ": expected 2 results"),
-        (lambda *given: ..., "returns nothing yet"),
-    ):
-        told(checks.check_best_detections(function, looks), words, capsys)
+        told(checks.check_best_detections(solution("01", "best_detections", old, new), looks), words, capsys)
 
 
-def test_training_steps_are_compared_with_the_packages(shapes_data, tmp_path, capsys):
-    model = load(trained_file(tmp_path / "model.safetensors", shapes_data, "model.denoising.queries=20"))
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("", "", "every parameter after the step"),
+        ("M * groups if matches is known else M", "1e30 if matches is known else M", "denoising queries have no loss"),
+        ("M * groups if matches is known else M", "M", "not divided by the number of groups"),
+        ("M * groups if matches is known else M", "groups if matches is known else 1", "by the number of objects"),
+        ("torch.nn.utils.clip_grad_norm_(detector.parameters(), clip_norm)", "...", "not clipped"),
+        ("optimizer.zero_grad()", "...", "are the old gradients gone"),
+        ("optimizer.step()", "...", "optimizer.step() is missing"),
+        ("return total.item()", "return 2 * total.item()", "the loss: expected"),
+    ],
+)
+def test_training_steps(model, old, new, words, capsys):
     batch = collate([training_dataset(model.config)[0]])
-    images, targets = ImageBatch.from_images(batch.images), batch.targets
-
-    def step(
-        detector, optimizer, images, targets, settings, clip_norm, denoising=True, groups=True, clip=True, fresh=True,
-        move=True, divide=True,
-    ):  # fmt: skip
-        found = detector(images, targets)
-        stages, M, G = list(found.stages.values()), targets.counts[0], found.denoising_groups
-        pairs = list(zip(stages, match(stages, targets, settings), strict=True))
-        known = Matches.from_lists([(np.arange(G * M), np.tile(np.arange(M), G))], targets.boxes.device)
-        pairs += [(stage, known) for stage in found.denoising.values()]
-        total = 0
-        for (_, matches), sums in zip(pairs, stage_losses(pairs, targets, settings), strict=True):
-            divisor = (M if divide else 1) * (G if matches is known and groups else 1)
-            part = sum(getattr(settings.weights, term) * value for term, value in sums.items()) / divisor
-            total = total + (part if denoising or matches is not known else 0 * part)
-        if fresh:
-            optimizer.zero_grad()
-        total.backward()
-        if clip:
-            nn.utils.clip_grad_norm_(detector.parameters(), clip_norm)
-        if move:
-            optimizer.step()
-        return total.item()
-
-    before = {name: value.clone() for name, value in model.detector.state_dict().items()}
-    for function, words in (
-        (step, "every parameter after the step"),
-        (partial(step, denoising=False), "the denoising queries have no loss"),
-        (partial(step, groups=False), "not divided by the number of groups"),
-        (partial(step, divide=False), "not divided by the number of objects"),
-        (partial(step, clip=False), "not clipped"),
-        (partial(step, fresh=False), "are the old gradients gone"),
-        (partial(step, move=False), "optimizer.step() is missing"),
-        (lambda *given: 2 * step(*given), "the loss: expected"),
-        (lambda *given: None, "returns nothing yet"),
-    ):
-        told(checks.check_training_step(function, model.detector, images, targets, model.config), words, capsys)
-    for name, value in model.detector.state_dict().items():
+    images, detector = ImageBatch.from_images(batch.images), model.detector
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    function = solution("06", "training_step", old, new)
+    told(checks.check_training_step(function, detector, images, batch.targets, model.config), words, capsys)
+    for name, value in detector.state_dict().items():
         assert torch.equal(value, before[name])  # students train copies
 
 
-def test_verdicts_are_compared_with_the_kits_on_a_real_study(capsys):
+def test_verdicts_on_a_real_study(capsys):
     study = load_study(ROOT / "configs" / "ablations" / "table_4.yaml")
     report = StudyReport.of(study, "shapes", ROOT / "notebooks" / "studies" / "shapes")
     quantity = Quantity.parse("last.box")
-
-    def verdicts(rows, adjust=holm, quantile=None, add=0.0):
-        found = []
-        for other in rows[1:]:
-            test = stats.ttest_ind(other, rows[0], equal_var=False)
-            interval = test.confidence_interval(0.95)
-            error = (np.var(rows[0], ddof=1) / len(rows[0]) + np.var(other, ddof=1) / len(other)) ** 0.5
-            mean = np.mean(other) - np.mean(rows[0])
-            low, high = (mean - quantile * error, mean + quantile * error) if quantile else interval
-            found.append((mean + add, low, high, test.pvalue))
-        return [(*row[:3], p) for row, p in zip(found, adjust([row[3] for row in found]), strict=True)]
-
-    for seed in (0, 2):
-        with checks.other_cases(seed):
-            for function, words in (
-                (verdicts, "the intervals and p-values of"),
-                (partial(verdicts, adjust=lambda p: p), "the p-values are not adjusted"),
-                (partial(verdicts, adjust=lambda p: [min(1.0, len(p) * x) for x in p]), "(Bonferroni)"),
-                (partial(verdicts, quantile=1.96), "low: expected"),
-                (partial(verdicts, add=1.0), ": difference: expected"),
-                (lambda rows: verdicts(rows)[:1], "expected 3 results"),
-                (lambda rows: None, "returns nothing yet"),
-            ):
+    bonferroni = "adjusted[i] = min(1.0, len(found) * found[i][3])"
+    for old, new, words in (
+        ("", "", "the intervals and p-values of"),
+        ("adjusted[i] = largest", "adjusted[i] = found[i][3]", "the p-values are not adjusted"),
+        ("adjusted[i] = largest", bonferroni, "(Bonferroni)"),
+        ("stats.t.ppf(0.975, df)", "1.96", "low: expected"),
+        ("found.append((difference,", "found.append((difference + 1,", ": difference: expected"),
+        (
+            "for other in others:\n        difference",
+            "for other in others[:1]:\n        difference",
+            "expected 3 results",
+        ),
+    ):
+        function = solution("07", "verdicts", old, new)
+        for seed in (0, 2):
+            with checks.other_cases(seed):
                 told(checks.check_verdicts(function, report, quantity), words, capsys)
     # the statistics by hand are those of the kit's studies, over trainings
     bare = {
@@ -351,49 +294,25 @@ def test_verdicts_are_compared_with_the_kits_on_a_real_study(capsys):
         (c.difference, c.joint.low, c.joint.high, c.adjusted_p) for c in compare(comparisons, bare, len(study.seeds))
     ]
     values = [list(report.values(row.name, quantity).values()) for row in study.variants]
-    np.testing.assert_allclose(verdicts(values), by_kit, rtol=1e-9)
+    np.testing.assert_allclose(solution("07", "verdicts")(values), by_kit, rtol=1e-9)
 
 
-def test_a_module_behind_a_gate_is_compared_in_the_real_model(shapes_data, tmp_path, capsys):
-    model = load(trained_file(tmp_path / "model.safetensors", shapes_data))
-    look = model.inspect(CocoDataset(shapes_data, "val")[0])
-
-    class Gated(nn.Module):
-        def __init__(self, bato, gate, features=True, learned=True, always=False):
-            super().__init__()
-            self.bato, self.features, self.always = bato, features, always
-            self.gate = nn.Parameter(torch.tensor(gate)) if learned else gate
-
-        def forward(self, T_i, mask_features, guide, heads, need_weights):
-            output = self.bato(T_i, mask_features, guide, heads, need_weights)
-            gate = 1.0 if self.always else self.gate
-            tokens = torch.lerp(T_i.tokens, output.T_bal.tokens, torch.as_tensor(gate))
-            changed = replace(output, T_bal=T_i.with_tokens(tokens))
-            mixed = mask_features + gate * (output.mask_features - mask_features)
-            return replace(changed, mask_features=mixed) if self.features else changed
-
-    class Unfinished(nn.Module):
-        def __init__(self, bato, gate):
-            super().__init__()
-
-        def forward(self, *given): ...
-
-    for module, words in (
-        (Gated, "the model with an open gate"),
-        (partial(Gated, features=False), "mask features: they are those of BATO"),
-        (partial(Gated, always=True), "tokens: they are those of BATO"),
-        (partial(Gated, learned=False), "no gradient reaches the gate"),
-        (lambda bato, gate: 3, "expected a module, got int"),
-        (Unfinished, "returns nothing yet"),
-    ):
-        told(checks.check_gated_module(module, look, model.detector), words, capsys)
-    model.detector.bato = Gated(model.detector.bato, 0.5)  # as the chapter leaves it
-    told(checks.check_gated_module(Gated, look, model.detector), "the model with an open gate", capsys)
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("", "", "the model with an open gate"),
+        ("gated(mask_features, output.mask_features, self.gate)", "output.mask_features", "mask features: they are"),
+        ("gated(T_i.tokens, output.T_bal.tokens, self.gate)", "output.T_bal.tokens", "tokens: they are those of BATO"),
+        ("nn.Parameter(torch.tensor(gate))", "gate", "no gradient reaches the gate"),
+        ("return replace(output, T_bal", "return dict(T_bal", "forward returns dict"),
+    ],
+)
+def test_a_module_behind_a_gate(look, model, old, new, words, capsys):
+    told(checks.check_gated_module(solution("08", "GatedBATO", old, new), look, model.detector), words, capsys)
+    told(checks.check_gated_module(lambda bato, gate: 3, look, model.detector), "expected a module, got int", capsys)
 
 
-def test_every_check_is_tested_here():
-    tests = Path(__file__).read_text()
-    named = [name for name in dir(checks) if name.startswith("check_")]
-    assert len(named) > 25
-    for name in named:
-        assert f"checks.{name}" in tests, name
+def test_a_gate_stays_in_the_model(look, model, capsys):
+    gated = solution("08", "GatedBATO")
+    model.detector.bato = gated(model.detector.bato, 0.5)  # as the chapter leaves it
+    told(checks.check_gated_module(gated, look, model.detector), "the model with an open gate", capsys)

@@ -1,9 +1,7 @@
 """Figures of the intermediates and the explorers, operated through their controls."""
 
 import io
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ from PIL import Image
 from small import trained_file
 
 from dimaskdino import load
-from dimaskdino.course.questions import Choice, Curve, Number
 from dimaskdino.data.coco import CocoDataset, Sample
 from dimaskdino.data.dataloader import collate, training_dataset
 from dimaskdino.evaluation.coco_ap import AveragePrecision, precision_curves, read_truth
@@ -164,23 +161,6 @@ def test_where_widgets_cannot_run_there_is_a_picture(looks):
     assert "application/vnd.jupyter.widget-view+json" in data
     assert data["image/png"].startswith(b"\x89PNG")
     assert "guiding token 1" in data["text/plain"]
-
-
-# VS Code brings the first three with it and reads other modules from this folder of the kernel's environment
-BUNDLED = {"@jupyter-widgets/base", "@jupyter-widgets/controls", "@jupyter-widgets/output"}
-
-
-def test_widgets_are_of_modules_that_every_frontend_can_load(looks):
-    shown = [
-        *(explore(looks).widget for explore in (explore_layers, explore_selection, explore_sampling)),
-        *(explore(looks).widget for explore in (explore_guidance, explore_architecture)),
-        *(question.widget for question in (Number("?", 0, 1), Choice("?", ["a", "b"]), Curve("?", ["a"], 0, 1))),
-    ]
-    while shown:
-        widget = shown.pop()
-        shown += getattr(widget, "children", ())
-        for module in (widget._model_module, widget._view_module):
-            assert module in BUNDLED or Path(sys.prefix, "share/jupyter/nbextensions", module, "index.js").exists()
 
 
 def test_a_click_chooses_the_nearest_query(looks):

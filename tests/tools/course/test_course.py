@@ -27,35 +27,24 @@ NOTEBOOKS = Path(__file__).parents[3] / "notebooks"
 SOURCES = sorted((NOTEBOOKS / "source").glob("*.py"))
 SMALL = [*SMALL_MODEL, *RUN]
 BASELINE = ("model.selection.k=[12]", "model.bato.enabled=false")
-_BUFFER = io.BytesIO()
-Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(_BUFFER, "PNG")
-PICTURE = base64.b64encode(_BUFFER.getvalue()).decode()
-# a picture with colours that no palette of 256 holds, and what papermill and a machine leave in a notebook
-EXECUTED = nbformat.v4.new_notebook(
-    metadata={"widgets": {}, "papermill": {"duration": 1.0}},
-    cells=[
-        nbformat.v4.new_code_cell(
-            "explore()",
-            execution_count=7,
-            metadata={"papermill": {"status": "completed"}, "tags": ["varies"]},
-            outputs=[
-                nbformat.v4.new_output("stream", name="stderr", text="50 %"),
-                nbformat.v4.new_output("stream", name="stdout", text="written: /some/where/kit/runs/mine"),
-                nbformat.v4.new_output(
-                    "execute_result",
-                    {"image/png": PICTURE, "application/vnd.jupyter.widget-view+json": {}, "text/plain": "<Figure>"},
-                    execution_count=7,
-                    metadata={"image/png": {"alt": "What it shows"}},
-                ),
-            ],
-        ),
-    ],
-)
 EXERCISE = "def f(x):\n    '''Doc.'''\n    # solution\n    y = x\n    return y\n    # end\n\n\nprint(f(1))"
 
 
 def test_notebooks_are_stored_for_reading():
-    made = for_reading(EXECUTED, Path("/some/where/kit"))
+    buffer = io.BytesIO()  # a picture with colours that no palette of 256 holds
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(buffer, "PNG")
+    png = base64.b64encode(buffer.getvalue()).decode()
+    shown = {"image/png": png, "application/vnd.jupyter.widget-view+json": {}, "text/plain": "<Figure>"}
+    alt = {"image/png": {"alt": "What it shows"}}
+    outputs = [
+        nbformat.v4.new_output("stream", name="stderr", text="50 %"),
+        nbformat.v4.new_output("stream", name="stdout", text="written: /some/where/kit/runs/mine"),
+        nbformat.v4.new_output("execute_result", shown, execution_count=7, metadata=alt),
+    ]
+    metadata = {"papermill": {"status": "completed"}, "tags": ["varies"]}
+    cell = nbformat.v4.new_code_cell("explore()", execution_count=7, metadata=metadata, outputs=outputs)
+    executed = nbformat.v4.new_notebook(metadata={"widgets": {}, "papermill": {"duration": 1.0}}, cells=[cell])
+    made = for_reading(executed, Path("/some/where/kit"))
     assert dict(made.metadata) == {}
     [cell] = made.cells
     assert (cell.execution_count, dict(cell.metadata)) == (1, {"tags": ["varies"]})
@@ -64,10 +53,9 @@ def test_notebooks_are_stored_for_reading():
     assert result.execution_count == 1
     assert set(result.data) == {"image/png", "text/plain"}
     assert result.data["text/plain"] == "What it shows"
-    before, after = (Image.open(io.BytesIO(base64.b64decode(png))) for png in (PICTURE, result.data["image/png"]))
+    before, after = (Image.open(io.BytesIO(base64.b64decode(png))) for png in (png, result.data["image/png"]))
     assert (after.mode, after.size) == ("P", before.size)
     assert np.abs(np.asarray(before, float) - np.asarray(after.convert("RGB"), float)).mean() < 20
-    assert nbformat.writes(for_reading(EXECUTED, Path("/some/where/kit"))) == nbformat.writes(made)  # small diffs
 
 
 def test_the_student_gets_the_exercise_without_its_solution():
@@ -91,9 +79,8 @@ def test_a_lesson_begins_with_images_of_several_objects(shapes_data, tmp_path, m
     assert len(lesson.looks(2)) == 2
 
 
-def test_shipped_models_are_small_and_say_what_they_reach():
+def test_shipped_models_have_their_results_and_records():
     models = NOTEBOOKS / "models"
-    assert sum(file.stat().st_size for file in models.rglob("*.safetensors")) < 25e6
     for name in ("dimaskdino", "maskdino"):
         trained = load(models / name)
         assert trained.step == trained.config.schedule.steps == 10_000
@@ -135,44 +122,19 @@ def test_notebooks_are_what_their_source_makes(source):
     for found, expected in zip(stored(source), made, strict=True):
         cells = [[(cell.id, cell.cell_type, cell.source) for cell in notebook.cells] for notebook in (found, expected)]
         assert cells[0] == cells[1], f"{source.stem}: run `make notebooks`"
-        assert len(found.cells) < 45
-    text = "".join(cell.source for cell in stored(source)[0].cells)
-    assert "# solution" not in text
-    assert 2 <= text.count("### Exercise") <= 4
-    for part in (
-        "**Question.**",
-        "**You will be able to**",
-        "*Prerequisites*",
-        "**In three sentences.**",
-        "**Read on.**",
-    ):
-        assert text.count(part) == 1, part
+    assert "# solution" not in nbformat.writes(stored(source)[0])
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
-def test_exercises_say_how_hard_they_are_and_fit_into_the_chapters_time(source):
+def test_exercises_fit_into_the_minutes_of_the_chapter_and_of_the_guide(source):
     text = "\n".join(cell.source for cell in notebooks_of(source)[0].cells if cell.cell_type == "markdown")
     stated = int(re.search(r"\*Time\*: (\d+) minutes", text)[1])
-    minutes = []
-    for title, label in re.findall(r"^### ((?:Exercise|Build it).*)\n\n\*([^*]*)\*", text, re.M):
-        form = r"(\d+) minutes?\." if "to discuss" in title else r"(?:Easy|Medium|Hard), (\d+) minutes?\."
-        assert re.fullmatch(form, label), title
-        minutes.append(int(re.fullmatch(form, label)[1]))
+    minutes = re.findall(r"^### (?:Exercise|Build it).*\n\n\*[^*]*?(\d+) minutes?\.\*", text, re.M)
     assert len(minutes) == text.count("### Exercise") + text.count("### Build it")
-    assert sum(minutes) <= 0.75 * stated
-    title = text.splitlines()[0].removeprefix("# ")
+    assert sum(map(int, minutes)) <= 0.75 * stated
+    chapter = text.removeprefix("# ").split()[0]
     guide = (NOTEBOOKS.parent / "docs" / "instructors.md").read_text()
-    [row] = [row for row in re.findall(r"^\| (\w+)[^|]* \| (\d+) \| ", guide, re.M) if row[0] == title.split()[0]]
-    assert int(row[1]) == stated
-
-
-@pytest.mark.parametrize("source", SOURCES[:-1], ids=lambda p: p.stem)
-def test_chapters_have_a_part_to_build_an_explorer_and_a_question(source):
-    text = source.read_text()
-    assert text.count("### Build it") >= 1
-    assert re.search(r"^(explore_\w+|Explorer)\(", text, re.M)
-    assert re.search(r"= (Number|Choice|Curve)\(", text)
-    assert ".reveal(" in text
+    assert re.findall(rf"^\| {chapter}[^|]* \| (\d+) \| ", guide, re.M) == [str(stated)]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
@@ -194,11 +156,6 @@ def test_chapters_are_stored_with_their_outputs(source):
             last = cell.source.rstrip().splitlines()[-1]
             if re.match(r"(draw|plot|explore|Explorer|print|Markdown|checks\.check_)", last):
                 assert cell.outputs, cell.source
-
-
-def test_all_notebooks_together_are_small():
-    files = [*NOTEBOOKS.glob("*.ipynb"), *(NOTEBOOKS / "solutions").glob("*.ipynb")]
-    assert sum(file.stat().st_size for file in files) < 12e6
 
 
 def numbers_in(notebook):
