@@ -86,21 +86,37 @@ class Truth:
         self._coco = self._indexed(numbered)
 
     def _indexed(self, annotations: list[dict[str, Any]]) -> Any:
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress
-            coco = self.library.COCO()
-            coco.dataset = self.dataset | {"annotations": annotations}
+        coco = self.library.COCO()
+        coco.dataset = self.dataset | {"annotations": annotations}
+        with _without_output():
             coco.createIndex()
         return coco
 
-    def evaluation(self, detections: Results, kind: Kind) -> Any:
-        """A `COCOeval` of these detections, not yet run."""
+    @without_collection()
+    def evaluate(self, detections: Results, kind: Kind, by_size: bool = True) -> Any:
+        """COCO's evaluation of these detections, of objects of all sizes and by size, or of all sizes alone.
+
+        Its `eval` has `precision` (IoU thresholds, recalls, classes, sizes: all s m l, at most 1, 10 and 100
+        detections) and `recall`, the same without recalls. Both are −1 where there is no object.
+        """
         if isinstance(detections, list):
             detections = [dict(row) for row in detections]  # pycocotools adds keys
-        with contextlib.redirect_stdout(io.StringIO()):
+        with _without_output():
             found = self._coco.loadRes(detections) if len(detections) else self._indexed([])
-            return self.library.COCOeval(self._coco, found, _IOU_TYPE[kind])
+            evaluation = self.library.COCOeval(self._coco, found, _IOU_TYPE[kind])
+            if not by_size:
+                evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0.0, 1e10]], ["all"]
+            evaluation.evaluate()
+            evaluation.accumulate()
+        return evaluation
 
 
+def _without_output() -> contextlib.redirect_stdout:
+    """Pycocotools reports its progress."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+@without_collection()
 def read_truth(annotations: Path, images: Collection[int] | None = None) -> Truth:
     """Read the annotations of a split for scoring.
 
@@ -158,7 +174,7 @@ class AverageRecall:
 
 def average_precision(truth: Truth, detections: Results, kind: Kind) -> AveragePrecision:
     """AP of detections against annotations."""
-    evaluation = _accumulated(truth, detections, kind)
+    evaluation = truth.evaluate(detections, kind)
     precision = evaluation.eval["precision"][..., -1]
     thresholds = np.asarray(evaluation.params.iouThrs)
     return AveragePrecision(
@@ -178,7 +194,7 @@ def average_recall(truth: Truth, detections: Results, kind: Kind) -> AverageReca
     It bounds the AP of these detections in any order: up to the recall reached at a threshold precision is at most 1,
     beyond it 0. The bound holds to 1 point, since COCO reads precision at 101 recalls.
     """
-    evaluation = _accumulated(truth, detections, kind)
+    evaluation = truth.evaluate(detections, kind)
     recall = evaluation.eval["recall"][..., -1]
     return AverageRecall(
         mean=_percent(recall[..., 0]),
@@ -195,7 +211,7 @@ def precision_curves(truth: Truth, detections: Results, kind: Kind, threshold: f
     Raises:
         ValueError: the IoU threshold is not one of COCO's, 0.50, 0.55, … 0.95.
     """
-    evaluation = _accumulated(truth, detections, kind)
+    evaluation = truth.evaluate(detections, kind)
     return evaluation.eval["precision"][threshold_row(threshold), ..., 0, -1].T
 
 
@@ -209,20 +225,6 @@ def threshold_row(threshold: float) -> int:
     if not len(rows):
         raise ValueError(f"COCO's IoU thresholds are 0.50, 0.55, … 0.95, not {threshold}")
     return int(rows[0])
-
-
-@without_collection()
-def _accumulated(truth: Truth, detections: Results, kind: Kind) -> Any:
-    """COCO's evaluation.
-
-    Its `eval` has `precision` (IoU thresholds, recalls, classes, areas: all s m l, at most 1, 10 and 100 detections)
-    and `recall`, the same without recalls. Both are −1 where there is no object.
-    """
-    evaluation = truth.evaluation(detections, kind)
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.evaluate()
-        evaluation.accumulate()
-    return evaluation
 
 
 def _percent(values: np.ndarray) -> float | None:
@@ -258,10 +260,7 @@ class Matches:
 @without_collection()
 def match_classes(truth: Truth, detections: Results, kind: Kind) -> list[Matches]:
     """The matches of every class, in the order of the category ids."""
-    evaluation = truth.evaluation(detections, kind)
-    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0.0, 1e10]], ["all"]
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.evaluate()
+    evaluation = truth.evaluate(detections, kind, by_size=False)
     by_class: dict[int, list[dict[str, Any]]] = {category: [] for category in evaluation.params.catIds}
     for entry in evaluation.evalImgs:
         if entry is not None:

@@ -112,6 +112,4 @@ def _evaluated(truth: Truth, detections: Detections, kind: Kind) -> Any:
     """Hotcoco's evaluation."""
     if truth.library.name != "hotcoco":
         raise UserError("the error analysis needs hotcoco, which cannot be used here: pip install 'hotcoco>=1.3,<2'")
-    evaluation = truth.evaluation(detections.results(kind), kind)
-    evaluation.evaluate()
-    return evaluation
+    return truth.evaluate(detections.results(kind), kind)
