@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dimaskdino.training.trainer import train
     from dimaskdino.utils.errors import UserError
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _MODULES = {
     "Config": "config",
