@@ -284,5 +284,5 @@ def load_weights(detector: Detector, weights: dict[str, Tensor], source: str) ->
             raise UserError(f"{source}: {key} has the type {value.dtype}, expected {expected[key].dtype}")
     broken = first_non_finite(weights)
     if broken is not None:
-        raise UserError(f"{source}: {broken} is not finite, so the model is of no use; take an earlier checkpoint")
+        raise UserError(f"{source}: {broken} contains NaN or inf; use an earlier checkpoint")
     detector.load_state_dict(weights)

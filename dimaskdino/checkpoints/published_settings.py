@@ -1,8 +1,7 @@
 """Settings of the published implementations, detectron2's YAML files and `KEY VALUE` pairs, as settings of this kit.
 
-Every published key belongs to one of three groups: it sets something here; it is known to have no effect on the model
-in the published code either; or it is refused because the model would be another one. Unknown keys are reported, never
-dropped silently.
+Every published key belongs to one of three groups: keys that set something here; keys without effect on the model, in
+the published code either; and keys whose value this kit does not implement, which are errors. Unknown keys are reported.
 """
 
 import ast
@@ -34,13 +33,13 @@ _KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.\w+)*$")
 
 @dataclass(frozen=True)
 class PublishedConfig:
-    """What a configuration file and the arguments behind it say.
+    """A configuration file with its arguments, translated.
 
     Attributes:
         config: every setting.
         output: `OUTPUT_DIR`, if given.
         weights: a trained model that `MODEL.WEIGHTS` names, if it does.
-        remarks: what is done differently here than the published code does it, one line each.
+        remarks: differences from the published code, one line each.
         without_effect: published keys that do not change the model.
     """
 
@@ -51,14 +50,14 @@ class PublishedConfig:
     without_effect: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
-        """The remarks, and a line that names the keys without effect, for people."""
+        """The remarks, and one line with the keys without effect."""
         no_effect = [f"no effect on the model, in the published code either: {', '.join(self.without_effect)}"]
         return [*self.remarks, *(no_effect if self.without_effect else [])]
 
 
 @dataclass
 class _Translation:
-    """Published settings on their way into ours."""
+    """Published settings while they are translated."""
 
     values: dict[str, Any] = field(default_factory=dict)
     output: Path | None = None
@@ -194,7 +193,7 @@ def _translate(keys: Mapping[str, Any], k: tuple[int, ...] | None) -> _Translati
             made.values[SAME[key]] = list(value) if isinstance(value, tuple) else value
         elif key in ALWAYS:
             if not _equal(value, ALWAYS[key]):
-                raise UserError(f"{key} = {value} means another model than this kit has, with {ALWAYS[key]}")
+                raise UserError(f"{key} = {value} is an unsupported value; this kit implements only {ALWAYS[key]}")
         elif key in _SPECIAL:
             _SPECIAL[key](value, keys, made)
         elif key in NO_EFFECT:
@@ -298,7 +297,9 @@ def _swin_detail(key: str) -> Callable[[Any, Mapping[str, Any], _Translation], N
     def check(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
         expected = {"DROP_PATH_RATE": 0.3, "PATCH_SIZE": 4, "MLP_RATIO": 4.0, "QKV_BIAS": True, "PATCH_NORM": True}
         if key in expected and value != expected[key]:
-            raise UserError(f"{MODEL}.SWIN.{key} = {value} means another model than this kit has, with {expected[key]}")
+            raise UserError(
+                f"{MODEL}.SWIN.{key} = {value} is an unsupported value; this kit implements only {expected[key]}"
+            )
 
     return check
 

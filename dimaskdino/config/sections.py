@@ -99,7 +99,9 @@ class Selection(Replaceable):
     mask_to_box: Literal["mask2box", "bitmask", "no"] = Field(
         "mask2box", description="boxes of the first selected tokens: from their masks, in two conventions, or predicted"
     )
-    detach: bool = Field(True, description="detach the first selected tokens from what follows, as published")
+    detach: bool = Field(
+        True, description="stop gradients from later steps at the first selected tokens (published setting: true)"
+    )
 
     @field_validator("k")
     @classmethod
@@ -167,7 +169,10 @@ class Model(Section):
 
     classes: PositiveInt = 80
     class_prior: float | None = Field(
-        None, gt=0, lt=1, description="probability of each class at the start (RetinaNet); None: one half, as published"
+        None,
+        gt=0,
+        lt=1,
+        description="probability of each class at the start (RetinaNet); null: one half, the published setting",
     )
     hidden_dim: PositiveInt = Field(256, description="C; a multiple of 32 and of the heads")
     heads: PositiveInt = 8
@@ -336,7 +341,7 @@ class Schedule(Section):
 class Validation(Section):
     """Scoring of the last stage on the validation split during a training; the best weights are kept."""
 
-    every: PositiveInt | None = Field(None, description="steps; null: no validation, as published")
+    every: PositiveInt | None = Field(None, description="steps between validations; null: none, the published setting")
     images: PositiveInt = Field(200, description="number of images at most, spread evenly over the split")
     patience: PositiveInt | None = Field(
         None, description="end the training after this number of validations without a better one; null: never"

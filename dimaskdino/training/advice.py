@@ -1,13 +1,13 @@
-"""What a training says about itself: a rate that is too high, and overfitting.
+"""Advice during a training: a learning rate that is too high, and overfitting.
 
-The rules, each told once per training:
+The rules, each reported once per training:
 
-* The rate is too high: after the warm-up, the mean loss of the last `WINDOW` records is more than `RISE` times the
+* The learning rate is too high: after the warm-up, the mean loss of the last `WINDOW` records is more than `RISE` times the
   lowest mean of `WINDOW` records before them.
 * Overfitting: `VALIDATIONS` validations in a row were worse than the best one, the last by more than `DROP` of its
   score, while the mean loss since then is lower than that of as many records before it.
 
-What the data alone say, such as classes without examples, `dimaskdino.data.check.advice` tells at the start.
+`dimaskdino.data.check.advice` reports at the start what depends on the data alone, such as classes without examples.
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ class Adviser:
     """Reads the records of a training as they are written.
 
     Args:
-        warmup: steps of the warm-up, whose losses say nothing.
+        warmup: steps of the warm-up, whose losses are ignored.
         records: those of the run so far, when it resumes.
     """
 
@@ -35,12 +35,12 @@ class Adviser:
         self.warmup = warmup
         self.losses: list[tuple[int, float]] = []  # step, loss
         self.validations: list[tuple[int, float]] = []  # step, score
-        self.told: set[str] = set()
+        self.reported: set[str] = set()
         for record in records:
             self.see(record)
 
     def see(self, record: Mapping[str, Any]) -> list[str]:
-        """Take a record; returns what to say now."""
+        """Take a record and return new advice."""
         step = record["step"]
         said = []
         if "loss" in record and step > self.warmup:
@@ -51,8 +51,8 @@ class Adviser:
             said.append(("overfitting", self._overfitting()))
         texts = []
         for kind, text in said:
-            if text and kind not in self.told:
-                self.told.add(kind)
+            if text and kind not in self.reported:
+                self.reported.add(kind)
                 texts.append(text)
         return texts
 

@@ -56,7 +56,7 @@ class NonFiniteLossError(UserError):
 
 
 class Readback:
-    """A number on its way from the device. `get` waits for what was queued before it, not after it."""
+    """An asynchronous device-to-host copy of a scalar. `get` waits for operations queued before it, not after it."""
 
     def __init__(self, value: Tensor) -> None:
         self._host = value.detach().to("cpu", non_blocking=True)
@@ -280,7 +280,7 @@ class Trainer:
 
     @property
     def _result(self) -> Detector:
-        """What the training gives: the average of the weights, if there is one."""
+        """The model to save: the moving average if enabled."""
         return self.average.module if self.average else self.detector
 
     def _save_model(self, path: Path) -> None:

@@ -159,7 +159,7 @@ def test_settings_of_another_model_are_refused():
     config, remarks = model_config(configuration("MODEL.MaskDINO.DEC_LAYERS", 3))
     assert config.model.decoder.layers == 3
     assert remarks == ()
-    with pytest.raises(UserError, match=r"DROPOUT = 0.5 means another model"):
+    with pytest.raises(UserError, match=r"DROPOUT = 0.5 is an unsupported value"):
         model_config(configuration("MODEL.MaskDINO.DROPOUT", 0.5))
 
 
