@@ -1,7 +1,8 @@
 """Settings of the published implementations, detectron2's YAML files and `KEY VALUE` pairs, as settings of this kit.
 
 Every published key belongs to one of three groups: keys that set something here; keys without effect on the model, in
-the published code either; and keys whose value this kit does not implement, which are errors. Unknown keys are reported.
+the published code either; and keys with values that this kit does not implement, which are errors. Unknown keys are
+reported.
 """
 
 import ast

@@ -256,7 +256,7 @@ def test_token_interaction_layers_are_a_setting():
         (["MODEL.SEM_SEG_HEAD.FEATURE_ORDER", "high2low", "MODEL.SEM_SEG_HEAD.TOTAL_NUM_FEATURE_LEVELS", "4"],
          "more finest first"),
         (["MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES", "['res4', 'res5']"], "encoder reads"),
-        (["MODEL.SWIN.MLP_RATIO", "3.0"], "another model"),
+        (["MODEL.SWIN.MLP_RATIO", "3.0"], "unsupported value"),
     ],
 )  # fmt: skip
 def test_other_models_are_refused(pairs, message):
