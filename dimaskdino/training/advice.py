@@ -2,8 +2,8 @@
 
 The rules, each reported once per training:
 
-* The learning rate is too high: after the warm-up, the mean loss of the last `WINDOW` records is more than `RISE` times the
-  lowest mean of `WINDOW` records before them.
+* The learning rate is too high: after the warm-up, the mean loss of the last `WINDOW` records is more than `RISE` times
+  the lowest mean of `WINDOW` records before them.
 * Overfitting: `VALIDATIONS` validations in a row were worse than the best one, the last by more than `DROP` of its
   score, while the mean loss since then is lower than that of as many records before it.
 

@@ -162,7 +162,7 @@ def test_keys_that_mean_something_else_here(pairs, changed):
         (["lr", "5"], "'lr' is neither key=value"),
         (["SOLVER.BASE_LR", "much"], r"optimizer\.lr"),
         (["SOLVER.IMS_PER_BATCH", "0"], r"train\.batch_size"),
-        (["MODEL.MaskDINO.DROPOUT", "0.1"], r"DROPOUT = 0.1 is an unsupported value than this kit has, with 0.0"),
+        (["MODEL.MaskDINO.DROPOUT", "0.1"], r"DROPOUT = 0.1 is an unsupported value; this kit implements only 0.0"),
         (["MODEL.RESNETS.NORM", "SyncBN"], "SyncBN: this kit has FrozenBN and BN"),
         (["MODEL.BACKBONE.FREEZE_AT", "1"], "freezes the stem together with res2"),
         (["INPUT.RANDOM_FLIP", "vertical"], "flips horizontally or not at all"),
