@@ -72,7 +72,8 @@ class Quantity:
                 "with a box AP of the stage at which it is read, such as first.imbalance@25; or MODULE:NAME of a "
                 "function of your own"
             )
-        return cls(match[1], match[2], None if match[3] is None else float(match[3]))
+        at = None if match[3] is None else float(match[3])
+        return cls(match[1], match[2], at)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         return f"{self.stage}.{self.metric}" + ("" if self.at is None else f"@{self.at:g}")
@@ -275,10 +276,12 @@ def compare(
             results.append(_compare_one(comparison, values, measured, paired))
     for result in results:
         result.complete = min(result.runs.values()) >= seeds
-    tested = [result for result in results if result.p is not None]
-    for result, adjusted in zip(tested, holm([result.p for result in tested]), strict=True):
-        result.adjusted_p = adjusted
-        result.mde = minimum_detectable_effect(result.variance, (1 - CONFIDENCE) / len(tested))
+    p_values = [result.p for result in results if result.p is not None]
+    adjusted = iter(holm(p_values))
+    for result in results:
+        if result.p is not None and result.variance is not None:
+            result.adjusted_p = next(adjusted)
+            result.mde = minimum_detectable_effect(result.variance, (1 - CONFIDENCE) / len(p_values))
     return results
 
 
@@ -329,7 +332,9 @@ def _variance_over_trainings(
 ) -> Variance:
     """Variance of a weighted sum of means over seeds; paired, of the mean of the weighted sums of each seed."""
     if paired:
-        sums = sum(weight * np.array(list(values[name].values())) for name, weight in weights.items())
+        sums = np.zeros(1)
+        for name, weight in weights.items():
+            sums = sums + weight * np.array(list(values[name].values()))
         return Variance(float(np.var(sums, ddof=1)) / len(sums), len(sums) - 1.0)
     parts = []
     for name, weight in weights.items():

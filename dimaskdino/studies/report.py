@@ -68,37 +68,44 @@ class StudyReport:
         """The same difference in the paper by column, in points, where the paper has all its numbers."""
         differences = {}
         for column, by_name in self.published.items():
-            values = [by_name.get(name, {}).get(str(comparison.quantity)) for name in comparison.weights]
-            if None not in values:
-                weights = comparison.weights.values()
-                difference = sum(weight * value for weight, value in zip(weights, values, strict=True))
-                differences[column] = round(difference, 2)
+            parts = []
+            for name, weight in comparison.weights.items():
+                values = by_name.get(name, {})
+                if str(comparison.quantity) in values:
+                    parts.append(weight * values[str(comparison.quantity)])
+            if len(parts) == len(comparison.weights):
+                differences[column] = round(sum(parts), 2)
         return differences
 
     def to_json(self) -> dict[str, Any]:
         """The whole report as plain values."""
         variants = []
         for variant in self.study.variants:
-            content = {"name": variant.name, "label": variant.label, "measured": {}, "published": {}}
+            measured = {}
             for quantity in self.study.quantities:
                 values = self.values(variant.name, quantity)
-                content["measured"][str(quantity)] = {
+                measured[str(quantity)] = {
                     "by_seed": values,
                     "mean": statistics.mean(values.values()) if values else None,
                     "standard_deviation": statistics.stdev(values.values()) if len(values) > 1 else None,
                 }
-            for column, by_name in self.published.items():
-                content["published"][column] = by_name[variant.name]
-            variants.append(content)
+            published = {column: by_name[variant.name] for column, by_name in self.published.items()}
+            about = {"name": variant.name, "label": variant.label}
+            variants.append(about | {"measured": measured, "published": published})
         comparisons = []
         for result in self.results:
             content = asdict(result)
             content |= content.pop("comparison") | {"quantity": str(result.comparison.quantity)}
-            content["published"] = self.published_differences(result.comparison)
-            content["verdicts"] = {column: result.verdict(value) for column, value in content["published"].items()}
-            comparisons.append(content)
-        about = {"study": self.study.title, "scale": self.scale, "seeds": len(self.study.seeds)}
-        return about | {"variants": variants, "comparisons": comparisons}
+            differences = self.published_differences(result.comparison)
+            verdicts = {column: result.verdict(difference) for column, difference in differences.items()}
+            comparisons.append(content | {"published": differences, "verdicts": verdicts})
+        return {
+            "study": self.study.title,
+            "scale": self.scale,
+            "seeds": len(self.study.seeds),
+            "variants": variants,
+            "comparisons": comparisons,
+        }
 
     def markdown(self) -> str:
         """The report as two tables: the variants, and their differences."""

@@ -5,7 +5,7 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import timedelta
@@ -254,7 +254,7 @@ class _Jobs:
             UserError: it failed, or was not started since its start failed or all runs are stopping.
         """
         start = run.config.train.weights
-        if start in self.starts and not RunFolder(start).model.exists():
+        if start is not None and start in self.starts and not RunFolder(start).model.exists():
             raise UserError(f"not started: {start.name}, from which it starts, failed")
         environment = self.unused.pop()  # there is one per thread
         try:
@@ -264,7 +264,7 @@ class _Jobs:
         finally:
             self.unused.append(environment)
 
-    def _train(self, run: PlannedRun, environment: Mapping[str, str]) -> None:
+    def _train(self, run: PlannedRun, environment: dict[str, str]) -> None:
         if self.stopping.is_set():
             raise UserError("not started")
         with TrainingProcess(str(run.config_file), run.path, run.overrides, environment=environment) as training:
@@ -275,7 +275,7 @@ class _Jobs:
                 pass
             self.stops.discard(training.stop)
 
-    def _evaluate(self, run: PlannedRun, environment: Mapping[str, str]) -> None:
+    def _evaluate(self, run: PlannedRun, environment: dict[str, str]) -> None:
         if self.stopping.is_set():
             raise UserError("not evaluated")
         log = RunFolder(run.path).log

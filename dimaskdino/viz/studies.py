@@ -11,11 +11,12 @@ from matplotlib.figure import Figure
 
 from dimaskdino.data.painting import CYCLE, GREY, data_label
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
-from dimaskdino.studies.comparison import ComparisonResult
+from dimaskdino.studies.comparison import ComparisonResult, Quantity
 from dimaskdino.studies.report import StudyReport
 from dimaskdino.viz.curves import short_name, stage_order
 from dimaskdino.viz.style import BOX, KINDS, LINES, MASK, NotebookFigure, style
 
+LAST_BOX, LAST_MASK = Quantity("last", "box"), Quantity("last", "mask")
 MARKERS = "os^Dv<>p"
 PUBLISHED = "D^v"  # markers of the columns of published numbers
 MOST_BANDS = 6  # variants; more bands hide each other
@@ -31,8 +32,9 @@ def study_figures(report: StudyReport) -> dict[str, Figure]:
         columns[f"{column}, published"] = {n: [(ap["last.box"], ap["last.mask"])] for n, ap in by_name.items()}
     measured = columns[f"{report.scale}, measured"] = {}
     for name, runs in report.measured.items():
-        results = layers[labels[name]] = [run.result for run in runs.values()]
-        measured[name] = [(result.last.box.AP, result.last.mask.AP) for result in results]
+        layers[labels[name]] = [run.result for run in runs.values()]
+        boxes, masks = report.values(name, LAST_BOX), report.values(name, LAST_MASK)
+        measured[name] = [(boxes[seed], masks[seed]) for seed in boxes if seed in masks]
     figures = {"rows": plot_ablation(labels, columns, f"{title}: last layer")}
     if report.results:
         pairs = [(result, report.published_differences(result.comparison)) for result in report.results]
@@ -159,8 +161,13 @@ def _label_lines(axes: Axes, ends: Sequence[tuple[float, float, str, dict[str, A
     raised = np.mean(places) - np.mean([end[1] for end in ends])
     right = max(end[0] for end in ends) + 0.1
     for (x, y, text, look), place in zip(ends, places, strict=True):
-        line = {"arrowstyle": "-", "color": look["color"], "linestyle": look["linestyle"], "relpos": (0, 0.5)}
-        where = {"textcoords": "data", "va": "center", "annotation_clip": False, "arrowprops": line}
+        line: dict[str, Any] = {
+            "arrowstyle": "-",
+            "color": look["color"],
+            "linestyle": look["linestyle"],
+            "relpos": (0, 0.5),
+        }
+        where: dict[str, Any] = {"textcoords": "data", "va": "center", "annotation_clip": False, "arrowprops": line}
         axes.annotate(text, (x, y), (right + 0.35, place - raised), color=look["color"], fontsize=9.5, **where)
     axes.set_xlim(right=right)
 
