@@ -2,6 +2,7 @@
 
 import difflib
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -140,6 +141,9 @@ class TimmBackbone(_Backbone):
         UserError: timm is missing or does not know the name, the strides do not fit, or the weights are not available.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, cfg: config.Backbone) -> None:
         super().__init__()
         if cfg.width != 64:
@@ -147,7 +151,7 @@ class TimmBackbone(_Backbone):
         file = packaged_weights(cfg)
         if file is None and Path(cfg.weights or "").suffix in SUFFIXES:
             file = Path(str(cfg.weights))
-        self.net = _create(cfg, pretrained=cfg.weights is not None and file is None)
+        self.net: Any = _create(cfg, pretrained=cfg.weights is not None and file is None)
         if file is not None:
             load_timm(self.net, cfg, file)
         _pad_by_constants(self.net)  # images are padded to multiples of 32
@@ -186,12 +190,13 @@ class ConstantPaddingConv2d(nn.Conv2d):
     @classmethod
     def of(cls, other: nn.Conv2d) -> "ConstantPaddingConv2d":
         """A convolution with the parameters of another one."""
-        made = cls(
-            *(other.in_channels, other.out_channels, other.kernel_size, other.stride),
-            dilation=other.dilation,
-            groups=other.groups,
-            bias=other.bias is not None,
-        )
+        sizes: dict[str, Any] = {
+            "kernel_size": other.kernel_size,
+            "stride": other.stride,
+            "dilation": other.dilation,
+            "groups": other.groups,
+        }
+        made = cls(other.in_channels, other.out_channels, bias=other.bias is not None, **sizes)
         made.weight, made.bias = other.weight, other.bias
         return made
 
@@ -230,10 +235,12 @@ def _create(cfg: config.Backbone, pretrained: bool) -> nn.Module:
             f"timm's (near it: {', '.join(near)})"
         )
     # Swin computes its attention masks for the size of the input
-    options = {"strict_img_size": False, "drop_path_rate": SWIN_DROP_PATH} if name.startswith("swin_") else {}
+    options: dict[str, Any] = {}
+    if name.startswith("swin_"):
+        options = {"strict_img_size": False, "drop_path_rate": SWIN_DROP_PATH}
     try:
         with torch.device("meta"):  # only to know its strides
-            plain = timm.create_model(cfg.name, features_only=True, **options)
+            plain: Any = timm.create_model(cfg.name, features_only=True, **options)
         reductions = plain.feature_info.reduction()
         wanted = [i for i, reduction in enumerate(reductions) if reduction in STRIDES]
         if [reductions[i] for i in wanted] != list(STRIDES):

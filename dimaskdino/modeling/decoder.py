@@ -70,14 +70,14 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg: config.Model) -> None:
         super().__init__()
-        C = cfg.hidden_dim
+        self.hidden_dim = C = cfg.hidden_dim
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.decoder.layers))
         self.position_head = MLP(2 * C, C, C)
         reset_matrices(self)
 
     def position(self, reference: Tensor) -> Tensor:
         """Position embedding (B, Q, C) of boxes (B, Q, 4), cxcywh in [0, 1]."""
-        return self.position_head(sine_boxes(reference, self.position_head[0].in_features // 2))
+        return self.position_head(sine_boxes(reference, self.hidden_dim))
 
     def forward(
         self,

@@ -1,5 +1,7 @@
 """The whole model: figure 2 of the paper, top to bottom."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from dimaskdino.modeling.layers import inverse_sigmoid
 from dimaskdino.modeling.pixel_decoder import PixelDecoder
 from dimaskdino.modeling.stages import DECODER_INPUT, decoder, is_decoder
 from dimaskdino.modeling.structures import (
+    BATOOutput,
     ImageBatch,
     Predictions,
     Queries,
@@ -50,7 +53,9 @@ class Detector(nn.Module):
     ) -> None:
         super().__init__()
         self.cfg = cfg
-        self.backbone = backbone or plugins.build(cfg.backbone, "model.backbone", cfg) or build_backbone(cfg.backbone)
+        self.backbone: Any = (
+            backbone or plugins.build(cfg.backbone, "model.backbone", cfg) or build_backbone(cfg.backbone)
+        )
         self.pixel_decoder = PixelDecoder(cfg, self.backbone.channels)
         self.heads = PredictionHeads(cfg)
         self.de_imbalance = de_imbalance or plugins.build(cfg.selection, "model.selection", cfg) or DeImbalance(cfg)
@@ -94,7 +99,8 @@ class Detector(nn.Module):
 
         # Decoder, Eq. 9–11; its first layer is the residual of Eq. 4, Q_bal = MHCA(T_s2, T_i)
         memory, mask_features = T_i, F
-        layers, optimised = [], []
+        layers: list[LayerOutput] = []
+        optimised: list[BATOOutput] = []
         for number in range(1, self.cfg.decoder.layers + 1):
             # (B, R + k, C)
             layers.append(self.decoder(number, queries, memory, self.heads, attention_mask))

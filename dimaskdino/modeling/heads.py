@@ -13,8 +13,8 @@ from dimaskdino.modeling.structures import Stage
 def box_head(C: int) -> MLP:
     """MLP(C, C, 4, 3) whose last layer starts at zero, so that it changes no box."""
     head = MLP(C, C, C, 4)
-    nn.init.zeros_(head[-1].weight)
-    nn.init.zeros_(head[-1].bias)
+    for parameter in head[-1].parameters():
+        nn.init.zeros_(parameter)
     return head
 
 

@@ -1,5 +1,7 @@
 """Feature tokens extractor (section 2): backbone features to feature tokens T_i and mask features F."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -47,6 +49,7 @@ class PixelDecoder(nn.Module):
         self.mask_features = nn.Conv2d(C, C, kernel_size=1)
         nn.init.normal_(self.level_embedding)
         reset_matrices(self.layers)
+        projection: Any
         for projection in self.projections:
             nn.init.xavier_uniform_(projection[0].weight)
             nn.init.zeros_(projection[0].bias)

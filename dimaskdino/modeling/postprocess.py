@@ -99,7 +99,7 @@ def enlarge_whole(
 def _quality(logits: Float[Tensor, "u h w"]) -> Float[Tensor, " u"]:
     """Mean probability of the positive logits of each mask. Overwrites the logits."""
     # sums of booleans, and their products with numbers, take several times as long on a CPU
-    probability = functional.threshold_(logits, 0, -torch.inf).sigmoid_()
+    probability = torch.threshold_(logits, 0, -torch.inf).sigmoid_()
     total = probability.sum((1, 2))
     return total / (probability.ceil_().sum((1, 2)) + 1e-6)
 

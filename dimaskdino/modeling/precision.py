@@ -16,7 +16,7 @@ def fast_precision(device: torch.device) -> Precision:
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     capabilities = getattr(torch.cpu, "get_capabilities", dict)  # which older versions of PyTorch do not have
-    known = capabilities() if device.type == "cpu" else {}
+    known: dict[str, bool] = capabilities() if device.type == "cpu" else {}
     return "bf16" if known.get("amx_bf16") or known.get("avx512_bf16") else "fp32"
 
 

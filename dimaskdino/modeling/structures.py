@@ -277,27 +277,27 @@ class Trace:
 
     @property
     def T_g_mask(self) -> Tensor | None:
-        return self.bato and self.bato.T_g_mask
+        return None if self.bato is None else self.bato.T_g_mask
 
     @property
     def T_g_box(self) -> Tensor | None:
-        return self.bato and self.bato.T_g_box
+        return None if self.bato is None else self.bato.T_g_box
 
     @property
     def guiding_indices(self) -> Tensor | None:
-        return self.bato and self.bato.guiding_indices
+        return None if self.bato is None else self.bato.guiding_indices
 
     @property
     def guidance_attention(self) -> Tensor | None:
-        return self.bato and self.bato.attention
+        return None if self.bato is None else self.bato.attention
 
     @property
     def T_bal(self) -> FeatureLevels | None:
-        return self.bato and self.bato.T_bal
+        return None if self.bato is None else self.bato.T_bal
 
     @property
     def mask_features_bal(self) -> Tensor | None:
-        return self.bato and self.bato.mask_features
+        return None if self.bato is None else self.bato.mask_features
 
 
 @dataclass(frozen=True)

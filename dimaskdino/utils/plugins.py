@@ -27,8 +27,10 @@ _VARIABLE = "DIMASKDINO_PLUGINS"  # {module: folder} as json
 class Named(Protocol):
     """A section of the configuration that names an object: `MODULE:NAME`, and its keyword arguments."""
 
-    type: str | None
-    options: dict[str, Any]
+    @property
+    def type(self) -> str | None: ...
+    @property
+    def options(self) -> dict[str, Any]: ...
 
 
 def allow(modules: Iterable[str]) -> None:
