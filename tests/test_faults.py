@@ -36,6 +36,7 @@ from scene import (
 from small import FILE, overrides, shapes_folder, trained_file
 
 from dimaskdino.runs.folder import RunFolder
+from dimaskdino.training.launch import main as train
 from dimaskdino.training.resume_points import load_resume_point, resume_points
 from dimaskdino.utils.signals import EXIT_STOPPED
 
@@ -449,19 +450,26 @@ def test_a_second_run_in_the_same_folder_is_refused(scene):
     assert_equal_models(scene.run.model, scene.undisturbed("schedule.steps=60"))
 
 
-def test_other_settings_in_the_folder_of_a_run_are_refused(scene):
-    finish(scene.start())
+def test_other_settings_in_the_folder_of_a_run_are_refused(scene, capsys):
+    run = str(scene.run.path)
+    assert train(str(FILE), run, overrides(scene.data)) == 0
     before = scene.run.model.read_bytes()
-    fail(scene.start("train.seed=5"), "holds a run with other settings (train.seed", "Use another folder", code=1)
+    assert train(str(FILE), run, overrides(scene.data, "train.seed=5")) == 1
+    said = capsys.readouterr().err
+    assert "holds a run with other settings (train.seed" in said
+    assert "Use another folder" in said
     assert scene.run.model.read_bytes() == before
 
 
-def test_a_damaged_image_is_named_and_replaced_on_request(scene):
+def test_a_damaged_image_is_named_and_replaced_on_request(scene, capsys):
     data = Path(shutil.copytree(scene.data, scene.folder / "data"))
     image = sorted((data / "images" / "train").iterdir())[5]
     image.write_bytes(image.read_bytes()[:60])
-    fail(process(scene.run.path, data), image.name, "data.skip_bad_images=true", code=1)
-    finish(process(scene.run.path, data, "data.skip_bad_images=true"))
+    assert train(str(FILE), str(scene.run.path), overrides(data)) == 1
+    said = capsys.readouterr().err
+    assert image.name in said
+    assert "data.skip_bad_images=true" in said
+    assert train(str(FILE), str(scene.run.path), overrides(data, "data.skip_bad_images=true")) == 0
     assert any(image.name in record.get("skipped", "") for record in scene.run.read_metrics())
 
 

@@ -1,4 +1,4 @@
-"""What a check of a dataset tells, each point on data that has it and on data that has not."""
+"""The check of a dataset: each of its points, on data with and without the fault."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_coco import SQUARE
+from test_coco import dataset as small_dataset
 
 from dimaskdino.cli.data import check as check_command
 from dimaskdino.config import Config, parse_config
@@ -203,3 +205,34 @@ def test_the_command_shows_the_images(tmp_path, capsys):
     assert check_command(root, show=tmp_path / "other.png") == 1
     assert not (tmp_path / "other.png").exists()
     assert "correct the problems first" in capsys.readouterr().err
+
+
+BOX = {"segmentation": [SQUARE], "bbox": [4, 3, 8, 6]}
+
+
+def test_counts_worked_out_by_hand(tmp_path):
+    data = small_dataset(
+        tmp_path,
+        [
+            BOX,  # 48 pixels, from its box
+            BOX | {"area": 32**2},
+            BOX | {"area": 96**2, "category_id": 90},
+            BOX | {"area": 96**2 - 1},
+            BOX | {"iscrowd": 1},
+        ],
+    )
+    found = describe(data.annotations, data.image_folder)
+    assert (found.images, found.empty_images, found.objects, found.crowds) == (1, 0, 4, 1)
+    assert (found.small, found.medium, found.large) == (1, 2, 1)
+    assert [(c.name, c.objects, c.images) for c in found.classes] == [("cup", 3, 1), ("key", 1, 1)]
+    assert found.objects_per_image == (4, 4, 4)
+    assert found.longest_sides == (24, 24, 24)
+    assert found.missing_files == ()
+    assert "25 % small (below 32²), 50 % medium, 25 % large" in found.text()
+
+
+def test_missing_images_and_unused_classes(tmp_path):
+    data = small_dataset(tmp_path, [BOX], file_name="b.png")
+    found = describe(data.annotations, data.image_folder)
+    assert [path.name for path in found.missing_files] == ["b.png"]
+    assert "key                             0 objects" in found.text()

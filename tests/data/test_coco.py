@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from dimaskdino.data.annotations import run_lengths
 from dimaskdino.data.coco import CocoDataset, find_split
 from dimaskdino.data.images import load_image
 from dimaskdino.utils.errors import UserError
@@ -146,16 +145,6 @@ def test_real_coco_masks_agree_with_their_annotations():
         objects = [a for a in content["annotations"] if a["image_id"] == record["id"] and not a["iscrowd"]]
         areas = [float(mask.sum()) for mask in data[i].masks]
         np.testing.assert_allclose(sorted(areas), sorted(a["area"] for a in objects), rtol=0.25, atol=40)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_run_lengths_are_those_of_pycocotools(seed):
-    mask = (np.random.default_rng(seed).random((30, 41)) < 0.3 + 0.1 * seed).astype(np.uint8)
-    encoded = coco_mask.encode(np.asfortranarray(mask))
-    flat = mask.flatten(order="F")
-    starts = np.flatnonzero(np.diff(flat)) + 1
-    expected = np.diff(np.concatenate([[0], starts, [flat.size]])).tolist()
-    assert run_lengths(encoded["counts"]) == ([0, *expected] if flat[0] else expected)
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0.0, 0), (0.5, 127), (1.0, 255), (200.0, 200), (65535.0, 255)])

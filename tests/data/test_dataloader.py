@@ -121,18 +121,7 @@ def test_pasting_depends_on_the_position_alone(shapes_data):
 
 @pytest.mark.parametrize("size", [(1, 1), (30, 6000), (6000, 30)])
 def test_extreme_shapes(size):
-    sample = (
-        synthetic(*size)
-        if min(size) > 1
-        else Sample(
-            torch.zeros(3, 1, 1, dtype=torch.uint8),
-            torch.tensor([0]),
-            torch.ones(1, 1, 1, dtype=torch.uint8),
-            1,
-            "",
-            (1, 1),
-        )
-    )
+    sample = synthetic(*size)
     torch.manual_seed(0)
     jitter = training_transform(config.Data(jitter=config.LargeScaleJitter(size=64)))
     for _ in range(5):
