@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
+from dimaskdino.checkpoints.model_files import current_name
 from dimaskdino.checkpoints.published import convert_state, is_published, our_name
 from dimaskdino.checkpoints.published_settings import flatten, known_keys, translate_changes
 from dimaskdino.config import Config, parse_config
@@ -54,6 +55,9 @@ except ImportError as error:
     ) from None
 
 
+_NOT_TRANSLATED = ("MODEL.META_ARCHITECTURE", "MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.DIMASKDINO.OVERRIDES")
+
+
 def add_config(cfg: CfgNode) -> None:
     """Add the published settings with their published values, and `MODEL.DIMASKDINO.OVERRIDES`.
 
@@ -61,15 +65,17 @@ def add_config(cfg: CfgNode) -> None:
     precedence. Keys that neither detectron2 nor this kit knows are accepted; `model_config` reports them.
     """
     for key, value in known_keys().items():
-        node, *inner = key.split(".")
+        *nodes, last = key.split(".")
+        if not nodes:
+            continue
         place = cfg
-        for name in (node, *inner[:-1]):
+        for name in nodes:
             if name not in place:
                 place[name] = CfgNode(new_allowed=True)
             place = place[name]
         # keys of detectron2 keep their value, except those of the head, which mean another architecture there
-        if inner and (inner[-1] not in place or key.startswith("MODEL.SEM_SEG_HEAD.")):
-            place[inner[-1]] = value
+        if last not in place or key.startswith("MODEL.SEM_SEG_HEAD."):
+            place[last] = value
     cfg.MODEL.DIMASKDINO = CfgNode({"OVERRIDES": []})
     cfg.set_new_allowed(True)
 
@@ -84,14 +90,15 @@ def model_config(cfg: CfgNode) -> tuple[Config, tuple[str, ...]]:
         raise UserError("call dimaskdino.interop.detectron2.add_config(cfg) before merging files")
     start = get_cfg()
     add_config(start)
-    before, now = flatten(start), flatten(cfg)
-    changed = {key: value for key, value in now.items() if key not in before or before[key] != value}
-    own = {"MODEL.META_ARCHITECTURE", "MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.DIMASKDINO.OVERRIDES"}
-    changes, remarks = translate_changes({key: value for key, value in changed.items() if key not in own})
-    weights = ["model.backbone.weights=null"]  # the checkpointer loads MODEL.WEIGHTS
-    config = parse_config(
-        Config().model_dump(mode="json"), [*changes, *weights, *cfg.MODEL.DIMASKDINO.OVERRIDES], "the configuration"
-    )
+    before = flatten(start)
+    changed = {}
+    for key, value in flatten(cfg).items():
+        if key not in _NOT_TRANSLATED and (key not in before or before[key] != value):
+            changed[key] = value
+    changes, remarks = translate_changes(changed)
+    # the checkpointer loads MODEL.WEIGHTS
+    overrides = [*changes, "model.backbone.weights=null", *cfg.MODEL.DIMASKDINO.OVERRIDES]
+    config = parse_config(Config().model_dump(mode="json"), overrides, "the configuration")
     return config, tuple(remark for remark in remarks if remark.startswith("MODEL."))
 
 
@@ -104,7 +111,7 @@ class DIMaskDINO(nn.Module):
         cfg: a configuration that `add_config` was applied to.
 
     Raises:
-        UserError: the configuration means a model that this kit does not have.
+        UserError: a setting has a value that this kit does not implement.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -128,21 +135,20 @@ class DIMaskDINO(nn.Module):
             batched_inputs: `image` (3, h, w), 0 to 255, in the colour order of `INPUT.FORMAT`; for training
                 `instances` with `gt_classes` and `gt_masks`; for testing optionally `height` and `width`.
         """
-        pictures = [x["image"].flip(0) if self.bgr else x["image"] for x in batched_inputs]
+        pictures, output_sizes = [], []
+        for x in batched_inputs:
+            picture = x["image"].flip(0) if self.bgr else x["image"]
+            pictures.append(picture)
+            output_sizes.append((x.get("height", picture.shape[-2]), x.get("width", picture.shape[-1])))
         if self.training:
             return self._losses(pictures, [x["instances"] for x in batched_inputs])
         images = ImageBatch.from_images(pictures, self.device)
-        outputs = [
-            (x.get("height", picture.shape[-2]), x.get("width", picture.shape[-1]))
-            for x, picture in zip(batched_inputs, pictures, strict=True)
-        ]
+        count = self.config.evaluation.detections
         with torch.no_grad():
             last = self.detector(images).last
-            detections_per_image = postprocess(
-                last, images.sizes, images.padded_size, outputs, self.config.evaluation.detections
-            )
+            found = postprocess(last, images.sizes, images.padded_size, output_sizes, count)
         results = []
-        for size, detections in zip(outputs, detections_per_image, strict=True):
+        for size, detections in zip(output_sizes, found, strict=True):
             instances = Instances(size)
             instances.pred_boxes = Boxes(detections.boxes)
             instances.scores = detections.scores
@@ -152,8 +158,7 @@ class DIMaskDINO(nn.Module):
         return results
 
     def _losses(self, pictures: list[Tensor], objects: list[Instances]) -> dict[str, Tensor]:
-        samples = [_sample(*pair) for pair in zip(pictures, objects, strict=True)]
-        batch = collate(samples)
+        batch = collate(list(map(_sample, pictures, objects)))
         targets = batch.targets.to(self.device)
         count = torch.tensor(float(sum(batch.targets.counts)), device=self.device)
         if distributed.is_initialized():
@@ -177,16 +182,24 @@ def _sample(picture: Tensor, objects: Instances) -> Sample:
 
 
 def _rename(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Rename published parameters to those of this kit, in place."""
+    """Rename published parameters, and those of earlier versions of this kit, in place."""
+    own = f"{prefix}detector."
+    renamed = {}
     if is_published(state):
         renamed = convert_state(state).state
     elif any(key.startswith("stem.conv1.") for key in state):
-        parts = {key: value for key, value in state.items() if not key.startswith(("stem.fc.", "linear."))}
-        renamed = {name: value for key, value in parts.items() if (name := our_name(f"backbone.{key}")) is not None}
+        for key, value in state.items():
+            name = None if key.startswith(("stem.fc.", "linear.")) else our_name(f"backbone.{key}")
+            if name is not None:
+                renamed[name] = value
     else:
+        for key in list(state):
+            if key.startswith(own):
+                state[own + current_name(key.removeprefix(own))] = state.pop(key)
         return
     state.clear()
-    state.update({f"{prefix}detector.{key}": value for key, value in renamed.items()})
+    for name, value in renamed.items():
+        state[own + name] = value
 
 
 for _name in ("DIMaskDINO", "MaskDINO"):  # the second as in the published files of the baseline
@@ -224,15 +237,13 @@ class DIMaskDINOTrainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         solver = cfg.SOLVER
-        settings = Config().optimizer.model_copy(
-            update={
-                "lr": solver.BASE_LR,
-                "weight_decay": solver.WEIGHT_DECAY,
-                "backbone_lr_factor": solver.BACKBONE_MULTIPLIER,
-            }
-        )
+        rates = {
+            "lr": solver.BASE_LR,
+            "weight_decay": solver.WEIGHT_DECAY,
+            "backbone_lr_factor": solver.BACKBONE_MULTIPLIER,
+        }
         detector = model.module.detector if hasattr(model, "module") else model.detector
-        optimizer = build_optimizer(detector, settings)
+        optimizer = build_optimizer(detector, Config().optimizer.model_copy(update=rates))
         if solver.CLIP_GRADIENTS.ENABLED:
             parameters, norm = list(detector.parameters()), solver.CLIP_GRADIENTS.CLIP_VALUE
             optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(parameters, norm) and None)
@@ -262,16 +273,17 @@ def exported_splits(names: Sequence[str]) -> list[ExportedSplit]:
 def _exported_split(name: str) -> ExportedSplit:
     if name not in DatasetCatalog.list():
         raise UserError(f"detectron2 knows no dataset '{name}', only {', '.join(sorted(DatasetCatalog.list()))}")
-    files = {str(r.get("image_id", i)): Path(r["file_name"]) for i, r in enumerate(DatasetCatalog.get(name))}
+    files = {}
+    for number, record in enumerate(DatasetCatalog.get(name)):
+        files[str(record.get("image_id", number))] = Path(record["file_name"]).resolve()
     if "thing_classes" not in MetadataCatalog.get(name).as_dict():  # some register the names while they load
         raise UserError(f"{name} has no class names; set MetadataCatalog.get('{name}').thing_classes")
     content = json.loads(json.dumps(convert_to_coco_dict(name), default=_plain))
-    labels = {category["id"]: label for label, category in enumerate(content["categories"])}
     split = ExportedSplit(split_in(name), [category["name"] for category in content["categories"]])
-    images = {
-        image["id"]: split.add_image(files[str(image["id"])].resolve(), (image["height"], image["width"]))
-        for image in content["images"]
-    }
+    labels = {category["id"]: label for label, category in enumerate(content["categories"])}
+    images = {}
+    for image in content["images"]:
+        images[image["id"]] = split.add_image(files[str(image["id"])], (image["height"], image["width"]))
     for annotation in content["annotations"]:
         image, label = images[annotation["image_id"]], labels[annotation["category_id"]]
         split.add_object(image, label, annotation.get("segmentation"), annotation.get("iscrowd", 0))

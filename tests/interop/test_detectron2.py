@@ -84,6 +84,14 @@ def test_a_published_checkpoint_gives_the_recorded_outputs(tmp_path):
     other = build_model(configuration(*options, "MODEL.MaskDINO.DN_NUM", 30))
     DetectionCheckpointer(other).load(str(tmp_path / "again.pth"))
     assert torch.equal(other.detector.heads.label.weight, reference.heads.label.weight)
+    stored = {
+        key.replace("detector.bato.", "detector.token_optimization."): value
+        for key, value in torch.load(tmp_path / "again.pth")["model"].items()
+    }
+    assert stored.keys() != other.state_dict().keys()
+    another = build_model(configuration(*options, "MODEL.MaskDINO.DN_NUM", 30))
+    another.load_state_dict(stored)  # names of version 0.2
+    torch.testing.assert_close(another.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
 @needs_detectron2
