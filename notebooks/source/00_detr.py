@@ -4,10 +4,10 @@
 # **Question.** A picture has three objects, in no order. A network has six outputs, in a fixed order. Which output is
 # wrong about which object?
 #
-# DI-MaskDINO belongs to a family of detectors that began with **DETR** (detection transformer, 2020). Its idea fits on
-# a page: an image becomes a list of **tokens**, a few learned **queries** read the tokens by **attention**, and each
-# query answers with one object or with "nothing". This chapter builds such a detector for pictures of coloured
-# rectangles and trains it in some seconds. Everything after it is about the same parts, made better.
+# DI-MaskDINO belongs to a family of detectors that began with **DETR** (detection transformer, 2020). Its idea fits
+# on a page: an image becomes a list of **tokens**, a few learned **queries** read the tokens by **attention**, and
+# each query answers with one object or with "nothing". This chapter builds such a detector for pictures of coloured
+# rectangles and trains it in a few seconds. The other chapters improve its parts, one after the other.
 #
 # **You will be able to**
 #
@@ -16,9 +16,9 @@
 # * write attention with several heads;
 # * read the table of symbols that the other chapters use.
 #
-# Exercises say how hard they are and how long they take; each chapter has a longer one, *Build it*, in which you write
-# a part of the model. *Prerequisites*: what a neural network and its training are. *Time*: 60 minutes, a good half of
-# them for the exercises.
+# Each exercise states its difficulty and the time it takes. Each chapter has a longer one, *Build it*, in which you
+# write a part of the model. *Prerequisites*: neural networks and how they are trained. *Time*: 60 minutes, a good
+# half of them for the exercises.
 
 # %% tags=["parameters"]
 steps: int = 400  # training steps of the toy
@@ -47,9 +47,9 @@ rng = np.random.default_rng(seed)
 # %% [markdown]
 # ## Pictures, boxes and classes
 #
-# A **box** is four numbers: the centre, the width and the height, relative to the picture, `(cx, cy, w, h)`. A
-# **class** is what the object is, here its colour. (A **mask** says for each pixel whether it belongs to the object.
-# The toy predicts none.)
+# A **box** is four numbers relative to the picture: the centre, the width and the height, `(cx, cy, w, h)`. The
+# **class** of an object is here its colour. (A **mask** says for each pixel whether it belongs to the object. The toy
+# predicts no masks.)
 
 # %%
 SIDE, PATCH = 32, 4  # pixels
@@ -79,7 +79,7 @@ images, labels, boxes = pictures(4)
 # %% [markdown]
 # ### Exercise 0.1
 #
-# *Easy, 3 minutes.* To draw a box one needs its corners. Turn `(cx, cy, w, h)` into `(x0, y0, x1, y1)`.
+# *Easy, 3 minutes.* To draw a box, you need its corners. Turn `(cx, cy, w, h)` into `(x0, y0, x1, y1)`.
 
 
 # %%
@@ -95,9 +95,10 @@ checks.check_corners(corners)
 # %% [markdown]
 # ## Tokens
 #
-# A transformer reads a list of vectors. Here each square of 4 × 4 pixels becomes one: a **token** with `C` numbers. A
-# token knows what is in its square. It does not know where the square is, so a learned vector for each place is added.
-# A grid of tokens is a **feature map**; a real detector has several, from fine to coarse, its **feature levels**.
+# A transformer reads a list of vectors. Here each square of 4 × 4 pixels becomes one vector: a **token** with `C`
+# numbers. A token describes the content of its square but not its position, so a learned vector for each position is
+# added. A grid of tokens is a **feature map**. A real detector has several, from fine to coarse: its **feature
+# levels**.
 
 
 # %%
@@ -124,14 +125,14 @@ draw(images[0], [(box, "white") for box in boxes[0]], title=f"{(SIDE // PATCH) *
 # %% [markdown]
 # ## Queries and attention
 #
-# A **query** is a learned vector that asks the tokens. In **attention** it is compared with every token; the comparison
-# becomes weights that sum to one, and the answer is the weighted sum of the tokens:
+# A **query** is a learned vector. **Attention** compares it with every token, turns the comparisons into weights that
+# sum to one, and returns the weighted sum of the tokens:
 #
 # $$\text{attention}(q, T) = \text{softmax}\!\left(\frac{q\, T^\top}{\sqrt{C}}\right) T$$
 #
-# (with linear layers around `q` and `T`). The queries also attend to each other, so that two of them do not have to say
-# the same. One round of both, and a small network, is a **decoder layer**. The toy has three layers and six queries;
-# each query ends as scores for three colours and "nothing", and a box.
+# (with linear layers around `q` and `T`). The queries also attend to each other, so that two of them do not give the
+# same answer. One round of both, followed by a small network, is a **decoder layer**. The toy has three layers and
+# six queries. Each query ends as scores for three colours and "nothing", and a box.
 
 
 # %%
@@ -161,13 +162,14 @@ print(f"{sum(p.numel() for p in toy.parameters()):,} parameters")
 # %% [markdown]
 # ## A set of answers needs a matching
 #
-# Six answers, three objects. To train, each object must be given to one answer, and the rest should say "nothing". The
-# **matching** takes the assignment with the lowest total **cost**: small where the class is likely and the box near.
+# There are six answers and three objects. For training, each object is assigned to one answer, and the other answers
+# should be "nothing". The **matching** is the assignment with the lowest total **cost**; the cost of a pair is low if
+# the class is likely and the box is close.
 #
 # ### Exercise 0.2
 #
 # *Medium, 8 minutes.* Find the cheapest assignment of a cost matrix (queries × objects) by trying all of them:
-# `itertools.permutations(range(queries), objects)` gives every way to choose a query for each object.
+# `itertools.permutations(range(queries), objects)` returns every way to choose a query for each object.
 
 
 # %%
@@ -183,9 +185,9 @@ def cheapest(cost):
 checks.check_cheapest_assignment(cheapest)
 
 # %% [markdown]
-# For six queries there are 120 ways; for 300 queries and ten objects more than $10^{24}$. The *Hungarian algorithm*
-# finds the best one without trying all: `scipy.optimize.linear_sum_assignment`. Then come the losses: cross entropy for
-# the classes, the distance of the matched boxes. Before it is trained, a guess:
+# For six queries there are 120 ways; for 300 queries and ten objects there are more than $10^{24}$. The *Hungarian
+# algorithm* finds the best one without trying all: `scipy.optimize.linear_sum_assignment`. The losses follow: cross
+# entropy for the classes, and the distance of the matched boxes. Make a guess before the training:
 
 # %%
 speaking = Number("After the training, how many of the six queries answer with an object, on average?", 0, 6)
@@ -249,8 +251,8 @@ speaking.reveal(
 #
 # ### Explore
 #
-# Choose a picture and a query. The colours over the picture are the query's attention in the last layer; the box is its
-# answer. Does a query have a place of its own? What do queries look at that answer "nothing"?
+# Choose a picture and a query. The colours over the picture show the query's attention in the last layer; the box is
+# its answer. Does a query specialise in a region? Where do queries look that answer "nothing"?
 
 # %%
 with torch.no_grad():
@@ -292,18 +294,18 @@ draw(images[0], answers, title="All answers of picture 1")
 # ### Build it: attention with several heads
 #
 # *Medium, 20 minutes.* The layers of the toy do not compare whole vectors. Each of their **heads** compares a part of
-# $C / heads$ numbers, with weights of its own, so that one query can look for several things at once. Write it, and the
-# check compares it with the last layer of the toy that was just trained. Given are, for $Q$ queries and $N$ tokens,
+# $C / heads$ numbers and has its own weights, so that one query can look for several things at once. Write it; the
+# check compares it with the last layer of the trained toy. For $Q$ queries and $N$ tokens you are given
 #
 # * `x` `(Q, C)` and `tokens` `(N, C)`;
-# * `ask(x)`, `key(tokens)` and `value(tokens)`: the linear layers before the comparison, the numbers of all heads one
-#   after the other: `.view(n, heads, C // heads)` separates them;
-# * `out`: the linear layer that mixes what the heads have read, `(Q, C)` again.
+# * `ask(x)`, `key(tokens)` and `value(tokens)`: the linear layers before the comparison. Their outputs hold the
+#   numbers of all heads one after the other: `.view(n, heads, C // heads)` separates them;
+# * `out`: the linear layer that mixes the results of the heads, `(Q, C)` again.
 
 
 # %%
 def attend(x, tokens, ask, key, value, out, heads):
-    """What the queries read (Q, C), and the weights of each head (heads, Q, N)."""
+    """The result of the attention (Q, C), and the weights of each head (heads, Q, N)."""
     # solution
     q, k, v = (part.view(len(part), heads, -1).transpose(0, 1) for part in (ask(x), key(tokens), value(tokens)))
     weights = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)
@@ -316,14 +318,15 @@ checks.check_attend(attend, toy.layers[-1].multihead_attn)
 # %% [markdown]
 # ### Exercise 0.3, to discuss
 #
-# *5 minutes.* Before the training two queries often answer with the same object. What in the loss makes them stop? And
-# what would happen without the self-attention among the queries?
+# *5 minutes.* Before the training, two queries often answer with the same object. Which part of the loss stops this?
+# And what would happen without self-attention among the queries?
 #
 # <details><summary>A model answer</summary>
 #
-# The matching gives the object to one of the two; the other is told "nothing" for the same answer. Only an answer that
-# the other does not give lowers the loss, so they divide the work. Without self-attention a query does not know what
-# the others answer: two queries that see the same object can only agree beforehand, by place or by class, who takes it.
+# The matching assigns the object to one of the two queries; the target of the other is "nothing" for the same answer.
+# A query lowers the loss only with an answer that no other query gives, so the queries divide the work. Without
+# self-attention, a query has no information about the answers of the others: two queries that see the same object can
+# only divide the work by fixed rules, such as place or class.
 #
 # </details>
 #
@@ -333,7 +336,7 @@ checks.check_attend(attend, toy.layers[-1].multihead_attn)
 draw_architecture()
 
 # %% [markdown]
-# Round boxes are data, square ones modules; each chapter shows this picture with its part lit.
+# Round boxes are data, square boxes are modules. Each chapter shows this picture with its part highlighted.
 #
 # | | the toy | DI-MaskDINO | chapter |
 # |---|---|---|---|
@@ -342,16 +345,16 @@ draw_architecture()
 # | attention to tokens | all of them | a few places that the query chooses | 3 |
 # | boxes | from scratch | refined from layer to layer | 1 |
 # | masks | none | a dot product of the query and every pixel | 5 |
-# | tokens after the first layer | stay as they are | are improved by the best queries (BATO) | 5 |
+# | tokens after the first layer | unchanged | improved by the best queries (BATO) | 5 |
 # | losses | after the last layer | at every stage, and for denoising queries | 6 |
 #
 # ## Symbols
 #
-# | paper | in the code | shape | what it is |
+# | paper | in the code | shape | meaning |
 # |---|---|---|---|
 # | $T_i$ | `trace.T_i` | (B, N, C) | feature tokens of all levels |
 # | $T_{s1}$, $T_{s2}$ | `trace.T_s1`, `trace.T_s2` | (B, k, C) | tokens kept by the first and the second selection |
-# | $k_1$, $k_2$ | `model.selection.k` | | how many |
+# | $k_1$, $k_2$ | `model.selection.k` | | number of tokens kept |
 # | $Q_{bal}$ | `trace.Q_bal` | (B, k, C) | balanced queries, after the first decoder layer |
 # | $T_g^{mask}$, $T_g^{box}$ | `trace.bato.T_g_mask`, `T_g_box` | (B, G, C) | guiding tokens of BATO |
 # | $T_{bal}$ | `trace.bato.T_bal` | (B, N, C) | feature tokens after BATO |
@@ -361,34 +364,35 @@ draw_architecture()
 #
 # ## Glossary
 #
-# * **AP**: average precision, how well detections of all objects are found and ranked, in percent (chapter 2).
+# * **AP**: average precision in percent, which measures how well detections of all objects are found and ranked
+#   (chapter 2).
 # * **backbone**: the network that turns an image into feature maps, here a ResNet.
 # * **upper bound**: the AP that true objects reach when they go through the steps of a prediction (chapter 1).
 # * **decoder input**: the queries before the first decoder layer, stage `decoder.0`.
 # * **denoising query**: a true object with noise; training adds some to the queries (chapter 6).
 # * **feature level**: a feature map of one resolution; its *stride* is the number of input pixels per cell.
 # * **feature token**: the vector of one place of a feature level.
-# * **guiding token**: one of the best queries, from which BATO improves the feature tokens (chapter 5).
+# * **guiding token**: one of the best queries, which BATO uses to improve the feature tokens (chapter 5).
 # * **imbalance**: mask AP minus box AP at one stage, in points (chapter 1).
 # * **IoU**: intersection over union of two boxes or masks, 1 if they are equal (chapter 1).
 # * **logit**: a score before the sigmoid or softmax.
 # * **mask**: for every pixel, whether it belongs to the object.
-# * **matching**: which query is judged by which object, one query for each (chapter 6).
-# * **query**: a vector that asks the tokens and answers with one object or nothing.
-# * **reference point, reference box**: where a query starts to look (chapter 3).
+# * **matching**: the assignment of one query to each object, whose target that object becomes (chapter 6).
+# * **query**: a vector that attends to the tokens and answers with one object or nothing.
+# * **reference point, reference box**: the place around which a query samples the image (chapter 3).
 # * **selection**: keeping the tokens whose best class scores highest (chapter 4).
 # * **stage**: a point of the model that predicts, from `first_selection` to the last decoder layer.
 # * **token interaction**: self-attention among the selected tokens (chapter 4).
 #
 # ---
 #
-# **In three sentences.** An image becomes tokens, queries read them by attention, and every query answers once. The
-# matching decides which answer is judged by which object, so that the answers are a set. DI-MaskDINO keeps this plan
-# and changes where queries come from, what they read, and what the tokens learn from them.
+# **In three sentences.** An image becomes tokens, queries read them by attention, and every query gives one answer.
+# The matching assigns answers to objects, so that the answers form a set. DI-MaskDINO keeps this plan and changes
+# where the queries come from, how they read the tokens, and how the tokens are improved by the queries.
 #
 # **Read on.**
 #
 # * Carion et al., End-to-End Object Detection with Transformers (DETR), arXiv 2005.12872, section 3.
 # * Vaswani et al., Attention Is All You Need, arXiv 1706.03762, section 3.2.
 #
-# **Next**: where boxes lag behind masks, [the imbalance](01_imbalance.ipynb).
+# **Next**: why the first boxes are worse than the first masks, [the imbalance](01_imbalance.ipynb).

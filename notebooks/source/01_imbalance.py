@@ -1,28 +1,29 @@
 # %% [markdown]
 # # 1 · The imbalance
 #
-# **Question.** A model finds an object. It outlines it well, and its box misses a part. Both come from the same vector.
-# How can that be?
+# **Question.** A model finds an object. Its mask is accurate, but its box misses a part. Both are predicted from the
+# same vector. How is that possible?
 #
 # A joint model predicts each object twice: as a **box** (detection) and as a **mask** (segmentation). Its decoder
 # refines both, layer by layer. DI-MaskDINO starts from an observation about its predecessor MaskDINO: after the
-# *first* decoder layer the boxes are worse than the masks, although both come from the same queries. At the *last*
-# layer it is the other way round. Detection starts with a handicap that the later layers never fully make up for.
+# *first* decoder layer the boxes are worse than the masks, although both come from the same queries. After the *last*
+# layer the order is reversed. Detection starts with a disadvantage that the later layers never fully remove.
 #
-# In this chapter you see this lag in published numbers, measure it on a small model, and look at single objects.
+# In this chapter you find this imbalance in published numbers, measure it on a small model, and look at single
+# objects.
 #
 # **You will be able to**
 #
-# * say what the imbalance between detection and segmentation is, and at which layers it shows;
+# * define the imbalance between detection and segmentation, and name the layers at which it occurs;
 # * measure it for any model and follow it object by object;
-# * tell a lag of the model from one that a formula makes.
+# * distinguish an imbalance of the model from one that a formula causes.
 #
-# *Prerequisites*: what a box, a mask and a neural network are; [chapter 0](00_detr.ipynb) if queries and attention are
-# new to you. *Time*: 75 minutes.
+# *Prerequisites*: boxes, masks and neural networks; [chapter 0](00_detr.ipynb) if queries and attention are new to
+# you. *Time*: 75 minutes.
 
 # %% tags=["parameters"]
 model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
-baseline: str = "notebooks/models/maskdino"  # its baseline, trained alike
+baseline: str = "notebooks/models/maskdino"  # its baseline, trained in the same way
 solids: str = "notebooks/models/solids"  # a model that was trained on rendered scenes
 scenes: str = "notebooks/scenes"  # rendered scenes that it has not seen
 images: int = 6  # images to look at
@@ -55,9 +56,9 @@ stages = [names[0], "decoder.1", names[-1]]
 draw_object_stages(shown, stages, track_objects(shown, stages))
 
 # %% [markdown]
-# A rendered scene, and the best detection of each object at three stages of a small DI-MaskDINO: the first, the first
-# decoder layer and the last. Compare the boxes of the first with those of the last, and then the masks. Both come from
-# the same heads at every stage, the lit part of this picture:
+# A rendered scene, and the best detection of each object at three stages of a small DI-MaskDINO: the first stage, the
+# first decoder layer and the last. Compare the boxes of the first stage with those of the last, then the masks. At
+# every stage the same heads predict both, highlighted in this picture:
 
 # %%
 draw_architecture("heads")
@@ -78,7 +79,8 @@ first = published["maskdino"]["first"]
 answer.reveal(first["mask"] - first["box"], {0: "one vector, but boxes and masks need different knowledge of it"})
 
 # %% [markdown]
-# With De-Imbalance and BATO the lag shrinks to half a point, and at the last layer boxes are ahead in both models.
+# With De-Imbalance and BATO the imbalance shrinks to half a point. At the last layer boxes score higher than masks in
+# both models.
 
 # %%
 plot_first_and_last_layer({"Published, BDD100K": {names[k]: published[k] for k in names}})
@@ -86,8 +88,8 @@ plot_first_and_last_layer({"Published, BDD100K": {names[k]: published[k] for k i
 # %% [markdown]
 # ## Measured: a small model and its baseline
 #
-# Two small models of drawn shapes come with the course: DI-MaskDINO, and MaskDINO, which has neither module. Both were
-# trained in the same way: 10,000 steps with the same seed, for an hour and a half on one CPU core. Here is the same
+# Two small models of drawn shapes come with the course: DI-MaskDINO, and MaskDINO, which has neither module. Both
+# were trained in the same way: 10,000 steps with the same seed, an hour and a half on one CPU core. Here is the same
 # figure for them, on images that were not used for training:
 
 # %%
@@ -96,9 +98,9 @@ models = {"MaskDINO": begin(baseline, overrides).layerwise_ap(), "DI-MaskDINO": 
 plot_first_and_last_layer({"Measured, shapes": {name: result.first_and_last() for name, result in models.items()}})
 
 # %% [markdown]
-# **Compare.** The lag of the first layer shrinks here too. Two things are different: masks stay ahead of boxes at the
-# last layer, and the two models are much further apart than in the paper. These are single trainings of small models;
-# chapter 7 repeats the comparison with several seeds, and with each module alone.
+# **Compare.** The imbalance of the first layer shrinks here too. Two things differ from the paper: masks still score
+# higher than boxes at the last layer, and the two models are much further apart. These are single trainings of small
+# models; chapter 7 repeats the comparison with several seeds, and with each module alone.
 #
 # ## Every stage
 #
@@ -108,7 +110,7 @@ plot_first_and_last_layer({"Measured, shapes": {name: result.first_and_last() fo
 #
 # $$\text{imbalance} = AP_{mask} - AP_{box},$$
 #
-# positive where detection lags. Draw what you expect of DI-MaskDINO, stage by stage, before you look.
+# It is positive where boxes are worse than masks. Before you look, draw the curve that you expect of DI-MaskDINO.
 
 # %%
 with_masks = [name for name, measured in result.stages.items() if measured.mask is not None]
@@ -133,16 +135,16 @@ plot_layerwise_ap({"DI-MaskDINO": result})
 explore_curves(models)
 
 # %% [markdown]
-# **Read it.** Where is the imbalance largest? Is that before or after De-Imbalance (the token-interaction stages)?
-# Which of the two gains more from the first stage to the last?
+# **Read it.** Where is the imbalance largest? Is that before or after De-Imbalance (the token-interaction stages)? Do
+# boxes or masks gain more from the first stage to the last?
 #
 # ### How a measurement misleads
 #
-# The baseline's boxes collapse where they enter the decoder, far behind the masks. That looks like the imbalance at its
-# worst. Look at the dotted lines first. They are **upper bounds on AP**: the *true* objects reach them when they go
-# through the same steps as the predictions. Masks live at a quarter of the resolution, so true masks lose thin parts.
-# And the boxes that enter MaskDINO's decoder are not predicted: they are bounds of predicted masks, by a formula that
-# takes the last occupied cell and forgets its width. True masks give wrong boxes too.
+# The AP of the baseline's boxes collapses at the input of the decoder. It looks as if the imbalance were largest
+# there. Look at the dotted lines first. They are **upper bounds on AP**: the AP of the *true* objects after the same
+# steps as the predictions. Masks have a quarter of the image's resolution, so true masks lose thin parts. And the
+# boxes that enter MaskDINO's decoder are not predicted: they are the bounds of predicted masks, computed by a formula
+# that takes the last occupied cell and leaves out its width. With this formula even true masks lead to wrong boxes.
 
 # %%
 plot_layerwise_ap({"MaskDINO": models["MaskDINO"]})
@@ -150,17 +152,18 @@ plot_layerwise_ap({"MaskDINO": models["MaskDINO"]})
 # %% [markdown]
 # ### Explore
 #
-# True objects, as a model sees them at a quarter of the resolution: the cells that an object covers by more than half,
-# the box that each formula makes of them (blue), and the true one (black). Which objects lose most?
+# True objects at a quarter of the resolution: the cells that an object covers by more than half, the box that each
+# formula makes of them (blue), and the true box (black). Which objects lose most?
 
 # %%
 explore_true_boxes(lesson.samples(images))
 
 # %% [markdown]
-# The diamonds divide both APs by their upper bounds before they are compared. At the decoder's input little of the lag
-# is left: most of it is arithmetic, not learning. De-Imbalance predicts boxes of its own in between, which can undo the
-# formula. So a smaller lag *there* does not show that it balances anything; the lag from the first layer on is the one
-# to explain. [docs/study.md](../docs/study.md) measures both.
+# The diamonds show the imbalance after both APs are divided by their upper bounds. At the decoder's input little of
+# the imbalance is left: most of it is arithmetic, not learning. De-Imbalance predicts its own boxes before this
+# point, which can compensate for the formula. A smaller imbalance at the decoder's input is therefore no evidence
+# that De-Imbalance balances anything; the imbalance from the first layer on needs an explanation.
+# [docs/study.md](../docs/study.md) measures both.
 #
 # ### Exercise 1.1
 #
@@ -169,7 +172,7 @@ explore_true_boxes(lesson.samples(images))
 
 # %%
 def imbalance(box_ap: float, mask_ap: float) -> float:
-    """How far detection lags behind segmentation, in points."""
+    """Mask AP − box AP, in points."""
     # solution
     return mask_ap - box_ap
     # end
@@ -180,10 +183,10 @@ checks.check_imbalance(imbalance)
 # %% [markdown]
 # ## One object at a time
 #
-# AP is a number for a whole dataset. To see what lags, follow single objects: for each true object, take the best
-# detection of its class at every stage, and measure how well its box and mask overlap with the object's. The scenes are
-# those from the beginning: rendered, with textures, light and shadow, and a model that was trained on 3,000 others. The
-# measure is *intersection over union*, for boxes and masks alike:
+# AP is one number for a whole dataset. To see its causes, follow single objects: for each true object, take the best
+# detection of its class at every stage, and measure the overlap of its box and mask with those of the object. The
+# scenes are rendered, with textures, light and shadow; the model was trained on 3,000 others. The measure is
+# *intersection over union*, for boxes and masks alike:
 #
 # $$IoU(A, B) = \frac{|A \cap B|}{|A \cup B|}$$
 
@@ -209,21 +212,22 @@ plot_mean_ious(tracks)
 explore_layers(looks)
 
 # %% [markdown]
-# And where do they come from? Click on a place of the model, or choose it, to see what flows there for an image.
+# Where do the predictions come from? Click on a place in the model, or choose it, to see the data that flow there for
+# an image.
 
 # %%
 explore_architecture(looks)
 
 # %% [markdown]
-# Why are boxes harder at first? A token of the feature map describes its own location. "Does this pixel belong to the
-# object?" can be answered locally, and that is all a mask needs. "How far is it to the left edge of the object?"
-# requires the whole object, most of which lies elsewhere. The decoder's attention collects this information layer by
-# layer; De-Imbalance (chapter 4) does part of it before the first layer.
+# Why are boxes harder at first? A token of the feature map describes its own location. The question of a mask, "does
+# this pixel belong to the object?", can be answered locally. The question of a box, "how far is it to the left edge
+# of the object?", requires the whole object, most of which lies elsewhere. The attention of the decoder collects this
+# information layer by layer; De-Imbalance (chapter 4) does part of it before the first layer.
 #
 # ### Exercise 1.2
 #
-# *Medium, 6 minutes.* IoU of two boxes `(x0, y0, x1, y1)`, as a number. No library function: `max` and `min` are
-# enough.
+# *Medium, 6 minutes.* Compute the IoU of two boxes `(x0, y0, x1, y1)`, as a number. `max` and `min` are enough; no
+# library function is needed.
 
 
 # %%
@@ -243,7 +247,7 @@ checks.check_box_iou(box_iou)
 # %% [markdown]
 # ### Exercise 1.3
 #
-# *Easy, 3 minutes.* IoU of two masks, tensors `(h, w)` of booleans.
+# *Easy, 3 minutes.* Compute the IoU of two masks, tensors `(h, w)` of booleans.
 
 
 # %%
@@ -259,9 +263,9 @@ checks.check_mask_iou(mask_iou)
 # %% [markdown]
 # ### Build it: from detections to a figure
 #
-# *Medium, 15 minutes.* The figures above follow each object through the stages. Make their numbers, from the detections
-# of a stage with a score of at least 0.3: for each object, of the detections **of its class**, take the one with the
-# largest sum of box IoU and mask IoU, and return both. If no detection has its class, both are 0. Use your two
+# *Medium, 15 minutes.* The figures above follow each object through the stages. Compute their numbers from the
+# detections of a stage with a score of at least 0.3: for each object, take the detection **of its class** with the
+# largest sum of box IoU and mask IoU, and return both IoUs. If no detection has its class, both are 0. Use your two
 # functions; a loop is fast enough.
 
 
@@ -285,27 +289,27 @@ checks.check_best_detections(best_detections, looks)
 # %% [markdown]
 # ### Exercise 1.4, to discuss
 #
-# *5 minutes.* A box that is one pixel too wide on each side: how much IoU does that cost an object of 8 × 8 pixels, how
-# much one of 64 × 64? What does that say about comparing box AP with mask AP for small objects?
+# *5 minutes.* A box is one pixel too wide on each side. How much IoU does that cost an object of 8 × 8 pixels, and
+# one of 64 × 64? What does this mean for comparisons of box AP with mask AP on small objects?
 #
 # <details><summary>A model answer</summary>
 #
-# The box of 8 × 8 becomes 10 × 10: IoU 64/100. The one of 64 × 64 becomes 66 × 66: IoU 4096/4356, 0.94. The same error
-# of one pixel costs a small object almost all thresholds above 0.6 and a large one none below 0.95. A mask of the same
-# small object that is one pixel too wide loses just as much. So AP of small objects measures pixels, and box and mask
-# AP can only be compared where both are limited by the same resolution.
+# The box of 8 × 8 becomes 10 × 10: IoU 64/100. The box of 64 × 64 becomes 66 × 66: IoU 4096/4356, 0.94. The same
+# error of one pixel costs a small object almost all thresholds above 0.6, and a large one none below 0.95. A mask of
+# the same small object that is one pixel too wide loses just as much. AP of small objects therefore measures pixels,
+# and box AP can be compared with mask AP only if the same resolution limits both.
 #
 # </details>
 #
 # ---
 #
-# **In three sentences.** In the first layers of MaskDINO boxes lag behind masks, since a token knows its place better
-# than the extent of its object. AP of every stage shows where, single objects show how. Part of what it shows is
-# arithmetic: a measurement has upper bounds of its own.
+# **In three sentences.** In the first layers of MaskDINO boxes are worse than masks, since a token describes its own
+# place better than the extent of its object. AP of every stage shows where this happens, and single objects show how.
+# Part of the measured imbalance is arithmetic, since the formulas and the resolution set upper bounds on AP.
 #
 # **Read on.**
 #
 # * DI-MaskDINO, arXiv 2410.16707, section 1: the observation and its explanation.
 # * MaskDINO, arXiv 2206.02777, section 3: where queries and their boxes come from.
 #
-# **Next**: what AP measures, [evaluation](02_evaluation.ipynb).
+# **Next**: how AP is measured, [evaluation](02_evaluation.ipynb).

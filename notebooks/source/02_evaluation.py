@@ -1,25 +1,27 @@
 # %% [markdown]
 # # 2 · Evaluation: what AP measures
 #
-# **Question.** Two detectors find the same objects with the same boxes. One has AP 60, the other 45. What is different?
+# **Question.** Two detectors find the same objects with the same boxes. One has AP 60, the other 45. What is the
+# difference?
 #
-# All chapters use AP. This one takes it apart: detections are right or wrong; sorted by score they give a
-# precision-recall curve; the area below it is AP at one IoU threshold; and the mean over ten thresholds and all classes
-# is COCO's **AP**. You compute one curve by hand, compare it with the library's, and then look at all stages.
+# All chapters use AP. This one takes it apart. Each detection is right or wrong; the detections sorted by score make
+# a precision-recall curve; the area below the curve is AP at one IoU threshold; and the mean over ten thresholds and
+# all classes is COCO's **AP**. You compute one curve by hand, compare it with the library's, and then look at all
+# stages.
 #
 # **You will be able to**
 #
 # * decide which detections are right, and draw a precision-recall curve by hand;
 # * compute AP at one threshold and explain what the mean over thresholds adds;
-# * read a table of AP per stage without being misled by it.
+# * read a table of AP per stage and name its pitfalls.
 #
 # *Prerequisites*: chapter 1 (IoU). *Time*: 75 minutes.
 
 # %% tags=["parameters"]
 model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
-stage: str = "decoder.1"  # the stage whose curve is made by hand
-label: str = "disk"  # the class whose curve is made by hand
-threshold: float = 0.5  # least IoU of a right detection
+stage: str = "decoder.1"  # the stage whose curve is computed by hand
+label: str = "disk"  # the class whose curve is computed by hand
+threshold: float = 0.5  # smallest IoU of a right detection
 overrides: list = []  # settings that differ from those of the training, such as data.root
 
 # %%
@@ -46,14 +48,15 @@ draw_architecture("heads")
 # %% [markdown]
 # ## Right or wrong
 #
-# Within one image and one class, detections are processed by descending score. Each claims the object that it overlaps
-# most among those *not yet claimed*; if that IoU reaches the threshold it is right (a **true positive**), if not it is
-# wrong (a **false positive**). A second detection of the same object is wrong, however well it fits.
+# Within one image and one class, detections are processed by descending score. Each is assigned to the object that it
+# overlaps most among those *not yet assigned*. If that IoU reaches the threshold, the detection is right (a **true
+# positive**); otherwise it is wrong (a **false positive**). A second detection of the same object is wrong, however
+# well it fits.
 #
 # ### Exercise 2.1
 #
-# *Medium, 10 minutes.* Given IoUs `(D, M)` of detections, already in the order of their scores, with objects: which
-# detections are right?
+# *Medium, 10 minutes.* Given the IoUs `(D, M)` of detections, sorted by their scores, with objects: which detections
+# are right?
 
 
 # %%
@@ -100,12 +103,13 @@ checks.check_precision_recall(precision_recall)
 # %% [markdown]
 # ## The area
 #
-# COCO samples the curve at 101 recalls, 0, 0.01, … 1. At each it takes the best precision at that recall *or a larger
-# one* (so the curve never rises to the right), and 0 if the recall is never reached. AP is the mean of the 101 values.
+# COCO samples the curve at 101 recalls, 0, 0.01, … 1. At each recall it takes the best precision at that recall *or a
+# larger one*, so that the curve never rises to the right, and 0 if the recall is never reached. AP is the mean of the
+# 101 values.
 #
 # ### Exercise 2.3
 #
-# *Medium, 8 minutes.* The 101 values.
+# *Medium, 8 minutes.* Compute the 101 values.
 
 
 # %%
@@ -122,7 +126,8 @@ solved = checks.check_interpolated(interpolated)
 # %% [markdown]
 # ## By hand, and by the library
 #
-# Your three functions on the model's detections (all images, one class, boxes), and the same curve from the library.
+# This cell runs your three functions on the model's detections (all images, one class, boxes) and compares the result
+# with the library's.
 
 # %%
 if solved:
@@ -147,10 +152,10 @@ print(f"by the library {100 * library.mean():.2f}")
 # %% [markdown]
 # ### Build it: AP at every layer
 #
-# *Medium, 20 minutes.* COCO's AP of a class averages over ten thresholds, 0.50, 0.55, … 0.95. Write it with your three
-# functions, and let the check compare it with the library's on the model's detections of three stages. `images` is a
+# *Medium, 20 minutes.* COCO's AP of a class averages over ten thresholds, 0.50, 0.55, … 0.95. Write it with your
+# three functions; the check compares it with the library's on the model's detections at three stages. `images` is a
 # list with one pair for each image: the IoUs `(D, M)` of its detections with its objects, best detection first, and
-# their scores `(D,)`. An image can be without objects, or without detections.
+# their scores `(D,)`. An image can have no objects, or no detections.
 
 
 # %%
@@ -172,10 +177,10 @@ checks.check_average_precision(average_precision, found, truth, lesson.data, lab
 # %% [markdown]
 # ## Loose and strict
 #
-# The same class at three thresholds. First your guess: from IoU ≥ 0.5 to IoU ≥ 0.9, which lose more AP?
+# The same class at three thresholds. First make a guess: do boxes or masks lose more AP from IoU ≥ 0.5 to IoU ≥ 0.9?
 
 # %%
-strict = Choice("Which lose more AP at the strict threshold?", ["boxes", "masks", "both alike, within one point"])
+strict = Choice("Which lose more AP at the strict threshold?", ["boxes", "masks", "both, within one point"])
 strict
 
 # %%
@@ -194,13 +199,14 @@ print(f"Lost: boxes {lost['box']:.1f}, masks {lost['mask']:.1f} points.")
 plot_precision_recall(curves, f"{label}, {stage}")
 
 # %% [markdown]
-# **Read it.** A curve that ends early misses objects; one that sags has wrong detections with high scores. What does
-# a stricter threshold do to boxes, what to masks? That difference *is* the imbalance, seen close up.
+# **Read it.** A curve that ends early belongs to a detector that misses objects; a curve that sags has wrong
+# detections with high scores. How does a stricter threshold change the curve of boxes, and the curve of masks? This
+# difference *is* the imbalance in detail.
 #
 # ### Explore
 #
-# Choose a class, a stage and a threshold. At which threshold do the boxes of the first layer fall behind its masks, and
-# for which classes never?
+# Choose a class, a stage and a threshold. At which threshold do the boxes of the first layer fall behind its masks,
+# and for which classes do they never?
 
 # %%
 explore_precision(found, truth, lesson.data.classes)
@@ -208,7 +214,7 @@ explore_precision(found, truth, lesson.data.classes)
 # %% [markdown]
 # ## Every stage
 #
-# One pass over the data gives the detections of all stages, and so all their APs.
+# One pass over the data returns the detections of all stages, and from them all APs.
 
 # %%
 result = lesson.layerwise_ap()
@@ -220,22 +226,23 @@ plot_layerwise_ap({"DI-MaskDINO": result})
 # %% [markdown]
 # ### Exercise 2.4, to discuss
 #
-# *5 minutes.* A detector gives every detection the score 1. What happens to its AP? And is a detector with AP 40 for
-# boxes and 40 for masks "balanced", if the masks' AP50 is 70 and the boxes' 60?
+# *5 minutes.* A detector assigns the score 1 to every detection. How does its AP change? And is a detector with AP 40
+# for boxes and 40 for masks "balanced" if the masks' AP50 is 70 and the boxes' 60?
 #
 # <details><summary>A model answer</summary>
 #
-# With equal scores the order of detections is arbitrary: right and wrong ones are mixed from the start, precision is
-# that of all detections everywhere, and AP falls far although no box changed. The second detector is balanced in the
-# mean only. Its masks are better at the loose threshold and worse at the strict ones: many objects roughly, few
-# exactly. The mean over thresholds hides it.
+# With equal scores the order of detections is arbitrary. Right and wrong ones are mixed from the start, precision is
+# the same everywhere, and AP falls far although no box changed. The second detector is balanced only on average. Its
+# masks are better at the loose threshold and worse at the strict ones: it segments many objects roughly and few
+# exactly. The mean over thresholds hides this.
 #
 # </details>
 #
 # ---
 #
-# **In three sentences.** AP is about the order of detections: it asks whether right ones come before wrong ones. The
-# IoU threshold decides what is right, and COCO averages over ten of them. Equal averages can hide different detectors.
+# **In three sentences.** AP depends on the order of detections: right ones should come before wrong ones. The IoU
+# threshold decides which detections are right, and COCO averages over ten of them. Detectors with equal averages can
+# differ.
 #
 # **Read on.**
 #
@@ -243,4 +250,4 @@ plot_layerwise_ap({"DI-MaskDINO": result})
 # * Microsoft COCO, arXiv 1405.0312, and [cocodataset.org](https://cocodataset.org/#detection-eval): the metrics and
 #   their names.
 #
-# **Next**: how a query looks at an image, [multi-scale deformable attention](03_deformable_attention.ipynb).
+# **Next**: how a query reads an image, [multi-scale deformable attention](03_deformable_attention.ipynb).

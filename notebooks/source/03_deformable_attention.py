@@ -1,22 +1,22 @@
 # %% [markdown]
 # # 3 · Multi-scale deformable attention
 #
-# **Question.** Where does a query look when it has an image of a million pixels and may read sixteen places?
+# **Question.** An image has a million pixels, and a query may read sixteen places. Where should it look?
 #
-# In a transformer every query attends to every token. An image of 800 × 1333 pixels has 22,223 feature tokens in
-# four levels: attention among all of them would need half a billion weights per head and layer. *Deformable attention*
-# (Deformable DETR, Eq. 3) lets each query read only a few locations, which it chooses itself:
+# In a transformer, every query attends to every token. An image of 800 × 1333 pixels has 22,223 feature tokens in
+# four levels: attention among all of them would need half a billion weights per head and layer. In *deformable
+# attention* (Deformable DETR, Eq. 3), each query reads only a few locations, which it chooses itself:
 #
 # $$\text{out}(q) = \sum_{l=1}^{L} \sum_{k=1}^{K} A_{qlk}\; V_l\big(p_q + \Delta p_{qlk}\big)$$
 #
-# for each head: $p_q$ is the query's reference point, $\Delta p$ and $A$ are linear functions of the query, and
-# $V_l(p)$ is the feature map of level $l$ at the location $p$, interpolated between four cells. With $L = 4$ levels and
-# $K = 4$ points a query reads 16 locations per head, however large the image is.
+# for each head. $p_q$ is the query's reference point, $\Delta p$ and $A$ are linear functions of the query, and
+# $V_l(p)$ is the feature map of level $l$ at the location $p$, interpolated between four cells. With $L = 4$ levels
+# and $K = 4$ points a query reads 16 locations per head, whatever the size of the image.
 #
 # **You will be able to**
 #
 # * compute a bilinear sample and explain why the location can be learned;
-# * count what full and deformable attention cost;
+# * compute the cost of full and of deformable attention;
 # * read a figure of sampling points.
 #
 # *Prerequisites*: attention, as in chapter 0. *Time*: 60 minutes.
@@ -58,9 +58,9 @@ reads.reveal(settings.heads * per_head, {per_head: "that is one head", tokens: "
 # %% [markdown]
 # ## Where a query looks
 #
-# The best query of the first image, in the first decoder layer. The reference is a box, not a point: the offsets are
-# scaled by its width and height, so that a query for a large object looks further. Each colour is a head; the size
-# of a point is its weight $A$.
+# The figure shows the best query of the first image in the first decoder layer. Its reference is a box, not a point:
+# the offsets are scaled by the width and height of the box, so that a query for a large object reads a larger region.
+# Each colour is a head; the size of a point is its weight $A$.
 
 # %%
 best = int(looks[0].predictions.last.class_logits[0].amax(-1).argmax())
@@ -75,9 +75,9 @@ draw_sampling(looks[0], layer=0, query=best, head=0)
 # %% [markdown]
 # ### Explore
 #
-# Click on the image: the query whose reference is nearest answers. Do the points of one head keep to one side of the
-# box? Does a small object use the fine levels more than a large one? How does the pattern change from the first
-# layer to the last?
+# Click on the image to choose the query whose reference is nearest. Do the points of one head stay on one side of the
+# box? Does a small object use the fine levels more than a large one? How does the pattern change from the first layer
+# to the last?
 
 # %%
 explore_sampling(looks)
@@ -85,12 +85,13 @@ explore_sampling(looks)
 # %% [markdown]
 # ## Between the cells
 #
-# Between cell centres the map is interpolated *bilinearly*: the four cells around a location, weighted by proximity.
-# Cell $i$ of a row of $w$ cells has its centre at $(i + \tfrac12) / w$; outside the map everything is 0.
+# Between cell centres the map is interpolated *bilinearly*: the value is the mean of the four cells around the
+# location, weighted by proximity. Cell $i$ of a row of $w$ cells has its centre at $(i + \tfrac12) / w$. Outside the
+# map every value is 0.
 #
 # ### Exercise 3.1
 #
-# *Medium, 10 minutes.* The value of a map `(h, w)` at `(x, y)`, relative to its width and height.
+# *Medium, 10 minutes.* Compute the value of a map `(h, w)` at `(x, y)`, relative to its width and height.
 
 
 # %%
@@ -111,24 +112,24 @@ def bilinear(values, x: float, y: float) -> float:
 checks.check_bilinear(bilinear)
 
 # %% [markdown]
-# ### Build it: what a query reads
+# ### Build it: the values that a query reads
 #
-# *Hard, 25 minutes.* The whole sum for the first decoder layer, compared with the model on a
-# real image. Given are, for $Q$ queries,
+# *Hard, 25 minutes.* Compute the whole sum for the first decoder layer; the check compares it with the model on a
+# real image. For $Q$ queries you are given
 #
 # * `maps`: for each level the values as maps `(heads, D, h, w)`, since every head has $D$ channels of its own;
 # * `boxes` `(Q, 4)`: the references `(cx, cy, w, h)`, relative to the image;
-# * `offsets` `(Q, heads, levels, points, 2)`: as the linear layer gives them, in units of half a box divided by the
+# * `offsets` `(Q, heads, levels, points, 2)`: the output of the linear layer, in units of half a box divided by the
 #   number of points;
 # * `scores` `(Q, heads, levels, points)`: the weights before the softmax, which is taken over all points of a head.
 #
 # `functional.grid_sample(map, grid, align_corners=False)` reads maps `(N, D, h, w)` at places `(N, Q, points, 2)`
-# between −1 and 1, bilinearly and with zeros outside: the heads can take the place of $N$.
+# between −1 and 1, bilinearly and with zeros outside. Use the heads as $N$.
 
 
 # %%
 def attended(maps, boxes, offsets, scores):
-    """What each query reads with all its heads, (Q, heads · D)."""
+    """The values that each query reads with all its heads, (Q, heads · D)."""
     # solution
     unit = boxes[:, None, None, None, 2:] * (0.5 / offsets.shape[3])
     places = boxes[:, None, None, None, :2] + offsets * unit
@@ -145,7 +146,7 @@ def attended(maps, boxes, offsets, scores):
 checks.check_attended(attended, looks[0], lesson.trained.detector)
 
 # %% [markdown]
-# ## What a point costs
+# ## The cost of a point
 #
 # ### Exercise 3.2
 #
@@ -165,9 +166,9 @@ checks.check_samples(cells_read)
 # %% [markdown]
 # ## Three implementations of one sum
 #
-# The same formula three ways: a loop over samples as in the exercise (too slow for more than a demonstration),
-# PyTorch's `grid_sample` level by level (the kit's `reference`), and kernels that compute addresses once and read
-# all channels of a cell together (the kit's operator, [ops/README.md](../ops/README.md)).
+# The same formula can be computed in three ways: by a loop over samples as in the exercise (slow), with PyTorch's
+# `grid_sample` level by level (the kit's `reference`), and by kernels that compute addresses once and read all
+# channels of a cell together (the kit's operator, [ops/README.md](../ops/README.md)).
 
 # %% tags=["varies"]
 shapes = [(32, 32), (16, 16), (8, 8)]
@@ -193,7 +194,7 @@ for name in ("reference", "auto"):
     print(f"{name:10} {1e3 * seconds(name):7.2f} ms")
 
 # %% [markdown]
-# They agree to rounding:
+# They agree up to rounding:
 
 # %%
 with ms_deform_attn.backend("reference"):
@@ -204,15 +205,15 @@ print(f"largest difference: {(found - expected).abs().max():.1e}")
 # %% [markdown]
 # ### Exercise 3.3, to discuss
 #
-# *5 minutes.* The derivative of the sum with respect to a *location* is made of differences between neighbouring cells.
-# What happens to it when a location crosses the line between two cell centres? What does that mean for a query that
-# starts far from its object?
+# *5 minutes.* The derivative of the sum with respect to a *location* consists of differences between neighbouring
+# cells. What happens to it when a location crosses the line between two cell centres? What does that mean for a query
+# that starts far from its object?
 #
 # <details><summary>A model answer</summary>
 #
-# Between two cell centres the value is linear along each axis, so the derivative is constant there; at a centre the
-# pair of cells changes and the derivative jumps. A location only learns from the four cells around it: a query far from
-# its object gets no signal that tells it where the object is. That is why good initial boxes, several points per level
+# Between two cell centres the value is linear along each axis, so the derivative is constant. At a centre the pair of
+# cells changes and the derivative jumps. A location gets a gradient from the four cells around it only: a query far
+# from its object gets no signal about where the object is. This is why good initial boxes, several points per level
 # and coarse levels matter.
 #
 # </details>
@@ -220,11 +221,11 @@ print(f"largest difference: {(found - expected).abs().max():.1e}")
 # ---
 #
 # **In three sentences.** A query of deformable attention reads a few places that it chooses itself, in all levels at
-# once. Bilinear interpolation makes the places differentiable. What it costs does not depend on the size of the image.
+# once. Bilinear interpolation makes the places differentiable. The cost does not depend on the size of the image.
 #
 # **Read on.**
 #
 # * Deformable DETR, arXiv 2010.04159, section 4.1: attention and its cost.
 # * Spatial Transformer Networks, arXiv 1506.02025, section 3.3: differentiable sampling.
 #
-# **Next**: which tokens become queries, [De-Imbalance](04_de_imbalance.ipynb).
+# **Next**: how tokens become queries, [De-Imbalance](04_de_imbalance.ipynb).

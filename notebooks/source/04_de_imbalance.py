@@ -1,11 +1,11 @@
 # %% [markdown]
 # # 4 · De-Imbalance: residual double-selection
 #
-# **Question.** Forty tokens may enter the decoder. The image has more than five hundred. Which ones, and who decides?
+# **Question.** Forty tokens may enter the decoder. The image has more than five hundred. How are they chosen?
 #
 # Where do the decoder's queries come from? MaskDINO takes the feature tokens that look most like an object, all at
 # once. This is bad for boxes in two ways: a token describes its own location rather than the extent of its object
-# (chapter 1), and the tokens with the highest scores crowd on the easiest objects. **De-Imbalance** (DI, Eq. 1 to 4)
+# (chapter 1), and the tokens with the highest scores lie on the easiest objects. **De-Imbalance** (DI, Eq. 1 to 4)
 # selects in three steps:
 #
 # $$T_{s1} = \text{select}_{k_1}(T_i) \qquad
@@ -16,12 +16,12 @@
 # 2. **token interaction**, self-attention among them, lets the tokens of one object exchange information, and a
 #    **second selection** keeps the $k_2$ best;
 # 3. a **residual connection**: the result attends to the original tokens $T_i$ again, since token interaction has
-#    blurred details. This is the first decoder layer.
+# blurred details. This is the first decoder layer.
 #
 # **You will be able to**
 #
 # * follow a token from the feature map through both selections;
-# * explain what token interaction adds that a single selection lacks;
+# * explain what token interaction adds to a single selection;
 # * measure whether every object keeps a token.
 #
 # *Prerequisites*: chapters 1 and 3. *Time*: 60 minutes.
@@ -54,7 +54,7 @@ draw_architecture("first_selection", "token_interaction", "decoder_1")
 # %% [markdown]
 # ## The first selection
 #
-# Every feature token is scored by the class head, and the $k_1$ whose best class scores highest are kept
+# The class head scores every feature token, and the $k_1$ tokens whose best class scores highest are kept
 # (`FirstSelection.forward` in `dimaskdino/modeling/de_imbalance.py`):
 #
 # ```python
@@ -63,7 +63,8 @@ draw_architecture("first_selection", "token_interaction", "decoder_1")
 #
 # ### Exercise 4.1
 #
-# *Easy, 3 minutes.* The same for one image: indices of the `k` tokens whose best class scores highest, best first.
+# *Easy, 3 minutes.* Do the same for one image: return the indices of the `k` tokens whose best class scores highest,
+# best first.
 
 
 # %%
@@ -77,12 +78,14 @@ def select(logits, k: int):
 checks.check_select(select)
 
 # %% [markdown]
-# Each token brings a box: not the one it predicts, but the one **around its mask**, since the masks are ahead of the
-# boxes (`mask_guided_boxes`). In the paper this is inherited from MaskDINO; chapter 7 switches it off.
+# Each token comes with a box. It is not the box that the token predicts but the box **around its mask**, since masks
+# are better than boxes at this stage (`mask_guided_boxes`). The paper inherits this from MaskDINO; chapter 7 switches
+# it off.
 #
 # ### Exercise 4.2
 #
-# *Medium, 8 minutes.* The box `(cx, cy, w, h)` around a mask `(h, w)`, relative to the map's width and height.
+# *Medium, 8 minutes.* Compute the box `(cx, cy, w, h)` around a mask `(h, w)`, relative to the map's width and
+# height.
 
 
 # %%
@@ -102,10 +105,10 @@ checks.check_mask_to_box(mask_to_box)
 # %% [markdown]
 # ## Token interaction
 #
-# Self-attention among the selected tokens, averaged over the heads. The tokens are sorted by the object that they
-# lie on, white lines between objects, background first. Blocks on the diagonal that are brighter than their
-# surroundings are tokens that attend to others of their own object; bright columns are tokens to which all others
-# attend. Which of the two do you see?
+# The figure shows the self-attention among the selected tokens, averaged over the heads. The tokens are sorted by the
+# object that they lie on, with white lines between objects, background first. Blocks on the diagonal that are
+# brighter than their surroundings are tokens that attend to others of their own object; bright columns are tokens to
+# which all others attend. Which of the two do you see?
 
 # %%
 draw_interaction(looks[0])
@@ -113,22 +116,22 @@ draw_interaction(looks[0])
 # %% [markdown]
 # ## The second selection
 #
-# Half of the tokens go. Do all objects keep one? Guess before you look.
+# The second selection removes half of the tokens. Does every object keep one? Make a guess before you look.
 
 # %%
 kept = Number("Percentage of the objects on whose mask a token of the second selection lies", 0, 100, 5)
 kept
 
 # %% [markdown]
-# Left, $T_{s1}$ with the boxes that the masks gave; right, what is left of it after token interaction, with the
-# refined boxes. Black are the true boxes.
+# Left: $T_{s1}$ with the boxes of the masks. Right: the tokens that are left after token interaction, with their
+# refined boxes. The true boxes are black.
 
 # %%
 draw_selection(looks[0])
 
 # %% [markdown]
-# **Look for**: places that lose many tokens and keep one (duplicates of one object are what the second selection can
-# afford to drop), and boxes that move from a part of an object to its whole.
+# **Look for** places that lose many tokens and keep one: the second selection can drop duplicates of one object. Look
+# also for boxes that grow from a part of an object to the whole.
 
 # %%
 explore_selection(looks)
@@ -136,12 +139,14 @@ explore_selection(looks)
 # %% [markdown]
 # ### Build it: the second selection
 #
-# *Hard, 20 minutes.* Write the whole step from its pieces, and let the check compare it with
-# the model on a real image. Given are $T_{s1}$ (`content` (1, k1, C), `boxes` (1, k1, 4)) and
+# *Hard, 20 minutes.* Write the whole step from its pieces; the check compares it with the model on a real image. You
+# are given $T_{s1}$ (`content` (1, k1, C), `boxes` (1, k1, 4)) and
 #
 # * `block.position(sine_boxes(boxes, C))`, the position of each token from its box;
-# * `layer(x, position, False)` for each `layer` of `block.layers`: attention and feed-forward; the new `x` comes first;
-# * `block.box(x)`, how each box moves, added before the sigmoid: `(block.box(x) + inverse_sigmoid(boxes)).sigmoid()`;
+# * `layer(x, position, False)` for each `layer` of `block.layers`: attention and feed-forward; it returns the new `x`
+#   first;
+# * `block.box(x)`, the change of each box, added before the sigmoid: `(block.box(x) +
+#   inverse_sigmoid(boxes)).sigmoid()`;
 # * `block.norm`, and `heads.label`, whose best class is the score.
 
 
@@ -162,13 +167,13 @@ checks.check_second_selection(second_selection, looks[0], lesson.trained.detecto
 # %% [markdown]
 # ### Exercise 4.3
 #
-# *Easy, 4 minutes.* The second selection throws half of the tokens away. Does it lose objects? `owners` says for each
-# token the number of the object that it lies on, −1 for none. What part of the objects owns at least one token?
+# *Easy, 4 minutes.* Does the second selection lose objects when it drops half of the tokens? `owners` has for each
+# token the number of the object that it lies on, −1 for none. What fraction of the objects owns at least one token?
 
 
 # %%
 def recall(owners, objects: int) -> float:
-    """Part of the objects that own a token, from (k,) owners."""
+    """Fraction of the objects that own a token, from (k,) owners."""
     # solution
     return len(set(owners.tolist()) - {-1}) / objects
     # end
@@ -184,16 +189,20 @@ owned = [{int(o) for o in token_owners(look, look.trace.T_s2)} - {-1} for look i
 objects = sum(len(look.sample.labels) for look in looks)
 kept.reveal(
     100 * sum(map(len, owned)) / objects,
-    {50: "half of the tokens go, but most objects have several", 100: "a token beside a small object can speak for it"},
+    {
+        50: "half of the tokens are dropped, but most objects have several",
+        100: "a token beside a small object can represent it",
+    },
 )
 
 # %% [markdown]
 # ## Do the boxes improve?
 #
-# Mean IoU of the objects' best detections, before and after each step. The first stage is the first selection, the
-# next are the token-interaction layers, *decoder input* is $T_{s2}$, and *layer 1* is after the residual, $Q_{bal}$.
-# The masks of the first selection and those of the decoder's input come from the same mask features. Compare with care:
-# after the second selection half of the tokens are left, and the best of fewer boxes is worse.
+# The figure shows the mean IoU of the objects' best detections before and after each step. The first stage is the
+# first selection, followed by the token-interaction layers; *decoder input* is $T_{s2}$, and *layer 1* is $Q_{bal}$,
+# after the residual connection. The masks of the first selection and those of the decoder's input come from the same
+# mask features. Compare with care: after the second selection half of the tokens are left, and the best of fewer
+# boxes is worse.
 
 # %%
 tracks = [track_objects(look) for look in looks]
@@ -203,25 +212,25 @@ plot_mean_ious(tracks)
 # ### Exercise 4.4, to discuss
 #
 # *5 minutes.* Token interaction sees only the selected tokens. What could go wrong if an object has *no* token in
-# $T_{s1}$? And what would you expect of $k_1 = k_2$? Table 8 of the paper (chapter 7) has the answer for COCO.
+# $T_{s1}$? And which effect do you expect of $k_1 = k_2$? Table 8 of the paper (chapter 7) has the answer for COCO.
 #
 # <details><summary>A model answer</summary>
 #
 # An object without a token in T_s1 is not lost: a neighbouring token can be selected, and the decoder can still move
-# its box. But nothing in token interaction speaks for the object. With k1 = k2 the second selection selects nothing:
-# all tokens stay, and only the interaction is left. On COCO that costs some tenths of a point.
+# its box. But the object has no representative in token interaction. With k1 = k2 the second selection keeps all
+# tokens, and only the interaction is left. On COCO that costs some tenths of a point.
 #
 # </details>
 #
 # ---
 #
-# **In three sentences.** A first selection keeps more tokens than needed, token interaction lets them exchange what
-# they know, a second selection keeps the best. The first decoder layer reads the original tokens again. The boxes that
-# come out are predicted, where MaskDINO takes bounds of masks.
+# **In three sentences.** A first selection keeps more tokens than needed, token interaction lets them exchange
+# information, and a second selection keeps the best. The first decoder layer reads the original tokens again. The
+# resulting boxes are predicted, whereas MaskDINO takes the bounds of masks.
 #
 # **Read on.**
 #
 # * DI-MaskDINO, section 3: De-Imbalance, Eq. 1 to 4.
-# * Deformable DETR, arXiv 2010.04159, section 4.2: two-stage selection, where it began.
+# * Deformable DETR, arXiv 2010.04159, section 4.2: the origin of two-stage selection.
 #
 # **Next**: how the balanced queries improve the tokens, [BATO](05_bato.ipynb).

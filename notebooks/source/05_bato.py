@@ -1,25 +1,25 @@
 # %% [markdown]
 # # 5 · BATO: balance-aware tokens optimisation
 #
-# **Question.** After one decoder layer forty queries know a lot about the objects. Eleven hundred feature tokens know
-# nothing of it. How does one tell them?
+# **Question.** After one decoder layer, forty queries have a lot of information about the objects. The feature
+# tokens, hundreds of them, have none of it. How can the queries pass it on?
 #
-# De-Imbalance (chapter 4) gave the decoder balanced queries, $Q_{bal}$. The feature tokens $T_i$ that all later
-# layers read are still those of the beginning. **BATO** (Eq. 5 to 8) lets the balanced queries improve them, once,
-# after the first decoder layer:
+# De-Imbalance (chapter 4) provides the decoder with balanced queries, $Q_{bal}$. The feature tokens $T_i$ that all
+# later layers read are still unchanged. **BATO** (Eq. 5 to 8) lets the balanced queries improve them, once, after the
+# first decoder layer:
 #
 # $$T_g^{mask} = \text{MLP}_{mask}(Q_{bal}) \qquad T_g^{box} = \text{MLP}(\text{sine}(b))$$
 # $$T_{bal} = \text{MHCA}\big(q = T_i,\; k = T_g^{mask} + T_g^{box},\; v = T_g^{mask}\big)$$
 #
-# The *guiding tokens* are made from the best queries: their mask embedding, $T_g^{mask}$, and the position of their box
-# $b$, $T_g^{box}$. Note the direction: every **feature token** is a query here, thousands of them, and the few guiding
-# tokens are the keys and values.
+# The *guiding tokens* are computed from the best queries: $T_g^{mask}$ is their mask embedding, $T_g^{box}$ the
+# position of their box $b$. Note the direction: here every **feature token** is a query, and the few guiding tokens
+# are the keys and values.
 #
 # **You will be able to**
 #
-# * say which tokens ask and which answer in BATO, and why in this direction;
+# * name the tokens that ask and the tokens that answer in BATO, and explain the direction;
 # * compute its attention and a mask by hand;
-# * see which object a feature token is told about.
+# * find the object whose information a feature token receives.
 #
 # *Prerequisites*: chapters 1 to 4. *Time*: 60 minutes.
 
@@ -46,7 +46,7 @@ print(f"{trace.T_g_mask.shape[1]} guiding tokens for {trace.T_i.tokens.shape[1]}
 draw_architecture("bato")
 
 # %% [markdown]
-# In attention some tokens ask (queries) and others answer (keys and values). Decide before you read on.
+# In attention, some tokens ask (queries) and others answer (keys and values). Decide before you read on.
 
 # %%
 asks = Choice("Who asks in BATO's attention?", ["the guiding tokens", "the feature tokens", "both, in turns"])
@@ -59,7 +59,7 @@ asks.reveal("the feature tokens", {"the guiding tokens": mistake})
 # %% [markdown]
 # ## Guiding tokens
 #
-# The $G$ queries whose best class scores highest (`BATO._guiding_tokens` in
+# The guiding tokens come from the $G$ queries whose best class scores highest (`BATO._guiding_tokens` in
 # `dimaskdino/modeling/bato.py`):
 #
 # ```python
@@ -67,8 +67,8 @@ asks.reveal("the feature tokens", {"the guiding tokens": mistake})
 # return T_g_mask + gather_rows(guide.position, indices), T_g_mask, indices
 # ```
 #
-# Which feature tokens attend to the best one? Yellow means much, blue little. A value of 1 is the attention of each
-# guiding token if all received the same.
+# Which feature tokens attend to the best one? Yellow means much attention, blue little. The value 1 is the attention
+# that each guiding token would receive if all received the same.
 
 # %%
 draw_guidance(looks[0], 0)
@@ -76,8 +76,8 @@ draw_guidance(looks[0], 0)
 # %% [markdown]
 # ### Explore
 #
-# Find guiding tokens of the same object, and one that no object owns. Do the tokens *inside* the box take most, or
-# those along its edge? What does the background look at?
+# Find two guiding tokens of the same object, and one that lies on no object. Do the tokens *inside* the box take
+# most, or those along its edge? Where does the attention of the background go?
 
 # %%
 explore_guidance(looks)
@@ -85,15 +85,15 @@ explore_guidance(looks)
 # %% [markdown]
 # ### Exercise 5.1
 #
-# *Easy, 5 minutes.* Cross-attention with one head: `N` feature tokens `(N, C)` ask, `G` guiding tokens `(G, C)` give
-# keys and values.
+# *Easy, 5 minutes.* Write cross-attention with one head: `N` feature tokens `(N, C)` are the queries, `G` guiding
+# tokens `(G, C)` the keys and values.
 #
 # $$\text{softmax}\big(q k^\top / \sqrt{C}\big)\, v$$
 
 
 # %%
 def cross_attention(q, k, v):
-    """What each query takes from the values, (N, C)."""
+    """The result for each query, (N, C)."""
     # solution
     weights = (q @ k.T / q.shape[1] ** 0.5).softmax(dim=1)
     return weights @ v
@@ -105,9 +105,9 @@ checks.check_cross_attention(cross_attention)
 # %% [markdown]
 # ### Build it: the tokens after BATO
 #
-# *Medium, 15 minutes.* Eq. 7 and 8 from their pieces, compared with the model on a real image: `bato.attention(x,
-# query, key, value)` attends, adds `x` and normalises, and returns the weights as well; `bato.ffn` is the feed-forward
-# block.
+# *Medium, 15 minutes.* Compute Eq. 7 and 8 from their pieces; the check compares the result with the model on a real
+# image. `bato.attention(x, query, key, value)` attends, adds `x`, normalises, and returns the weights as well;
+# `bato.ffn` is the feed-forward block.
 
 
 # %%
@@ -124,20 +124,20 @@ checks.check_guided_tokens(guided_tokens, looks[0], lesson.trained.detector)
 # %% [markdown]
 # ## Do tokens look at their own object?
 #
-# A feature token belongs to an object if its centre lies on the object's mask; a guiding token, if its box overlaps
-# the object's with an IoU of at least one half. If guidance works by objects, a token gives more of its attention to
-# guiding tokens of its own object than their number alone would explain.
+# A feature token belongs to an object if its centre lies on the object's mask; a guiding token, if the IoU of its box
+# with the object's is at least one half. If guidance works by objects, a token pays more attention to guiding tokens
+# of its own object than their number alone would explain.
 #
 # ### Exercise 5.2
 #
-# *Medium, 8 minutes.* From the attention `(N, G)` and the owners of feature tokens `(N,)` and guiding tokens `(G,)`, −1
-# for none: the part of its attention that a token of an object gives to guiding tokens of its own, averaged over those
-# tokens.
+# *Medium, 8 minutes.* You are given the attention `(N, G)` and the owners of feature tokens `(N,)` and guiding tokens
+# `(G,)`, −1 for none. Compute the fraction of its attention that a token of an object pays to guiding tokens of the
+# same object, averaged over those tokens.
 
 
 # %%
 def own_share(attention, token_owner, guide_owner):
-    """Attention to guiding tokens of the own object, in [0, 1]."""
+    """Attention to guiding tokens of the same object, in [0, 1]."""
     # solution
     own = token_owner[:, None] == guide_owner
     return float((attention * own).sum(dim=1)[token_owner >= 0].mean())
@@ -153,27 +153,27 @@ if checks.check_own_share(own_share):
         print(f"image {number + 1}: own share {own_share(attention, tokens, guides):.2f}, by chance {chance:.2f}")
 
 # %% [markdown]
-# ## What it does to the tokens
+# ## The effect on the tokens
 #
-# The tokens of one level as colours, their three largest principal components, before and after; and how far each
-# moved.
+# The figure shows the tokens of one level before and after BATO, with their three largest principal components as
+# colours, and how far each token moved.
 
 # %%
 draw_token_maps(looks[0])
 
 # %% [markdown]
-# **Look for**: do the colours of one object become more alike? Where is the movement largest, on objects or beside
+# **Look for** the colours of one object: do they become more alike? Where do tokens move most, on objects or beside
 # them?
 #
 # ## Refreshed mask features
 #
-# Masks are products of a query's embedding with the mask features $F$, pixel by pixel. BATO renews these too, with
-# the optimised tokens at stride 8:
+# A mask is the product of a query's embedding with the mask features $F$ at each pixel. BATO renews these features
+# too, with the optimised tokens at stride 8:
 #
 # $$F' = \text{ReLU}(\text{GN}(\text{conv}(F + \text{up}(T_{bal}))))$$
 #
-# On the left the best query of the last layer; on the right its mask as the model makes it, in $F'$, and what the
-# same embedding would find in $F$, which it was not trained to read.
+# The figure shows the best query of the last layer (left) and its mask twice (right): the model's mask, in $F'$, and
+# the mask that the same embedding finds in $F$, which it was not trained to read.
 
 # %%
 best = int(looks[0].predictions.last.class_logits[0].amax(-1).argmax())
@@ -182,7 +182,7 @@ draw_mask_features(looks[0], best)
 # %% [markdown]
 # ### Exercise 5.3
 #
-# *Easy, 3 minutes.* A mask from an embedding `(C,)` and mask features `(C, h, w)`, as probabilities.
+# *Easy, 3 minutes.* Compute a mask from an embedding `(C,)` and mask features `(C, h, w)`, as probabilities.
 
 
 # %%
@@ -198,25 +198,26 @@ checks.check_mask_probability(mask_probability)
 # %% [markdown]
 # ### Exercise 5.4, to discuss
 #
-# *5 minutes.* BATO could take its guidance from $T_{s1}$ or $T_{s2}$ instead of $Q_{bal}$ (table 5, chapter 7). What do
-# the guiding tokens gain from one decoder layer? And why would BATO not be run after *every* layer?
+# *5 minutes.* BATO could take its guidance from $T_{s1}$ or $T_{s2}$ instead of $Q_{bal}$ (table 5, chapter 7). How
+# do the guiding tokens benefit from one decoder layer? And why does BATO not run after *every* layer?
 #
 # <details><summary>A model answer</summary>
 #
-# One decoder layer gives the guiding tokens context: they have attended to each other, so that fewer of them speak for
-# the same object, and to the image. After every layer the same few queries would rewrite the tokens again and again; in
-# the one experiment of this kit with shared weights every seed was worse, too few to conclude anything.
+# One decoder layer adds context to the guiding tokens: they have attended to each other, so that fewer of them
+# represent the same object, and to the image. After every layer the same few queries would rewrite the tokens again
+# and again. In the kit's one experiment with shared weights every seed was worse, but there were too few seeds for a
+# conclusion.
 #
 # </details>
 #
 # ---
 #
-# **In three sentences.** In BATO the feature tokens ask and a few good queries answer. The answer carries what the
-# queries know about whole objects to every place of the image. It happens once, after the first decoder layer.
+# **In three sentences.** In BATO the feature tokens ask and a few good queries answer. The answers carry information
+# about whole objects to every place of the image. This happens once, after the first decoder layer.
 #
 # **Read on.**
 #
 # * DI-MaskDINO, section 3: BATO, Eq. 5 to 8.
 # * Attention Is All You Need, arXiv 1706.03762, section 3.2: queries, keys and values.
 #
-# **Next**: how all of this learns, [training](06_training.ipynb).
+# **Next**: how the model is trained, [training](06_training.ipynb).

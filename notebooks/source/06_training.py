@@ -1,20 +1,21 @@
 # %% [markdown]
 # # 6 · Training: matching, losses, denoising
 #
-# **Question.** The model gives forty answers in no order, and there are three objects. Which answer is wrong about
-# which object?
+# **Question.** The model predicts forty answers in no order, and there are three objects. Which answer should be
+# compared with which object?
 #
-# The model predicts a *set*: 40 queries on the shapes, 300 on COCO, in no particular order, most of them for no object.
-# Before any loss can be computed, each object must be assigned to a query. That is the **matching**. The losses then
-# pull matched queries towards their objects, at **every stage**, and **denoising queries** ease the start.
+# The model predicts a *set*: 40 queries on the shapes, 300 on COCO, in no particular order and most of them without
+# an object. Before any loss can be computed, each object must be assigned to a query. This assignment is the
+# **matching**. The losses then pull matched queries towards their objects, at **every stage**, and **denoising
+# queries** make the beginning of the training easier.
 #
 # **You will be able to**
 #
-# * match queries with objects and say why one to one;
+# * match queries with objects and explain why the matching is one-to-one;
 # * compute the losses of boxes and masks;
-# * explain what denoising queries see and what they must not see.
+# * explain which other queries denoising queries may see.
 #
-# *Prerequisites*: chapters 1 and 4; what a loss and a gradient are. *Time*: 120 minutes.
+# *Prerequisites*: chapters 1 and 4; losses and gradients. *Time*: 120 minutes.
 
 # %% tags=["parameters"]
 model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
@@ -55,12 +56,12 @@ draw_architecture("heads")
 # %% [markdown]
 # ## Matching
 #
-# The cost of a query $q$ for an object $o$ measures how badly $q$ would detect $o$:
+# The cost of a query $q$ for an object $o$ measures how badly $q$ detects $o$:
 #
 # $$C(q, o) = 4\,C_{class} + 5\,C_{mask} + 5\,C_{dice} + 5\,\lVert b_q - b_o\rVert_1 - 2\,GIoU(b_q, b_o)$$
 #
-# (`matching_costs` in `dimaskdino/training/matcher.py`.) The Hungarian algorithm picks one query per object so that the
-# *total* is lowest. Dark cells are cheap.
+# (`matching_costs` in `dimaskdino/training/matcher.py`.) The Hungarian algorithm picks one query per object so that
+# the *total* is lowest. Yellow cells are cheap.
 
 # %%
 stage = predictions.last
@@ -72,13 +73,13 @@ draw_matching(sample.image, targets.boxes[0], stage.boxes[0], cost, pairs)
 # %% [markdown]
 # ### Explore
 #
-# The same for every stage. When does the matching settle?
+# The same for every stage. From which stage on does the matching stay the same?
 
 # %%
 explore_matching(predictions, targets, sample, settings.loss)
 
 # %% [markdown]
-# Every stage is matched separately. Do objects keep their queries? A guess first, about twelve images:
+# Every stage is matched separately. Do objects keep their queries? First make a guess, for twelve images:
 
 # %%
 faithful = Number("Percentage of the objects with the same query after the first and the last layer", 0, 100, 5)
@@ -91,7 +92,7 @@ with torch.no_grad():
 first, last = match([stages["decoder.1"], list(stages.values())[-1]], more.targets, settings.loss)
 same = [set(zip(*(x.tolist() for x in (m.image, m.target, m.query)), strict=True)) for m in (first, last)]
 chance = 100 / predictions.last.boxes.shape[1]
-faithful.reveal(100 * len(same[0] & same[1]) / len(same[0]), {chance: "by chance: one query is as good as any other"})
+faithful.reveal(100 * len(same[0] & same[1]) / len(same[0]), {chance: "by chance, if all queries were equal"})
 
 # %% [markdown]
 # And in the image above, layer by layer:
@@ -105,8 +106,8 @@ for stage, matches in zip(decoder, match(decoder, targets, settings.loss), stric
 # %% [markdown]
 # ### Exercise 6.1
 #
-# *Easy, 4 minutes.* Why not simply give every object its cheapest query? Write that: for a cost matrix `(Q, M)` the
-# cheapest query of each object, and whether one query was taken twice.
+# *Easy, 4 minutes.* Why not simply assign every object to its cheapest query? Write this for a cost matrix `(Q, M)`:
+# return the cheapest query of each object, and whether two objects share a query.
 
 
 # %%
@@ -122,27 +123,29 @@ checks.check_cheapest(cheapest)
 
 # %% [markdown]
 # If two objects share a query, one of them is never learned. If two queries predict the same object well, only one is
-# matched, and the other learns to predict nothing. This is how the model learns to avoid duplicates, without the
+# matched, and the other learns to predict nothing. In this way the model learns to avoid duplicates, without the
 # non-maximum suppression of older detectors.
 #
 # ## The losses
 #
 # A matched query has losses for its class (focal loss), its box ($L_1$ and $1 - GIoU$) and its mask (binary
-# cross-entropy and dice, at points, most of them where the mask is uncertain); an unmatched query for its class alone.
-# All stages have these losses, and so do the denoising queries (`stage_losses` in `dimaskdino/training/criterion.py`).
+# cross-entropy and dice, at points, most of them where the mask is uncertain). An unmatched query has a loss for its
+# class only. All stages have these losses, and so do the denoising queries (`stage_losses` in
+# `dimaskdino/training/criterion.py`).
 
 # %%
 losses = criterion(predictions, targets, settings.loss, sum(targets.counts))
 plot_loss_terms({name: float(value) for name, value in losses.terms.items()})
 
 # %% [markdown]
-# **Read it.** Which stage has the largest loss, and which term? The token-interaction stages have no masks, so they
-# have no mask loss: De-Imbalance leaves the masks to the others and works on classes and boxes.
+# **Read it.** Which stage has the largest loss, and which term? The token-interaction stages have no masks and
+# therefore no mask loss: De-Imbalance trains classes and boxes only.
 #
 # ### Exercise 6.2
 #
-# *Medium, 8 minutes.* Generalised IoU of two boxes `(x0, y0, x1, y1)`. IoU is 0 for all boxes that do not touch, so it
-# has no gradient there. GIoU subtracts the fraction of their hull, the smallest box around both, that neither covers:
+# *Medium, 8 minutes.* Compute the generalised IoU of two boxes `(x0, y0, x1, y1)`. IoU is 0 for all boxes that do not
+# touch, so it has no gradient there. GIoU subtracts the fraction of the hull, the smallest box around both, that
+# neither box covers:
 #
 # $$GIoU = IoU - \frac{|hull| - |union|}{|hull|}$$
 
@@ -164,7 +167,7 @@ checks.check_giou(giou)
 # %% [markdown]
 # ### Exercise 6.3
 #
-# *Easy, 3 minutes.* Dice loss of one mask, from probabilities `p` and true values `t` at the same points:
+# *Easy, 3 minutes.* Compute the dice loss of one mask from probabilities `p` and true values `t` at the same points:
 #
 # $$1 - \frac{2\sum pt + 1}{\sum p + \sum t + 1}$$
 
@@ -182,14 +185,15 @@ checks.check_dice_loss(dice_loss)
 # %% [markdown]
 # ### Build it: the matching cost
 #
-# *Hard, 25 minutes.* The whole of $C(q, o)$ for an image, compared with the model's. Given
-# are, of $Q$ queries, class `logits` `(Q, K)`, `boxes` `(Q, 4)` and mask logits at $P$ points `masks` `(Q, P)`; of $M$
-# objects `labels` `(M,)`, `true_boxes` `(M, 4)` and the values of their masks at the same points `true_masks` `(M, P)`;
-# and `giou` `(Q, M)`, since exercise 6.2 was enough of that. With $p$, the probability of the object's class,
+# *Hard, 25 minutes.* Compute $C(q, o)$ for all pairs of an image; the check compares it with the model's. You are
+# given class `logits` `(Q, K)`, `boxes` `(Q, 4)` and mask logits at $P$ points `masks` `(Q, P)` of $Q$ queries;
+# `labels` `(M,)`, `true_boxes` `(M, 4)` and the values of the masks at the same points `true_masks` `(M, P)` of $M$
+# objects; and `giou` `(Q, M)`. With $p$, the probability of the object's class,
 #
 # $$C_{class} = 0.25\,(1 - p)^2 \big(-\log(p + 10^{-8})\big) - 0.75\,p^2 \big(-\log(1 - p + 10^{-8})\big),$$
 #
-# $C_{mask}$ the binary cross-entropy averaged over the points and $C_{dice}$ that of exercise 6.3, for every pair.
+# $C_{mask}$ is the binary cross-entropy averaged over the points and $C_{dice}$ the dice loss of exercise 6.3, for
+# every pair.
 
 
 # %%
@@ -210,11 +214,11 @@ checks.check_matching_cost(matching_cost, predictions.last, targets, settings.lo
 # %% [markdown]
 # ## Denoising
 #
-# At first the matching changes from step to step, so a query is assigned to one object now and to another later.
-# Denoising queries belong to a known object from the start: they are its class and box with added noise, and the
-# decoder learns to remove the noise. They come in groups with every object once, and the attention mask separates the
-# groups: a query that could attend to another group's copy would have less to learn. The matching queries must not
-# attend to any denoising query, since there are none at inference.
+# At first the matching changes from step to step: a query is assigned to one object now and to another later.
+# Denoising queries belong to a known object from the start. They are its class and box with added noise, and the
+# decoder learns to remove the noise. They come in groups that contain every object once, and the attention mask
+# separates the groups: a query that could attend to another group's copy would have an easier task. The matching
+# queries must not attend to any denoising query, since there are none at inference.
 
 # %%
 torch.manual_seed(0)
@@ -224,25 +228,25 @@ draw_denoising(sample.image, targets.boxes[0], denoising, targets.labels.shape[1
 # %% [markdown]
 # ### Build it: a training step
 #
-# *Hard, 30 minutes.* Everything of this chapter at once, for a batch of one image. The check runs your step on a copy
-# of the model, and the package's on another, with the same random numbers. Given are
+# *Hard, 30 minutes.* Combine all parts of this chapter, for a batch of one image. The check runs your step on a copy
+# of the model and the package's step on another, with the same random numbers. You are given
 #
 # * `detector(images, targets)`: predictions with `stages` and, for the denoising queries, `denoising` (both map names
 #   to stages) and `denoising_groups`;
 # * `match(stages, targets, settings)`: the matches of each stage of a list;
 # * `Matches.from_lists([(queries, objects)], targets.boxes.device)`: pairs that are known without matching, from two
 #   NumPy arrays. Denoising query $gM + j$ is the noised object $j$ in group $g$, with $M$ objects;
-# * `stage_losses(pairs, targets, settings)`, from a list of (stage, matches): for each the *sums* of its losses by
-#   term. Call it once, with the stages before the denoising ones, so that the random points are the package's.
+# * `stage_losses(pairs, targets, settings)`, from a list of (stage, matches): for each stage the *sums* of its losses
+#   by term. Call it once, with the stages before the denoising ones, so that the random points are the package's.
 #
-# Each term has its weight, `getattr(settings.weights, term)`. Losses are divided by the number of objects, those of the
-# denoising queries also by the number of groups. Then: no old gradients, backward, gradients clipped to `clip_norm`,
-# and a step.
+# Each term has its weight, `getattr(settings.weights, term)`. Losses are divided by the number of objects, those of
+# the denoising queries also by the number of groups. Then remove old gradients, compute the new ones, clip them to
+# `clip_norm`, and make a step.
 
 
 # %%
 def training_step(detector, optimizer, images, targets, settings, clip_norm):
-    """One step; the loss before it, a number."""
+    """Make one step and return the loss before it, a number."""
     # solution
     predictions = detector(images, targets)
     stages, M, groups = list(predictions.stages.values()), targets.counts[0], predictions.denoising_groups
@@ -264,41 +268,42 @@ def training_step(detector, optimizer, images, targets, settings, clip_norm):
 checks.check_training_step(training_step, lesson.trained.detector, images, targets, settings)
 
 # %% [markdown]
-# ## A training, from its records
+# ## The records of a training
 #
-# Every run folder has a `metrics.jsonl`. These are the losses of the model of this course (nothing is drawn for a model
-# without its records).
+# Every run folder has a `metrics.jsonl`. These are the losses of the model of this course (a model without records
+# has no figure).
 
 # %%
 records = lesson.run.read_metrics()
 plot_losses({"DI-MaskDINO": records}) if records else print("no records")
 
 # %% [markdown]
-# The drops are where the learning rate is lowered (`schedule.drops`). To train one yourself, in about a quarter
-# of an hour on a laptop: `make demo`, or the notebook [runs/train.ipynb](runs/train.ipynb).
+# The drops are at the steps at which the learning rate is lowered (`schedule.drops`). To train a model yourself, in
+# about a quarter of an hour on a laptop, use `make demo` or the notebook [runs/train.ipynb](runs/train.ipynb).
 #
 # ### Exercise 6.4, to discuss
 #
-# *5 minutes.* The loss weights are 5 for $L_1$ and 2 for GIoU. Table 3 of the paper lowers them on purpose, to see how
-# much imbalance a model tolerates. What would you expect of MaskDINO, what of DI-MaskDINO? Chapter 7 has the numbers.
+# *5 minutes.* The loss weights are 5 for $L_1$ and 2 for GIoU. Table 3 of the paper lowers them on purpose, to
+# measure how much imbalance a model tolerates. Which effect do you expect on MaskDINO, and on DI-MaskDINO? Chapter 7
+# has the numbers.
 #
 # <details><summary>A model answer</summary>
 #
-# With weak box losses boxes learn late. In MaskDINO the decoder starts from boxes that come from masks, and must learn
-# everything else about boxes itself, so one would expect it to lose more. De-Imbalance trains its own box head before
-# the decoder and should lose less. That is what the paper reports; with one seed each, this kit cannot say.
+# With weak box losses, boxes are learned late. In MaskDINO the decoder starts from boxes that come from masks and
+# must learn everything else about boxes itself, so it should lose more. De-Imbalance trains its own box head before
+# the decoder and should lose less. The paper reports this result; with one seed each, this kit cannot confirm it.
 #
 # </details>
 #
 # ---
 #
-# **In three sentences.** Matching gives each object one query, so that no two learn the same answer and nothing has to
-# be suppressed afterwards. Losses of classes, boxes and masks are taken at every stage. Denoising queries start from
-# disturbed true objects and must not see the others.
+# **In three sentences.** Matching assigns one query to each object, so that no two queries learn the same answer and
+# no suppression is needed afterwards. Losses of classes, boxes and masks are taken at every stage. Denoising queries
+# start from noised true objects and must not see the others.
 #
 # **Read on.**
 #
 # * End-to-End Object Detection with Transformers (DETR), arXiv 2005.12872, section 3.1: matching and losses.
 # * DN-DETR, arXiv 2203.01305, section 4: denoising and its attention mask.
 #
-# **Next**: which part of the model brings what, [ablations](07_ablations.ipynb).
+# **Next**: the contribution of each part of the model, [ablations](07_ablations.ipynb).

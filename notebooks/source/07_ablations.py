@@ -1,16 +1,17 @@
 # %% [markdown]
-# # 7 · Ablations: which part brings what
+# # 7 · Ablations: the contribution of each part
 #
-# **Question.** The full model is six points better than its baseline. Would you bet on it, and on which part of it?
+# **Question.** The full model scores six points higher than its baseline. Would you bet that it does so again, and
+# which of its parts is the cause?
 #
 # A model with ten new ideas is better than one without. Which of the ten made the difference? An **ablation** changes
 # one thing at a time and trains again. The paper's tables 3 to 9 are ablations on COCO and BDD100K; each row takes
-# days on eight GPUs. Here every row is one configuration with a few **settings** changed, so that the same table can
-# be run in miniature: on the shapes, ten minutes per run.
+# days on eight GPUs. Here every variant is one configuration with a few changed **settings**, so that a table can be
+# repeated at a small scale: on the shapes, with ten minutes per run.
 #
 # **You will be able to**
 #
-# * read an ablation and say which of its rows decide something;
+# * read an ablation and name the rows that support a conclusion;
 # * compute the uncertainty of a difference, and the power of a study before it is run;
 # * find a second explanation for a result.
 #
@@ -46,10 +47,10 @@ modules = next(study for study in studies if "table 4" in study.title)
 draw_architecture("token_interaction", "bato")
 
 # %% [markdown]
-# ## A row is a few settings
+# ## A variant is a few settings
 #
-# Table 4 asks for the two modules, alone and together. These are its rows, as they are written in
-# `configs/ablations/table_4.yaml`, for the shapes; what they do to the model's size and stages:
+# Table 4 studies the two modules, alone and together. These are its variants, as in `configs/ablations/table_4.yaml`,
+# with the size of the model and its settings for the shapes:
 
 # %%
 for row in modules.variants:
@@ -59,13 +60,13 @@ for row in modules.variants:
     print("   ", *modules.overrides(row, "shapes"))
 
 # %% [markdown]
-# De-Imbalance is "on" when there is more than one selection, `model.selection.k` has two numbers. BATO without
-# De-Imbalance takes its guidance from the queries that it has, which the paper calls guidance by $T_i$.
+# De-Imbalance is "on" if there is more than one selection: `model.selection.k` has two numbers. BATO without
+# De-Imbalance takes its guidance from the available queries, which the paper calls guidance by $T_i$.
 #
 # ### Exercise 7.1
 #
-# *Easy, 3 minutes.* Which settings give triple selection on the shapes, 80, then 60, then 40 tokens? Write a list of
-# `key=value` texts.
+# *Easy, 3 minutes.* Which settings configure triple selection on the shapes, 80, then 60, then 40 tokens? Write a
+# list of `key=value` texts.
 
 
 # %%
@@ -79,15 +80,14 @@ def triple_selection():
 checks.check_settings(triple_selection, "triple", next(s for s in studies if "table 7" in s.title))
 
 # %% [markdown]
-# ## Published and in miniature
+# ## Published and on the shapes
 #
-# On the left the paper's numbers; on the right runs of 2,000 steps on the shapes, one mark per seed and a bar at
-# their mean.
+# Left: the paper's numbers. Right: runs of 2,000 steps on the shapes, one mark per seed and a bar at their mean.
 
 
 # %%
 def columns_of(study):
-    """Published numbers of a study, one pair a row, and those measured on the shapes, one a seed."""
+    """Published numbers of a study, one pair a variant, and those measured on the shapes, one a seed."""
     found = {
         f"{name}, published": {row: [(ap["last.box"], ap["last.mask"])] for row, ap in rows.items()}
         for name, rows in study.published(tables).items()
@@ -109,15 +109,15 @@ for row, runs in report.measured.items():
     print(f"{labels[modules.title][row]}: box AP {values}")
 
 # %% [markdown]
-# **Read it.** Do the rows come in the same order as in the paper? How large is the difference between two rows,
-# compared with the scatter of the seeds within one? The distances are not those on COCO: the model is small, the
-# training short, and the shapes are not photographs. A miniature can show *that* something happens, not how much of it
-# there is.
+# **Read it.** Do the variants come in the same order as in the paper? How large is the difference between two
+# variants, compared with the scatter of the seeds within one? The differences are not those on COCO: the model is
+# small, the training is short, and the shapes are not photographs. A study at this scale can show *that* an effect
+# exists, but not its size.
 #
 # ### Explore
 #
-# The other tables. Where a row has a single mark, one seed has been run, and nothing can be said about it.
-# `dimaskdino study table_5` runs the study's three, ten minutes each; `results` above then names its folder,
+# The other tables. A variant with a single mark has one seed, which supports no conclusion. `dimaskdino study
+# table_5` runs the study's three seeds, ten minutes each; the parameter `results` above then names its folder,
 # `runs/studies/shapes`.
 
 # %%
@@ -126,13 +126,13 @@ explore_studies(labels, {study.title: columns_of(study) for study in studies})
 # %% [markdown]
 # ## Is it more than luck?
 #
-# Two runs that differ in nothing but the seed end differently. How uncertain is a difference between two rows?
+# Two runs that differ only in the seed end with different APs. How uncertain is the difference between two variants?
 #
 # ### Exercise 7.2
 #
-# *Medium, 8 minutes.* From the APs `a` and `b` of the runs of two rows: the difference of the means, $\bar b - \bar a$,
-# and its standard error, $\sqrt{s_a^2 / n_a + s_b^2 / n_b}$, where $s$ is the standard deviation (with $n - 1$) of a
-# row and $n$ its number of runs.
+# *Medium, 8 minutes.* You are given the APs `a` and `b` of the runs of two variants. Compute the difference of the
+# means, $\bar b - \bar a$, and its standard error, $\sqrt{s_a^2 / n_a + s_b^2 / n_b}$, where $s$ is the standard
+# deviation (with $n - 1$) of a variant and $n$ its number of runs.
 
 
 # %%
@@ -159,9 +159,9 @@ if checks.check_unpaired(unpaired):
             print(f"{labels[modules.title][name]} − neither: {difference:+.1f} ± {error:.1f} points of box AP")
 
 # %% [markdown]
-# Runs that share a seed see the same images in the same order. Should one not compare them in pairs, seed by seed? Only
-# if a seed that is good for one row is good for the other: if the correlation over the seeds is high. Look at it before
-# you believe it.
+# Runs that share a seed see the same images in the same order. Should they be compared in pairs, seed by seed? Only
+# if a seed that is good for one variant is good for the other, so that the correlation over the seeds is high. Check
+# it first.
 
 # %%
 base = report.values("neither", box)
@@ -173,52 +173,54 @@ for name in ("di", "bato", "di_bato"):
         print(f"neither and {labels[modules.title][name]}: correlation over seeds {correlation:+.2f}")
 
 # %% [markdown]
-# A difference is uncertain twice over. Other **trainings** would have given other models, and other **images** would
-# have given other APs for these very models: the thick blue intervals draw the 200 images again, with replacement, a
-# thousand times, the same images for all models (a *paired bootstrap*). The thin grey ones count both. Place your bet
-# before you look: of the three rows, each against the one with neither module, how many are decided by five seeds?
+# A difference has two sources of uncertainty. Other **trainings** would lead to other models, and other **images** to
+# other APs of these models. The thick blue intervals resample the 200 images with replacement, a thousand times, with
+# the same images for all models (a *paired bootstrap*). The thin grey intervals include both sources. Make a bet
+# before you look: how many of the three variants differ significantly from the one with neither module, with five
+# seeds?
 
 # %%
-bet = Choice("How many of the three gains in box AP are decided (adjusted p < 0.05)?", ["none", "one", "two", "all"])
+bet = Choice("How many of the three gains in box AP are supported (adjusted p < 0.05)?", ["none", "one", "two", "all"])
 bet
 
 # %%
 pairs = [(found, report.published_differences(found.comparison)) for found in report.results]
 rows = [found for found, _ in pairs if found.comparison.quantity == box and found.comparison.minus == ("neither",)]
-decided = sum(found.adjusted_p is not None and found.adjusted_p < 0.05 for found in rows)
+supported = sum(found.adjusted_p is not None and found.adjusted_p < 0.05 for found in rows)
 bet.reveal(
-    bet.options[decided], {"all": "the gains are large, and so is the scatter of the seeds, most of all with both"}
+    bet.options[supported], {"all": "the gains are large, but the seeds scatter a lot, most of all with both modules"}
 )
 
 # %%
-plot_differences(pairs, "Table 4 in miniature: differences")
+plot_differences(pairs, "Table 4 on the shapes: differences")
 
 # %%
 Markdown(report.markdown())
 
 # %% [markdown]
-# Fifteen comparisons, each with a chance of 5 % to look like something when there is nothing: so the p-values are
-# *adjusted* for their number (Holm's method). And before a study is run one asks for its **power**: which difference
-# would such a study find in four of five cases? Compare the column `MDE` with the published differences.
+# Each of the fifteen comparisons has a chance of 5 % to look significant without an effect, so the p-values are
+# *adjusted* for their number (Holm's method). Before a study is run, compute its **power**: the difference that it
+# would detect in four of five cases, the minimum detectable effect. Compare the column `MDE` with the published
+# differences.
 #
-# Which of the paper's signs could you defend with these runs?
+# Which signs of the paper's differences do these runs support?
 #
 # ### Build it: the verdict
 #
-# *Hard, 25 minutes.* From the runs to the verdicts, over trainings alone: for each row after the first its difference
-# from the first, the 95 % interval, and the p-value adjusted for all rows. With the standard error $e$ of exercise 7.2
-# and $v_i = s_i^2 / n_i$, Welch's test has Student's t distribution with
+# *Hard, 25 minutes.* Compute the verdicts from the runs, with the uncertainty of trainings alone: for each variant
+# after the first, its difference from the first, the 95 % interval, and the p-value adjusted for all variants. With
+# the standard error $e$ of exercise 7.2 and $v_i = s_i^2 / n_i$, Welch's test has Student's t distribution with
 #
 # $$\nu = \frac{(v_a + v_b)^2}{v_a^2 / (n_a - 1) + v_b^2 / (n_b - 1)}$$
 #
 # degrees of freedom: the interval is $d \pm t_{0.975,\nu}\, e$, and $p = 2\,P(t_\nu > |d| / e)$; `scipy.stats.t` has
-# `ppf(q, df)` and `sf(x, df)`. Holm's method goes through the $m$ p-values from the smallest to the largest, multiplies
-# them by $m$, $m - 1$, … 1, lets none be smaller than one before it, and none larger than 1.
+# `ppf(q, df)` and `sf(x, df)`. Holm's method sorts the $m$ p-values, multiplies the smallest by $m$, the next by $m -
+# 1$, … the largest by 1, makes none smaller than one before it, and none larger than 1.
 
 
 # %%
 def verdicts(rows):
-    """(difference, low, high, adjusted p) of each row after the first; rows are lists of APs."""
+    """(difference, low, high, adjusted p) of each variant after the first; rows are lists of APs."""
     # solution
     first, *others = rows
     found = []
@@ -239,10 +241,10 @@ def verdicts(rows):
 checks.check_verdicts(verdicts, report, box)
 
 # %% [markdown]
-# ### Where a measurement misleads
+# ### How a measurement misleads
 #
-# The table says that the modules, above all BATO, narrow the lag of the first layer. Look at it class by class before
-# you explain it.
+# According to the table, the modules, above all BATO, reduce the imbalance of the first layer. Look at it class by
+# class before you explain it.
 
 # %%
 for row, runs in report.measured.items():
@@ -251,15 +253,15 @@ for row, runs in report.measured.items():
     print(f"{labels[modules.title][row]:20}", "  ".join(f"{kind} {value:+.1f}" for kind, value in imbalances.items()))
 
 # %% [markdown]
-# Which classes make the difference, and what is special about their masks? Find a second explanation for the smaller
-# lag, one in which neither module does anything to it. [docs/study.md](../docs/study.md) has one.
+# Which classes cause the difference, and what is special about their masks? Find a second explanation for the smaller
+# imbalance, in which neither module affects it. [docs/study.md](../docs/study.md) has one.
 #
 # ### Does it repeat?
 #
-# These runs were exploration: two of the five seeds were added when three had left the question open. A second
-# miniature has its comparisons, seeds and rule written down before its 96 runs: other shapes, eight seeds, all rows of
-# a seed from one start, and three formulas for the boxes that enter the decoder. Which of the gains do you expect
-# again?
+# These runs were exploration: two of the five seeds were added when three had been inconclusive. The comparisons,
+# seeds and decision rule of a second study were written down before its 96 runs: other shapes, eight seeds, the same
+# initial weights for all variants of a seed, and three formulas for the boxes that enter the decoder. Which of the
+# gains do you expect again?
 
 # %%
 repeated = Choice(
@@ -274,55 +276,59 @@ second = StudyReport.of(
 published = [c for c in second.results if c.comparison.quantity == box and "published formula" in c.comparison.label]
 raised = [c.comparison.label.split(",")[0] for c in published if c.adjusted_p < 0.05 and c.difference > 0]
 right = raised[0] if len(raised) == 1 else "both" if raised else "neither"
-repeated.reveal(right, {"BATO": "its gain was decided above, by five seeds of which two had been added"})
-plot_differences([(found, {}) for found in second.results], "The second miniature: differences")
+repeated.reveal(
+    right, {"BATO": "its gain above was large but inconclusive, and two of the five seeds had been added later"}
+)
+plot_differences([(found, {}) for found in second.results], "The second study: differences")
 
 # %% [markdown]
-# Read the first column from top to bottom: how much of De-Imbalance's gain is left when the boxes that enter the
-# decoder are not biased, and how much when they do not come from masks at all? What this means:
-# [docs/study.md](../docs/study.md).
+# Read the first column from top to bottom. How much of De-Imbalance's gain is left if the boxes that enter the
+# decoder are not biased? And if they do not come from masks at all? [docs/study.md](../docs/study.md) discusses the
+# results.
 #
-# ## Where along the layers does it act?
+# ## At which layers does a module act?
 #
-# Table 4 looks at the end. The layers tell *where* a module acts.
+# Table 4 compares the last layers. The other layers show *where* a module acts.
 
 # %%
 by_label = {labels[modules.title][name]: [m.result for m in runs.values()] for name, runs in report.measured.items()}
-plot_study_layers(by_label, "Table 4 in miniature, every stage")
+plot_study_layers(by_label, "Table 4 on the shapes, every stage")
 
 # %% [markdown]
 # ### Exercise 7.3, to discuss
 #
-# *5 minutes.* Three seeds, a difference of 2 points, a standard error of 1.5. What would you write in a paper? What
-# would you do with one more hour of computing: another seed of the same rows, or a longer training with one seed?
+# *5 minutes.* Three seeds, a difference of 2 points, a standard error of 1.5: how would you report this in a paper?
+# How would you spend one more hour of computing: on another seed of the same variants, or on a longer training with
+# one seed?
 #
 # <details><summary>A model answer</summary>
 #
-# Write the difference with its interval, and that it includes 0: 2 points with a standard error of 1.5 and three seeds
-# say nothing about the sign. More seeds of the same rows narrow the interval; a longer training answers another
-# question. Before either, ask which difference matters, and how many seeds find it in four of five cases. If that is
-# more than you can pay, do not run the study.
+# Report the difference with its interval, which includes 0: 2 points with a standard error of 1.5 and three seeds say
+# nothing about the sign. More seeds of the same variants narrow the interval; a longer training answers another
+# question. Before either, decide which difference matters, and how many seeds detect it in four of five cases. If
+# that is more than you can pay for, do not run the study.
 #
 # </details>
 #
 # ### Exercise 7.4, to discuss
 #
-# *5 minutes.* Table 3 weakens the box losses to a tenth. MaskDINO loses 2.8 points of box AP, De-Imbalance 0.8. Is that
-# evidence that De-Imbalance *mends* the imbalance, or that it makes training more robust? How could one tell?
+# *5 minutes.* Table 3 reduces the box losses to a tenth. MaskDINO loses 2.8 points of box AP, De-Imbalance 0.8. Is
+# this evidence that De-Imbalance *repairs* the imbalance, or that it makes training more robust? Which experiment
+# would distinguish the two?
 #
 # <details><summary>A model answer</summary>
 #
-# Weak box losses disturb training in many ways, and a model that is more robust to any of them would look the same. To
-# tell them apart, disturb something that has nothing to do with boxes, such as the class loss, by as much: if
-# De-Imbalance loses less there, too, it is robustness. And measure the lag itself, relative to its upper bounds and at
-# equal AP.
+# Weak box losses disturb training in many ways, and a model that is more robust to any of them would show the same
+# result. To distinguish the two, disturb something unrelated to boxes by as much, such as the class loss: if
+# De-Imbalance loses less there too, the cause is robustness. Also measure the imbalance itself, relative to its upper
+# bounds and at equal AP.
 #
 # </details>
 #
 # ---
 #
-# **In three sentences.** An ablation changes one thing, and a difference needs runs, an interval and a rule that was
-# written down before. The more one compares, the more one finds by chance. A result is worth what its second-best
+# **In three sentences.** An ablation changes one thing; a difference needs runs, an interval, and a rule that was
+# written down before. More comparisons find more effects by chance. A result is worth as much as its best alternative
 # explanation leaves of it.
 #
 # **Read on.**

@@ -1,30 +1,30 @@
 # %% [markdown]
 # # 8 · Your photographs and your own idea
 #
-# **Question.** You have forty pictures of your own and an idea. How far is it to a model that knows your objects, and
-# to an answer about the idea?
+# **Question.** You have forty pictures of your own and an idea. How much work is it to train a model that knows your
+# objects, and to test the idea?
 #
-# Two things that you will want next: your own objects, and your own change of the model. Both are short. The data need
-# a folder in **COCO format**; a change is a **module** that replaces another one with the same `forward`.
+# Two things that you may want next are your own objects and your own change of the model. Both are short. The data
+# need a folder in **COCO format**; a change is a **module** that replaces another one with the same `forward`.
 #
 # **You will be able to**
 #
 # * write annotations in COCO format and train on them;
-# * choose augmentation, and say what a small training on photographs reaches;
-# * replace a module of the model by your own;
-# * say beforehand what would refute your idea.
+# * choose augmentation, and estimate the results of a small training on photographs;
+# * replace a module of the model with your own;
+# * state beforehand which result would refute your idea.
 #
 # *Prerequisites*: chapters 1, 5 and 6; PyTorch modules. *Time*: 105 minutes.
 
 # %% tags=["parameters"]
 model: str = "notebooks/models/solids"  # a trained model: a run folder or a file
-config: str = "configs/solids/dimaskdino_r18w16.yaml"  # the configuration that it fits
-folder: str = "runs/course/rolls_or_stays"  # where data and runs of this chapter go
-train_images: int = 40  # how many training images to make
-val_images: int = 30  # how many validation images
+config: str = "configs/solids/dimaskdino_r18w16.yaml"  # its configuration
+folder: str = "runs/course/rolls_or_stays"  # for the data and runs of this chapter
+train_images: int = 40  # number of training images
+val_images: int = 30  # number of validation images
 steps: int = 30  # training steps of the fine-tuning
 seeds: int = 3  # trainings with and without your own module
-overrides: list = []  # settings for model and configuration that differ
+overrides: list = []  # other settings of the model and the configuration
 
 # %%
 import json
@@ -71,13 +71,13 @@ draw_architecture("bato")
 #         annotations/val.json      images/val/000.png …
 # ```
 #
-# Each json lists `images` (id, file name, size), `categories` (id, name) and `annotations`: for each object its image,
-# its category, its mask as polygons or run-length code, its box `[x, y, width, height]` and area. Labelling tools such
-# as CVAT, Label Studio and Roboflow export it.
+# Each json lists `images` (id, file name, size), `categories` (id, name) and `annotations`: for each object its
+# image, its category, its mask as polygons or run-length code, its box `[x, y, width, height]` and its area.
+# Labelling tools such as CVAT, Label Studio and Roboflow export this format.
 #
 # ### Exercise 8.1
 #
-# *Easy, 5 minutes.* Box and area of an object from its mask, an array `(h, w)` of zeros and ones.
+# *Easy, 5 minutes.* Compute the box and the area of an object from its mask, an array `(h, w)` of zeros and ones.
 
 
 # %%
@@ -93,9 +93,9 @@ def box_and_area(mask):
 checks.check_annotation(box_and_area)
 
 # %% [markdown]
-# The data of this chapter ask a new question about familiar scenes: if somebody pushes the table, does an object *roll*
-# away or *stay*? There are two classes and a few dozen images, as many as one labels in an afternoon. (The scenes are
-# rendered here and now, since no photographs of yours are at hand.)
+# The data of this chapter ask a new question about familiar scenes: does an object *roll* away or *stay* if somebody
+# pushes the table? There are two classes and a few dozen images, as many as one can label in an afternoon. (The
+# scenes are rendered here, in place of your photographs.)
 
 # %%
 ROLLS = ("ball", "can", "hoop")
@@ -129,7 +129,7 @@ write_split("train", train_images)
 write_split("val", val_images)
 
 # %% [markdown]
-# Check a new folder before anything else: every image is opened, every mask decoded, every problem named.
+# Check a new folder before anything else: the check opens every image, decodes every mask and reports every problem.
 
 # %%
 status = data_check(folder / "data", ("train",))  # `dimaskdino data check FOLDER train` on the command line
@@ -141,13 +141,13 @@ status = data_check(folder / "data", ("train",))  # `dimaskdino data check FOLDE
 print(propose(folder / "data", Machine.here()).summary())
 
 # %% [markdown]
-# ## Variety
+# ## Augmentation
 #
-# A few dozen images are soon known by heart. Augmentation makes new ones of them. `data.jitter` scales, crops and
-# flips; `data.augmentation=colour` or `strong` changes colours too, `strong` also blurs and takes the colour away;
-# `data.copy_paste` puts objects of another training image into an image, in front of what is there.
+# A model soon memorises a few dozen images. Augmentation makes new images of them. `data.jitter` scales, crops and
+# flips; `data.augmentation=colour` or `strong` also changes colours, and `strong` blurs and removes colour as well;
+# `data.copy_paste` pastes objects of another training image in front of the objects of an image.
 #
-# The masks move and are covered together with the image. Look at both before you train with them:
+# The masks are moved and covered together with the image. Look at both before you train with them:
 
 
 # %%
@@ -172,9 +172,9 @@ draw_samples([sample for name, changes in kinds.items() for sample in augmented(
 # %% [markdown]
 # ## Fine-tuning
 #
-# A model that has seen many scenes already knows edges, shadows, overlaps and extents. `train.weights` starts from it;
-# parameters that depend on the classes are re-initialised. Everything else is an ordinary training, in a separate
-# process.
+# A model that was trained on many scenes already knows edges, shadows, overlaps and extents. `train.weights` starts
+# from its weights; parameters that depend on the classes are re-initialised. Everything else is an ordinary training,
+# in a separate process.
 
 # %%
 changes = [
@@ -192,7 +192,7 @@ with TrainingProcess(config, run, [*changes, f"train.weights={Path(model).resolv
     show_training(training, steps, plot_losses)
 
 # %% [markdown]
-# Was it worth it? The same number of steps from scratch:
+# Did this help? The same number of steps from scratch:
 
 # %%
 with TrainingProcess(config, folder / f"from_nothing_{steps}", changes) as training:
@@ -218,10 +218,10 @@ explore_layers([tuned.inspect(CocoDataset(folder / "data", "val")[i]) for i in r
 # %% [markdown]
 # ## Photographs
 #
-# What `data import`, `new` and `train` make of photographs on a laptop's processor, first of animals. The photographs
-# are not here; the record of the trainings is, and everything below is read from it. Both models have an
-# EfficientNet-Lite0 with ImageNet weights as backbone; their other modules start from the small models that come with
-# this course, which have seen drawn shapes only.
+# This section shows trainings on photographs with `data import`, `new` and `train` on the CPU of a laptop, first of
+# animals. The photographs are not part of the kit, but the record of the trainings is, and everything below is read
+# from it. Both models have an EfficientNet-Lite0 with ImageNet weights as backbone; their other modules start from
+# the small models of this course, which were trained on drawn shapes only.
 
 # %%
 records = json.loads(Path("docs/measurements/photographs.json").read_text())
@@ -229,7 +229,7 @@ record = records["animals"]
 shown = record["recipe"][0]
 print(f"{record['train']['images']} training images with {record['train']['objects']:,} objects of")
 print(f"{record['train']['classes']} classes, {record['val']['images']} images for validation;")
-print(f"{record['steps']:,} steps in {shown['minutes']:.0f} minutes with {shown['threads']} threads, beside other work")
+print(f"{record['steps']:,} steps in {shown['minutes']:.0f} minutes with {shown['threads']} threads, under CPU load")
 better = Choice(
     "How much of the final AP do you expect from the first decoder layer?", ["a third", "half", "nine tenths"]
 )
@@ -244,47 +244,48 @@ better.reveal("nine tenths", {"a third": f"the first selection, before De-Imbala
 plot_trainings(groups, record["steps"])
 
 # %% [markdown]
-# The lag of chapter 1 is there, too: compare boxes and masks at the first selection. Few trainings decide little, so
-# the comparison of the two models has a rule that was written down before: [results](../docs/results.md), section
-# *Photographs*. There they also stand beside Mask R-CNN and Mask2Former on the same images.
+# The imbalance of chapter 1 occurs here too: compare boxes and masks at the first selection. Few trainings support
+# few conclusions, so the comparison of the two models has a rule that was written down before:
+# [results](../docs/results.md), section *Photographs*. That section also compares them with Mask R-CNN and
+# Mask2Former on the same images.
 #
 # Nuclei of cells under a microscope are the other extreme: one class, dozens to hundreds of objects in an image, most
-# of them a few pixels wide. The same commands; `new` has chosen a larger image size and more tokens.
+# of them a few pixels wide. The commands are the same; `new` has chosen a larger image size and more tokens.
 
 # %%
 nuclei = records["nuclei"]
 print(f"{nuclei['train']['images']} training images with {nuclei['train']['objects']:,} objects")
 for name, trainings in (("animals", record["recipe"]), ("nuclei", nuclei["recipe"])):
     first = trainings[0]["stages"]["decoder.1"]
-    print(f"{name}: after the first layer boxes lag {first['mask'] - first['box']:.1f} points of AP behind masks")
+    print(f"{name}: imbalance after the first layer {first['mask'] - first['box']:+.1f} points of AP")
 plot_trainings({"DI-MaskDINO, nuclei": nuclei["recipe"]}, nuclei["steps"])
 
 # %% [markdown]
-# A pixel more or less costs a small box much of its IoU (chapter 1), so the lag was to be expected.
+# An error of one pixel costs a small box much of its IoU (chapter 1), so this imbalance was to be expected.
 #
 # ### Exercise 8.2, to discuss
 #
-# *5 minutes.* The fine-tuned model has seen *scenes* of this kind before, only with other names. What would you expect
-# of photographs instead? Which parts of the model would you then start from weights trained on photographs?
+# *5 minutes.* The fine-tuned model has seen *scenes* of this kind before, only with other names. Which result do you
+# expect on photographs instead? For which parts of the model would you then use weights trained on photographs?
 #
 # <details><summary>A model answer</summary>
 #
-# Little: what it knows about edges and textures comes from rendered tables, and the head start shrinks to the general
-# layout of boxes and masks. Start the backbone from weights trained on photographs, the pixel decoder and the decoder
-# too if they come from the same model; only what depends on the classes has to be new.
+# A small gain: its knowledge of edges and textures comes from rendered tables, and only the general layout of boxes
+# and masks helps. Start the backbone from weights trained on photographs, and the pixel decoder and the decoder too
+# if they come from the same model. Only the parts that depend on the classes have to be new.
 #
 # </details>
 #
 # ## Your own idea
 #
-# Say you wonder whether BATO (chapter 5) should replace the tokens altogether. A *gate* $g$ could let in as much as
-# the model likes:
+# Should BATO (chapter 5) replace the tokens altogether? With a *gate* $g$ the model can learn how much of the change
+# it uses:
 #
 # $$T' = T_i + g\,(T_{bal} - T_i)$$
 #
 # ### Exercise 8.3
 #
-# *Easy, 3 minutes.* The gate: 0 gives `before`, 1 gives `after`.
+# *Easy, 3 minutes.* Write the gate: 0 returns `before`, 1 returns `after`.
 
 
 # %%
@@ -300,11 +301,11 @@ checks.check_gate(gated)
 # %% [markdown]
 # ### Build it: a module of your own
 #
-# *Hard, 20 minutes.* The module around the gate. It has the `forward` of the module that it replaces
-# (`BATO`), so nothing else in the model has to change. `__init__` keeps `bato` and makes the gate a
-# parameter that can be learned. `forward` calls `bato`, whose output is a record: `T_bal`, the feature tokens of all
-# levels (`.tokens`, and `.with_tokens(…)` for others in their place), and `mask_features`. Both go through the gate;
-# `replace(output, T_bal=…, mask_features=…)` makes the new record.
+# *Hard, 20 minutes.* Write the module around the gate. It has the `forward` of the module that it replaces (`BATO`),
+# so that nothing else in the model has to change. `__init__` keeps `bato` and makes the gate a parameter that can be
+# learned. `forward` calls `bato`, which returns a record with `T_bal`, the feature tokens of all levels (`.tokens`,
+# and `.with_tokens(…)` for a copy with other tokens), and `mask_features`. Both go through the gate; `replace(output,
+# T_bal=…, mask_features=…)` makes the new record.
 
 
 # %%
@@ -328,8 +329,8 @@ class GatedBATO(nn.Module):
 built = checks.check_gated_module(GatedBATO, lesson.looks(1)[0], lesson.trained.detector)
 
 # %% [markdown]
-# Insert it and look, before any training: with an open gate the model is unchanged. How much do the later layers rely
-# on BATO, after a training with it?
+# Insert the module and look, before any training: with an open gate the model is unchanged. How much do the later
+# layers rely on BATO, after a training with it?
 
 # %%
 detector = lesson.trained.detector
@@ -343,13 +344,13 @@ if built:
     detector.bato = bato
 
 # %% [markdown]
-# ## Measured against seeds
+# ## A comparison over seeds
 #
-# Is it better with a gate? First the rule: the model is trained on for some steps with the gate and without it, from
-# the same weights, once for each seed, and judged by its loss on scenes that are not in the training. *The gate is
-# worth keeping if the 95 % interval of the difference lies below 0.* (The whole loop is here, so that you can change
-# it. For a long training make the gate a setting of the model, with a default that changes nothing, and use `dimaskdino
-# train`: it can be interrupted and keeps records.)
+# Is the model better with a gate? First the rule: training continues for some steps with the gate and without it,
+# from the same weights, once for each seed, and the measure is the loss on scenes that are not in the training set.
+# *The gate is worth keeping if the 95 % interval of the difference lies below 0.* (The whole loop is here, so that
+# you can change it. For a long training, make the gate a module of your own as in [docs/extend.md](../docs/extend.md)
+# and use `dimaskdino train`, which can be interrupted and keeps records.)
 
 # %% tags=["varies"]
 scenes = folder / "five_classes"  # of the five classes that the model knows
@@ -394,21 +395,22 @@ if built:
 # %% [markdown]
 # ### Exercise 8.4, to discuss
 #
-# *10 minutes.* Does the rule say yes, no, or nothing? Which experiment would tell whether the gate is a good idea: how
-# many seeds and steps, compared with what? And which outcome would convince you that it is *not*?
+# *10 minutes.* Does the rule say yes, no, or nothing? Which experiment would test the gate: how many seeds and steps,
+# compared with what? And which outcome would convince you that it is *not* a good idea?
 #
 # <details><summary>A model answer</summary>
 #
-# At least five seeds of the model with the gate and of the one without, from the same starts, compared at the last
-# layer; a parameter-matched control, since the gate adds parameters; and a rule such as: if the 95 % interval of the
-# difference does not lie above 0, the gate is not worth its parameters. An outcome that refutes it has to be possible.
+# At least five seeds of the model with the gate and of the one without, from the same initial weights, compared at
+# the last layer; a control with the same number of parameters, since the gate adds some; and a rule such as: if the
+# 95 % interval of the difference does not lie above 0, the gate is not worth its parameters. It must be possible that
+# the outcome refutes the idea.
 #
 # </details>
 #
 # ---
 #
-# **In three sentences.** Data in COCO format are images, categories, and a mask per object; everything else follows. A
-# new module is a class with the same forward. An idea becomes a result through runs, a control, and a rule written down
+# **In three sentences.** Data in COCO format consist of images, categories, and a mask per object. A new module is a
+# class with the same forward. An idea becomes a result through runs, a control, and a rule that was written down
 # before.
 #
 # **Read on.**

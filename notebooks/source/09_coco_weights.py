@@ -1,20 +1,20 @@
 # %% [markdown]
 # # Appendix · Published COCO weights
 #
-# **Question.** What do the figures of this course look like for the published model and real photographs?
+# **Question.** How do the figures of this course look for the published model and real photographs?
 #
-# The course uses a small model on synthetic shapes. The published weights give the same figures on your own
-# photographs: DI-MaskDINO with a ResNet-50, 80 classes, six decoder layers, 300 queries. You need
+# The course uses small models on synthetic data. With the published weights you can draw the same figures for your
+# own photographs: DI-MaskDINO with a ResNet-50, 80 classes, six decoder layers, 300 queries. You need
 #
-# * a **published checkpoint**, a `.pth` file from the authors' repository. `dimaskdino.load` reads it
-#   as it is; no code in the file is run, and every tensor in it is accounted for;
+# * a **published checkpoint**, a `.pth` file from the authors' repository. `dimaskdino.load` reads it without running
+#   any code in the file, and accounts for every tensor in it;
 # * some **photographs**; and, to measure AP, COCO's validation images (`data/coco`, 1 GB).
 #
-# Without a checkpoint the notebook shows the shapes model, so that you see what you would get.
+# Without a checkpoint the notebook shows the shapes model instead.
 #
 # **You will be able to**
 #
-# * load a published checkpoint and see what it holds;
+# * load a published checkpoint and inspect its content;
 # * repeat the figures of chapters 3 to 5 on your photographs;
 # * measure AP of every stage on COCO.
 #
@@ -22,12 +22,12 @@
 
 # %% tags=["parameters"]
 checkpoint: str = ""  # a published .pth file; empty: the model below
-config: str = "coco/instance-segmentation/dimaskdino_r50_4scale_bs16_12ep"  # what it was trained with
+config: str = "coco/instance-segmentation/dimaskdino_r50_4scale_bs16_12ep"  # its configuration
 model: str = "notebooks/models/dimaskdino"  # a model of this kit, shown if there is no checkpoint
 photos: str = ""  # a folder of photographs; empty: validation images of the model's data
 coco: str = ""  # COCO's folder, to measure AP of every stage: about six hours on a laptop, minutes on a GPU
 images: int = 4  # photographs to look at
-overrides: list = []  # settings that differ from the configuration
+overrides: list = []  # other settings
 
 # %%
 import os
@@ -57,7 +57,7 @@ draw_architecture()
 # %% [markdown]
 # ## From a published file to a model
 #
-# `load` takes a published `.pth`; `dimaskdino convert` makes a file of this kit from it.
+# `load` reads a published `.pth`; `dimaskdino convert` converts it to a file of this kit.
 
 # %%
 os.chdir(project_root())
@@ -110,7 +110,7 @@ explore_guidance(looks)
 # %% [markdown]
 # ## AP of every stage
 #
-# Published for BDD100K, or measured on COCO's 5,000 validation images if you set its folder.
+# The published values for BDD100K, or, if you set the folder of COCO, values measured on its 5,000 validation images.
 
 # %%
 if coco:
@@ -126,8 +126,8 @@ figure
 # %% [markdown]
 # ### Exercise 9.1
 #
-# *Medium, 5 minutes.* Detections are the best `n` pairs of query and class, so one query can be detected as two
-# classes. From class logits `(Q, K)`: the queries of the best `n` pairs, best first.
+# *Medium, 5 minutes.* Detections are the best `n` pairs of query and class, so that one query can be detected as two
+# classes. From class logits `(Q, K)`, return the queries of the best `n` pairs, best first.
 
 
 # %%
@@ -144,22 +144,22 @@ checks.check_best_queries(best_queries)
 # %% [markdown]
 # ### Exercise 9.2, to discuss
 #
-# *5 minutes.* Compare with the shapes model: does token interaction stay within objects when an image has thirty of
+# *5 minutes.* Compare with the shapes model: does token interaction stay within objects if an image has thirty of
 # them? Are the sampling points of a small object as far apart, relative to its box, as those of a large one?
 #
 # <details><summary>A model answer</summary>
 #
-# With thirty objects token interaction spreads over more of them, and attention within an object is harder to see; look
-# at pairs of equal classes. Offsets are scaled by the box, so the points of a small object stay near it; relative to
-# its box they are about as far apart.
+# With thirty objects token interaction spreads over more of them, and attention within an object is harder to see;
+# look at pairs of equal classes. Offsets are scaled by the box, so the points of a small object stay close to it;
+# relative to its box they are about as far apart.
 #
 # </details>
 #
 # ---
 #
-# **In three sentences.** The published checkpoint loads as it is and gives the same figures on photographs. Everything
-# of this course, stages, selections, sampling, guidance, is there. AP of every stage on COCO is a matter of hours on a
-# laptop.
+# **In three sentences.** The kit reads the published checkpoint as it is, and the figures of the course work on
+# photographs. Stages, selections, sampling and guidance can all be inspected. AP of every stage on COCO takes hours
+# on a laptop.
 #
 # **Read on.**
 #
