@@ -1,4 +1,4 @@
-"""The CUDA kernels as machine code for GPUs that are not here: `python ops/tests/cuda_machine_code.py 80 90`.
+"""The CUDA kernels as machine code for absent GPUs: `python ops/tests/cuda_machine_code.py 80 90`.
 
 Prints a line of JSON per compute capability and kernel: its registers, the bytes that it spills to local memory, and
 the instructions and atomic additions per sample of its loop over the samples. `--output` writes those of the kernels
@@ -77,7 +77,7 @@ def kernels(capability: int, source: Path = SOURCES["cuda"]) -> Iterator[dict[st
 
 
 def compiler_version() -> str:
-    """Of nvcc, in words."""
+    """The version of nvcc, such as `nvcc 13.0`."""
     text = subprocess.run([compiler("cuda"), "--version"], capture_output=True, text=True, check=True).stdout
     return f"nvcc {re.search(r'release ([0-9.]+)', text)[1]}"
 

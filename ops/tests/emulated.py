@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: `emulation/cuda.h` gives CUDA's words a meaning in plain C++."""
+"""The CUDA kernels on the CPU: `emulation/cuda.h` implements the CUDA constructs in C++."""
 
 import functools
 import hashlib
@@ -26,7 +26,7 @@ FLAGS = ("-std=c++20", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp-cont
          "-U_FORTIFY_SOURCE")  # fmt: skip
 CHECKS = {
     "": (),
-    # of the undefined behaviour what a kernel can get wrong: all kinds take ten times as long to compile
+    # the undefined behaviour that a kernel can cause; all kinds take ten times as long to compile
     "memory": ("-fsanitize=address,alignment,bounds,shift,signed-integer-overflow,float-cast-overflow",
                "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"),
     "races": ("-fsanitize=thread",),
@@ -96,7 +96,7 @@ def load() -> None:
 
 @contextmanager
 def emulated() -> Iterator[None]:
-    """The emulated kernels are the operator's, for the duration of a `with` block."""
+    """Use the emulated kernels in the operator, for the duration of a `with` block."""
     load()
     before = functional._kernels
     kernels = torch.ops.ms_deform_attn.emulated_forward, torch.ops.ms_deform_attn.emulated_backward

@@ -1,11 +1,11 @@
-"""The listings of machine code that NVIDIA's cuobjdump makes."""
+"""Machine code as listed by NVIDIA's cuobjdump."""
 
 import subprocess
 from pathlib import Path
 
 
 def cuobjdump() -> Path | None:
-    """The program that lists machine code, from Triton."""
+    """The cuobjdump that comes with Triton, if any."""
     try:
         import triton
     except ImportError:
@@ -15,7 +15,9 @@ def cuobjdump() -> Path | None:
 
 
 def listing(file: Path) -> tuple[str, str]:
-    """Of a cubin: what its kernels use, and their machine code."""
-    commands = ([cuobjdump(), option, file] for option in ("-res-usage", "-sass"))
-    resources, code = (subprocess.run(x, capture_output=True, text=True, check=True).stdout for x in commands)
-    return resources, code
+    """Resource usage and machine code of the kernels in a cubin."""
+
+    def output(option: str) -> str:
+        return subprocess.run([cuobjdump(), option, file], capture_output=True, text=True, check=True).stdout
+
+    return output("-res-usage"), output("-sass")

@@ -1,4 +1,4 @@
-"""What a process needs for libraries that are compiled with AddressSanitizer."""
+"""Environment for libraries that are compiled with AddressSanitizer."""
 
 import os
 import subprocess

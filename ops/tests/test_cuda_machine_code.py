@@ -1,4 +1,4 @@
-"""The CUDA kernels as machine code: in registers, with few instructions per sample, adding in vectors."""
+"""The CUDA kernels compile to code that stays in registers, takes few instructions per sample and adds in vectors."""
 
 import json
 import runpy

@@ -1,4 +1,4 @@
-"""The Triton kernels as machine code for GPUs that are not here: they compile, keep to registers, add in vectors."""
+"""The Triton kernels compile for absent GPUs, stay in registers and add in vectors."""
 
 import json
 import os
@@ -17,7 +17,7 @@ LITTLE_STACK = 16  # bytes: a value or two that wait in memory
 
 
 def variants(capability: int, precisions: str, dimensions: str, cache: Path) -> list[dict]:
-    """What `triton_variants.py` says, in a process without the interpreter that the other tests use."""
+    """The output of `triton_variants.py`, in a process without the interpreter that the other tests use."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
     command = [sys.executable, SCRIPT, str(capability), precisions, dimensions]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

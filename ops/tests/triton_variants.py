@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for GPUs that are not here: `python ops/tests/triton_variants.py 90 fp32,bf16 32`.
+"""Compile the Triton kernels for absent GPUs: `python ops/tests/triton_variants.py 90 fp32,bf16 32`.
 
 Prints a line of json per variant: registers and bytes of the stack per thread, from the listing of the machine code,
 and its kinds of atomic additions. The arguments are the compute capability (90 is Hopper), precisions and head
@@ -51,14 +51,12 @@ def variants(precision: str, D: int) -> Iterator[tuple[str, Any, dict[str, str],
 
 
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, D: int) -> dict[str, Any]:
-    """What the machine code of a variant needs."""
+    """Registers, stack and atomic additions of a variant's machine code."""
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    aligned = [
-        i
-        for i, name in enumerate(kernel.arg_names)
-        if types.get(name, "").startswith("*") or (name == "D" and D % 16 == 0)
-    ]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    attributes = {}
+    for i, name in enumerate(kernel.arg_names):
+        if types.get(name, "").startswith("*") or (name == "D" and D % 16 == 0):
+            attributes[i,] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
