@@ -213,7 +213,7 @@ def architecture(state: Mapping[str, Tensor], path: Path) -> config.Model:
         hidden_dim=state["heads.label.weight"].shape[1],
         backbone=config.Backbone(name=_backbone_name(state, path)),
         pixel_decoder=config.PixelDecoder(
-            levels=levels,  # type: ignore[arg-type]
+            levels=levels,
             finest=finest,
             layers=count("pixel_decoder.layers."),
             ffn_dim=len(state["pixel_decoder.layers.0.ffn.linear1.bias"]),

@@ -213,7 +213,7 @@ def _file_name(value: Any, repairs: list[str]) -> str:
 def _crowd(value: Any, repairs: list[str]) -> int:
     if type(value) is int and value in (0, 1):
         return value
-    known = {None: 0, "0": 0, "1": 1, False: 0, True: 1}  # 0.0 and 1.0 are equal to the last two
+    known: dict[Any, int] = {None: 0, "0": 0, "1": 1, False: 0, True: 1}  # 0.0 and 1.0 are equal to the last two
     if not isinstance(value, None | bool | str | float) or value not in known:
         raise ValueError("must be 0 (an object) or 1 (a crowd)")
     repairs.append("iscrowd given as text or empty")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -69,7 +70,8 @@ def _write_split(root: Path, split: str, settings: config.Shapes, processes: int
     folder = root / "images" / split
     folder.mkdir(parents=True)
     count = getattr(settings, split)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     scenes = DataLoader(_Scenes(folder, settings, split, count), batch_size=None, num_workers=processes)
     for index, (name, objects) in enumerate(progress_bar(scenes, f"shapes {split}", count)):
         images.append({"id": index, "file_name": name, "height": settings.size, "width": settings.size})

@@ -70,7 +70,7 @@ class BootstrapAP:
             raise UserError(f"{path} holds no bootstrap samples of this kit ({error})") from None
 
 
-def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+def save_arrays(path: Path, **arrays: Any) -> None:
     """Write arrays to a npz file of exactly this name."""
     with path.open("wb") as file:  # given a name, NumPy would add its suffix
         np.savez(file, **arrays)

@@ -26,7 +26,7 @@ _IOU_TYPE: dict[Kind, str] = {"box": "bbox", "mask": "segm"}  # COCO's names
 
 # Two objects. The best detection is exact, the second one wrong, and the third has IoU 0.725 with its object: precision
 # is 1 up to recall 0.5 at all ten thresholds, and 2/3 from there on at the five up to 0.70.
-_KNOWN_TRUTH = {
+_KNOWN_TRUTH: dict[str, list[dict[str, Any]]] = {
     "images": [{"id": 1, "height": 20, "width": 20}],
     "categories": [{"id": 1, "name": "square"}],
     "annotations": [
@@ -48,10 +48,12 @@ class Library(NamedTuple):
     @classmethod
     def load(cls, name: Literal["hotcoco", "pycocotools"]) -> "Library":
         if name == "hotcoco":
-            from hotcoco import COCO, COCOeval
-        else:
-            from pycocotools.coco import COCO
-            from pycocotools.cocoeval import COCOeval
+            import hotcoco
+
+            return cls(name, hotcoco.COCO, hotcoco.COCOeval)
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
         return cls(name, COCO, COCOeval)
 
 
@@ -60,7 +62,7 @@ def best_library() -> Library:
     """Hotcoco if it can be used; else pycocotools, with a note of the reason on standard error."""
     try:
         library = Library.load("hotcoco")
-        ap = average_precision(Truth(_KNOWN_TRUTH, library), _KNOWN_BOXES, "box").AP
+        ap = average_precision(Truth(_KNOWN_TRUTH, library), _KNOWN_BOXES, "box").AP or 0.0
         if math.isclose(ap, _KNOWN_AP):
             return library
         reason = f"its AP of a known case is {ap:.3f}, not {_KNOWN_AP:.3f}"

@@ -76,7 +76,7 @@ class LayerwiseAP:
         bounds or where an AP is not defined.
         """
         found = self.stages[stage]
-        if self.upper_bounds is None or found.imbalance is None:
+        if self.upper_bounds is None or found.mask is None or found.mask.AP is None or found.box.AP is None:
             return None
         of_boxes = self.upper_bounds.of_boxes(stage)
         bound_box = 100.0 if of_boxes is None else of_boxes.mean
@@ -104,7 +104,7 @@ class LayerwiseAP:
         lines = [header, "-" * len(header)]
         for name, stage in self.stages.items():
             box, mask, imbalance = self._cells(stage)
-            box_50, mask_50 = show_ap(stage.box.AP50), show_ap(stage.mask and stage.mask.AP50)
+            box_50, mask_50 = show_ap(stage.box.AP50), show_ap(stage.mask.AP50 if stage.mask else None)
             lines.append(f"{name:<22}{box:>8}{mask:>9}{imbalance:>10}{box_50:>8}{mask_50:>9}")
         return "\n".join(lines)
 
@@ -118,7 +118,7 @@ class LayerwiseAP:
 
     @staticmethod
     def _cells(stage: StageAP) -> tuple[str, str, str]:
-        return show_ap(stage.box.AP), show_ap(stage.mask and stage.mask.AP), show_ap(stage.imbalance, "+")
+        return show_ap(stage.box.AP), show_ap(stage.mask.AP if stage.mask else None), show_ap(stage.imbalance, "+")
 
     def to_json(self) -> dict[str, Any]:
         stages = {name: asdict(stage) | {"imbalance": stage.imbalance} for name, stage in self.stages.items()}

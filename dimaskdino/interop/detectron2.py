@@ -13,11 +13,12 @@ then work as with its own models; `DIMaskDINOTrainer` adds the paper's optimizer
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dimaskdino.checkpoints.model_files import current_name
 from dimaskdino.checkpoints.published import convert_state, is_published, our_name
@@ -242,11 +243,16 @@ class DIMaskDINOTrainer(DefaultTrainer):
             "weight_decay": solver.WEIGHT_DECAY,
             "backbone_lr_factor": solver.BACKBONE_MULTIPLIER,
         }
-        detector = model.module.detector if hasattr(model, "module") else model.detector
+        own = model.module if isinstance(model, DistributedDataParallel) else model
+        detector = cast(Detector, own.detector)
         optimizer = build_optimizer(detector, Config().optimizer.model_copy(update=rates))
         if solver.CLIP_GRADIENTS.ENABLED:
             parameters, norm = list(detector.parameters()), solver.CLIP_GRADIENTS.CLIP_VALUE
-            optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(parameters, norm) and None)
+
+            def clip(*_: Any) -> None:
+                nn.utils.clip_grad_norm_(parameters, norm)
+
+            optimizer.register_step_pre_hook(clip)
         return optimizer
 
     @classmethod

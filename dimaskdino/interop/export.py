@@ -40,6 +40,9 @@ class Exportable(nn.Module):
         detections: number of detections per image.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, detector: Detector, stage: str, detections: int) -> None:
         super().__init__()
         self.detector, self.stage, self.detections = detector, stage, detections

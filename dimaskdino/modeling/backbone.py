@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -151,7 +151,7 @@ class TimmBackbone(_Backbone):
         file = packaged_weights(cfg)
         if file is None and Path(cfg.weights or "").suffix in SUFFIXES:
             file = Path(str(cfg.weights))
-        self.net: Any = _create(cfg, pretrained=cfg.weights is not None and file is None)
+        self.net = _create(cfg, pretrained=cfg.weights is not None and file is None)
         if file is not None:
             load_timm(self.net, cfg, file)
         _pad_by_constants(self.net)  # images are padded to multiples of 32
@@ -218,7 +218,7 @@ def _pad_by_constants(net: nn.Module) -> None:
                 setattr(module, name, ConstantPaddingConv2d.of(child))
 
 
-def _create(cfg: config.Backbone, pretrained: bool) -> nn.Module:
+def _create(cfg: config.Backbone, pretrained: bool) -> Any:
     try:
         import timm
         from timm.layers import freeze_batch_norm_2d
@@ -240,7 +240,7 @@ def _create(cfg: config.Backbone, pretrained: bool) -> nn.Module:
         options = {"strict_img_size": False, "drop_path_rate": SWIN_DROP_PATH}
     try:
         with torch.device("meta"):  # only to know its strides
-            plain: Any = timm.create_model(cfg.name, features_only=True, **options)
+            plain = cast(Any, timm.create_model(cfg.name, features_only=True, **options))
         reductions = plain.feature_info.reduction()
         wanted = [i for i, reduction in enumerate(reductions) if reduction in STRIDES]
         if [reductions[i] for i in wanted] != list(STRIDES):

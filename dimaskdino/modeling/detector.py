@@ -1,6 +1,6 @@
 """The whole model: figure 2 of the paper, top to bottom."""
 
-from typing import Any
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -53,10 +53,8 @@ class Detector(nn.Module):
     ) -> None:
         super().__init__()
         self.cfg = cfg
-        self.backbone: Any = (
-            backbone or plugins.build(cfg.backbone, "model.backbone", cfg) or build_backbone(cfg.backbone)
-        )
-        self.pixel_decoder = PixelDecoder(cfg, self.backbone.channels)
+        self.backbone = backbone or plugins.build(cfg.backbone, "model.backbone", cfg) or build_backbone(cfg.backbone)
+        self.pixel_decoder = PixelDecoder(cfg, cast(dict[int, int], self.backbone.channels))
         self.heads = PredictionHeads(cfg)
         self.de_imbalance = de_imbalance or plugins.build(cfg.selection, "model.selection", cfg) or DeImbalance(cfg)
         self.denoising = Denoising(cfg)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -153,14 +154,15 @@ def mask_losses(pairs: Sequence[Pair], targets: Targets, cfg: config.Loss) -> tu
     sharing: dict[int, list[int]] = {}
     for i, (stage, _) in enumerate(pairs):
         sharing.setdefault(id(stage.mask_features), []).append(i)
+    embedded = [cast(Tensor, stage.mask_embedding) for stage, _ in pairs]
     queries = [matches.query.split(list(matches.counts)) for _, matches in pairs]
     objects = [matches.target.split(list(matches.counts)) for _, matches in pairs]
     logits, rows, owners = [], [], []
     for group in sharing.values():
-        features = pairs[group[0]][0].mask_features
+        features = cast(Tensor, pairs[group[0]][0].mask_features)
         for b in range(B):
             # (R, C) of this image and all stages of the group, and (R, h, w)
-            embeddings = torch.cat([pairs[i][0].mask_embedding[b, queries[i][b]].float() for i in group])
+            embeddings = torch.cat([embedded[i][b, queries[i][b]].float() for i in group])
             logits.append(torch.einsum("rc,chw->rhw", embeddings, features[b].float()))
             for i in group:
                 rows.append(b * M + objects[i][b])

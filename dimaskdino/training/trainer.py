@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -106,7 +106,7 @@ def _checkpoint_activations(detector: Detector, backbone: bool) -> None:
     kinds = (EncoderLayer, DecoderLayer, TokenInteractionLayer)
     layers: list[nn.Module] = [module for module in detector.modules() if isinstance(module, kinds)]
     if backbone and isinstance(detector.backbone, ResNet):
-        layers += [block for stage in detector.backbone.stages for block in stage]
+        layers += [block for stage in detector.backbone.stages for block in stage.children()]
     chosen = set(layers)
     apply_activation_checkpointing(detector, check_fn=lambda module: module in chosen)
 
@@ -281,7 +281,7 @@ class Trainer:
     @property
     def _result(self) -> Detector:
         """The model to save: the moving average if enabled."""
-        return self.average.module if self.average else self.detector
+        return cast(Detector, self.average.module) if self.average else self.detector
 
     def _save_model(self, path: Path) -> None:
         save_model(path, self._result, self.config, self.data.classes, self.step)
@@ -341,8 +341,8 @@ class Trainer:
             # random numbers belong to the piece of the batch, whichever process has it
             entropy = [self.config.train.seed, 2, self.step, self.context.rank * len(parts) + i]
             torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-            unsynchronised = isinstance(self.model, DistributedDataParallel) and not last
-            with self.model.no_sync() if unsynchronised else contextlib.nullcontext():
+            distributed = self.model if isinstance(self.model, DistributedDataParallel) else None
+            with distributed.no_sync() if distributed and not last else contextlib.nullcontext():
                 losses = self._forward(part, objects)
                 terms = {name: terms.get(name, 0) + value.detach() for name, value in losses.terms.items()}
                 total = losses.total

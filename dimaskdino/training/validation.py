@@ -148,7 +148,7 @@ def averaged(detector: Detector, decay: float) -> AveragedModel:
     """
 
     @torch.no_grad()
-    def average(means: Sequence[Tensor], values: Sequence[Tensor], count: Tensor) -> None:
+    def average(means: Sequence[Tensor], values: Sequence[Tensor], count: Tensor | int) -> None:
         t = int(count)
         torch._foreach_lerp_(list(means), list(values), 1 - min(decay, (1 + t) / (10 + t)))
 

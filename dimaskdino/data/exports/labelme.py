@@ -27,7 +27,8 @@ def read(source: Path) -> list[ExportedSplit] | None:
     files = [] if source.is_file() else sorted(source.rglob("*.json"))
     if not any({"shapes", "imagePath"} <= json_object(file).keys() for file in files[:20]):
         return None
-    contents, classes = {}, set()
+    contents: dict[Path, dict[str, Any]] = {}
+    classes: set[str] = set()
     for file in files:
         content = parse_json(file)
         if "shapes" in content:
@@ -56,7 +57,8 @@ def _label(shape: dict[str, Any], file: Path) -> str:
 
 
 def _add(split: ExportedSplit, file: Path, content: dict[str, Any], images: ImageFiles) -> None:
-    name, size = content.get("imagePath"), (content.get("imageHeight"), content.get("imageWidth"))
+    name = content.get("imagePath")
+    size: tuple[Any, Any] = (content.get("imageHeight"), content.get("imageWidth"))
     if not isinstance(name, str) or not all(type(side) is int and side > 0 for side in size):
         raise UserError(f"{file} has no 'imagePath', 'imageHeight' and 'imageWidth'")
     image = split.add_image(images.require(name, file.stem, near=file, split=split.name), size)

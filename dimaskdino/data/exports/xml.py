@@ -34,7 +34,7 @@ def read_voc(source: Path) -> list[ExportedSplit] | None:
     roots = {file: root for file in sorted(source.rglob("*.xml")) if (root := read_xml(file)).tag == "annotation"}
     if not roots:
         return None
-    classes = set()
+    classes: set[str] = set()
     for file, root in roots.items():
         classes.update(_text(found, "name", file) for found in root.findall("object"))
     listed, images = _listed(source), ImageFiles(next(source.rglob("JPEGImages"), source))
@@ -53,7 +53,7 @@ def _listed(source: Path) -> dict[str, str]:
     """The split of each image by the lists in ImageSets, none without lists."""
     for folder in _LISTS:
         for place in [source / folder, *source.glob(f"*/{folder}")]:
-            listed = {}
+            listed: dict[str, str] = {}
             for split in ("train", "val", "test"):
                 file = place / f"{split}.txt"
                 if file.is_file():
