@@ -7,7 +7,7 @@ counted and reported; or refuses it with its id, the problem and a remedy.
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,7 @@ def inspect_content(content: Entry, file: Path) -> Annotations:
     problems += _duplicates(images, "image") + _duplicates(categories, "category")
     _name_categories(categories, repaired)
 
-    sizes = {image["id"]: (image["height"], image["width"]) for image in images}
+    sizes = image_sizes(images)
     known = {category["id"] for category in categories}
     # annotations of an image that cannot be used need no message of their own
     refused = _ids(content["images"]) - sizes.keys()
@@ -173,6 +173,11 @@ def inspect_content(content: Entry, file: Path) -> Annotations:
     _number(annotations, repaired)
     named = tuple(f"{file}: {problem}" for problem in problems)
     return Annotations(file, images, categories, annotations, dict(repaired), named)
+
+
+def image_sizes(images: Iterable[Entry]) -> dict[int, Size]:
+    """(h, w) of each image by its id."""
+    return {image["id"]: (image["height"], image["width"]) for image in images}
 
 
 # ---- single fields: each check returns the value to use, and adds to `repairs` what it changed

@@ -12,7 +12,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from dimaskdino.config import Config
-from dimaskdino.data.annotations import Annotations, inspect_annotations, to_run_lengths
+from dimaskdino.data.annotations import Annotations, image_sizes, inspect_annotations, to_run_lengths
 from dimaskdino.data.coco import find_split
 from dimaskdino.data.images import load_image
 from dimaskdino.data.near_duplicates import shared_between
@@ -108,7 +108,7 @@ def describe(annotations: Annotations, folder: Path) -> Statistics:
         folder: its image folder.
     """
     objects = annotations.objects
-    pixels = {image["id"]: image["height"] * image["width"] for image in annotations.images}
+    sizes = image_sizes(annotations.images)
     in_image: Counter[int] = Counter()
     by_class: Counter[int] = Counter()
     images_of: dict[int, set[int]] = defaultdict(set)
@@ -119,13 +119,13 @@ def describe(annotations: Annotations, folder: Path) -> Statistics:
         by_class[category] += 1
         images_of[category].add(image)
         areas[number] = annotation["area"]
-        relative[number] = math.sqrt(annotation["area"] / pixels[image])
+        relative[number] = math.sqrt(annotation["area"] / math.prod(sizes[image]))
     classes = []
     for category in annotations.categories:
         number = category["id"]
         classes.append(ClassCount(category["name"], by_class[number], len(images_of[number])))
     counts = np.array(list(in_image.values()) or [0])
-    sides = np.array([max(image["height"], image["width"]) for image in annotations.images] or [0])
+    sides = np.array(list(map(max, sizes.values())) or [0])
     return Statistics(
         images=len(annotations.images),
         empty_images=len(annotations.images) - len(in_image),
@@ -242,13 +242,13 @@ def advice(annotations: Annotations, found: Statistics, settings: Config) -> lis
     """
     lines = []
     resize = settings.data.resize
-    scales = {i["id"]: resize_scale((i["height"], i["width"]), resize) for i in annotations.images}
+    sizes = image_sizes(annotations.images)
     per_image: Counter[int] = Counter()
     tiny = without_mask = of_boxes = 0
     for annotation in annotations.objects:
         area, (_, _, width, height) = annotation["area"], annotation["bbox"]
         per_image[annotation["image_id"]] += 1
-        tiny += area * scales[annotation["image_id"]] ** 2 < CELL**2
+        tiny += area * resize_scale(sizes[annotation["image_id"]], resize) ** 2 < CELL**2
         without_mask += not annotation["segmentation"]
         of_boxes += abs(area - width * height) < 1e-3 * max(area, 1)
     if tiny and tiny >= TINY_SHARE * found.objects:

@@ -118,6 +118,11 @@ def _from_pillow(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
+def files_in(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The files with these suffixes in a folder and all its subfolders, in order."""
+    return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes and not path.is_dir()]
+
+
 def find_files(paths: Sequence[Path], suffixes: Sequence[str] = SUFFIXES) -> list[tuple[Path, Path]]:
     """List image files, folders searched with all their subfolders.
 
@@ -138,9 +143,8 @@ def find_files(paths: Sequence[Path], suffixes: Sequence[str] = SUFFIXES) -> lis
         if not path.exists():
             raise UserError(f"{path} does not exist")
         if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in suffixes and not p.is_dir()]
             start = Path(path.resolve().name) if several else Path()
-            files += [(p, start / p.relative_to(path)) for p in inside]
+            files += [(file, start / file.relative_to(path)) for file in files_in(path, suffixes)]
         else:
             files.append((path, Path(path.name)))
     if not files:

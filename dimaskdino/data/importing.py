@@ -12,10 +12,9 @@ import numpy as np
 from dimaskdino.data.annotations import read_annotations
 from dimaskdino.data.check import shortened
 from dimaskdino.data.exports import ExportedSplit, coco, labelme, mask_folders, xml, yolo
-from dimaskdino.data.near_duplicates import difference_hash, groups_of_duplicates, shared_between
+from dimaskdino.data.near_duplicates import groups_of_duplicates, shared_between
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.files import new_folder
-from dimaskdino.utils.progress import progress_bar
 
 # each returns None if the source is not of its kind
 READERS = {
@@ -151,10 +150,10 @@ def _check_target(folder: Path, val: float) -> None:
 
 def _by_name(exported: list[ExportedSplit]) -> dict[str, ExportedSplit]:
     """The splits by name, with one for training: an export without one has no splits."""
-    if all(split.name != "train" for split in exported):
+    names = [split.name or "a part without a name" for split in exported]
+    if "train" not in names:
         if len(exported) > 1:
-            names = " and ".join(str(split.name or "a part without a name") for split in exported)
-            raise UserError(f"the export has {names}, but no training split; rename one to train")
+            raise UserError(f"the export has {' and '.join(names)}, but no training split; rename one to train")
         exported[0].name = "train"
     return {split.name: split for split in exported if split.name}
 
@@ -201,10 +200,8 @@ def _remarks(splits: dict[str, ExportedSplit]) -> list[str]:
 def _divide(split: ExportedSplit, val: float, seed: int) -> tuple[ExportedSplit, ExportedSplit, str]:
     """Training and validation images, and a sentence about them. Groups of near-duplicates stay on one side."""
     ids = [image["id"] for image in split.images]
-    paths = [split.paths[i] for i in ids]
-    hashes = [difference_hash(path) for path in progress_bar(paths, "comparing images")]
-    group = dict(zip(ids, groups_of_duplicates(paths, hashes), strict=True))
-    if len(set(group.values())) < 2:
+    group = dict(zip(ids, groups_of_duplicates([split.paths[i] for i in ids]), strict=True))
+    if not any(group.values()):
         raise UserError(
             f"{len(ids)} image{'s' * (len(ids) > 1)} of one photograph cannot be divided into training and validation "
             "images. Add images, or give the export a validation split"
@@ -220,23 +217,22 @@ def _divide(split: ExportedSplit, val: float, seed: int) -> tuple[ExportedSplit,
 
 def _most_even_draw(split: ExportedSplit, group: dict[int, int], val: float, rng: np.random.Generator) -> set[int]:
     """The groups for validation: of many random draws the one in which each class is nearest to its fraction."""
-    groups = sorted(set(group.values()))
-    row = {number: i for i, number in enumerate(groups)}
-    classes = sorted({annotation["category_id"] for annotation in split.annotations})
-    column = {category: i for i, category in enumerate(classes, start=1)}
-    counts = np.zeros((len(groups), 1 + len(classes)))  # of the images, and of the objects of each class
+    groups = max(group.values()) + 1
+    classes = max((annotation["category_id"] for annotation in split.annotations), default=0)
+    counts = np.zeros((groups, 1 + classes))  # of the images, and of the objects of each class
     for number in group.values():
-        counts[row[number], 0] += 1
+        counts[number, 0] += 1
     for annotation in split.annotations:
-        counts[row[group[annotation["image_id"]]], column[annotation["category_id"]]] += 1
+        counts[group[annotation["image_id"]], annotation["category_id"]] += 1
+    counts = counts[:, counts.any(0)]
     share = counts / counts.sum(0)
     best, draw = np.inf, set[int]()
     for _ in range(_DRAWS):
-        order = rng.permutation(len(groups))
-        count = int(np.clip(np.searchsorted(share[order, 0].cumsum(), val) + 1, 1, len(groups) - 1))
+        order = rng.permutation(groups)
+        count = int(np.clip(np.searchsorted(share[order, 0].cumsum(), val) + 1, 1, groups - 1))
         uneven = float(np.square(share[order[:count]].sum(0) - val).sum())
         if uneven < best:
-            best, draw = uneven, {groups[i] for i in order[:count]}
+            best, draw = uneven, set(order[:count].tolist())
     return draw
 
 

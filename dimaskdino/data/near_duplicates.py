@@ -39,14 +39,17 @@ def difference_hash(path: Path) -> UInt8[np.ndarray, "16"]:
     return np.packbits(np.concatenate([b.ravel() for b in bits]))
 
 
-def groups_of_duplicates(paths: Sequence[Path], hashes: Sequence[np.ndarray]) -> list[int]:
-    """A number per image, equal for images with the same base name or with nearly the same fingerprint.
+def groups_of_duplicates(paths: Sequence[Path]) -> list[int]:
+    """A number per image, counted from 0, equal for images of the same base name or nearly the same fingerprint.
 
-    Args:
-        paths: the images.
-        hashes: `difference_hash` of each.
+    Raises:
+        UserError: an image cannot be read.
     """
-    return _connected(_same_name(paths) + _near(np.stack(hashes)), len(paths))
+    return _connected(_same_name(paths) + _near(_fingerprints(paths)), len(paths))
+
+
+def _fingerprints(paths: Sequence[Path]) -> UInt8[np.ndarray, "n 16"]:
+    return np.stack([difference_hash(path) for path in progress_bar(paths, "comparing images")])
 
 
 def _connected(pairs: Sequence[tuple[int, int]], count: int) -> list[int]:
@@ -69,9 +72,8 @@ def shared_between(splits: Mapping[str, Sequence[Path]]) -> list[tuple[Path, Pat
     for name, images in splits.items():
         paths += images
         split += [name] * len(images)
-    hashes = [difference_hash(path) for path in progress_bar(paths, "comparing images")]
     members: dict[int, list[int]] = defaultdict(list)
-    pairs = _near(np.stack(hashes)) + _same_name(paths, versions_alone=True)
+    pairs = _near(_fingerprints(paths)) + _same_name(paths, versions_alone=True)
     for number, group in enumerate(_connected(pairs, len(paths))):
         members[group].append(number)
     shared = []

@@ -16,7 +16,7 @@ from dimaskdino.data import importing
 from dimaskdino.data.annotations import read_annotations, to_run_lengths
 from dimaskdino.data.coco import CocoDataset, encode_masks
 from dimaskdino.data.importing import import_dataset
-from dimaskdino.data.near_duplicates import base_name, difference_hash, groups_of_duplicates
+from dimaskdino.data.near_duplicates import base_name, groups_of_duplicates
 from dimaskdino.utils.errors import UserError
 
 SIZE = (48, 64)  # h, w
@@ -330,13 +330,13 @@ def test_duplicates_between_the_splits_of_the_source_are_told(tmp_path):
 
 def test_near_duplicates_are_transitive_and_few(tmp_path):
     paths = [picture(tmp_path, n) for n in range(200)]
-    assert len(set(groups_of_duplicates(paths, [difference_hash(path) for path in paths]))) == 200
+    assert len(set(groups_of_duplicates(paths))) == 200
     image = np.asarray(Image.open(paths[0])).astype(int)
     chain = []
     for shift in range(5):
         chain.append(tmp_path / f"{shift}.png")
         Image.fromarray(np.clip(image + 6 * shift, 0, 255).astype(np.uint8)).save(chain[-1])
-    groups = groups_of_duplicates(chain + paths, [difference_hash(path) for path in chain + paths])
+    groups = groups_of_duplicates(chain + paths)
     assert len(set(groups)) == 200
     assert len(set(groups[:6])) == 1
     assert base_name(Path("a_jpg.rf.0ab.jpg")) == base_name(Path("A.jpg")) == "a"

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import ImageOps
 from pycocotools import mask as coco_mask
 
-from dimaskdino.data.annotations import parse_json, to_run_lengths
+from dimaskdino.data.annotations import image_sizes, parse_json, to_run_lengths
 from dimaskdino.data.coco import encode_masks
-from dimaskdino.data.images import SUFFIXES, open_image
+from dimaskdino.data.images import files_in, open_image
 from dimaskdino.utils.errors import UserError
 
 SPLIT_NAMES = {
@@ -95,7 +95,7 @@ class ExportedSplit:
 
     def as_coco(self, classes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
         """The split as a COCO dictionary with these classes; boxes and areas are computed from the masks."""
-        sizes = {image["id"]: (image["height"], image["width"]) for image in self.images}
+        sizes = image_sizes(self.images)
         for annotation in self.annotations:
             rle = to_run_lengths(annotation["segmentation"], sizes[annotation["image_id"]])
             annotation["bbox"] = coco_mask.toBbox(rle).tolist()
@@ -114,10 +114,9 @@ class ImageFiles:
         self.folder = folder
         self._by_name: dict[str, list[Path]] = defaultdict(list)
         self._by_stem: dict[str, list[Path]] = defaultdict(list)
-        for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in SUFFIXES:
-                self._by_name[path.name.lower()].append(path)
-                self._by_stem[path.stem.lower()].append(path)
+        for path in files_in(folder):
+            self._by_name[path.name.lower()].append(path)
+            self._by_stem[path.stem.lower()].append(path)
 
     def __len__(self) -> int:
         return sum(map(len, self._by_name.values()))

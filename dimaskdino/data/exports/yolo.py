@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from dimaskdino.data.exports import SPLIT_NAMES, ExportedSplit, upright_size
-from dimaskdino.data.images import SUFFIXES
+from dimaskdino.data.images import files_in
 from dimaskdino.utils.errors import UserError
 
 _KEYS = ("train", "val", "valid", "test")
@@ -69,7 +69,7 @@ def _images(file: Path, settings: dict[str, Any], key: str) -> list[Path]:
         if place is None:
             raise UserError(f"{file}: '{key}: {entry}' does not exist beside it; correct the path")
         if place.is_dir():
-            images += sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
+            images += files_in(place)
             continue
         listed = [line.strip() for line in place.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         for line in listed:
