@@ -366,7 +366,7 @@ PREVIOUS = "resuming from the previous one"
 DAMAGES = {
     "checkpoint cut off": (cut_off, ("cannot be read", PREVIOUS)),
     "checkpoint of zeros, as after a power failure": (zeros, ("cannot be read", PREVIOUS)),
-    "checkpoint with NaN": (nan, ("heads.label.bias is not finite", PREVIOUS)),
+    "checkpoint with NaN": (nan, ("heads.label.bias contains NaN or inf", PREVIOUS)),
     "status.json empty": (lambda run: (run.path / "status.json").write_bytes(b""), ()),
     "status.json of zeros": (lambda run: (run.path / "status.json").write_bytes(bytes(200)), ()),
     "metrics.jsonl garbled": (lambda run: (run.path / "metrics.jsonl").write_bytes(GARBLED), ()),

@@ -44,7 +44,7 @@ def load_resume_point(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
             broken = first_non_finite(state["model"])
             if broken is None:
                 return state, remark
-            remark = remark or f"{path}: {broken} is not finite"
+            remark = remark or f"{path}: {broken} contains NaN or inf"
         except UserError as error:
             remark = remark or str(error)
     if candidates:
