@@ -184,14 +184,13 @@ def kernel_config() -> Any:
     """Return the configuration of notebook kernels.
 
     Messages are encrypted, since a kernel otherwise warns at every start. A kernel logs nothing, since it would log
-    its own interrupt at shutdown as an error; errors of cells stand in the notebook. Of a progress bar, the executed
-    notebook keeps the last line.
+    its own interrupt at shutdown as an error; errors of cells stand in the notebook.
     """
     import zmq
     from traitlets.config import Config
 
     quiet = f"--IPKernelApp.log_level={logging.CRITICAL}"
-    settings: dict[str, Any] = {"NotebookClient": {"extra_arguments": [quiet], "coalesce_streams": True}}
+    settings: dict[str, Any] = {"NotebookClient": {"extra_arguments": [quiet]}}
     if zmq.has("curve"):
         settings["KernelManager"] = {"transport_encryption": "auto"}
     return Config(settings)
