@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -171,9 +171,9 @@ def _draw_boxes(axes: Axes, parts: Collection[str]) -> None:
     axes.add_artist(frame)
     axes.text(right, top + 0.08, "De-Imbalance", ha="right", va="bottom", color=GREY, fontsize=9)
     lit = set(_BOXES) if not parts else set(parts)
-    for arrow in _ARROWS:
-        if parts and set(arrow) & set(parts):
-            lit |= set(arrow)
+    for ends in _ARROWS:
+        if parts and set(ends) & set(parts):
+            lit |= set(ends)
     patches = {}
     for name, box in _BOXES.items():
         patches[name] = _draw_box(axes, box, lit=name in lit, strong=name in parts)
@@ -206,6 +206,6 @@ def _draw_box(axes: Axes, box: _Box, lit: bool, strong: bool) -> FancyBboxPatch:
     )
     axes.add_artist(patch)
     ink = "white" if strong else "black" if lit else "#9A9A9A"
-    middle = {"ha": "center", "va": "center", "linespacing": 1.05}
+    middle: dict[str, Any] = {"ha": "center", "va": "center", "linespacing": 1.05}
     axes.text(box.x, box.y, box.text, fontsize=9, color=ink, parse_math=True, **middle)
     return patch

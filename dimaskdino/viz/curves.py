@@ -109,20 +109,20 @@ def _draw_bounds(axes: Axes, result: LayerwiseAP, names: Sequence[str], colour: 
     for start, end, value, shade, kind in lines:
         if value is not None:
             axes.plot([start - 0.35, end + 0.35], [value] * 2, ":", color=shade, linewidth=1.6)
-            place = {"xy": (start - 0.35, value), "xytext": (0, 3), "textcoords": "offset points"}
-            axes.annotate(f"upper bound, {kind} {value:.0f}", color=shade, fontsize=8.5, **place)
+            where: dict[str, Any] = {"xy": (start - 0.35, value), "xytext": (0, 3), "textcoords": "offset points"}
+            axes.annotate(f"upper bound, {kind} {value:.0f}", color=shade, fontsize=8.5, **where)
 
 
 def _draw_imbalance(axes: Axes, result: LayerwiseAP, names: Sequence[str], number: int, count: int) -> None:
     """Bars of the imbalance, and diamonds of the imbalance relative to the upper bounds."""
     stages = [name for name, stage in result.stages.items() if stage.imbalance is not None]
-    values = [result.stages[name].imbalance for name in stages]
+    values = np.array([result.stages[name].imbalance for name in stages], dtype=float)
     x, width = bar_places(places(stages, names), number, count)
     colour = GREY if count == 1 else colour_of(number)
     bars = axes.bar(x, values, 0.75 * width, color=colour)
     relative = [result.relative_imbalance(name) for name in stages]
     if any(value is not None for value in relative):
-        diamonds = {"marker": "D", "linestyle": "", "markersize": 5, "markerfacecolor": "white"}
+        diamonds: dict[str, Any] = {"marker": "D", "linestyle": "", "markersize": 5, "markerfacecolor": "white"}
         axes.plot(x, np.array(relative, dtype=float), color=colour, **diamonds)
         if number == count - 1:
             axes.legend(axes.plot([], [], color=GREY, **diamonds), ["relative to the upper bounds"], fontsize=8.5)
@@ -154,7 +154,7 @@ def plot_losses(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
         ]
         for k, term in enumerate(TERMS):
             values = [record["losses"][f"decoder.{max(layers)}/{term}"] for record in records]
-            look = {"color": colour_of(k), "linestyle": LINES[number % len(LINES)]}
+            look: dict[str, Any] = {"color": colour_of(k), "linestyle": LINES[number % len(LINES)]}
             right.plot(*_running_mean(steps, values, width), label=None if number else term, **look)
     left.set(xlabel="step", ylabel="total loss", title="All stages", yscale="log")
     right.set(xlabel="step", ylabel="weighted loss", title="Last decoder layer", yscale="log")
@@ -192,8 +192,8 @@ def plot_first_and_last_layer(figures: Mapping[str, Mapping[str, LayerAP]]) -> F
     """
     widths = [len(models) for models in figures.values()]
     figure = NotebookFigure(figsize=(2.6 * sum(widths) + 0.6, 3.9), layout="constrained")
-    groups = np.atleast_1d(figure.subfigures(1, len(figures), width_ratios=widths, wspace=0.04))
-    for number, (group, (title, models)) in enumerate(zip(groups, figures.items(), strict=True)):
+    groups = figure.subfigures(1, len(figures), squeeze=False, width_ratios=widths, wspace=0.04)
+    for number, (group, (title, models)) in enumerate(zip(groups[0], figures.items(), strict=True)):
         group.suptitle(title, fontweight="bold")
         values = [ap for layers in models.values() for layer in layers.values() for ap in layer.values()]
         margin = max(0.18 * (max(values) - min(values)), 0.5)
@@ -212,9 +212,9 @@ def _draw_slopes(axes: Axes, first: Mapping[str, float], last: Mapping[str, floa
         axes.plot([0, 1], [first[kind], last[kind]], marker=marker, color=colour, linewidth=2.2, label=f"{kind} AP")
         for place, values in ((0, first), (1, last)):
             above = values[kind] == max(values.values())
-            aligned = {"ha": "left" if place else "center", "va": "bottom" if above else "top"}
+            aligned: dict[str, Any] = {"ha": "left" if place else "center", "va": "bottom" if above else "top"}
             offset = (6 * place, 6 if above else -6)
-            where = {"xy": (place, values[kind]), "xytext": offset, "textcoords": "offset points"}
+            where: dict[str, Any] = {"xy": (place, values[kind]), "xytext": offset, "textcoords": "offset points"}
             axes.annotate(f"{values[kind]:.1f}", color=colour, fontsize=10, **where, **aligned)
     axes.plot([-0.16, -0.16], [first["box"], first["mask"]], color=GREY, linewidth=5, solid_capstyle="butt")
     middle, text = (first["box"] + first["mask"]) / 2, f"mask −\nbox\n{first['mask'] - first['box']:+.1f}"

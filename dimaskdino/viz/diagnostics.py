@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,7 +29,7 @@ def plot_imbalance_by_group(models: Mapping[str, Mapping[str, Mapping[str, float
         names = list(dict.fromkeys(stage for stages in groups.values() for stage in stages))
         for number, (group, stages) in enumerate(groups.items()):
             x = places(stages, names)
-            look = {"marker": "os^Dv<>p"[number % 8], "color": colour_of(number)}
+            look: dict[str, Any] = {"marker": "os^Dv<>p"[number % 8], "color": colour_of(number)}
             axes.plot(x, list(stages.values()), label=data_label(group), **look)
         axes.axhline(0, color="black", linewidth=0.8)
         stage_ticks(axes, names, 8)
@@ -42,7 +43,7 @@ def plot_imbalance_by_group(models: Mapping[str, Mapping[str, Mapping[str, float
 @style()
 def plot_matched_queries(models: Mapping[str, Survey]) -> Figure:
     """Plot mean box and mask IoU of the matched queries per stage, and how many objects keep their query."""
-    names = list(max((survey.matched.stages for survey in models.values()), key=len))
+    names = max((list(survey.matched.stages) for survey in models.values()), key=len)
     figure, (left, right) = panels(1, 2, 12, 3.8, width_ratios=[3, 2])
     for number, (label, survey) in enumerate(models.items()):
         line = LINES[number % len(LINES)]

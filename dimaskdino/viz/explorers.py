@@ -8,7 +8,7 @@ import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anywidget
 import ipywidgets as widgets
@@ -87,7 +87,7 @@ class Explorer:
         controls: widgets by the name of the argument they set.
     """
 
-    def __init__(self, draw: Callable[..., NotebookFigure], controls: Mapping[str, widgets.ValueWidget]) -> None:
+    def __init__(self, draw: Callable[..., Figure], controls: Mapping[str, widgets.ValueWidget]) -> None:
         self.draw, self.controls = draw, dict(controls)
         self.picture = Picture()
         self._places: dict[tuple[float, ...], list[Bbox]] = {}
@@ -116,7 +116,7 @@ class Explorer:
 
     def _update(self, change: Any = None) -> None:
         with without_collection():  # until the picture is out
-            self.figure = self.draw(**self.values)
+            self.figure = cast(NotebookFigure, self.draw(**self.values))
             buffer = io.BytesIO()
             self.figure.set_dpi(80)
             self._arrange(self.figure)

@@ -24,7 +24,7 @@ BOX, MASK = BLUE, ORANGE  # detection and segmentation, in every figure
 KINDS = (("box", BOX, "s"), ("mask", MASK, "o"))  # name, colour and marker
 LINES = ("-", "--", ":", "-.")
 
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -48,8 +48,9 @@ class NotebookFigure(Figure):
         legends = list(self.legends)
         for axes in self.axes:
             texts.append(axes.get_title())
-            if axes.get_legend() is not None:
-                legends.append(axes.get_legend())
+            own = axes.get_legend()
+            if own is not None:
+                legends.append(own)
         texts.append(self.get_supxlabel())
         for legend in legends:
             texts.append(", ".join(text.get_text() for text in legend.get_texts()))
@@ -100,7 +101,7 @@ def add_boxes(
     x0, y0, x1, y1 = boxes.double().flip(0).unbind(1)
     outlines = torch.stack([x0, y0, x1, y0, x1, y1, x0, y1], dim=1).view(-1, 4, 2).numpy()
     edges = colours if isinstance(colours, str) else list(colours)[::-1]
-    drawn = PolyCollection(outlines, facecolors="none", edgecolors=edges, linewidths=width, **options)
+    drawn = PolyCollection(list(outlines), facecolors="none", edgecolors=edges, linewidths=width, **options)
     axes.add_collection(drawn, autolim=False)
 
 
@@ -139,7 +140,7 @@ def bar_places(places: Sequence[float], number: int, count: int) -> tuple[np.nda
     return np.asarray(places) + (number - (count - 1) / 2) * width, width
 
 
-def strokes_of(names: Sequence[str]) -> list[dict[str, str]]:
+def strokes_of(names: Sequence[str]) -> list[dict[str, Any]]:
     """Colour and line style of names such as `box, decoder.1`: the kind sets the colour, the rest the line."""
     lines: dict[str, str] = {}
     strokes = []

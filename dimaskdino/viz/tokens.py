@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -18,7 +19,8 @@ from dimaskdino.data.painting import GREY, ORANGE, colour_of
 from dimaskdino.inspection.look import Look
 from dimaskdino.inspection.objects import token_owners
 from dimaskdino.modeling.stages import FIRST_LAYER
-from dimaskdino.modeling.structures import FeatureLevels, SelectedTokens
+from dimaskdino.modeling.structures import BATOOutput, FeatureLevels, SelectedTokens
+from dimaskdino.utils.errors import UserError
 from dimaskdino.viz.style import add_boxes, panels, show_image, style
 
 _MARKERS = ("o", "s", "^", "D")  # one a level, finest first
@@ -29,7 +31,7 @@ def boxes_in_pixels(look: Look, boxes: Float[Tensor, "n 4"]) -> Float[Tensor, "n
     return look.pixels(box_convert(boxes, "cxcywh", "xyxy").view(-1, 2, 2)).flatten(1)
 
 
-def show_map(axes: Axes, look: Look, values: Tensor, **options: object) -> AxesImage:
+def show_map(axes: Axes, look: Look, values: Tensor, **options: Any) -> AxesImage:
     """Show values (h, w) or colours (h, w, 3) of the padded input over the image."""
     right, bottom = look.pixels(torch.ones(2)).tolist()
     return axes.imshow(values, extent=(0, right, bottom, 0), **options)
@@ -133,12 +135,19 @@ def _draw_cells(look: Look, axes: Axes, shape: tuple[int, int]) -> None:
     axes.add_collection(LineCollection(lines, colors=GREY, linewidths=0.3, alpha=0.6))
 
 
+def _bato(look: Look) -> BATOOutput:
+    if look.trace.bato is None:
+        raise UserError("the model has no BATO, whose tokens and features this figure draws")
+    return look.trace.bato
+
+
 @style()
 def draw_guidance(look: Look, token: int) -> Figure:
     """Draw the attention of every feature token to a guiding token of BATO, per level; token 0 is the best."""
-    attention, levels = look.trace.guidance_attention, look.trace.T_i
+    bato, levels = _bato(look), look.trace.T_i
+    attention = cast(Tensor, bato.attention)
     parts = (attention[0, :, token] * attention.shape[-1]).split(levels.sizes)
-    row = look.trace.guiding_indices[0, token]
+    row = cast(Tensor, bato.guiding_indices)[0, token]
     box = boxes_in_pixels(look, look.predictions.stages[FIRST_LAYER].boxes[0, row][None])
     highest = max(2.0, float(attention[0, :, token].max()) * attention.shape[-1])
     figure, columns = panels(1, len(parts), 3.6 * len(parts) + 0.6, 4.1)
@@ -156,7 +165,7 @@ def draw_guidance(look: Look, token: int) -> Figure:
 def draw_token_maps(look: Look) -> Figure:
     """Draw the tokens of the finest level before and after BATO as colours (principal components), and their change."""
     stride = min(look.trace.T_i.strides)
-    before, after = look.trace.T_i.map(stride)[0], look.trace.T_bal.map(stride)[0]  # (C, h, w)
+    before, after = look.trace.T_i.map(stride)[0], _bato(look).T_bal.map(stride)[0]  # (C, h, w)
     figure, axes = panels(1, 4, 14.4, 3.9)
     show_image(axes[0], look.sample.image, "image")
     for each, picture, name in zip(axes[1:3], _as_colours(before, after), ("T_i", r"T_{bal}"), strict=True):
@@ -173,12 +182,13 @@ def draw_token_maps(look: Look) -> Figure:
 @style()
 def draw_mask_features(look: Look, query: int) -> Figure:
     """Draw the mask features before and after BATO, and the mask of one query of the last layer with each."""
-    maps = look.trace.mask_features[0], look.trace.mask_features_bal[0]  # (C, h, w)
+    maps = look.trace.mask_features[0], _bato(look).mask_features[0]  # (C, h, w)
     last, image = look.predictions.last, look.sample.image
+    embedding = cast(Tensor, last.mask_embedding)[0, query]
     figure, axes = panels(1, 5, 17.5, 3.9)
     show_image(axes[0], image, f"query {query} of the last layer")
     for number, (colours, features, name) in enumerate(zip(_as_colours(*maps), maps, ("$F$", "$F'$"), strict=True)):
-        mask = torch.einsum("c,chw->hw", last.mask_embedding[0, query], features).sigmoid()
+        mask = torch.einsum("c,chw->hw", embedding, features).sigmoid()
         show_image(axes[1 + number], image, f"mask features {name}, as colours", parse_math=True)
         show_map(axes[1 + number], look, colours)
         show_image(axes[3 + number], image, f"its mask in {name}", parse_math=True)

@@ -125,8 +125,8 @@ def plot_trainings(groups: Mapping[str, Sequence[Mapping[str, Any]]], steps: int
     for number, (label, runs) in enumerate(groups.items()):
         colour, name = colour_of(number), data_label(label)
         for place, run in enumerate(runs):
-            x = (np.arange(len(run["loss"])) + 0.5) * steps / len(run["loss"])
-            left.plot(x, run["loss"], color=colour, linewidth=1.2, label=None if place else name)
+            passed = (np.arange(len(run["loss"])) + 0.5) * steps / len(run["loss"])
+            left.plot(passed, run["loss"], color=colour, linewidth=1.2, label=None if place else name)
         for (kind, _, marker), line in zip(KINDS, LINES, strict=False):
             x = places(runs[0]["stages"], stages)
             values = [[ap[kind] for ap in run["stages"].values()] for run in runs]  # None where there are no masks
