@@ -152,17 +152,10 @@ def expect(
     picture: Callable[[], Figure] | None = None,
     where: str = "",
 ) -> None:
-    """Compare an answer with the package's.
+    """Raise `Wrong` if an answer differs from the package's.
 
-    Args:
-        answer: the student's.
-        expected: the package's.
-        mistakes: what is wrong, with the answer that this mistake leads to.
-        picture: draws the difference, for answers of the expected shape.
-        where: comes before the reason.
-
-    Raises:
-        Wrong: they differ.
+    `mistakes` has frequent mistakes and the answers that they lead to; `where` comes before the reason; `picture` draws
+    the difference, for answers of the expected shape.
     """
     problem = difference(answer, expected)
     if problem is None:

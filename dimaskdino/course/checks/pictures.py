@@ -1,8 +1,5 @@
 """Pictures of what is wrong with an answer: where it differs from the package's."""
 
-from collections.abc import Sequence
-
-import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -10,8 +7,6 @@ from torch import Tensor
 from dimaskdino.data.painting import BLUE, ORANGE
 from dimaskdino.inspection.look import Look
 from dimaskdino.viz.style import panels, show_image, style
-
-YOURS, PACKAGE = "yours", "the package's"
 
 
 @style()
@@ -53,39 +48,8 @@ def draw_tables(yours: Float[Tensor, "n m"], expected: Float[Tensor, "n m"], row
         axes[1].imshow(expected, cmap="cividis_r", aspect="auto", **range_of_both),
         axes[2].imshow(yours - expected, cmap="RdBu", aspect="auto", vmin=-largest, vmax=largest),
     )
-    for each, image, title in zip(axes, images, (YOURS, PACKAGE, "difference"), strict=True):
+    for each, image, title in zip(axes, images, ("yours", "the package's", "difference"), strict=True):
         figure.colorbar(image)
         each.set(title=title, xlabel=columns, ylabel=rows)
         each.grid(False)
-    return figure
-
-
-@style()
-def draw_bars(names: Sequence[str], yours: Sequence[float], expected: Sequence[float], label: str) -> Figure:
-    """Draw two rows of numbers with names, side by side."""
-    figure, [axes] = panels(1, 1, 8, 3.4)
-    x = np.arange(len(names))
-    axes.bar(x - 0.2, yours, 0.38, color=BLUE, label=YOURS)
-    axes.bar(x + 0.2, expected, 0.38, color=ORANGE, label=PACKAGE)
-    axes.set_xticks(x, names, rotation=20, ha="right", fontsize=9)
-    axes.set(ylabel=label, title=f"{label[0].upper()}{label[1:]}, yours beside the package's")
-    axes.legend()
-    return figure
-
-
-@style()
-def draw_intervals(
-    names: Sequence[str], yours: Float[np.ndarray, "n 3"], expected: Float[np.ndarray, "n 3"], label: str
-) -> Figure:
-    """Draw estimates with intervals (estimate, low, high), yours above the package's."""
-    figure, [axes] = panels(1, 1, 8, 1.4 + 0.6 * len(names))
-    for values, offset, colour, whose in ((yours, -0.14, BLUE, YOURS), (expected, 0.14, ORANGE, PACKAGE)):
-        y = np.arange(len(values)) + offset
-        axes.hlines(y, values[:, 1], values[:, 2], color=colour, linewidth=3)
-        axes.plot(values[:, 0], y, "o", color=colour, label=whose)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set(xlabel=label, title="Differences with their intervals")
-    figure.legend(loc="outside lower center", ncols=2)
     return figure
