@@ -213,8 +213,8 @@ def precision_curves(truth: Truth, detections: Results, kind: Kind, threshold: f
     Raises:
         ValueError: the IoU threshold is not one of COCO's, 0.50, 0.55, … 0.95.
     """
-    evaluation = truth.evaluate(detections, kind)
-    return evaluation.eval["precision"][threshold_row(threshold), ..., 0, -1].T
+    row = threshold_row(threshold)
+    return truth.evaluate(detections, kind).eval["precision"][row, ..., 0, -1].T
 
 
 def threshold_row(threshold: float) -> int:

@@ -1,4 +1,4 @@
-"""Redrawn images: against datasets that really hold copies of images."""
+"""Bootstrap resamples against datasets that really hold copies of images."""
 
 import json
 
@@ -14,38 +14,33 @@ from dimaskdino.evaluation.bootstrap import (
     image_draws,
     resampled_ap,
 )
-from dimaskdino.evaluation.coco_ap import average_precision, read_truth
+from dimaskdino.evaluation.coco_ap import Truth, average_precision, read_truth
 from dimaskdino.utils.errors import UserError
 
 
-def with_copies(file, rows, weights, folder):
+def with_copies(file, rows, weights):
     """The annotations and results with every image there as often as its weight says."""
     content = json.loads(file.read_text())
-    copies = {
-        image["id"]: [image["id"] + i for i in range(w)] for image, w in zip(content["images"], weights, strict=True)
-    }
-    images = [image | {"id": i} for image in content["images"] for i in copies[image["id"]]]
-    annotations = [a | {"image_id": i} for a in content["annotations"] for i in copies[a["image_id"]]]
-    for number, annotation in enumerate(annotations, start=1):
-        annotation["id"] = number
-    target = folder / "copies.json"
-    target.write_text(json.dumps(content | {"images": images, "annotations": annotations}))
-    return target, [row | {"image_id": i} for row in rows for i in copies[row["image_id"]]]
+    images, annotations, copied = [], [], []
+    for image, weight in zip(content["images"], weights, strict=True):
+        for number in range(image["id"], image["id"] + weight):
+            images.append(image | {"id": number})
+            annotations += [a | {"image_id": number} for a in content["annotations"] if a["image_id"] == image["id"]]
+            copied += [row | {"image_id": number} for row in rows if row["image_id"] == image["id"]]
+    return Truth(content | {"images": images, "annotations": annotations}), copied
 
 
 @pytest.mark.parametrize("kind", ["box", "mask"])
 def test_weights_are_copies_of_images(kind, tmp_path):
     file = crowded_truth(tmp_path)
-    found = detections(file)
-    rows = found.boxes if kind == "box" else found.masks
+    rows = detections(file).boxes if kind == "box" else detections(file).masks
     # of equal scores within an image, copies would come in another order
     rows = [row | {"score": row["score"] + 1e-5 * number} for number, row in enumerate(rows)]
     weights = np.concatenate([np.ones((30, 1), int), image_draws(30, 6)], axis=1)
     assert weights.max() > 2
     measured = resampled_ap(read_truth(file), rows, kind, weights)
     for column, ap in zip(weights.T, measured, strict=True):
-        copied, copied_rows = with_copies(file, rows, column, tmp_path)
-        assert ap == pytest.approx(average_precision(read_truth(copied), copied_rows, kind).AP, abs=1e-4)
+        assert ap == pytest.approx(average_precision(*with_copies(file, rows, column), kind).AP, abs=1e-4)
     assert len(set(measured.round(3))) == 7
 
 

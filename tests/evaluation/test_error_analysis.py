@@ -1,4 +1,4 @@
-"""Errors on a case that is worked out by hand, and the files that `evaluate --errors` writes."""
+"""Error analysis of a case worked out by hand, and the files that `evaluate --errors` writes."""
 
 import json
 
@@ -27,15 +27,12 @@ def truth() -> Truth:
     for image, boxes in BOXES.items():
         for (x0, y0, x1, y1), category in zip(boxes, classes[image], strict=True):
             outline = [x0, y0, x1, y0, x1, y1, x0, y1]
-            record = {"id": len(annotations) + 1, "image_id": image, "category_id": category, "iscrowd": 0}
-            box = [x0, y0, x1 - x0, y1 - y0]
-            annotations.append(record | {"segmentation": [outline], "bbox": box, "area": box[2] * box[3]})
-    images = [{"id": i, "file_name": f"{i}.png", "height": 100, "width": 100} for i in BOXES]
-    return Truth({"images": images, "annotations": annotations, "categories": [*named("cat", "dog")]})
-
-
-def named(*names: str) -> list[dict]:
-    return [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
+            entry = {"image_id": image, "category_id": category, "segmentation": [outline], "iscrowd": 0}
+            width, height = x1 - x0, y1 - y0
+            annotations.append(entry | {"bbox": [x0, y0, width, height], "area": width * height})
+    images = [{"id": i, "height": 100, "width": 100} for i in BOXES]
+    categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    return Truth({"images": images, "annotations": annotations, "categories": categories})
 
 
 def detected(*rows: tuple[int, int, float, tuple[int, int, int, int]]) -> Detections:

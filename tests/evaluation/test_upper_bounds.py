@@ -11,34 +11,23 @@ from small import overrides
 from dimaskdino.config import load_config
 from dimaskdino.data.coco import encode_masks
 from dimaskdino.evaluation import upper_bounds as module
-from dimaskdino.evaluation.coco_ap import AveragePrecision, read_truth
+from dimaskdino.evaluation.coco_ap import AveragePrecision, Truth, read_truth
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
 from dimaskdino.evaluation.upper_bounds import UpperBounds, coverage, upper_bounds
 from dimaskdino.viz import plot_layerwise_ap
 
 
-def squares(folder, *sides):
+def squares(*sides):
     """The truth of one 32×32 image for each side, with a square of that side at (8, 8), of a class of its own."""
-    images, annotations = [], []
+    images, annotations, categories = [], [], []
     for number, side in enumerate(sides, start=1):
         mask = np.zeros((1, 32, 32), bool)
         mask[0, 8 : 8 + side, 8 : 8 + side] = True
-        images.append({"id": number, "file_name": f"{number}.png", "height": 32, "width": 32})
-        annotations.append(
-            {
-                "id": number,
-                "image_id": number,
-                "category_id": number,
-                "bbox": [8, 8, side, side],
-                "area": side**2,
-                "iscrowd": 0,
-                "segmentation": encode_masks(mask)[0],
-            }
-        )
-    categories = [{"id": number, "name": f"side {side}"} for number, side in enumerate(sides, start=1)]
-    file = folder / "squares.json"
-    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
-    return read_truth(file)
+        square = {"image_id": number, "category_id": number, "bbox": [8, 8, side, side], "area": side**2, "iscrowd": 0}
+        images.append({"id": number, "height": 32, "width": 32})
+        annotations.append(square | {"segmentation": encode_masks(mask)[0]})
+        categories.append({"id": number, "name": f"side {side}"})
+    return Truth({"images": images, "annotations": annotations, "categories": categories})
 
 
 def settings(model="dimaskdino", mask_to_box="mask2box"):
@@ -46,12 +35,12 @@ def settings(model="dimaskdino", mask_to_box="mask2box"):
     return load_config(f"shapes/{model}_r18", [*resize, f"model.selection.mask_to_box={mask_to_box}"])
 
 
-def test_squares_by_hand(tmp_path):
+def test_squares_by_hand():
     """A square of 8 is 2×2 cells of 4 pixels. Without the last cell its box has side 4: IoU 16/64, below 0.5. A square
     of 16 becomes 12: IoU 144/256 = 0.5625, above 0.50 and 0.55, two of COCO's ten thresholds. Masks lose their four
     corner pixels when they are enlarged bilinearly: IoU 60/64 = 0.9375, nine thresholds, and 252/256, all ten.
     """
-    found = upper_bounds(squares(tmp_path, 8, 16), settings())
+    found = upper_bounds(squares(8, 16), settings())
     assert found.box["mask2box"].per_class == pytest.approx({"side 8": 0, "side 16": 20})
     assert found.box["bitmask"].per_class == pytest.approx({"side 8": 100, "side 16": 100})
     assert found.mask.per_class == pytest.approx({"side 8": 90, "side 16": 100})
@@ -59,11 +48,10 @@ def test_squares_by_hand(tmp_path):
     assert (found.mask.small, found.mask.medium) == (pytest.approx(95), None)  # both squares are small
 
 
-def test_stages_with_an_upper_bound_of_boxes(tmp_path):
-    truth = squares(tmp_path, 16)
-    assert (
-        upper_bounds(truth, settings("dimaskdino")).of_boxes("decoder.0") is None
-    )  # token interaction predicts boxes of its own
+def test_stages_with_an_upper_bound_of_boxes():
+    truth = squares(16)
+    # with De-Imbalance, token interaction predicts the boxes that enter the decoder
+    assert upper_bounds(truth, settings("dimaskdino")).of_boxes("decoder.0") is None
     assert upper_bounds(truth, settings("maskdino")).of_boxes("decoder.0").mean == pytest.approx(20)
     assert upper_bounds(truth, settings("maskdino")).of_boxes("decoder.1") is None
     assert upper_bounds(truth, settings("maskdino", "bitmask")).of_boxes("decoder.0").mean == pytest.approx(100)
@@ -81,27 +69,27 @@ def test_coverage_keeps_the_area():
     torch.testing.assert_close(16 * doubled.sum((1, 2)), 4 * masks.sum((1, 2)).float(), rtol=0.01, atol=0.01)
 
 
-def test_large_splits_are_sampled(tmp_path, monkeypatch):
+def test_large_splits_are_sampled(monkeypatch):
     monkeypatch.setattr(module, "IMAGES", 2)
-    found = upper_bounds(squares(tmp_path, 8, 16, 8, 16), settings())  # the first and the third image
+    found = upper_bounds(squares(8, 16, 8, 16), settings())  # the first and the third image
     assert [name for name, value in found.mask.per_class.items() if value is not None] == ["side 8"]
     assert found.mask.mean == pytest.approx(90)
 
 
-def result(tmp_path, box, mask):
+def result(box, mask):
     """A result with these AP at `decoder.0` and `decoder.1`, with the upper bounds of a square of 16."""
 
     def ap(value):
         return AveragePrecision(**dict.fromkeys(AveragePrecision.__dataclass_fields__) | {"AP": value})
 
-    limits = upper_bounds(squares(tmp_path, 8, 16), settings("maskdino"))
+    limits = upper_bounds(squares(8, 16), settings("maskdino"))
     stages = {name: StageAP(ap(box), ap(mask)) for name in ("decoder.0", "decoder.1")}
     return LayerwiseAP(stages, 1, "by hand", limits)
 
 
 def test_imbalance_relative_to_the_upper_bounds(tmp_path):
     """Upper bounds 10 (boxes that enter the decoder), 100 (predicted boxes) and 95 (masks)."""
-    measured = result(tmp_path, box=5.0, mask=38.0)
+    measured = result(box=5.0, mask=38.0)
     assert measured.relative_imbalance("decoder.0") == pytest.approx(40 - 50)
     assert measured.relative_imbalance("decoder.1") == pytest.approx(40 - 5)
     measured.save(tmp_path / "layers.json")
@@ -112,8 +100,8 @@ def test_imbalance_relative_to_the_upper_bounds(tmp_path):
     assert without.relative_imbalance("decoder.0") is None
 
 
-def test_upper_bounds_are_drawn(tmp_path):
-    figure = plot_layerwise_ap({"model": result(tmp_path, 5.0, 38.0)})
+def test_upper_bounds_are_drawn():
+    figure = plot_layerwise_ap({"model": result(5.0, 38.0)})
     drawn = {tuple(line.get_ydata()) for line in figure.axes[0].lines}
     assert any(value == pytest.approx([95, 95]) for value in drawn)
     assert any(value == pytest.approx([10, 10]) for value in drawn)

@@ -1,4 +1,4 @@
-"""Instruments, each on a case worked out by hand."""
+"""Diagnostics, each on a case worked out by hand."""
 
 import json
 import math
@@ -7,13 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from pycocotools import mask as coco_mask
 from small import trained_file
 from torch import nn
 
 from dimaskdino import config, load
-from dimaskdino.data.coco import encode_masks
-from dimaskdino.evaluation.coco_ap import AveragePrecision, read_truth
+from dimaskdino.evaluation.coco_ap import AveragePrecision, Truth
 from dimaskdino.evaluation.detections import Detections
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP, evaluate_layers
 from dimaskdino.inspection.diagnostics import (
@@ -142,25 +140,16 @@ def test_gradients_that_conflict():
     assert found.cosine == pytest.approx(-1 / math.sqrt(2))
 
 
-def test_calibration(tmp_path):
+def test_calibration():
     """Two detections at 0.15, one of them right, and two at 0.95, both right: error (0.35 + 0.05) / 2."""
-    masks = [np.zeros((40, 40), np.uint8) for _ in range(4)]
-    for i, mask in enumerate(masks):
-        mask[:, 10 * i : 10 * i + 8] = 1
-    boxes = [coco_mask.toBbox(coco_mask.encode(np.asfortranarray(mask))).tolist() for mask in masks]
-    content = {
-        "images": [{"id": 1, "file_name": "a.png", "height": 40, "width": 40}],
-        "annotations": [
-            {"id": i + 1, "image_id": 1, "category_id": 1, "segmentation": encode_masks(mask[None])[0], "bbox": box}
-            for i, (mask, box) in enumerate(zip(masks[:3], boxes[:3], strict=True))
-        ],
-        "categories": [{"id": 1, "name": "disk"}],
-    }
-    (tmp_path / "truth.json").write_text(json.dumps(content))
-    xyxy = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in boxes])
-    scores = torch.tensor([0.95, 0.95, 0.15, 0.15])
-    instances = Instances(xyxy, scores, torch.zeros(4, dtype=torch.int64), None, torch.zeros(4, dtype=torch.int64))
-    found = calibration(Detections.of(1, instances, [1]), read_truth(tmp_path / "truth.json"), "box")
+    boxes = [[10 * i, 0, 8, 40] for i in range(4)]
+    objects = [{"image_id": 1, "category_id": 1, "bbox": box, "area": 320, "iscrowd": 0} for box in boxes[:3]]
+    image = {"id": 1, "height": 40, "width": 40}
+    truth = Truth({"images": [image], "annotations": objects, "categories": [{"id": 1, "name": "disk"}]})
+    xyxy = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in boxes], dtype=torch.float32)
+    none = torch.zeros(4, dtype=torch.int64)
+    instances = Instances(xyxy, torch.tensor([0.95, 0.95, 0.15, 0.15]), none, None, none)
+    found = calibration(Detections.of(1, instances, [1]), truth, "box")
     np.testing.assert_allclose(found.score, [0.15, 0.95], atol=1e-6)
     np.testing.assert_allclose(found.precision, [0.5, 1])
     assert found.count.tolist() == [2, 2]
