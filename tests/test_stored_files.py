@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import shapes_folder
+from small import settings, shapes_folder
 
 from dimaskdino.checkpoints import load_checkpoint
 from dimaskdino.checkpoints.model_files import current_name, read_resume_point
-from dimaskdino.config import Config, load_config
+from dimaskdino.config import Config, Optimizer, load_config
 from dimaskdino.evaluation.layerwise_ap import evaluate_layers
 from dimaskdino.modeling import Detector
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.training.optimizer import build_optimizer, load_moments, moments_by_name
 from dimaskdino.training.trainer import train
+from dimaskdino.utils.errors import UserError
 
 FOLDER = Path(__file__).parent / "fixtures" / "version_0_2"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
@@ -69,8 +70,8 @@ def test_every_parameter_gets_its_own_moments():
     config = Config.model_validate_json(state["config"])
     model = Detector(config.model)
     optimizer = build_optimizer(model, config.optimizer)
-    load_moments(optimizer, model, state["optimizer"], state["model"])
-    loaded = moments_by_name(optimizer, model)
+    load_moments(optimizer, state["optimizer"], state["model"])
+    loaded = moments_by_name(optimizer)
     expected = {current_name(name): norms for name, norms in EXPECTED["moments_before"].items()}
     assert loaded.keys() == expected.keys()
     for name, (first, second) in expected.items():
@@ -80,17 +81,18 @@ def test_every_parameter_gets_its_own_moments():
 
 def test_moments_follow_their_names_when_the_order_of_parameters_changes():
     a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    first = torch.nn.ModuleDict({"a": a, "b": b})
-    optimizer = torch.optim.AdamW(first.parameters())
+    first = build_optimizer(torch.nn.ModuleDict({"a": a, "b": b}), Optimizer())
     (a(torch.ones(2)).sum() + 3 * b(torch.ones(2)).sum()).backward()
-    optimizer.step()
-    stored = moments_by_name(optimizer, first)
-    second = torch.nn.ModuleDict({"b": torch.nn.Linear(2, 2), "a": torch.nn.Linear(2, 2)})
-    other = torch.optim.AdamW(second.parameters())
-    load_moments(other, second, stored, second.state_dict())
-    found = moments_by_name(other, second)
+    first.step()
+    stored = moments_by_name(first)
+    second = build_optimizer(torch.nn.ModuleDict({"b": torch.nn.Linear(2, 2), "a": torch.nn.Linear(2, 2)}), Optimizer())
+    load_moments(second, stored, [])
+    found = moments_by_name(second)
+    assert found.keys() == stored.keys() == {"a.weight", "a.bias", "b.weight", "b.bias"}
     for name, values in stored.items():
         assert torch.equal(found[name]["exp_avg"], values["exp_avg"])
+    with pytest.raises(UserError, match=r"states of other parameters, the first c\.weight"):
+        load_moments(second, {"c.weight": stored["a.weight"]}, [])
 
 
 @pytest.mark.parametrize("name", ["run", "shared"])
@@ -117,3 +119,22 @@ def test_stored_names_of_modules_are_understood():
     assert config.train.weights_of == ("backbone", "de_imbalance.first_selection", "bato")
     both = load_config("shapes/dimaskdino_r18", ["train.weights_of=[first_selection, de_imbalance]"])
     assert both.train.weights_of == ("de_imbalance",)
+
+
+@pytest.mark.parametrize("changes", [(), ("train.checkpoint_activations=true",)])
+def test_a_resumed_training_has_the_moments_of_every_parameter(shapes_data, tmp_path, changes):
+    run = RunFolder(tmp_path)
+    for steps in (2, 4):
+        config = settings(shapes_data, f"schedule.steps={steps}", *changes)
+        run.write_config(config)
+        with run.running():
+            train(config, run)
+    whole = RunFolder(tmp_path / "whole")
+    with whole.running():
+        train(config, whole)
+    found = read_resume_point(run.checkpoints / "step_0000004.pt")
+    expected = read_resume_point(whole.checkpoints / "step_0000004.pt")
+    assert found["optimizer"].keys() == expected["optimizer"].keys()
+    for name, moments in expected["optimizer"].items():
+        assert torch.equal(found["optimizer"][name]["exp_avg_sq"], moments["exp_avg_sq"]), name
+    assert set(found["optimizer"]) <= set(found["model"])

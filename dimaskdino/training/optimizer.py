@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dimaskdino import config
+from dimaskdino.utils.errors import UserError
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
 
@@ -14,9 +15,10 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
 def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim.AdamW:
     """AdamW with a learning rate for the backbone, and no weight decay for norm layers and embeddings.
 
-    Frozen parameters are left out.
+    Frozen parameters are left out. The groups hold the names of their parameters (`param_names`), which stay the same
+    when modules are wrapped afterwards.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
@@ -24,7 +26,7 @@ def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim
             undecayed = isinstance(module, (*_NORMS, nn.Embedding)) or "embedding" in name or "position_bias" in name
             factor = settings.backbone_lr_factor if module_name.startswith("backbone") else 1.0
             key = (settings.lr * factor, 0.0 if undecayed else settings.weight_decay)
-            groups.setdefault(key, []).append(parameter)
+            groups.setdefault(key, []).append((f"{module_name}.{name}" if module_name else name, parameter))
     return torch.optim.AdamW(
         [
             {"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": decay}
@@ -34,47 +36,50 @@ def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim
     )
 
 
-def moments_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+def moments_by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     """The optimizer's state of every parameter, by the name of the parameter."""
     moments = {}
-    for name, parameter in model.named_parameters():
-        if parameter in optimizer.state:
-            moments[name] = dict(optimizer.state[parameter])
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            if parameter in optimizer.state:
+                moments[name] = dict(optimizer.state[parameter])
     return moments
 
 
-def load_moments(
-    optimizer: torch.optim.Optimizer, model: nn.Module, stored: dict[str, Any], names: Iterable[str]
-) -> None:
+def load_moments(optimizer: torch.optim.Optimizer, stored: dict[str, Any], names: Iterable[str]) -> None:
     """Load the state of every parameter that `moments_by_name` returned, or that a file of version 0.2 holds.
 
     Args:
         optimizer: receives the state; its learning rates and other settings stay.
-        model: the model that it trains.
         stored: the state by the names of parameters; in files of version 0.2 by position, as torch has it.
         names: the names of the stored model's parameters and buffers, in the order of the file. In version 0.2 the
             optimizer counted the parameters of each of its groups in this order.
+
+    Raises:
+        UserError: the state belongs to parameters that this training does not have.
     """
-    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    own = [name for group in optimizer.param_groups for name in group["param_names"]]
     if "param_groups" in stored:
-        group_of = {}
-        for number, group in enumerate(optimizer.param_groups):
-            for parameter in group["params"]:
-                group_of[name_of[parameter]] = number
-        groups: dict[int, list[str]] = {}
-        for name in names:
-            if name in group_of:
-                groups.setdefault(group_of[name], []).append(name)
-        order = [name for group in groups.values() for name in group]
-        stored = {order[position]: state for position, state in stored["state"].items()}
+        stored = _named(stored["state"], optimizer, names)
+    unknown = sorted(stored.keys() - set(own))
+    if unknown:
+        raise UserError(f"the resume point has optimizer states of other parameters, the first {unknown[0]}")
     state = optimizer.state_dict()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state["state"] = {
-        position: stored[name_of[parameter]]
-        for position, parameter in enumerate(parameters)
-        if name_of[parameter] in stored
-    }
+    state["state"] = {position: stored[name] for position, name in enumerate(own) if name in stored}
     optimizer.load_state_dict(state)
+
+
+def _named(state: dict[int, Any], optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Any]:
+    """The state of version 0.2, which is by position, by the names of the parameters."""
+    group_of = {}
+    for number, group in enumerate(optimizer.param_groups):
+        group_of.update(dict.fromkeys(group["param_names"], number))
+    groups: dict[int, list[str]] = {}
+    for name in names:
+        if name in group_of:
+            groups.setdefault(group_of[name], []).append(name)
+    order = [name for group in groups.values() for name in group]
+    return {order[position]: values for position, values in state.items()}
 
 
 def rate_factor(step: int, schedule: config.Schedule) -> float:

@@ -168,7 +168,7 @@ class Trainer:
             self._start_from(self.config.train.weights)
             return
         load_weights(self.detector, state["model"], str(self.folder.checkpoints))
-        load_moments(self.optimizer, self.detector, state["optimizer"], state["model"])
+        load_moments(self.optimizer, state["optimizer"], state["model"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step = self._saved_step = self._resumed_at = state["step"]
@@ -200,7 +200,7 @@ class Trainer:
         """
         if self.context.rank or self._saved_step == self.step:
             return
-        moments = moments_by_name(self.optimizer, self.detector)
+        moments = moments_by_name(self.optimizer)
         finite = dict(self.detector.state_dict())
         for name, values in moments.items():
             finite |= {f"the optimizer's {key} of {name}": value for key, value in values.items()}
