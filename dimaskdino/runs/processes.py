@@ -40,7 +40,8 @@ def launch_command(module: str, arguments: Sequence[str], processes: int) -> tup
     torchrun = [
         *("torch.distributed.run", "--nnodes=1", f"--nproc-per-node={processes}", "--local-addr=127.0.0.1"),
         *("--rdzv-backend=c10d", f"--rdzv-endpoint={meeting / 'torchrun'}", "--rdzv-conf=store_type=file"),
-        *(f"--rdzv-id={meeting.name}", "-m", module),
+        # after "--", torchrun does not take --run for a beginning of its own --run-path
+        *(f"--rdzv-id={meeting.name}", "-m", "--", module),
     ]
     defaults = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
     for name, addresses in psutil.net_if_addrs().items():

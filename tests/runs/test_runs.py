@@ -17,6 +17,7 @@ import psutil
 import pytest
 from jupyter_client.manager import start_new_kernel
 from small import FILE, overrides, settings, trained_file
+from torch.distributed.run import parse_args as torchrun_arguments
 
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.runs import RunFolder, TrainingProcess, distinct_names, processes
@@ -381,3 +382,10 @@ def test_a_notebook_that_ends_well_logs_no_errors(tmp_path, capfd):
     done = papermill.execute_notebook(str(tmp_path / "x.ipynb"), None, progress_bar=False, config=kernel_config())
     assert done.cells[0].outputs[0].text == "done\n"
     assert "ERROR" not in capfd.readouterr().err
+
+
+def test_torchrun_passes_every_option_on():
+    arguments = ["train", "--config", "c", "--run", "runs/a", "--processes", "2", "train.seed=1"]
+    command, _ = processes.launch_command("dimaskdino", arguments, 2)
+    parsed = torchrun_arguments(command[command.index("torch.distributed.run") + 1 :])
+    assert (parsed.training_script, parsed.training_script_args) == ("dimaskdino", arguments)
