@@ -158,6 +158,14 @@ def test_what_cannot_be_used_is_refused(allowed, changes, message):
         Detector(config.model)
 
 
+def test_a_changed_file_changes_the_hash_of_its_package(allowed, project):
+    before = plugins.hashes()
+    (project / "my_project" / "another.py").write_text("x = 1\n")
+    after = plugins.hashes()
+    assert before.keys() == after.keys() == {"my_project"}
+    assert before != after
+
+
 def test_a_type_names_a_module_and_an_object():
     with pytest.raises(UserError, match=r"model\.bato\.type"):
         parse_config({}, ["model.bato.type=GatedBATO"], "test")

@@ -103,14 +103,21 @@ def build(section: Named, key: str, *arguments: Any) -> Any:
 
 
 def hashes() -> dict[str, str]:
-    """SHA-256 of the source of every allowed module."""
+    """SHA-256 of the source of every allowed module; of a package, of all its files."""
     found = {}
     for module, folder in _allowed().items():
         _append_to_path(folder)
         with contextlib.suppress(ImportError):
             spec = importlib.util.find_spec(module)
-            if spec is not None and spec.origin is not None:
-                found[module] = hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+            if spec is None:
+                continue
+            files = [Path(spec.origin)] if spec.origin else []
+            for place in spec.submodule_search_locations or ():
+                files += sorted(Path(place).rglob("*.py"))
+            digest = hashlib.sha256()
+            for file in files:
+                digest.update(file.read_bytes())
+            found[module] = digest.hexdigest()
     return found
 
 
