@@ -109,8 +109,8 @@ def import_(
 
     Layouts: COCO in any arrangement (Roboflow's included), YOLO segmentation, CVAT for images, Pascal VOC, LabelMe, and
     a folder per image with one mask per object. detectron2:NAME,NAME takes datasets that are registered in detectron2.
-    Splits are kept; without a validation split, images are drawn for it, with near-duplicates in one split. The source
-    is not changed, and its images are linked, not copied.
+    Splits are kept; without a validation split, images are drawn for it, with copies of the same photograph in one
+    split. The source is not changed, and its images are linked, not copied.
 
     Args:
         source: Folder of the export, or its annotations file.

@@ -14,8 +14,8 @@ from pycocotools import mask as coco_mask
 from dimaskdino.config import Config
 from dimaskdino.data.annotations import Annotations, image_sizes, inspect_annotations, to_run_lengths
 from dimaskdino.data.coco import find_split
+from dimaskdino.data.duplicates import shared_between
 from dimaskdino.data.images import load_image
-from dimaskdino.data.near_duplicates import shared_between
 from dimaskdino.data.transforms import resize_scale
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.progress import progress_bar
@@ -227,8 +227,8 @@ def _leaks(files: Mapping[str, Sequence[Path]]) -> list[str]:
         return []
     listed = "; ".join(f"{first} and {second}" for first, second in pairs[:3])
     return [
-        f"{len(pairs):,} images are near-duplicates of one in another split, so that scores are too good ({listed}). "
-        "Remove them from one split"
+        f"{len(pairs):,} images have a copy of the same photograph in another split, so that scores are too good "
+        f"({listed}). Remove them from one split"
     ]
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from dimaskdino.data.annotations import read_annotations
 from dimaskdino.data.check import shortened
+from dimaskdino.data.duplicates import groups_of_copies, shared_between
 from dimaskdino.data.exports import ExportedSplit, coco, labelme, mask_folders, xml, yolo
-from dimaskdino.data.near_duplicates import groups_of_duplicates, shared_between
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.files import new_folder
 
@@ -62,8 +62,8 @@ def import_dataset(source: Path, folder: Path, val: float = 0.2, seed: int = 0) 
 
     The source stays as it is. Its images are hard-linked; symbolic links or copies take their place where the file
     system has no hard links. Areas and boxes are computed from the masks. The splits of the source are kept; without
-    a validation split, training images are divided at random. Images with the same base name, and images that look
-    almost the same, then stay on one side.
+    a validation split, training images are divided at random. Copies of the same photograph, known by their base name
+    or by identical content, then stay on one side.
 
     Args:
         source: an export's folder, or its annotations file. The layouts are those of `READERS`.
@@ -131,7 +131,7 @@ def import_splits(
     elif shared := shared_between({name: list(split.paths.values()) for name, split in splits.items()}):
         first, second = shared[0]
         remarks.append(
-            f"{len(shared):,} images are near-duplicates of one in another split, such as {first} and {second}"
+            f"{len(shared):,} images have a copy of the same photograph in another split, such as {first} and {second}"
         )
     splits = {name: splits[name] for name in _SPLITS if name in splits}
     for way, count in _write(splits, classes, folder).items():
@@ -198,9 +198,9 @@ def _remarks(splits: dict[str, ExportedSplit]) -> list[str]:
 
 
 def _divide(split: ExportedSplit, val: float, seed: int) -> tuple[ExportedSplit, ExportedSplit, str]:
-    """Training and validation images, and a sentence about them. Groups of near-duplicates stay on one side."""
+    """Training and validation images, and a sentence about them. Copies of a photograph stay on one side."""
     ids = [image["id"] for image in split.images]
-    group = dict(zip(ids, groups_of_duplicates([split.paths[i] for i in ids]), strict=True))
+    group = dict(zip(ids, groups_of_copies([split.paths[i] for i in ids]), strict=True))
     if not any(group.values()):
         raise UserError(
             f"{len(ids)} image{'s' * (len(ids) > 1)} of one photograph cannot be divided into training and validation "
@@ -211,7 +211,7 @@ def _divide(split: ExportedSplit, val: float, seed: int) -> tuple[ExportedSplit,
     remark = f"the source has no validation split: {len(drawn):,} of {len(ids):,} images were drawn (seed {seed})"
     kept = sum(count for count in Counter(group.values()).values() if count > 1)
     if kept:
-        remark += f"; {kept:,} images with near-duplicates are on the side of these"
+        remark += f"; {kept:,} images with copies of the same photograph are on the side of these"
     return _part(split, set(ids) - drawn), _part(split, drawn), remark
 
 

@@ -102,10 +102,10 @@ def test_relative_sizes(tmp_path):
 def test_photographs_in_two_splits(tmp_path):
     images = [[square(10, 10, 30)]] * 4
     root = dataset(tmp_path, {"train": images, "val": images})
-    assert not any(report.advice and "near-duplicates" in report.advice[-1] for report in check(root))
+    assert not any(report.advice and "photograph" in report.advice[-1] for report in check(root))
     (root / "images" / "val" / "2.png").write_bytes((root / "images" / "train" / "3.png").read_bytes())
     reports = check(root)
-    assert "1 images are near-duplicates of one in another split" in reports[-1].advice[-1]
+    assert "1 images have a copy of the same photograph in another split" in reports[-1].advice[-1]
     assert "train/3.png" in reports[-1].advice[-1]
 
 

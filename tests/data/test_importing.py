@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +16,8 @@ from pycocotools import mask as coco_mask
 from dimaskdino.data import importing
 from dimaskdino.data.annotations import read_annotations, to_run_lengths
 from dimaskdino.data.coco import CocoDataset, encode_masks
+from dimaskdino.data.duplicates import groups_of_copies, shared_between
 from dimaskdino.data.importing import import_dataset
-from dimaskdino.data.near_duplicates import base_name, groups_of_duplicates
 from dimaskdino.utils.errors import UserError
 
 SIZE = (48, 64)  # h, w
@@ -278,25 +279,30 @@ def test_images_are_linked_not_copied(tmp_path, monkeypatch):
     assert len(CocoDataset(tmp_path / "copies", "train")) + len(CocoDataset(tmp_path / "copies", "val")) == 6
 
 
-def test_the_division_is_seeded_and_keeps_near_duplicates_together(tmp_path):
+def test_the_division_is_seeded_and_keeps_copies_together(tmp_path):
     source = coco_beside(tmp_path / "export", range(24))
     content = json.loads(source.read_text())
-    for n in range(0, 24, 4):  # photo 0, 4, 8 … exist twice: brighter, or as another version of Roboflow's
+    for n in range(0, 24, 4):  # photo 0, 4, 8 … exist twice: under another name, or as another version of Roboflow's
         original = source.parent / f"photo{n}.png"
-        name = f"photo{n}_png.rf.0a1b{n}.png" if n % 8 else f"brighter{n}.jpg"
-        brighter = np.clip(np.asarray(Image.open(original)).astype(int) * (1 if n % 8 else 1.1), 0, 255)
-        Image.fromarray(brighter.astype(np.uint8)).save(source.parent / name, quality=90)
+        if n % 8:
+            name = f"photo{n}_png.rf.0a1b{n}.png"
+            Image.open(original).point(lambda value: value // 2).save(source.parent / name)
+        else:
+            name = f"copy{n}.png"
+            shutil.copyfile(original, source.parent / name)
         image = {"id": 100 + n, "file_name": name, "height": SIZE[0], "width": SIZE[1]}
         content["images"].append(image)
     source.write_text(json.dumps(content))
     draws = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         done = import_dataset(source, tmp_path / name, seed=seed)
-        assert any("12 images with near-duplicates are on the side of these" in remark for remark in done.remarks)
+        assert any(
+            "12 images with copies of the same photograph are on the side of these" in remark for remark in done.remarks
+        )
         val = {path.name for path in (tmp_path / name / "images" / "val").iterdir()}
         assert 5 <= len(val) <= 8
         for n in range(0, 24, 4):
-            twin = f"photo{n}_png.rf.0a1b{n}.png" if n % 8 else f"brighter{n}.jpg"
+            twin = f"photo{n}_png.rf.0a1b{n}.png" if n % 8 else f"copy{n}.png"
             assert (f"photo{n}.png" in val) == (twin in val)
         draws[name] = val
     assert draws["a"] == draws["b"] != draws["c"]
@@ -318,28 +324,32 @@ def test_each_class_has_its_share_of_the_validation_images(tmp_path):
 
 def test_duplicates_between_the_splits_of_the_source_are_told(tmp_path):
     folder = roboflow(tmp_path / "export", range(12))
-    assert not any("near-duplicates" in remark for remark in import_dataset(folder, tmp_path / "clean").remarks)
+    assert not any("photograph" in remark for remark in import_dataset(folder, tmp_path / "clean").remarks)
     content = json.loads((folder / "valid" / "_annotations.coco.json").read_text())
     (folder / "train" / "photo0.png").rename(folder / "train" / "same.png")
     train = (folder / "train" / "_annotations.coco.json").read_text().replace("photo0.png", "same.png")
     (folder / "train" / "_annotations.coco.json").write_text(train)
-    Image.open(folder / "train" / "same.png").save(folder / "valid" / content["images"][0]["file_name"])
+    shutil.copyfile(folder / "train" / "same.png", folder / "valid" / content["images"][0]["file_name"])
     done = import_dataset(folder, tmp_path / "data")
-    assert any("1 images are near-duplicates of one in another split" in remark for remark in done.remarks)
+    assert any("1 images have a copy of the same photograph in another split" in remark for remark in done.remarks)
 
 
-def test_near_duplicates_are_transitive_and_few(tmp_path):
-    paths = [picture(tmp_path, n) for n in range(200)]
-    assert len(set(groups_of_duplicates(paths))) == 200
-    image = np.asarray(Image.open(paths[0])).astype(int)
-    chain = []
-    for shift in range(5):
-        chain.append(tmp_path / f"{shift}.png")
-        Image.fromarray(np.clip(image + 6 * shift, 0, 255).astype(np.uint8)).save(chain[-1])
-    groups = groups_of_duplicates(chain + paths)
-    assert len(set(groups)) == 200
-    assert len(set(groups[:6])) == 1
-    assert base_name(Path("a_jpg.rf.0ab.jpg")) == base_name(Path("A.jpg")) == "a"
+def test_copies_are_known_by_name_or_content_alone(tmp_path):
+    def photograph(name: str, content: bytes) -> Path:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    paths = [
+        photograph("first/a.jpg", b"one"),
+        photograph("first/A_jpg.rf.0ab.jpg", b"two"),  # Roboflow's version of the first
+        photograph("first/b.png", b"two"),  # the same file as the version
+        photograph("second/a.webp", b"three"),
+        photograph("second/c.png", b"six"),  # of the same size as others
+    ]
+    assert groups_of_copies(paths) == [0, 0, 0, 0, 1]
+    assert groups_of_copies(paths, versions_alone=True) == [0, 1, 1, 2, 3]
+    assert shared_between({"train": paths[:2], "val": paths[2:]}) == [(paths[1], paths[2])]
 
 
 def test_crowds_holes_and_parts_survive(tmp_path):
