@@ -100,17 +100,17 @@ class LayerwiseAP:
 
     def table(self) -> str:
         """The numbers as text, one line per stage, in percent."""
-        header = f"{'stage':<22}{'box AP':>8}{'mask AP':>9}{'mask-box':>10}{'box 50':>8}{'mask 50':>9}"
+        header = f"{'stage':<22}{'box AP':>8}{'mask AP':>9}{'imbalance':>11}{'box 50':>8}{'mask 50':>9}"
         lines = [header, "-" * len(header)]
         for name, stage in self.stages.items():
             box, mask, imbalance = self._cells(stage)
             box_50, mask_50 = show_ap(stage.box.AP50), show_ap(stage.mask.AP50 if stage.mask else None)
-            lines.append(f"{name:<22}{box:>8}{mask:>9}{imbalance:>10}{box_50:>8}{mask_50:>9}")
+            lines.append(f"{name:<22}{box:>8}{mask:>9}{imbalance:>11}{box_50:>8}{mask_50:>9}")
         return "\n".join(lines)
 
     def markdown(self) -> str:
         """Box and mask AP as a Markdown table, one row per stage, in percent."""
-        lines = ["| stage | box AP | mask AP | mask − box |", "|---|---|---|---|"]
+        lines = ["| stage | box AP | mask AP | imbalance |", "|---|---|---|---|"]
         for name, stage in self.stages.items():
             box, mask, imbalance = self._cells(stage)
             lines.append(f"| {name} | {box} | {mask} | {imbalance} |")

@@ -70,7 +70,7 @@ def plot_layerwise_ap(runs: Mapping[str, LayerwiseAP]) -> Figure:
     if runs:
         top.legend(loc="lower right")
     bottom.axhline(0, color="black", linewidth=0.8)
-    bottom.set(ylabel="mask − box\n(points)")
+    bottom.set(ylabel="imbalance\n(points)")
     stage_ticks(bottom, names, 11)
     bottom.grid(axis="x", visible=False)
     return figure
@@ -191,7 +191,7 @@ def plot_first_and_last_layer(figures: Mapping[str, Mapping[str, LayerAP]]) -> F
             "last": {…}}. Models of a group share one AP axis.
     """
     widths = [len(models) for models in figures.values()]
-    figure = NotebookFigure(figsize=(2.6 * sum(widths) + 0.6, 3.9), layout="constrained")
+    figure = NotebookFigure(figsize=(2.9 * sum(widths) + 0.6, 3.9), layout="constrained")
     groups = figure.subfigures(1, len(figures), squeeze=False, width_ratios=widths, wspace=0.04)
     for number, (group, (title, models)) in enumerate(zip(groups[0], figures.items(), strict=True)):
         group.suptitle(title, fontweight="bold")
@@ -200,7 +200,7 @@ def plot_first_and_last_layer(figures: Mapping[str, Mapping[str, LayerAP]]) -> F
         columns = group.subplots(1, len(models), sharey=True, squeeze=False)[0]
         for axes, (name, layers) in zip(columns, models.items(), strict=True):
             _draw_slopes(axes, layers["first"], layers["last"])
-            axes.set(title=data_label(name), xlim=(-0.75, 1.42), ylim=(min(values) - margin, max(values) + margin))
+            axes.set(title=data_label(name), xlim=(-1.0, 1.42), ylim=(min(values) - margin, max(values) + margin))
         columns[0].set_ylabel("AP (%)" if number == 0 else "")
         columns[0].legend(loc="lower right", fontsize=9, handlelength=1.2)
     return figure
@@ -217,8 +217,8 @@ def _draw_slopes(axes: Axes, first: Mapping[str, float], last: Mapping[str, floa
             where: dict[str, Any] = {"xy": (place, values[kind]), "xytext": offset, "textcoords": "offset points"}
             axes.annotate(f"{values[kind]:.1f}", color=colour, fontsize=10, **where, **aligned)
     axes.plot([-0.16, -0.16], [first["box"], first["mask"]], color=GREY, linewidth=5, solid_capstyle="butt")
-    middle, text = (first["box"] + first["mask"]) / 2, f"mask −\nbox\n{first['mask'] - first['box']:+.1f}"
-    axes.text(-0.24, middle, text, ha="right", va="center", color=GREY)
+    middle, text = (first["box"] + first["mask"]) / 2, f"imbalance\n{first['mask'] - first['box']:+.1f}"
+    axes.text(-0.24, middle, text, ha="right", va="center", color=GREY, fontsize=10)
     axes.set_xticks([0, 1], ["first\nlayer", "last\nlayer"])
     axes.grid(axis="x", visible=False)
 

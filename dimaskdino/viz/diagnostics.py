@@ -35,7 +35,7 @@ def plot_imbalance_by_group(models: Mapping[str, Mapping[str, Mapping[str, float
         stage_ticks(axes, names, 8)
         axes.set(title=label)
         axes.legend(fontsize=9)
-    columns[0].set(ylabel="mask − box (points)")
+    columns[0].set(ylabel="imbalance (points)")
     figure.suptitle(title)
     return figure
 

@@ -348,7 +348,7 @@ def test_train_evaluate_and_compare_notebooks(shapes_data, tmp_path):
     assert json.loads((tmp_path / "inside" / "diagnostics.json").read_text())["mine"]["objects"] > 0
     for notebook, words in (
         (run / "train.ipynb", "step 6 of 6"),
-        (evaluation / "evaluate.ipynb", "first decoder layer: mask − box ="),
+        (evaluation / "evaluate.ipynb", "imbalance of the first decoder layer:"),
         (executed, "mine: box AP"),
         (diagnostics, "objects with a token"),
     ):

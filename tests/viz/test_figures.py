@@ -295,7 +295,7 @@ def test_calibration_and_imbalance_by_group():
     assert lines == [([0, 1], [5, 1]), ([1], [-1])]
 
 
-def test_slopes_hold_the_values_and_the_lag():
+def test_slopes_hold_the_values_and_the_imbalance():
     layers = {"first": {"box": 16.6, "mask": 21.1}, "last": {"box": 28.1, "mask": 25.3}}
     figure = plot_first_and_last_layer({"Paper": {"A": layers, "B": layers}, "Here": {"A": layers}})
     assert [axes.get_title() for axes in figure.axes] == ["A", "B", "A"]
@@ -304,7 +304,7 @@ def test_slopes_hold_the_values_and_the_lag():
     assert list(box.get_ydata()) == [16.6, 28.1]
     assert list(imbalance.get_ydata()) == [16.6, 21.1]
     assert imbalance.get_solid_capstyle() == "butt"  # a round cap would lengthen the bar
-    assert {text.get_text() for text in figure.axes[0].texts} == {"21.1", "25.3", "16.6", "28.1", "mask −\nbox\n+4.5"}
+    assert {text.get_text() for text in figure.axes[0].texts} == {"21.1", "25.3", "16.6", "28.1", "imbalance\n+4.5"}
 
 
 def test_labels_of_objects_do_not_overlap():
