@@ -44,7 +44,7 @@ from dimaskdino.viz import (
     plot_layerwise_ap,
     plot_mean_ious,
 )
-from dimaskdino.viz.explorers import explore_architecture, explore_curves, explore_layers, explore_true_boxes
+from dimaskdino.viz.explorers import explore_layers, explore_true_boxes
 
 lesson = begin(model, overrides)
 looks = begin(solids, [f"data.root={scenes}", *overrides]).looks(images)
@@ -114,11 +114,11 @@ plot_first_and_last_layer({"Measured, shapes": {name: result.first_and_last() fo
 
 # %%
 with_masks = [name for name, measured in result.stages.items() if measured.mask is not None]
-course = Curve("Mask AP − box AP at each stage of DI-MaskDINO", with_masks, -10, 20)
+course = Curve("The imbalance at each stage of DI-MaskDINO", with_masks, -10, 20)
 course
 
 # %%
-course.reveal([result.stages[name].imbalance for name in with_masks], "mask − box (points)")
+course.reveal([result.stages[name].imbalance for name in with_masks], "imbalance (points)")
 
 # %%
 print(result.table())
@@ -127,12 +127,10 @@ print(result.table())
 plot_layerwise_ap({"DI-MaskDINO": result})
 
 # %% [markdown]
-# ### Explore
-#
-# Show both models, or one alone.
+# Both models together:
 
 # %%
-explore_curves(models)
+plot_layerwise_ap(models)
 
 # %% [markdown]
 # **Read it.** Where is the imbalance largest? Is that before or after De-Imbalance (the token-interaction stages)? Do
@@ -212,11 +210,14 @@ plot_mean_ious(tracks)
 explore_layers(looks)
 
 # %% [markdown]
-# Where do the predictions come from? Click on a place in the model, or choose it, to see the data that flow there for
-# an image.
+# Where do the predictions come from? Follow the arrows from the image to the heads. Backbone and pixel decoder turn the
+# image into feature tokens $T_i$, one for each place of each feature level, and into mask features $F$. The first
+# selection keeps the best tokens, $T_{s1}$; these interact, and the second selection keeps the best of them, $T_{s2}$.
+# The decoder layers turn them into queries, which read from all feature tokens. At every stage, the heads predict a
+# class, a box and a mask from each token or query.
 
 # %%
-explore_architecture(looks)
+draw_architecture()
 
 # %% [markdown]
 # Why are boxes harder at first? A token of the feature map describes its own location. The question of a mask, "does
