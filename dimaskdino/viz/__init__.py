@@ -1,7 +1,6 @@
 """Figures of records and arrays; nothing here trains or runs a model."""
 
 from dimaskdino.viz.architecture import draw_architecture as draw_architecture
-from dimaskdino.viz.architecture import draw_flow as draw_flow
 from dimaskdino.viz.curves import plot_first_and_last_layer as plot_first_and_last_layer
 from dimaskdino.viz.curves import plot_layerwise_ap as plot_layerwise_ap
 from dimaskdino.viz.curves import plot_losses as plot_losses

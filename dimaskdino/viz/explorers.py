@@ -31,7 +31,6 @@ from dimaskdino.inspection.objects import ObjectTrack, track_objects
 from dimaskdino.modeling.structures import Predictions, Targets
 from dimaskdino.training.matcher import matching_costs
 from dimaskdino.utils.collection import without_collection
-from dimaskdino.viz.architecture import draw_flow, flows_of, place_of
 from dimaskdino.viz.curves import plot_layerwise_ap, plot_precision_recall, stage_title
 from dimaskdino.viz.objects import Formula, draw_objects, draw_true_boxes
 from dimaskdino.viz.studies import plot_ablation
@@ -238,25 +237,6 @@ def explore_guidance(looks: Sequence[Look]) -> Explorer:
 
     token = _slider("guiding token", 1, attention.shape[-1], 1)
     return Explorer(draw, {"image": _images(looks), "token": token})
-
-
-def explore_architecture(looks: Sequence[Look]) -> Explorer:
-    """Choose a place of the architecture, or click on it: the data that flow there for an image, and their shape."""
-    flows = flows_of(looks[0])
-
-    def draw(image: int, place: str) -> Figure:
-        return draw_flow(looks[image], place)
-
-    controls = {"image": _images(looks), "place": _dropdown("place", [(name, name) for name in flows], "T_i")}
-    explorer = Explorer(draw, controls)
-
-    def click(panel: int, x: float, y: float) -> None:
-        name = place_of(x, y)
-        if panel == 0 and name in flows:
-            controls["place"].value = name
-
-    explorer.on_click(click)
-    return explorer
 
 
 def explore_precision(found: Mapping[str, Detections], truth: Truth, classes: Sequence[str]) -> Explorer:

@@ -18,10 +18,8 @@ from dimaskdino.inspection.look import look_at
 from dimaskdino.inspection.objects import track_objects
 from dimaskdino.modeling import ImageBatch
 from dimaskdino.training.matcher import match
-from dimaskdino.viz import draw_interaction, draw_mask_features, draw_token_maps, plot_mean_ious
-from dimaskdino.viz.architecture import draw_architecture, draw_flow, flows_of, place_of
+from dimaskdino.viz import draw_architecture, draw_interaction, draw_mask_features, draw_token_maps, plot_mean_ious
 from dimaskdino.viz.explorers import (
-    explore_architecture,
     explore_curves,
     explore_guidance,
     explore_layers,
@@ -54,7 +52,6 @@ def pixels(explorer):
         (explore_sampling, "layer", 1, "decoder layer 2"),
         (explore_sampling, "head", 3, "head 4"),
         (explore_guidance, "token", 2, "guiding token 2"),
-        (explore_architecture, "place", "Q_bal", "balanced queries and their boxes, shape (1, 12, 32)"),
     ],
 )
 def test_a_control_changes_picture_and_words(looks, explore, control, value, words):
@@ -65,38 +62,6 @@ def test_a_control_changes_picture_and_words(looks, explore, control, value, wor
     assert explorer.values[control] == value
     after = pixels(explorer)
     assert before.shape != after.shape or (before != after).any()
-
-
-def test_a_click_on_the_architecture_chooses_the_place(looks):
-    explorer = explore_architecture(looks)
-    for x, y, expected in ((0.6, 2.0, "image"), (9.75, 0.9, "T_bal"), (2.0, 2.0, "T_bal"), (3.0, 3.9, "T_bal")):
-        axes = explorer.figure.axes[0]
-        across, up = axes.transData.transform((x, y)) / explorer.figure.bbox.size
-        explorer.picture.clicked = [float(across), float(1 - up)]
-        assert explorer.values["place"] == expected  # a module, or nothing, changes nothing
-    assert (place_of(2.0, 2.0), place_of(3.0, 3.9)) == ("backbone", None)
-
-
-def test_places_are_shown_with_the_shape_of_their_data(looks):
-    trace, flows = looks[0].trace, flows_of(looks[0])
-    assert list(flows) == ["image", "T_i", "F", "T_s1", "T_s2", "Q_bal", "T_bal", "answers"]
-    assert flows["T_s1"].tensor is trace.T_s1.content
-    for name, flow in flows.items():
-        below = draw_flow(looks[0], name).axes[1]
-        assert below.get_title().endswith(f"shape {tuple(flow.tensor.shape)}")
-        drawn = sum(len(collection.get_paths()) for collection in below.collections)
-        assert drawn == {"T_s1": 20, "T_s2": 12, "Q_bal": 12}.get(name, drawn)
-
-
-def test_places_that_a_model_lacks_are_left_out(shapes_data, tmp_path):
-    baseline = ("model.selection.k=[12]", "model.bato.enabled=false")
-    model = load(trained_file(tmp_path / "model.safetensors", shapes_data, *baseline))
-    look = look_at(model, CocoDataset(shapes_data, "val")[0])
-    assert not {"T_s2", "T_bal"} & {value for _, value in explore_architecture([look]).controls["place"].options}
-    with pytest.raises(ValueError, match="has no T_bal"):
-        draw_flow(look, "T_bal")
-    with pytest.raises(ValueError, match="has no neck"):
-        draw_flow(look, "neck")
 
 
 def test_lit_parts_stand_out():
