@@ -386,8 +386,8 @@ class Train(Section):
     average: float | None = Field(
         None, gt=0, lt=1, description="decay per step of an average of the weights (EMA), which is validated and saved"
     )
-    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
-        ("tensorboard",), description="what receives the metrics and pictures, besides the run folder"
+    trackers: tuple[str, ...] = Field(
+        ("tensorboard",), description="what receives the metrics and pictures: tensorboard, wandb, or your own"
     )
     seed: int = Field(0, ge=0)
     checkpoint_every: PositiveInt = Field(5000, description="steps")

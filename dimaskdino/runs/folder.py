@@ -275,10 +275,10 @@ class RunFolder:
             settings: all settings of the run, for the trackers.
 
         Raises:
-            UserError: the file cannot be written, or a tracker is not installed.
+            UserError: the file cannot be written, or a tracker cannot record.
         """
         if not enabled:
-            yield Metrics(None, [], self.samples)
+            yield Metrics(None, {}, self.samples)
             return
         self.reopen()
         file = self.path / "metrics.jsonl"
@@ -287,10 +287,9 @@ class RunFolder:
         with contextlib.ExitStack() as stack:
             stream = stack.enter_context(file.open("a"))
             stack.enter_context(hide_disk_errors_of_threads())
-            opened = open_trackers(trackers, self.path, settings or {}, step)
-            for tracker in opened:
-                stack.callback(tracker.close)
-            yield Metrics(stream, opened, self.samples)
+            metrics = Metrics(stream, open_trackers(trackers, self.path, settings or {}, step), self.samples)
+            stack.callback(metrics.close)
+            yield metrics
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Read all complete records; damaged lines are left out."""
