@@ -90,8 +90,8 @@ class Number(Question):
         for number, (value, text) in enumerate(mistakes.items(), start=1):
             axes.plot(value, 0, "x", color=GREY, markersize=8)
             side = "right" if value > (low + high) / 2 else "left"  # so that the text stays within the axes
-            place = {"xy": (value, 0), "xytext": (0, -14 - 14 * number), "textcoords": "offset points", "ha": side}
-            axes.annotate(text, color=GREY, fontsize=9, **place)
+            below = (0, -14 - 14 * number)
+            axes.annotate(text, (value, 0), below, textcoords="offset points", ha=side, color=GREY, fontsize=9)
         axes.plot(truth, 0, "o", color=ORANGE, markersize=12, label=f"measured: {truth:.1f}")
         if self._answered():
             axes.plot(self.answer, 0, "D", color=BLUE, markersize=10, label=f"your answer: {self.answer:.1f}")

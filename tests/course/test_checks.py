@@ -125,7 +125,9 @@ def test_the_second_selection(look, model, old, new, words, capsys):
     ],
 )
 def test_the_tokens_after_bato(look, model, old, new, words, capsys):
-    told(checks.check_guided_tokens(solution("05", "guided_tokens", old, new), look, model.detector), words, capsys)
+    result = checks.check_guided_tokens(solution("05", "guided_tokens", old, new), look, model.detector)
+    assert (result.picture is not None) == (words in ("the feed-forward block is missing", "expected"))
+    told(result, words, capsys)
 
 
 @pytest.mark.parametrize("seed", [0, 3])

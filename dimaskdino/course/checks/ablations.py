@@ -75,7 +75,7 @@ def check_verdicts(function: Callable[..., Sequence[Sequence[float]]], report: S
     tests = [_welch(values[0], other) for other in values[1:]]
     p = np.array([test.adjusted_p for test in tests])
 
-    def with_p(changed: Sequence[float]) -> tuple[Verdict, ...]:
+    def with_p(changed: Sequence[float] | np.ndarray) -> tuple[Verdict, ...]:
         return tuple(test._replace(adjusted_p=float(x)) for test, x in zip(tests, changed, strict=True))
 
     bonferroni = (

@@ -1,6 +1,7 @@
 """Chapters 0 and 3: boxes, the assignment of answers to objects, attention, deformable attention."""
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from dimaskdino.course.checks.compare import Wrong, called, check, compared, exp
 from dimaskdino.course.checks.pictures import draw_errors, draw_tables
 from dimaskdino.inspection.look import Look
 from dimaskdino.modeling import Detector
+from dimaskdino.modeling.decoder import DecoderLayer
 
 
 @check("half of the width lies on each side of the centre: x0 = cx − w / 2")
@@ -108,7 +110,8 @@ def check_attended(function: Callable[..., Tensor], look: Look, detector: Detect
 
     `look` is a real image with the predictions of the model `detector`, whose first layer makes the maps.
     """
-    layer, T_i = detector.decoder.layers[0].cross_attention, look.trace.T_i
+    layer = cast(DecoderLayer, detector.decoder.layers[0]).cross_attention
+    T_i = look.trace.T_i
     boxes = look.trace.references[0][0]
     locations, weights = look.trace.sampling[0][0][0], look.trace.sampling[0][1][0]
     with torch.no_grad():

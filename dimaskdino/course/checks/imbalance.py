@@ -48,10 +48,10 @@ def check_best_detections(function: Callable[..., tuple[Tensor, Tensor]], looks:
         for stage, box, mask in zip(stages, track.box_iou, track.mask_iou, strict=True):
             found = look.instances(stage)
             sure = found.scores >= LEAST_SCORE
-            given = (found.boxes[sure], found.masks[sure], found.labels[sure])
-            given += (look.sample.boxes, look.sample.masks.bool(), look.sample.labels)
-            answer = called(function, given)
-            mistakes = _mistakes(*given) if sure.any() else {}
+            detected = (found.boxes[sure], found.masks[sure], found.labels[sure])
+            true = (look.sample.boxes, look.sample.masks.bool(), look.sample.labels)
+            answer = called(function, (*detected, *true))
+            mistakes = _mistakes(*detected, *true) if sure.any() else {}
             expect(answer, (box, mask), mistakes, where=f"image {image}, {stage}: ")
     return f"the objects of {len(looks)} images at {len(stages)} stages"
 

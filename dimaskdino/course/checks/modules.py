@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from dimaskdino.course.checks.compare import Wrong, called, check, compared, exp
 from dimaskdino.course.checks.pictures import draw_choices, draw_errors
 from dimaskdino.inspection.look import Look
 from dimaskdino.modeling import Detector
-from dimaskdino.modeling.de_imbalance import mask_guided_boxes
+from dimaskdino.modeling.bato import BATO
+from dimaskdino.modeling.de_imbalance import DeImbalance, mask_guided_boxes
 from dimaskdino.modeling.layers import sine_positions
 from dimaskdino.modeling.structures import Stage
 
@@ -51,7 +53,8 @@ def check_second_selection(function: Callable[..., Tensor], look: Look, detector
     T_s1, T_s2 = look.trace.T_s1, look.trace.T_s2
     k = T_s2.scores.shape[1]
     with torch.no_grad():
-        answer = called(function, (T_s1, detector.de_imbalance.second_selections[0], detector.heads, k))
+        block = cast(DeImbalance, detector.de_imbalance).second_selections[0]
+        answer = called(function, (T_s1, block, detector.heads, k))
     rows = torch.as_tensor(answer).flatten()
     expected = (T_s1.indices[0] == T_s2.indices[0][:, None]).int().argmax(1)
     if rows.shape != expected.shape:
@@ -73,6 +76,9 @@ def check_second_selection(function: Callable[..., Tensor], look: Look, detector
 def check_guided_tokens(function: Callable[..., Tensor], look: Look, detector: Detector) -> str:
     """To build: the feature tokens T_bal (1, N, C), from (T_i, position, T_g_mask, T_g_box, bato)."""
     found, bato, T_i = look.trace.bato, detector.bato, look.trace.T_i
+    # the course's model has BATO
+    assert found is not None
+    assert isinstance(bato, BATO)
     position, mask, box = sine_positions(T_i), found.T_g_mask, found.T_g_box
     with torch.no_grad():
         answer = called(function, (T_i.tokens, position, mask, box, bato))
@@ -83,7 +89,7 @@ def check_guided_tokens(function: Callable[..., Tensor], look: Look, detector: D
         answer,
         expected,
         mistakes,
-        lambda: draw_errors(look, T_i.centres(), (answer - expected)[0], "Tokens after BATO"),
+        lambda: draw_errors(look, T_i.centres(), answer[0], expected[0], "Tokens after BATO"),
     )
     return f"all {expected.shape[1]} feature tokens"
 

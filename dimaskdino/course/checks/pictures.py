@@ -28,10 +28,10 @@ def draw_choices(look: Look, expected: Float[Tensor, "n 2"], yours: Float[Tensor
     """Draw the tokens that are kept, at places (x, y) relative to the padded input."""
     figure, [axes] = panels(1, 1, 4.8, 4.9)
     show_image(axes, look.sample.image, "Tokens that are kept", dim=0.6)
-    ring = {"s": 90, "facecolors": "none", "edgecolors": BLUE}
-    axes.scatter(*look.pixels(expected).T.numpy(), linewidths=1.6, label="kept by the model", **ring)
-    cross = {"s": 40, "marker": "x", "color": ORANGE}
-    axes.scatter(*look.pixels(yours).T.numpy(), linewidths=1.6, label="kept by your function", **cross)
+    x, y = look.pixels(expected).T.numpy()
+    axes.scatter(x, y, s=90, facecolors="none", edgecolors=BLUE, linewidths=1.6, label="kept by the model")
+    x, y = look.pixels(yours).T.numpy()
+    axes.scatter(x, y, s=40, marker="x", color=ORANGE, linewidths=1.6, label="kept by your function")
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
@@ -40,13 +40,12 @@ def draw_choices(look: Look, expected: Float[Tensor, "n 2"], yours: Float[Tensor
 def draw_tables(yours: Float[Tensor, "n m"], expected: Float[Tensor, "n m"], rows: str, columns: str) -> Figure:
     """Draw two tables of numbers and their difference."""
     figure, axes = panels(1, 3, 10, 3.6)
-    yours, expected = yours.detach().numpy(), expected.detach().numpy()
-    range_of_both = {"vmin": min(yours.min(), expected.min()), "vmax": max(yours.max(), expected.max())}
-    largest = abs(yours - expected).max()
+    left, right = yours.detach().numpy(), expected.detach().numpy()
+    low, high, largest = min(left.min(), right.min()), max(left.max(), right.max()), abs(left - right).max()
     images = (
-        axes[0].imshow(yours, cmap="cividis_r", aspect="auto", **range_of_both),
-        axes[1].imshow(expected, cmap="cividis_r", aspect="auto", **range_of_both),
-        axes[2].imshow(yours - expected, cmap="RdBu", aspect="auto", vmin=-largest, vmax=largest),
+        axes[0].imshow(left, cmap="cividis_r", aspect="auto", vmin=low, vmax=high),
+        axes[1].imshow(right, cmap="cividis_r", aspect="auto", vmin=low, vmax=high),
+        axes[2].imshow(left - right, cmap="RdBu", aspect="auto", vmin=-largest, vmax=largest),
     )
     for each, image, title in zip(axes, images, ("yours", "the package's", "difference"), strict=True):
         figure.colorbar(image)

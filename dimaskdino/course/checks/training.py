@@ -52,10 +52,13 @@ def check_matching_cost(function: Callable[..., Tensor], stage: Stage, targets: 
         points = torch.rand(1, cfg.points, 2)  # the first that `matching_costs` draws, too
         parts = {name: cost(**{name: weight}) for name, weight in cfg.cost.model_dump().items()}
         giou = -cost(giou=1.0)
+        # a stage with masks
+        assert stage.mask_embedding is not None
+        assert stage.mask_features is not None
         masks = stage.mask_embedding[0] @ sample_maps(stage.mask_features, points)[0]
         rows = torch.arange(len(labels))
         true_masks = sample_masks(targets.masks[0], rows, points.expand(len(labels), -1, -1))
-    expected = sum(parts.values())
+    expected = torch.stack(list(parts.values())).sum(0)
     given = (stage.class_logits[0], stage.boxes[0], masks, labels, true_boxes, true_masks, giou)
     answer = called(function, given)
     mistakes = {}

@@ -44,6 +44,7 @@ def check_gated_module(module: Callable[[nn.Module, float], nn.Module], look: Lo
     # copies: gradients cannot go through tensors that inference made
     T_i = look.trace.T_i.with_tokens(look.trace.T_i.tokens.clone())
     F, Q_bal, full = look.trace.mask_features.clone(), look.trace.Q_bal, look.trace.bato
+    assert full is not None  # the course's model has BATO
     guide = Guide(Q_bal.content.clone(), detector.decoder.position(Q_bal.boxes.clone()).detach())
     for gate in (0.0, 1.0, 0.25 + 0.5 * float(random(1))):
         replaced = called(module, (bato, gate), copied=False)
