@@ -101,7 +101,7 @@ def status(run: Positional[Path]) -> int:
     parts = ("state", "reason", "note", "started", "ended")
     shown = ", ".join(f"{key} {current[key]}" for key in parts if key in current)
     print(f"{run}: {shown}")
-    latest, validated, advice = "", "", []
+    latest = validated = ""
     for record in folder.read_metrics():
         step = record["step"]
         if "loss" in record:
@@ -110,9 +110,7 @@ def status(run: Positional[Path]) -> int:
             box, mask = record["validation"]["box_AP"], record["validation"]["mask_AP"]
             validated = f"validation at step {step}: box AP {box:.1f}, mask AP {mask:.1f}; "
             validated += f"the best was at step {record['best_step']}"
-        if "advice" in record:
-            advice.append(f"advice at step {step}: {record['advice']}")
-    print("".join(f"{line}\n" for line in (latest, validated, *advice) if line), end="")
+    print("".join(f"{line}\n" for line in (latest, validated) if line), end="")
     evaluation = run / "evaluation" / "layers.json"
     if evaluation.exists():
         from dimaskdino.evaluation.layerwise_ap import LayerwiseAP  # imports PyTorch

@@ -9,6 +9,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +39,6 @@ from dimaskdino.modeling.decoder import DecoderLayer
 from dimaskdino.modeling.pixel_decoder import EncoderLayer
 from dimaskdino.modeling.precision import autocast
 from dimaskdino.runs.folder import Metrics, RunFolder, changed_settings
-from dimaskdino.training.advice import Adviser
 from dimaskdino.training.criterion import Losses, criterion
 from dimaskdino.training.optimizer import build_optimizer, load_moments, moments_by_name, set_rate
 from dimaskdino.training.resume_points import load_resume_point, save_resume_point
@@ -217,7 +217,7 @@ class Trainer:
             "step": self.step,
             "config": self.config.model_dump_json(),
             "classes": self.data.classes,
-            "validation": self.best.state(),
+            "validation": asdict(self.best),
             "average": self.average.state_dict() if self.average else None,
         }
         save_resume_point(self.folder.checkpoints, state, self.config.train.keep)
@@ -236,7 +236,6 @@ class Trainer:
                 self.step, self.context.rank == 0, self.config.train.trackers, self.config.model_dump(mode="json")
             ) as metrics,
         ):
-            adviser = Adviser(self.config.schedule.warmup, self.folder.read_metrics())
             progress = progress_bar(
                 total=steps,
                 initial=self.step,
@@ -258,13 +257,12 @@ class Trainer:
                     record = self._record(terms, norm, (now - started) / (self.step - logged))
                     metrics.write(record)
                     progress.set_postfix(loss=f"{record['loss']:.2f}")
-                    self._advise(adviser.see(record), metrics, progress)
                     logged, started = self.step, now
                 for reason in (r for part in parts for r in part.skipped):
                     metrics.write({"step": self.step, "skipped": reason})
                     progress.write(f"skipped: {reason}")
                 if self._validates():
-                    self._advise(adviser.see(self._validate(metrics, progress)), metrics, progress)
+                    self._validate(metrics, progress)
                 if self.step % every == 0 or self.step == steps or self._stopping or self._out_of_patience():
                     self._save()
                 if self._stopping and self.step < steps:
@@ -294,22 +292,15 @@ class Trainer:
         patience = self.config.train.validation.patience
         return self.validator is not None and patience is not None and self.best.without_better >= patience
 
-    def _advise(self, texts: list[str], metrics: Metrics, progress: Any) -> None:
-        if self.context.rank == 0:
-            for text in texts:
-                metrics.write({"step": self.step, "advice": text})
-                progress.write(f"advice: {text}")
-
-    def _validate(self, metrics: Metrics, progress: Any) -> dict[str, Any]:
+    def _validate(self, metrics: Metrics, progress: Any) -> None:
         assert self.validator is not None
         result = self.validator.score(self._result)
         better = self.best.update(result, self.step)
-        record = {"step": self.step, "validation": result, "best_step": self.best.step}
         if self.context.rank:
-            return record
+            return
         if better:
             self._save_model(self.folder.best)
-        metrics.write(record)
+        metrics.write({"step": self.step, "validation": result, "best_step": self.best.step})
         metrics.picture(self.validator.picture(self._result), self.step)
         text = f"step {self.step}: box AP {result['box_AP']:.1f}, mask AP {result['mask_AP']:.1f}"
         progress.write(f"{text} on {result['images']} images of {self.config.data.val}{', the best' if better else ''}")
@@ -317,7 +308,6 @@ class Trainer:
             progress.write(
                 f"no better validation for {self.best.without_better} times (train.validation.patience): training ends"
             )
-        return record
 
     def _load(self, parts: Iterator[Batch]) -> list[Batch]:
         """This process's parts of the next step. A bad image saves the state before it stops the run."""

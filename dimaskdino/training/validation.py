@@ -2,8 +2,8 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -108,17 +108,12 @@ class Validator:
             detector.train(was_training)
 
 
-def score_of(result: Mapping[str, Any]) -> float:
-    """The number by which validations are compared: the mean of box and mask AP."""
-    return (result["box_AP"] + result["mask_AP"]) / 2
-
-
 @dataclass
 class Best:
     """The best validation so far: part of a resume point, so that a resumed run goes on as an undisturbed one.
 
     Attributes:
-        score: that of `score_of`.
+        score: the mean of its box and mask AP.
         step: of that validation; 0 before the first.
         without_better: number of validations since then.
     """
@@ -129,15 +124,12 @@ class Best:
 
     def update(self, result: dict[str, Any], step: int) -> bool:
         """Count a validation; whether it is the best so far."""
-        score = score_of(result)
+        score = (result["box_AP"] + result["mask_AP"]) / 2
         if score > self.score:
             self.score, self.step, self.without_better = score, step, 0
             return True
         self.without_better += 1
         return False
-
-    def state(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def averaged(detector: Detector, decay: float) -> AveragedModel:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -211,7 +212,7 @@ def test_the_best_of_a_sequence():
     better = [best.update({"box_AP": box, "mask_AP": mask}, step) for step, (box, mask) in enumerate(results, start=1)]
     assert better == [True, False, True, False, False]
     assert best == Best(2.5, 3, 2)
-    assert Best(**json.loads(json.dumps(best.state()))) == best
+    assert Best(**json.loads(json.dumps(asdict(best)))) == best
 
 
 def test_the_average_of_the_weights_by_hand():
