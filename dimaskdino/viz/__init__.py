@@ -22,7 +22,6 @@ from dimaskdino.viz.objects import plot_mean_ious as plot_mean_ious
 from dimaskdino.viz.studies import plot_ablation as plot_ablation
 from dimaskdino.viz.studies import plot_differences as plot_differences
 from dimaskdino.viz.studies import plot_study_layers as plot_study_layers
-from dimaskdino.viz.studies import study_figures as study_figures
 from dimaskdino.viz.tokens import draw_guidance as draw_guidance
 from dimaskdino.viz.tokens import draw_interaction as draw_interaction
 from dimaskdino.viz.tokens import draw_mask_features as draw_mask_features

@@ -25,15 +25,13 @@ from dimaskdino import config
 from dimaskdino.data.coco import Sample
 from dimaskdino.evaluation.coco_ap import Kind, Truth, precision_curves
 from dimaskdino.evaluation.detections import Detections
-from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.inspection.look import Look
 from dimaskdino.inspection.objects import ObjectTrack, track_objects
 from dimaskdino.modeling.structures import Predictions, Targets
 from dimaskdino.training.matcher import matching_costs
 from dimaskdino.utils.collection import without_collection
-from dimaskdino.viz.curves import plot_layerwise_ap, plot_precision_recall, stage_title
+from dimaskdino.viz.curves import plot_precision_recall, stage_title
 from dimaskdino.viz.objects import Formula, draw_objects, draw_true_boxes
-from dimaskdino.viz.studies import plot_ablation
 from dimaskdino.viz.style import NotebookFigure
 from dimaskdino.viz.tokens import draw_guidance, draw_sampling, draw_selection
 from dimaskdino.viz.training import draw_matching
@@ -284,30 +282,3 @@ def explore_true_boxes(samples: Sequence[Sample]) -> Explorer:
 
     formulas = [("mask2box, as published", "mask2box"), ("bitmask, with the last cell", "bitmask"), ("none", "no")]
     return Explorer(draw, {"image": _images(samples), "formula": _dropdown("formula", formulas)})
-
-
-def explore_curves(runs: Mapping[str, LayerwiseAP]) -> Explorer:
-    """Box and mask AP at every stage of the chosen runs, side by side."""
-    chosen = widgets.SelectMultiple(options=list(runs), value=list(runs), description="runs", style=_STYLE)
-
-    def draw(names: tuple[str, ...]) -> Figure:
-        return plot_layerwise_ap({name: runs[name] for name in names or runs})
-
-    return Explorer(draw, {"names": chosen})
-
-
-def explore_studies(
-    labels: Mapping[str, Mapping[str, str]],
-    columns: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]],
-) -> Explorer:
-    """Explore studies: box and mask AP of their variants, published and measured.
-
-    Args:
-        labels: for each study's title the labels by name of the variant.
-        columns: for each study's title the `columns` of `plot_ablation`.
-    """
-
-    def draw(study: str) -> Figure:
-        return plot_ablation(labels[study], columns[study], study)
-
-    return Explorer(draw, {"study": _dropdown("study", [(title, title) for title in labels])})

@@ -13,8 +13,8 @@ from dimaskdino.data.painting import CYCLE, GREY, data_label
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.studies.comparison import ComparisonResult, Quantity
 from dimaskdino.studies.report import StudyReport
-from dimaskdino.viz.curves import short_name, stage_order
-from dimaskdino.viz.style import BOX, KINDS, LINES, MASK, NotebookFigure, style
+from dimaskdino.viz.curves import stage_order, stage_ticks
+from dimaskdino.viz.style import BOX, KINDS, LINES, MASK, NotebookFigure, panels, style
 
 LAST_BOX, LAST_MASK = Quantity("last", "box"), Quantity("last", "mask")
 MARKERS = "os^Dv<>p"
@@ -23,95 +23,81 @@ MOST_BANDS = 6  # variants; more bands hide each other
 LONGEST_LABEL = 48  # characters beside a line
 
 
-def study_figures(report: StudyReport) -> dict[str, Figure]:
-    """The figures of a study by name: `rows`, `differences` if it registers comparisons, and `layers`."""
-    title = report.study.title
-    labels = {variant.name: variant.label for variant in report.study.variants}
-    columns, layers = {}, {}
-    for column, by_name in report.published.items():
-        columns[f"{column}, published"] = {n: [(ap["last.box"], ap["last.mask"])] for n, ap in by_name.items()}
-    measured = columns[f"{report.scale}, measured"] = {}
-    for name, runs in report.measured.items():
-        layers[labels[name]] = [run.result for run in runs.values()]
-        boxes, masks = report.values(name, LAST_BOX), report.values(name, LAST_MASK)
-        measured[name] = [(boxes[seed], masks[seed]) for seed in boxes if seed in masks]
-    figures = {"rows": plot_ablation(labels, columns, f"{title}: last layer")}
-    if report.results:
-        pairs = [(result, report.published_differences(result.comparison)) for result in report.results]
-        figures["differences"] = plot_differences(pairs, f"{title}: differences")
-    figures["layers"] = plot_study_layers(layers, f"{title}: every stage")
-    return figures
+@style()
+def plot_ablation(report: StudyReport) -> Figure:
+    """Plot box and mask AP of a study's variants at the last layer: published, then measured, one panel per source.
 
-
-def plot_ablation(
-    labels: Mapping[str, str], columns: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str
-) -> Figure:
-    """Plot box and mask AP of variants of a model, one panel per source; a bar marks the mean of several runs.
-
-    Args:
-        labels: label of each variant by name, from top to bottom.
-        columns: by the title of the panel, (box AP, mask AP) in percent of every run by name of the variant.
-        title: above all panels.
+    Each run has a mark, and several runs have a bar at their mean.
     """
-    place = {name: len(labels) - 1 - i for i, name in enumerate(labels)}
-    with style():
-        figure = NotebookFigure(figsize=(3.6 * len(columns) + 2.2, 0.62 * len(labels) + 1.9), layout="constrained")
-        panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-        for axes, (column, by_name) in zip(panels, columns.items(), strict=True):
-            for i, (kind, colour, marker) in enumerate(KINDS):
-                for name, pairs in by_name.items():
-                    x, y = [pair[i] for pair in pairs], place[name] + (0.14, -0.14)[i]
-                    axes.plot(x, [y] * len(x), marker, color=colour, alpha=0.55 if len(x) > 1 else 1, markersize=7)
-                    if len(x) > 1:
-                        axes.plot([np.mean(x)] * 2, [y - 0.16, y + 0.16], color=colour, linewidth=2.5)
-                axes.plot([], [], marker, color=colour, label=kind)
-            axes.set(title=column, xlabel="AP (%)", ylim=(-0.6, len(labels) - 0.4))
-            axes.margins(x=0.1)
-            if not by_name:
-                axes.set(xticks=[], xlabel="nothing measured")
-        panels[0].set_yticks(list(place.values()), list(labels.values()))
-        panels[-1].legend(loc="best")
-        figure.suptitle(title)
+    variants = report.study.variants
+    columns: dict[str, dict[str, dict[str, list[float]]]] = {}  # by title, kind and variant
+    for column, by_name in report.published.items():
+        columns[f"{column}, published"] = {
+            "box": {name: [ap["last.box"]] for name, ap in by_name.items()},
+            "mask": {name: [ap["last.mask"]] for name, ap in by_name.items()},
+        }
+    columns[f"{report.scale}, measured"] = {
+        "box": {name: list(report.values(name, LAST_BOX).values()) for name in report.measured},
+        "mask": {name: list(report.values(name, LAST_MASK).values()) for name in report.measured},
+    }
+    size = (3.6 * len(columns) + 2.2, 0.62 * len(variants) + 1.9)
+    figure, grid = panels(1, len(columns), *size, sharey=True)
+    place = {variant.name: len(variants) - 1 - i for i, variant in enumerate(variants)}
+    for axes, (column, kinds) in zip(grid, columns.items(), strict=True):
+        for (kind, colour, marker), shift in zip(KINDS, (0.14, -0.14), strict=True):
+            for name, x in kinds[kind].items():
+                y = place[name] + shift
+                axes.plot(x, [y] * len(x), marker, color=colour, alpha=0.55 if len(x) > 1 else 1, markersize=7)
+                if len(x) > 1:
+                    axes.plot([np.mean(x)] * 2, [y - 0.16, y + 0.16], color=colour, linewidth=2.5)
+            axes.plot([], [], marker, color=colour, label=kind)
+        axes.set(title=column, xlabel="AP (%)", ylim=(-0.6, len(variants) - 0.4))
+        axes.margins(x=0.1)
+        if not kinds["box"]:
+            axes.set(xticks=[], xlabel="nothing measured")
+    grid[0].set_yticks(list(place.values()), [variant.label for variant in variants])
+    grid[-1].legend(loc="best")
+    figure.suptitle(f"{report.study.title}: last layer")
     return figure
 
 
-def plot_study_layers(variants: Mapping[str, Sequence[LayerwiseAP]], title: str) -> Figure:
-    """Plot the imbalance of variants of a model at every stage, large, beside box and mask AP on one scale.
+@style()
+def plot_study_layers(report: StudyReport) -> Figure:
+    """Plot the imbalance of a study's variants at every stage, large, beside box and mask AP on one scale.
 
-    Lines are means over the runs; bands, of up to six variants, are standard deviations. Variants of two factors, named
-    `A, x`, `A, y`, `B, x`, …, have a colour for the first and a line style for the second.
-
-    Args:
-        variants: results of each variant's runs by label; variants without any are left out.
-        title: above all panels.
+    Lines are means over the runs; bands, of up to six variants, are standard deviations. Variants without runs are left
+    out. Variants of two factors, labelled `A, x`, `A, y`, `B, x`, …, have a colour for the first and a line style for
+    the second.
     """
+    variants = {}
+    for name, runs in report.measured.items():
+        variants[report.study.variant(name).label] = [run.result for run in runs.values()]
     names = stage_order(result for results in variants.values() for result in results)
     strokes = _strokes(variants)
-    with style():
-        figure = NotebookFigure(figsize=(max(12.0, 1.5 * len(names)), 6.4), layout="constrained")
-        grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.45))
-        box = figure.add_subplot(grid[0, 0])
-        mask = figure.add_subplot(grid[1, 0], sharex=box, sharey=box)
-        imbalance = figure.add_subplot(grid[:, 1])
-        for axes, metric in ((box, "box"), (mask, "mask"), (imbalance, "imbalance")):
-            ends = []
-            for label, results in variants.items():
-                x, means, deviations = _by_stage(results, names, metric)
-                if len(x):
-                    axes.plot(x, means, **strokes[label])
-                    if len(variants) <= MOST_BANDS:
-                        band = {"color": strokes[label]["color"], "alpha": 0.15, "linewidth": 0}
-                        axes.fill_between(x, means - deviations, means + deviations, **band)
-                    runs = f"{len(results)} run{'s' if len(results) > 1 else ''}"
-                    ends.append((x[-1], means[-1], f"{data_label(label, LONGEST_LABEL)} ({runs})", strokes[label]))
-            axes.set(ylabel="imbalance (points)" if metric == "imbalance" else f"{metric} AP (%)")
-            axes.set_xticks(range(len(names)), [short_name(name) for name in names], fontsize=8)
-            if metric == "imbalance":
-                axes.axhline(0, color="black", linewidth=0.8)
-                _label_lines(axes, ends)
-            else:
-                axes.tick_params("x", labelsize=7.5, labelrotation=40)
-        figure.suptitle(title)
+    figure = NotebookFigure(figsize=(max(12.0, 1.5 * len(names)), 6.4), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.45))
+    box = figure.add_subplot(grid[0, 0])
+    mask = figure.add_subplot(grid[1, 0], sharex=box, sharey=box)
+    imbalance = figure.add_subplot(grid[:, 1])
+    for axes, metric in ((box, "box"), (mask, "mask"), (imbalance, "imbalance")):
+        ends = []
+        for label, results in variants.items():
+            x, means, deviations = _by_stage(results, names, metric)
+            if len(x):
+                axes.plot(x, means, **strokes[label])
+                if len(variants) <= MOST_BANDS:
+                    band = {"color": strokes[label]["color"], "alpha": 0.15, "linewidth": 0}
+                    axes.fill_between(x, means - deviations, means + deviations, **band)
+                count = f"{len(results)} run{'s' if len(results) > 1 else ''}"
+                ends.append((x[-1], means[-1], f"{data_label(label, LONGEST_LABEL)} ({count})", strokes[label]))
+        axes.set(ylabel="imbalance (points)" if metric == "imbalance" else f"{metric} AP (%)")
+        stage_ticks(axes, names, 8)
+        if metric == "imbalance":
+            axes.axhline(0, color="black", linewidth=0.8)
+            _label_lines(axes, ends)
+        else:
+            axes.tick_params("x", labelsize=7.5, labelrotation=40)
+    figure.suptitle(f"{report.study.title}: every stage")
     return figure
 
 
@@ -172,44 +158,45 @@ def _label_lines(axes: Axes, ends: Sequence[tuple[float, float, str, dict[str, A
     axes.set_xlim(right=right)
 
 
-def plot_differences(results: Sequence[tuple[ComparisonResult, Mapping[str, float]]], title: str) -> Figure:
-    """Plot differences between variants with their intervals, one panel per quantity, beside the published differences.
+@style()
+def plot_differences(report: StudyReport) -> Figure:
+    """Plot a study's differences with their intervals, one panel per quantity, beside the published differences.
 
     All panels have one scale, so that a point of AP has the same length everywhere.
 
-    Args:
-        results: the result of each comparison with the published differences by column; at least one.
-        title: above all panels.
+    Raises:
+        ValueError: the study has no results of comparisons.
     """
+    results = [(result, report.published_differences(result.comparison)) for result in report.results]
+    if not results:
+        raise ValueError("no comparison of the study has been measured")
     labels = list(dict.fromkeys(result.comparison.label for result, _ in results))
     place = {label: len(labels) - 1 - i for i, label in enumerate(labels)}
     columns = list(dict.fromkeys(column for _, published in results for column in published))
     quantities = list(dict.fromkeys(result.comparison.quantity for result, _ in results))
     across = min(3, len(quantities))
     down = -(-len(quantities) // across)
-    with style():
-        size = (3.2 * across + 3.4, (0.62 * len(labels) + 1.3) * down + 0.7)
-        figure = NotebookFigure(figsize=size, layout="constrained")
-        panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
-        for axes in panels[len(quantities) :]:
-            axes.remove()
-        for quantity, axes in zip(quantities, panels, strict=False):
-            for result, published in results:
-                if result.comparison.quantity == quantity:
-                    _draw_difference(axes, place[result.comparison.label], result, published, columns)
-            axes.axvline(0, color="black", linewidth=0.8)
-            axes.set(title=quantity.label, xlabel="points", ylim=(-0.6, len(labels) - 0.4))
-            axes.xaxis.set_tick_params(labelbottom=True)
-            axes.margins(x=0.06)
-        axes = panels[0]
-        axes.set_yticks(list(place.values()), [textwrap.fill(label, 26, break_on_hyphens=False) for label in labels])
-        marks = axes.plot([], [], "|", color="black", markersize=12, markeredgewidth=2, label="difference of the means")
-        marks += axes.plot([], [], color=GREY, linewidth=2, alpha=0.6, label="95 %, trainings and images")
-        marks += axes.plot([], [], color=BOX, linewidth=6, alpha=0.6, label="95 %, images alone")
-        for marker, column in zip(PUBLISHED, columns, strict=False):
-            marks += axes.plot([], [], marker, color=MASK, label=f"published, {column}")
-        figure.legend(handles=marks, loc="outside lower center", ncols=min(5, len(marks)), fontsize=9)
-        figure.suptitle(title)
+    size = (3.2 * across + 3.4, (0.62 * len(labels) + 1.3) * down + 0.7)
+    figure, grid = panels(down, across, *size, sharex=True, sharey=True)
+    for axes in grid[len(quantities) :]:
+        axes.remove()
+    for quantity, axes in zip(quantities, grid, strict=False):
+        for result, published in results:
+            if result.comparison.quantity == quantity:
+                _draw_difference(axes, place[result.comparison.label], result, published, columns)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set(title=quantity.label, xlabel="points", ylim=(-0.6, len(labels) - 0.4))
+        axes.xaxis.set_tick_params(labelbottom=True)
+        axes.margins(x=0.06)
+    axes = grid[0]
+    axes.set_yticks(list(place.values()), [textwrap.fill(label, 26, break_on_hyphens=False) for label in labels])
+    marks = axes.plot([], [], "|", color="black", markersize=12, markeredgewidth=2, label="difference of the means")
+    marks += axes.plot([], [], color=GREY, linewidth=2, alpha=0.6, label="95 %, trainings and images")
+    marks += axes.plot([], [], color=BOX, linewidth=6, alpha=0.6, label="95 %, images alone")
+    for marker, column in zip(PUBLISHED, columns, strict=False):
+        marks += axes.plot([], [], marker, color=MASK, label=f"published, {column}")
+    figure.legend(handles=marks, loc="outside lower center", ncols=min(5, len(marks)), fontsize=9)
+    figure.suptitle(f"{report.study.title}: differences")
     return figure
 
 

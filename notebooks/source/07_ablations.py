@@ -5,13 +5,13 @@
 # which of its parts is the cause?
 #
 # A model with ten new ideas is better than one without. Which of the ten made the difference? An **ablation** changes
-# one thing at a time and trains again. The paper's tables 3 to 9 are ablations on COCO and BDD100K; each row takes
-# days on eight GPUs. Here every variant is one configuration with a few changed **settings**, so that a table can be
+# one thing at a time and trains again. The paper's tables 3 to 9 are ablations on COCO and BDD100K; each variant
+# takes days on eight GPUs. Here a variant is one configuration with a few changed **settings**, so that a table can be
 # repeated at a small scale: on the shapes, with ten minutes per run.
 #
 # **You will be able to**
 #
-# * read an ablation and name the rows that support a conclusion;
+# * read an ablation and name the variants that support a conclusion;
 # * compute the uncertainty of a difference, and the power of a study before it is run;
 # * find a second explanation for a result.
 #
@@ -33,15 +33,21 @@ from dimaskdino.course.questions import Choice
 from dimaskdino.inspection import diagnostics
 from dimaskdino.modeling import Detector
 from dimaskdino.runs import project_root
-from dimaskdino.studies.report import StudyReport, paper_tables
+from dimaskdino.studies.report import StudyReport
 from dimaskdino.studies.study import load_study
 from dimaskdino.viz import draw_architecture, plot_ablation, plot_differences, plot_study_layers
-from dimaskdino.viz.explorers import explore_studies
 
 os.chdir(project_root())
-studies = [load_study(path) for path in sorted(Path("configs/ablations").glob("table_*.yaml"))]
-tables = paper_tables()
-modules = next(study for study in studies if "table 4" in study.title)
+
+
+def report_of(table):
+    """The study of a table of the paper, with the results of its runs on the shapes."""
+    return StudyReport.of(load_study(Path(f"configs/ablations/{table}.yaml")), "shapes", Path(results))
+
+
+report = report_of("table_4")
+modules = report.study
+labels = {variant.name: variant.label for variant in modules.variants}
 
 # %%
 draw_architecture("token_interaction", "bato")
@@ -53,11 +59,11 @@ draw_architecture("token_interaction", "bato")
 # with the size of the model and its settings for the shapes:
 
 # %%
-for row in modules.variants:
-    model = Detector(modules.config(row, "shapes").model)
+for variant in modules.variants:
+    model = Detector(modules.config(variant, "shapes").model)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    print(f"{row.label}: {size:.2f} million parameters")
-    print("   ", *modules.overrides(row, "shapes"))
+    print(f"{variant.label}: {size:.2f} million parameters")
+    print("   ", *modules.overrides(variant, "shapes"))
 
 # %% [markdown]
 # De-Imbalance is "on" if there is more than one selection: `model.selection.k` has two numbers. BATO without
@@ -77,36 +83,20 @@ def triple_selection():
     # end
 
 
-checks.check_settings(triple_selection, "triple", next(s for s in studies if "table 7" in s.title))
+checks.check_settings(triple_selection, "triple", report_of("table_7").study)
 
 # %% [markdown]
 # ## Published and on the shapes
 #
 # Left: the paper's numbers. Right: runs of 2,000 steps on the shapes, one mark per seed and a bar at their mean.
 
+# %%
+plot_ablation(report)
 
 # %%
-def columns_of(study):
-    """Published numbers of a study, one pair a variant, and those measured on the shapes, one a seed."""
-    found = {
-        f"{name}, published": {row: [(ap["last.box"], ap["last.mask"])] for row, ap in rows.items()}
-        for name, rows in study.published(tables).items()
-    }
-    measured = {
-        row: [(m.result.last.box.AP, m.result.last.mask.AP) for m in runs.values()]
-        for row, runs in study.measured(Path(results)).items()
-    }
-    return found | {"shapes, 2,000 steps": measured}
-
-
-labels = {study.title: {row.name: row.label for row in study.variants} for study in studies}
-plot_ablation(labels[modules.title], columns_of(modules), modules.title)
-
-# %%
-report = StudyReport.of(modules, "shapes", Path(results))
-for row, runs in report.measured.items():
-    values = ", ".join(f"{m.result.last.box.AP:.1f}" for m in runs.values())
-    print(f"{labels[modules.title][row]}: box AP {values}")
+for name, runs in report.measured.items():
+    values = ", ".join(f"{run.result.last.box.AP:.1f}" for run in runs.values())
+    print(f"{labels[name]}: box AP {values}")
 
 # %% [markdown]
 # **Read it.** Do the variants come in the same order as in the paper? How large is the difference between two
@@ -114,14 +104,16 @@ for row, runs in report.measured.items():
 # small, the training is short, and the shapes are not photographs. A study at this scale can show *that* an effect
 # exists, but not its size.
 #
-# ### Explore
-#
-# The other tables. A variant with a single mark has one seed, which supports no conclusion. `dimaskdino study
-# table_5` runs the study's three seeds, ten minutes each; the parameter `results` above then names its folder,
-# `runs/studies/shapes`.
+# The other tables are `table_3` and `table_5` to `table_9`. Two of them: the guidance of BATO (chapter 5), and shallow
+# models, with a tenth of the box losses or with random positions. A variant with a single mark has one seed, which
+# supports no conclusion. `dimaskdino study table_5` runs the study's three seeds, ten minutes each; the parameter
+# `results` above then names its folder, `runs/studies/shapes`.
 
 # %%
-explore_studies(labels, {study.title: columns_of(study) for study in studies})
+plot_ablation(report_of("table_5"))
+
+# %%
+plot_ablation(report_of("table_3"))
 
 # %% [markdown]
 # ## Is it more than luck?
@@ -156,7 +148,7 @@ if checks.check_unpaired(unpaired):
         other = list(report.values(name, box).values())
         if min(len(base), len(other)) > 1:
             difference, error = unpaired(base, other)
-            print(f"{labels[modules.title][name]} − neither: {difference:+.1f} ± {error:.1f} points of box AP")
+            print(f"{labels[name]} − neither: {difference:+.1f} ± {error:.1f} points of box AP")
 
 # %% [markdown]
 # Runs that share a seed see the same images in the same order. Should they be compared in pairs, seed by seed? Only
@@ -170,7 +162,7 @@ for name in ("di", "bato", "di_bato"):
     common = sorted(set(base) & set(other))
     if len(common) > 2:
         correlation = statistics.correlation([base[seed] for seed in common], [other[seed] for seed in common])
-        print(f"neither and {labels[modules.title][name]}: correlation over seeds {correlation:+.2f}")
+        print(f"neither and {labels[name]}: correlation over seeds {correlation:+.2f}")
 
 # %% [markdown]
 # A difference has two sources of uncertainty. Other **trainings** would lead to other models, and other **images** to
@@ -184,15 +176,14 @@ bet = Choice("How many of the three gains in box AP are supported (adjusted p < 
 bet
 
 # %%
-pairs = [(found, report.published_differences(found.comparison)) for found in report.results]
-rows = [found for found, _ in pairs if found.comparison.quantity == box and found.comparison.minus == ("neither",)]
-supported = sum(found.adjusted_p is not None and found.adjusted_p < 0.05 for found in rows)
+gains = [c for c in report.results if c.comparison.quantity == box and c.comparison.minus == ("neither",)]
+supported = sum(c.adjusted_p is not None and c.adjusted_p < 0.05 for c in gains)
 bet.reveal(
     bet.options[supported], {"all": "the gains are large, but the seeds scatter a lot, most of all with both modules"}
 )
 
 # %%
-plot_differences(pairs, "Table 4 on the shapes: differences")
+plot_differences(report)
 
 # %%
 Markdown(report.markdown())
@@ -219,14 +210,14 @@ Markdown(report.markdown())
 
 
 # %%
-def verdicts(rows):
-    """(difference, low, high, adjusted p) of each variant after the first; rows are lists of APs."""
+def verdicts(variants):
+    """(difference, low, high, adjusted p) of each variant after the first; a variant is a list of APs."""
     # solution
-    first, *others = rows
+    first, *others = variants
     found = []
     for other in others:
         difference, error = unpaired(first, other)
-        v = [statistics.variance(row) / len(row) for row in (first, other)]
+        v = [statistics.variance(runs) / len(runs) for runs in (first, other)]
         df = sum(v) ** 2 / (v[0] ** 2 / (len(first) - 1) + v[1] ** 2 / (len(other) - 1))
         half = stats.t.ppf(0.975, df) * error
         found.append((difference, difference - half, difference + half, 2 * stats.t.sf(abs(difference) / error, df)))
@@ -247,10 +238,10 @@ checks.check_verdicts(verdicts, report, box)
 # class before you explain it.
 
 # %%
-for row, runs in report.measured.items():
+for name, runs in report.measured.items():
     by_class = [diagnostics.imbalance_by_group(run.result, by="class") for run in runs.values()]
     imbalances = {kind: sum(one[kind]["decoder.1"] for one in by_class) / len(by_class) for kind in by_class[0]}
-    print(f"{labels[modules.title][row]:20}", "  ".join(f"{kind} {value:+.1f}" for kind, value in imbalances.items()))
+    print(f"{labels[name]:20}", "  ".join(f"{kind} {value:+.1f}" for kind, value in imbalances.items()))
 
 # %% [markdown]
 # Which classes cause the difference, and what is special about their masks? Find a second explanation for the smaller
@@ -270,16 +261,15 @@ repeated = Choice(
 repeated
 
 # %%
-second = StudyReport.of(
-    load_study(Path("configs/ablations/box_formula.yaml")), "miniature", Path("notebooks/studies/miniature")
-)
+formulas = load_study(Path("configs/ablations/box_formula.yaml"))
+second = StudyReport.of(formulas, "miniature", Path("notebooks/studies/miniature"))
 published = [c for c in second.results if c.comparison.quantity == box and "published formula" in c.comparison.label]
 raised = [c.comparison.label.split(",")[0] for c in published if c.adjusted_p < 0.05 and c.difference > 0]
 right = raised[0] if len(raised) == 1 else "both" if raised else "neither"
 repeated.reveal(
     right, {"BATO": "its gain above was large but inconclusive, and two of the five seeds had been added later"}
 )
-plot_differences([(found, {}) for found in second.results], "The second study: differences")
+plot_differences(second)
 
 # %% [markdown]
 # Read the first column from top to bottom. How much of De-Imbalance's gain is left if the boxes that enter the
@@ -291,8 +281,7 @@ plot_differences([(found, {}) for found in second.results], "The second study: d
 # Table 4 compares the last layers. The other layers show *where* a module acts.
 
 # %%
-by_label = {labels[modules.title][name]: [m.result for m in runs.values()] for name, runs in report.measured.items()}
-plot_study_layers(by_label, "Table 4 on the shapes, every stage")
+plot_study_layers(report)
 
 # %% [markdown]
 # ### Exercise 7.3, to discuss

@@ -250,6 +250,6 @@ def test_the_command_writes_a_report_and_interrupting_it_loses_nothing(shapes_da
     assert f"{150 - reached} of 150 steps left" in again.stdout
     assert "| A" in again.stdout
     report = tmp_path / "out" / "study"
-    for name in ("study.ipynb", "table.md", "table.json", "rows.png", "layers.png", "../runs.jsonl"):
+    for name in ("study.ipynb", "table.md", "table.json", "variants.png", "layers.png", "../runs.jsonl"):
         assert (report / name).exists()
     assert json.loads((report / "status.json").read_text())["state"] == "finished"

@@ -73,7 +73,7 @@ def click_into_the_finest_level(page, image):
     raise AssertionError("no click chose another query")
 
 
-@pytest.mark.parametrize("chapter", ["01_imbalance", "03_deformable_attention", "05_bato", "07_ablations"])
+@pytest.mark.parametrize("chapter", ["01_imbalance", "03_deformable_attention", "05_bato"])
 def test_a_whole_chapter_is_clicked_through(chapter, lab, browser, shapes_data):
     """A student runs all cells, answers every question, sees the answers, and moves every explorer."""
     address, folder = lab

@@ -12,22 +12,20 @@ from small import trained_file
 from dimaskdino import load
 from dimaskdino.data.coco import CocoDataset, Sample
 from dimaskdino.data.dataloader import collate, training_dataset
-from dimaskdino.evaluation.coco_ap import AveragePrecision, precision_curves, read_truth
-from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP, detect_layers
+from dimaskdino.evaluation.coco_ap import precision_curves, read_truth
+from dimaskdino.evaluation.layerwise_ap import detect_layers
 from dimaskdino.inspection.look import look_at
 from dimaskdino.inspection.objects import track_objects
 from dimaskdino.modeling import ImageBatch
 from dimaskdino.training.matcher import match
 from dimaskdino.viz import draw_architecture, draw_interaction, draw_mask_features, draw_token_maps, plot_mean_ious
 from dimaskdino.viz.explorers import (
-    explore_curves,
     explore_guidance,
     explore_layers,
     explore_matching,
     explore_precision,
     explore_sampling,
     explore_selection,
-    explore_studies,
     explore_true_boxes,
 )
 
@@ -139,30 +137,6 @@ def test_a_click_chooses_the_nearest_query(looks):
         assert (centres[chosen] - centres[query]).norm() < 1e-3
     explorer.picture.clicked = [0.001, 0.999]  # beside the panels
     assert explorer.values["query"] == chosen
-
-
-def test_curves_of_the_chosen_runs():
-    def run(value):
-        ap = AveragePrecision(**dict.fromkeys(AveragePrecision.__dataclass_fields__, value))
-        return LayerwiseAP({"decoder.1": StageAP(ap, ap)}, 1, "")
-
-    explorer = explore_curves({"a": run(10.0), "b": run(20.0)})
-    assert explorer.picture.alt.startswith("runs a, b. ")
-    explorer.controls["names"].value = ("b",)
-    assert explorer.picture.alt.startswith("runs b. ")
-    assert list(explorer.figure.axes[0].lines[0].get_ydata()) == [20.0]
-
-
-def test_studies_by_their_titles():
-    rows = {"one": {"a": "A"}, "two": {"b": "B"}}
-    columns = {
-        "one": {"COCO": {"a": [(30.0, 20.0)]}},
-        "two": {"COCO": {"b": [(40.0, 41.0), (50.0, 43.0)]}, "shapes": {}},
-    }
-    explorer = explore_studies(rows, columns)
-    assert explorer.picture.alt == "study one. Figure: one; COCO; box, mask"
-    explorer.controls["study"].value = "two"
-    assert explorer.picture.alt == "study two. Figure: two; COCO; shapes; box, mask"
 
 
 def test_guidance_needs_bato(looks):

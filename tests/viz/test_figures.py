@@ -14,6 +14,9 @@ from dimaskdino.modeling import Instances
 from dimaskdino.modeling.denoising import Denoising
 from dimaskdino.modeling.structures import Targets
 from dimaskdino.studies.comparison import Comparison, ComparisonResult, Interval, Quantity
+from dimaskdino.studies.report import StudyReport
+from dimaskdino.studies.runs import EvaluatedRun
+from dimaskdino.studies.study import Study, Variant
 from dimaskdino.viz import (
     draw_denoising,
     draw_instances,
@@ -173,20 +176,33 @@ def test_precision_recall_says_the_area():
     assert axes.lines[0].get_linestyle() == axes.lines[1].get_linestyle() != axes.lines[2].get_linestyle()
 
 
+def report(variants, published=None, **results):
+    """A report of some variants with the layer-wise APs of their runs, by label."""
+    named, measured = [], {}
+    for label, runs in variants.items():
+        named.append(Variant(name=label.replace(", ", "_"), label=label))
+        if runs:
+            measured[named[-1].name] = {seed: EvaluatedRun(result) for seed, result in enumerate(runs)}
+    study = Study.model_construct(title="Study", variants=tuple(named))
+    made = StudyReport(study, "shapes", measured, published or {})
+    vars(made).update(results)
+    return made
+
+
 def test_ablation_marks_runs_and_their_mean():
-    columns = {"COCO": {"a": [(30.0, 20.0)]}, "shapes": {"a": [(10.0, 12.0), (14.0, 16.0)]}, "none": {}}
-    figure = plot_ablation({"a": "A", "b": "B"}, columns, "title")
-    coco, shapes, none = figure.axes
-    assert [list(line.get_xdata()) for line in coco.lines if len(line.get_xdata())] == [[30.0], [20.0]]
+    first, second = (LayerwiseAP({"decoder.1": StageAP(ap(x), ap(x + 2))}, 4, "") for x in (10.0, 14.0))
+    published = {"COCO": {"A": {"last.box": 30.0, "last.mask": 20.0}, "B": {"last.box": 31.0, "last.mask": 21.0}}}
+    coco, shapes = plot_ablation(report({"A": [first, second], "B": []}, published=published)).axes
+    assert [list(line.get_xdata()) for line in coco.lines if len(line.get_xdata())] == [[30.0], [31.0], [20.0], [21.0]]
     data = [list(line.get_xdata()) for line in shapes.lines if len(line.get_xdata())]
     assert data == [[10.0, 14.0], [12.0, 12.0], [12.0, 16.0], [14.0, 14.0]]
-    assert none.get_xlabel() == "nothing measured"
     assert [label.get_text() for label in coco.get_yticklabels()] == ["A", "B"]
+    assert plot_ablation(report({"A": []})).axes[0].get_xlabel() == "nothing measured"
 
 
 def test_study_layers_show_means_and_deviations():
     other = LayerwiseAP(RESULT.stages | {"decoder.1": StageAP(ap(34.0), ap(30.0))}, 4, "")
-    figure = plot_study_layers({"A": [RESULT, other], "B": [RESULT]}, "title")
+    figure = plot_study_layers(report({"A": [RESULT, other], "B": [RESULT], "C": []}))
     box, mask, imbalance = figure.axes
     assert list(box.lines[0].get_ydata()) == [10, 15, 16, 32]
     assert list(mask.lines[0].get_ydata()) == [20, 21, 29]
@@ -200,7 +216,7 @@ def test_study_layers_show_means_and_deviations():
 
 def test_variants_of_two_factors_have_a_colour_and_a_line_style():
     names = [f"{module}, {formula}" for formula in ("x", "y", "z, old") for module in ("A", "B", "C")]
-    box, _, imbalance = plot_study_layers({name: [RESULT] for name in names}, "title").axes
+    box, _, imbalance = plot_study_layers(report({name: [RESULT] for name in names})).axes
     colours = [line.get_color() for line in box.lines]
     assert colours[:3] * 3 == colours
     assert len(set(colours)) == 3
@@ -209,21 +225,21 @@ def test_variants_of_two_factors_have_a_colour_and_a_line_style():
     places = sorted(text.get_position()[1] for text in imbalance.texts)
     assert min(np.diff(places)) > 0
 
-    others = plot_study_layers({"A, x": [RESULT], "B": [RESULT], "C": [RESULT]}, "title").axes[0]
+    others = plot_study_layers(report({"A, x": [RESULT], "B": [RESULT], "C": [RESULT]})).axes[0]
     assert len({line.get_color() for line in others.lines}) == 3
     assert len(others.collections) == 3
 
 
 def test_differences_show_intervals_and_published():
-    def comparison(label, quantity, difference, images=None, joint=None):
-        comparison = Comparison(label, ("b",), ("a",), Quantity.parse(quantity))
-        return ComparisonResult(comparison, {"a": 2, "b": 2}, difference, over_images=images, joint=joint)
+    def comparison(label, plus, quantity, difference, images=None, joint=None):
+        comparison = Comparison(label, (plus,), ("a",), Quantity.parse(quantity))
+        return ComparisonResult(comparison, {"a": 2, plus: 2}, difference, over_images=images, joint=joint)
 
-    found = comparison("b − a", "last.box", 3.0, Interval(1.0, 5.0), Interval(-9.0, 15.0))
-    single = comparison("c − a", "last.box", -1.0)
-    box, imbalance = plot_differences(
-        [(found, {"COCO": 0.8}), (single, {}), (comparison("c − a", "first.imbalance", -1.0), {})], "title"
-    ).axes
+    found = comparison("b − a", "b", "last.box", 3.0, Interval(1.0, 5.0), Interval(-9.0, 15.0))
+    single = comparison("c − a", "c", "last.box", -1.0)
+    results = [found, single, comparison("c − a", "c", "first.imbalance", -1.0)]
+    published = {"COCO": {"a": {"last.box": 30.0}, "b": {"last.box": 30.8}}}
+    box, imbalance = plot_differences(report({}, published=published, results=results)).axes
     drawn = [list(line.get_xdata()) for line in box.lines if len(line.get_xdata())]
     assert drawn == [[-9, 15], [1, 5], [3], [0.8], [-1], [0, 0]]
     assert {line.get_solid_capstyle() for line in box.lines[:2]} == {"butt"}  # other caps would lengthen intervals
@@ -231,7 +247,8 @@ def test_differences_show_intervals_and_published():
     assert [label.get_text() for label in box.get_yticklabels()] == ["b − a", "c − a"]
     assert box.get_xlim() == imbalance.get_xlim()
     four = [f"decoder.{i}.box" for i in range(4)]
-    drawn = plot_differences([(comparison("c − a", text, 1.0), {}) for text in four], "title").axes
+    results = [comparison("c − a", "c", text, 1.0) for text in four]
+    drawn = plot_differences(report({}, results=results)).axes
     assert [axes.get_title() for axes in drawn] == [Quantity.parse(text).label for text in four]
     assert [label.get_text() for label in drawn[3].get_yticklabels()] == ["c − a"]  # the fourth lies below
 

@@ -14,7 +14,7 @@ def layers() -> viz.style.Figure:
 
 def box_formula() -> viz.style.Figure:
     """The modules under three formulas for the boxes of masks, at every stage, in the second study on the shapes."""
-    return viz.study_figures(study_report("box_formula", "miniature"))["layers"]
+    return viz.plot_study_layers(study_report("box_formula", "miniature"))
 
 
 FIGURES = {"layers": layers, "box_formula": box_formula, "architecture": viz.draw_architecture}

@@ -44,7 +44,7 @@ def _differing(answer: Section, expected: Section, prefix: str = "") -> list[str
     return problems
 
 
-@check("first the mean and the variance (n − 1) of each row; then the root of the sum of variance / n")
+@check("first the mean and the variance (n − 1) of each variant; then the root of the sum of variance / n")
 def check_unpaired(function: Callable[[Sequence[float], Sequence[float]], tuple[float, float]]) -> str:
     """Difference of the means of two variants' runs, b − a, and its standard error."""
     cases = [([30.0, 34.0, 29.0], [33.0, 36.5, 33.5]), ([10.0, 12.0], [12.0, 10.0, 17.0])]
