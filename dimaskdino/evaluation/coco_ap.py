@@ -213,20 +213,10 @@ def precision_curves(truth: Truth, detections: Results, kind: Kind, threshold: f
     Raises:
         ValueError: the IoU threshold is not one of COCO's, 0.50, 0.55, … 0.95.
     """
-    row = threshold_row(threshold)
-    return truth.evaluate(detections, kind).eval["precision"][row, ..., 0, -1].T
-
-
-def threshold_row(threshold: float) -> int:
-    """Position of an IoU threshold among COCO's.
-
-    Raises:
-        ValueError: the IoU threshold is not one of COCO's, 0.50, 0.55, … 0.95.
-    """
-    rows = np.flatnonzero(np.isclose(np.linspace(0.5, 0.95, 10), threshold))
-    if not len(rows):
+    rows = np.isclose(np.linspace(0.5, 0.95, 10), threshold)
+    if not rows.any():
         raise ValueError(f"COCO's IoU thresholds are 0.50, 0.55, … 0.95, not {threshold}")
-    return int(rows[0])
+    return truth.evaluate(detections, kind).eval["precision"][rows.argmax(), ..., 0, -1].T
 
 
 def _percent(values: np.ndarray) -> float | None:

@@ -1,6 +1,6 @@
 """Diagnostics of a model's intermediate results.
 
-Each is a function of `Predictions`, `Losses`, `LayerwiseAP` or `Detections`. `survey` applies those that need a forward
+Each is a function of `Predictions`, `Losses` or `LayerwiseAP`. `survey` applies those that need a forward
 pass to some images of a split. Their figures are in `dimaskdino.viz.diagnostics`.
 """
 
@@ -8,11 +8,10 @@ import itertools
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
@@ -24,8 +23,7 @@ from dimaskdino.checkpoints.model_files import TrainedModel
 from dimaskdino.data.coco import CocoDataset
 from dimaskdino.data.dataloader import batches, evaluation_loader
 from dimaskdino.data.transforms import resize_with_objects
-from dimaskdino.evaluation.coco_ap import AveragePrecision, Kind, Truth, match_classes, threshold_row
-from dimaskdino.evaluation.detections import Detections
+from dimaskdino.evaluation.coco_ap import AveragePrecision
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.inspection.objects import mask_iou
 from dimaskdino.modeling import Detector, ImageBatch, Predictions, Targets
@@ -249,52 +247,6 @@ def _gradients(losses: Losses, terms: Sequence[str], parameters: Sequence[Tensor
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Calibration of the scores: of the detections with score s, a fraction s should be right.
-
-    Attributes:
-        score: (n,) mean score of the detections in each bin of equal width; empty bins are left out.
-        precision: (n,) fraction of them that match an object.
-        count: (n,) number of detections.
-        error: expected calibration error: mean of |score − precision|, weighted by the counts.
-    """
-
-    score: Float[np.ndarray, " n"]
-    precision: Float[np.ndarray, " n"]
-    count: Int[np.ndarray, " n"]
-    error: float
-
-
-def calibration(
-    detections: Detections, truth: Truth, kind: Kind, threshold: float = 0.5, bins: int = 10
-) -> Calibration:
-    """Compare the scores with the fraction of right detections.
-
-    Args:
-        detections: the detections of one stage.
-        truth: the annotations, from `read_truth`.
-        kind: boxes or masks.
-        threshold: smallest IoU of a right detection, one of COCO's: 0.50, 0.55, … 0.95.
-        bins: number of score bins.
-    """
-    row = threshold_row(threshold)
-    scores, right = [], []
-    for matches in match_classes(truth, detections.results(kind), kind):
-        counted = ~matches.ignored[row]
-        scores.append(matches.score[counted])
-        right.append(matches.right[row, counted])
-    score = np.concatenate(scores)
-    place = np.minimum((score * bins).astype(np.int64), bins - 1)
-    count = np.bincount(place, minlength=bins)
-    filled = count > 0
-    count = count[filled]
-    mean_score = np.bincount(place, score, bins)[filled] / count
-    precision = np.bincount(place, np.concatenate(right), bins)[filled] / count
-    error = sum(count / len(score) * np.abs(precision - mean_score))
-    return Calibration(mean_score, precision, count, float(error))
-
-
-@dataclass(frozen=True)
 class Survey:
     """The diagnostics that need a forward pass, over some images.
 
@@ -362,13 +314,12 @@ def survey(model: TrainedModel, images: int, split: str | None = None, batch_siz
     )
 
 
-def summary(result: LayerwiseAP, surveyed: Survey, calibrated: Mapping[str, Calibration]) -> dict[str, object]:
+def summary(result: LayerwiseAP, surveyed: Survey) -> dict[str, object]:
     """Summarise all diagnostics for a json file: means over objects, images and batches.
 
     Args:
         result: AP of every stage.
         surveyed: the survey.
-        calibrated: by name, such as `decoder.6, box`.
     """
     matched = surveyed.matched
     fits = {}
@@ -392,7 +343,6 @@ def summary(result: LayerwiseAP, surveyed: Survey, calibrated: Mapping[str, Cali
         "guidance_rank": float(surveyed.guidance_rank.mean()) if len(surveyed.guidance_rank) else None,
         "guidance_entropy": float(surveyed.guidance_entropy.mean()) if len(surveyed.guidance_entropy) else None,
         "gradient_conflict": conflicts,
-        "calibration_error": {name: found.error for name, found in calibrated.items()},
     }
 
 

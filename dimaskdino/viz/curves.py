@@ -12,7 +12,7 @@ from matplotlib.ticker import LogFormatter
 from dimaskdino.data.painting import GREY, colour_of, data_label
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.modeling.stages import short_name
-from dimaskdino.viz.style import BOX, KINDS, LINES, MASK, NotebookFigure, bar_places, panels, strokes_of, style
+from dimaskdino.viz.style import BOX, KINDS, LINES, MASK, NotebookFigure, bar_places, panels, style
 
 TERMS = ("label", "l1", "giou", "mask", "dice")
 RUNNING_MEANS = 60  # about this many windows over a long run
@@ -233,8 +233,12 @@ def plot_precision_recall(curves: Mapping[str, Float[np.ndarray, "101"]], title:
         title: above the curves.
     """
     figure, [axes] = panels(1, 1, 7.5, 4.6)
-    for (name, precision), stroke in zip(curves.items(), strokes_of(list(curves)), strict=True):
-        axes.plot(np.linspace(0, 1, 101), precision, label=f"{name}: AP {100 * precision.mean():.1f}", **stroke)
+    lines: dict[str, str] = {}
+    for name, precision in curves.items():
+        kind, _, rest = name.partition(",")
+        line = lines.setdefault(rest, LINES[len(lines) % len(LINES)])
+        text = f"{name}: AP {100 * precision.mean():.1f}"
+        axes.plot(np.linspace(0, 1, 101), precision, line, color=BOX if kind == "box" else MASK, label=text)
     axes.set(xlabel="recall", ylabel="precision", title=title, xlim=(0, 1.01), ylim=(0, 1.03))
     axes.legend(loc="lower left")
     return figure

@@ -14,9 +14,9 @@ from dimaskdino.data.painting import GREY, colour_of, data_label
 from dimaskdino.evaluation.coco_ap import Kind
 from dimaskdino.evaluation.error_analysis import KINDS as ERRORS
 from dimaskdino.evaluation.error_analysis import Confusion, TideAnalysis
-from dimaskdino.inspection.diagnostics import Calibration, GradientConflict, Survey, query_stability
+from dimaskdino.inspection.diagnostics import GradientConflict, Survey, query_stability
 from dimaskdino.viz.curves import places, stage_ticks, stage_title
-from dimaskdino.viz.style import BOX, KINDS, LINES, MASK, bar_places, panels, strokes_of, style
+from dimaskdino.viz.style import BOX, KINDS, LINES, MASK, bar_places, panels, style
 
 MOST_CLASSES = 20  # with a row of their own in a confusion matrix
 
@@ -128,25 +128,6 @@ def plot_gradient_conflict(models: Mapping[str, Mapping[str, Sequence[GradientCo
     left.set(yscale="log", ylabel="box norm / mask norm", title="Gradient norm of the box losses over the mask losses'")
     right.axhline(0, color="black", linewidth=0.8)
     right.set(ylabel="cosine", title="Cosine of the two gradients: below 0 they conflict")
-    return figure
-
-
-@style()
-def plot_calibration(models: Mapping[str, Mapping[str, Calibration]]) -> Figure:
-    """Plot the fraction of right detections against their score, one panel per model.
-
-    Calibrations have names such as `box, decoder.1`: the kind sets the colour, the rest the line.
-    """
-    figure, columns = panels(1, len(models), 4.6 * len(models), 4.2, sharey=True)
-    for axes, (label, measured) in zip(columns, models.items(), strict=True):
-        axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
-        for (name, bins), stroke in zip(measured.items(), strokes_of(list(measured)), strict=True):
-            text = f"{name}: error {bins.error:.2f}"
-            axes.plot(bins.score, bins.precision, marker="o", markersize=4, label=text, **stroke)
-        axes.set(title=label, xlabel="score", xlim=(0, 1), ylim=(0, 1.02))
-        axes.legend(fontsize=8, loc="upper left")
-    columns[0].set(ylabel="fraction of right detections")
-    figure.suptitle("Calibration of the scores")
     return figure
 
 

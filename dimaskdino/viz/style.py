@@ -18,7 +18,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dimaskdino.data.painting import BLUE, GREY, ORANGE
+from dimaskdino.data.painting import BLUE, ORANGE
 
 BOX, MASK = BLUE, ORANGE  # detection and segmentation, in every figure
 KINDS = (("box", BOX, "s"), ("mask", MASK, "o"))  # name, colour and marker
@@ -138,14 +138,3 @@ def bar_places(places: Sequence[float], number: int, count: int) -> tuple[np.nda
     """Places of the bars of group `number` of `count` groups side by side, and the width of a bar."""
     width = 0.8 / count
     return np.asarray(places) + (number - (count - 1) / 2) * width, width
-
-
-def strokes_of(names: Sequence[str]) -> list[dict[str, Any]]:
-    """Colour and line style of names such as `box, decoder.1`: the kind sets the colour, the rest the line."""
-    lines: dict[str, str] = {}
-    strokes = []
-    for name in names:
-        kind, _, rest = name.partition(",")
-        line = lines.setdefault(rest, LINES[len(lines) % len(LINES)])
-        strokes.append({"color": {"box": BOX, "mask": MASK}.get(kind, GREY), "linestyle": line})
-    return strokes

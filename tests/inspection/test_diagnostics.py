@@ -2,22 +2,18 @@
 
 import json
 import math
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from small import trained_file
 from torch import nn
 
 from dimaskdino import config, load
-from dimaskdino.evaluation.coco_ap import AveragePrecision, Truth
-from dimaskdino.evaluation.detections import Detections
+from dimaskdino.evaluation.coco_ap import AveragePrecision
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP, evaluate_layers
 from dimaskdino.inspection.diagnostics import (
     MatchedObjects,
     attention_entropy,
-    calibration,
     effective_rank,
     gradient_conflict,
     imbalance_by_group,
@@ -27,7 +23,7 @@ from dimaskdino.inspection.diagnostics import (
     summary,
     survey,
 )
-from dimaskdino.modeling import Instances, Predictions, Stage, Targets
+from dimaskdino.modeling import Predictions, Stage, Targets
 from dimaskdino.modeling.structures import FeatureLevels, SelectedTokens
 from dimaskdino.training.criterion import Losses
 from dimaskdino.utils.errors import UserError
@@ -140,22 +136,6 @@ def test_gradients_that_conflict():
     assert found.cosine == pytest.approx(-1 / math.sqrt(2))
 
 
-def test_calibration():
-    """Two detections at 0.15, one of them right, and two at 0.95, both right: error (0.35 + 0.05) / 2."""
-    boxes = [[10 * i, 0, 8, 40] for i in range(4)]
-    objects = [{"image_id": 1, "category_id": 1, "bbox": box, "area": 320, "iscrowd": 0} for box in boxes[:3]]
-    image = {"id": 1, "height": 40, "width": 40}
-    truth = Truth({"images": [image], "annotations": objects, "categories": [{"id": 1, "name": "disk"}]})
-    xyxy = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in boxes], dtype=torch.float32)
-    none = torch.zeros(4, dtype=torch.int64)
-    instances = Instances(xyxy, torch.tensor([0.95, 0.95, 0.15, 0.15]), none, None, none)
-    found = calibration(Detections.of(1, instances, [1]), truth, "box")
-    np.testing.assert_allclose(found.score, [0.15, 0.95], atol=1e-6)
-    np.testing.assert_allclose(found.precision, [0.5, 1])
-    assert found.count.tolist() == [2, 2]
-    assert found.error == pytest.approx(0.2)
-
-
 def test_a_survey_of_a_model(shapes_data, tmp_path):
     model = load(trained_file(tmp_path / "model.safetensors", shapes_data))
     state = torch.get_rng_state()
@@ -176,9 +156,8 @@ def test_a_survey_of_a_model(shapes_data, tmp_path):
         assert len(batches) == 2
         for c in batches:  # an untrained box head passes no gradient on
             assert math.isnan(c.cosine) if 0 in (c.box_norm, c.mask_norm) else abs(c.cosine) <= 1
-    written = json.loads(json.dumps(summary(evaluate_layers(model), found, {"box": SimpleNamespace(error=0.5)})))
+    written = json.loads(json.dumps(summary(evaluate_layers(model), found)))
     assert written["objects"] == N
-    assert written["calibration_error"] == {"box": 0.5}
     other = load(trained_file(tmp_path / "other.safetensors", shapes_data, "model.classes=3"))
     with pytest.raises(UserError, match="has 3 classes"):
         survey(other, images=1)

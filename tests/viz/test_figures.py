@@ -9,7 +9,7 @@ import torch
 from dimaskdino import config
 from dimaskdino.evaluation.coco_ap import AveragePrecision
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
-from dimaskdino.inspection.diagnostics import Calibration, GradientConflict, MatchedObjects, Survey
+from dimaskdino.inspection.diagnostics import GradientConflict, MatchedObjects, Survey
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.denoising import Denoising
 from dimaskdino.modeling.structures import Targets
@@ -23,7 +23,6 @@ from dimaskdino.viz import (
     draw_matching,
     draw_stages,
     plot_ablation,
-    plot_calibration,
     plot_differences,
     plot_first_and_last_layer,
     plot_gradient_conflict,
@@ -301,11 +300,7 @@ def test_gradient_conflict_bars():
     np.testing.assert_allclose([bar.get_height() for bar in right.patches], [-0.2])
 
 
-def test_calibration_and_imbalance_by_group():
-    measured = Calibration(np.array([0.2, 0.9]), np.array([0.1, 1.0]), np.array([5, 5]), 0.125)
-    axes = plot_calibration({"DI": {"box, decoder.1": measured}}).axes[0]
-    assert list(axes.lines[1].get_ydata()) == [0.1, 1.0]
-    assert axes.get_legend().get_texts()[0].get_text() == "box, decoder.1: error 0.12"
+def test_imbalance_by_group():
     groups = {"small": {"decoder.0": 5.0, "decoder.1": 1.0}, "large": {"decoder.1": -1.0}}
     axes = plot_imbalance_by_group({"DI": groups}, "title").axes[0]
     lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines[:2]]
