@@ -40,7 +40,6 @@ try:
         DatasetMapper,
         MetadataCatalog,
         build_detection_train_loader,
-        detection_utils,
         transforms,
     )
     from detectron2.data.datasets.coco import convert_to_coco_dict
@@ -208,30 +207,6 @@ for _name in ("DIMaskDINO", "MaskDINO"):  # the second as in the published files
         META_ARCH_REGISTRY._do_register(_name, DIMaskDINO)
 
 
-class JitterMapper(DatasetMapper):
-    """Large-scale jitter with detectron2's transforms, and masks as bitmasks."""
-
-    def __init__(self, cfg: CfgNode) -> None:
-        side = cfg.INPUT.IMAGE_SIZE
-        super().__init__(
-            is_train=True,
-            augmentations=[
-                transforms.RandomFlip(horizontal=True),
-                transforms.ResizeScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, side, side),
-                transforms.FixedSizeCrop((side, side), pad_value=PADDING),
-            ],
-            image_format=cfg.INPUT.FORMAT,
-            use_instance_mask=True,
-            instance_mask_format="bitmask",
-        )
-
-    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """Like detectron2's mapper, without the objects outside the crop."""
-        mapped = super().__call__(dataset_dict)
-        mapped["instances"] = detection_utils.filter_empty_instances(mapped["instances"])
-        return mapped
-
-
 class DIMaskDINOTrainer(DefaultTrainer):
     """detectron2's trainer with the paper's AdamW, clipping over the whole model, and large-scale jitter."""
 
@@ -257,7 +232,19 @@ class DIMaskDINOTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        return build_detection_train_loader(cfg, mapper=JitterMapper(cfg))
+        side = cfg.INPUT.IMAGE_SIZE
+        mapper = DatasetMapper(  # leaves out the objects outside the crop
+            is_train=True,
+            augmentations=[
+                transforms.RandomFlip(horizontal=True),
+                transforms.ResizeScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, side, side),
+                transforms.FixedSizeCrop((side, side), pad_value=PADDING),
+            ],
+            image_format=cfg.INPUT.FORMAT,
+            use_instance_mask=True,
+            instance_mask_format="bitmask",
+        )
+        return build_detection_train_loader(cfg, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:

@@ -142,6 +142,22 @@ def test_its_trainer_evaluator_and_visualizer_work(registered, tmp_path):
 
 
 @needs_detectron2
+def test_its_loader_jitters_and_leaves_out_objects_outside_the_crop(registered, shapes_data):
+    from dimaskdino.interop.detectron2 import DIMaskDINOTrainer
+
+    cfg = configuration(
+        *("DATASETS.TRAIN", (registered,), "DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 12),
+        *("INPUT.IMAGE_SIZE", 64, "INPUT.MIN_SCALE", 2.0, "INPUT.MAX_SCALE", 4.0),
+    )
+    batch = next(iter(DIMaskDINOTrainer.build_train_loader(cfg)))
+    objects = {Path(sample.file).name: len(sample.labels) for sample in CocoDataset(shapes_data, "train")}
+    for x in batch:
+        assert x["image"].shape == (3, 64, 64)
+        assert x["instances"].gt_masks.tensor.flatten(1).any(1).all()
+    assert sum(len(x["instances"]) for x in batch) < sum(objects[Path(x["file_name"]).name] for x in batch)
+
+
+@needs_detectron2
 def test_losses_need_no_objects_and_know_polygons():
     from detectron2.modeling import build_model
     from detectron2.structures import Instances, PolygonMasks
