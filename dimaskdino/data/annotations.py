@@ -4,17 +4,18 @@ Training, evaluation and `dimaskdino data check` share this reader. It accepts e
 counted and reported; or refuses it with its id, the problem and a remedy.
 """
 
+import gc
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pycocotools import mask as coco_mask
 
-from dimaskdino.utils.collection import without_collection
 from dimaskdino.utils.errors import UserError
 
 LARGEST_ID = 2**63 - 1
@@ -84,6 +85,22 @@ class Annotations:
     def as_coco(self) -> dict[str, list[Entry]]:
         """The content as a COCO dictionary."""
         return {"images": self.images, "categories": self.categories, "annotations": self.annotations}
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Pause the garbage collector for a `with` block or a decorated function that makes many objects.
+
+    A full collection takes 0.4 s with PyTorch loaded. Without it, reading annotations takes a third less time, and
+    listing 500,000 masks as dictionaries 0.5 s instead of 1.9 s.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @without_collection()

@@ -17,8 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from dimaskdino.data.annotations import read_annotations
-from dimaskdino.utils.collection import without_collection
+from dimaskdino.data.annotations import read_annotations, without_collection
 
 Kind = Literal["box", "mask"]
 Results = list[dict[str, Any]] | Float[np.ndarray, "n 7"]  # boxes or masks as COCO's results, or boxes as a table

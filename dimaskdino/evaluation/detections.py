@@ -22,9 +22,9 @@ from safetensors.numpy import save_file
 from dimaskdino import config
 from dimaskdino.checkpoints.model_files import TrainedModel
 from dimaskdino.config.sections import RENAMED_MODULES
+from dimaskdino.data.annotations import without_collection
 from dimaskdino.evaluation.coco_ap import Kind, Results
 from dimaskdino.modeling import Instances
-from dimaskdino.utils.collection import without_collection
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.files import write_atomically, write_text
 

@@ -29,7 +29,6 @@ from dimaskdino.inspection.look import Look
 from dimaskdino.inspection.objects import ObjectTrack, track_objects
 from dimaskdino.modeling.structures import Predictions, Targets
 from dimaskdino.training.matcher import matching_costs
-from dimaskdino.utils.collection import without_collection
 from dimaskdino.viz.curves import plot_precision_recall, stage_title
 from dimaskdino.viz.objects import Formula, draw_objects, draw_true_boxes
 from dimaskdino.viz.style import NotebookFigure
@@ -112,15 +111,14 @@ class Explorer:
         self.picture.observe(clicked, names="clicked")
 
     def _update(self, change: Any = None) -> None:
-        with without_collection():  # until the picture is out
-            self.figure = cast(NotebookFigure, self.draw(**self.values))
-            buffer = io.BytesIO()
-            self.figure.set_dpi(80)
-            self._arrange(self.figure)
-            FigureCanvasAgg(self.figure).print_png(buffer, pil_kwargs={"compress_level": 1})
-            with self.picture.hold_sync():
-                self.picture.alt = self._words()
-                self.picture.png = buffer.getvalue()
+        self.figure = cast(NotebookFigure, self.draw(**self.values))
+        buffer = io.BytesIO()
+        self.figure.set_dpi(80)
+        self._arrange(self.figure)
+        FigureCanvasAgg(self.figure).print_png(buffer, pil_kwargs={"compress_level": 1})
+        with self.picture.hold_sync():
+            self.picture.alt = self._words()
+            self.picture.png = buffer.getvalue()
 
     def _words(self) -> str:
         chosen = []
