@@ -11,10 +11,9 @@ from matplotlib.ticker import LogFormatter
 
 from dimaskdino.data.painting import GREY, colour_of, data_label
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
-from dimaskdino.modeling.stages import short_name
+from dimaskdino.modeling.stages import is_decoder, short_name
 from dimaskdino.viz.style import BOX, KINDS, LINES, MASK, NotebookFigure, bar_places, panels, style
 
-TERMS = ("label", "l1", "giou", "mask", "dice")
 RUNNING_MEANS = 60  # about this many windows over a long run
 
 
@@ -134,12 +133,13 @@ def _draw_imbalance(axes: Axes, result: LayerwiseAP, names: Sequence[str], numbe
 
 @style()
 def plot_losses(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
-    """Plot the total loss and the losses of the last decoder layer over the steps; long runs as running means.
+    """Plot the total loss and all loss terms of the last decoder layer over the steps; long runs as running means.
 
     Args:
         runs: a run's metrics records (`RunFolder.read_metrics`) by the name to show.
     """
     figure, (left, right) = panels(1, 2, 10, 3.6)
+    terms: dict[str, int] = {}  # of all runs, with the number of their colour
     for number, (label, records) in enumerate(runs.items()):
         records = [record for record in records if "loss" in record]
         if not records:
@@ -149,13 +149,10 @@ def plot_losses(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
         if width > 1:
             left.plot(steps, total, color=colour_of(number), alpha=0.25, linewidth=0.8)
         left.plot(*_running_mean(steps, total, width), color=colour_of(number), label=data_label(label))
-        layers = [
-            int(name.split("/")[0].split(".")[1]) for name in records[-1]["losses"] if name.startswith("decoder.")
-        ]
-        for k, term in enumerate(TERMS):
-            values = [record["losses"][f"decoder.{max(layers)}/{term}"] for record in records]
-            look: dict[str, Any] = {"color": colour_of(k), "linestyle": LINES[number % len(LINES)]}
-            right.plot(*_running_mean(steps, values, width), label=None if number else term, **look)
+        for term, (passed, values) in _last_layer(records).items():
+            text = None if term in terms else data_label(term)
+            colour = colour_of(terms.setdefault(term, len(terms)))
+            right.plot(*_running_mean(passed, values, width), LINES[number % len(LINES)], color=colour, label=text)
     left.set(xlabel="step", ylabel="total loss", title="All stages", yscale="log")
     right.set(xlabel="step", ylabel="weighted loss", title="Last decoder layer", yscale="log")
     for axes in (left, right):
@@ -166,8 +163,24 @@ def plot_losses(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
     return figure
 
 
+def _last_layer(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and losses of the last decoder layer, by term."""
+    stages = {name.partition("/")[0] for name in records[-1]["losses"]}
+    last = max((stage for stage in stages if is_decoder(stage)), key=lambda stage: int(stage.partition(".")[2]))
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for record in records:
+        for name, value in record["losses"].items():
+            stage, _, term = name.partition("/")
+            if stage == last:
+                steps, values = curves.setdefault(term, ([], []))
+                steps.append(record["step"])
+                values.append(value)
+    return curves
+
+
 def _running_mean(steps: Sequence[int], values: Sequence[float], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means of `width` neighbours, at the middle of their steps."""
+    """Means of `width` neighbours, or of all if there are fewer, at the middle of their steps."""
+    width = min(width, len(values))
     weights = np.full(width, 1 / width)
     return np.convolve(steps, weights, "valid"), np.convolve(values, weights, "valid")
 

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from dimaskdino.data.painting import BLUE, CYCLE, GREY, SKY, colour_of, colours_of, data_label
+from dimaskdino.data.painting import BLUE, GREY, SKY, colour_of, colours_of, data_label
 from dimaskdino.modeling.denoising import DenoisingQueries
-from dimaskdino.viz.curves import TERMS, places, stage_ticks, stage_title
+from dimaskdino.viz.curves import places, stage_ticks, stage_title
 from dimaskdino.viz.style import KINDS, LINES, add_boxes, panels, show_image, style
 
 
@@ -61,9 +61,10 @@ def plot_loss_terms(losses: Mapping[str, float]) -> Figure:
     stages = list(dict.fromkeys(name.rpartition("/")[0] for name in losses))
     figure, [axes] = panels(1, 1, 10, 0.34 * len(stages) + 1.4)
     left = np.zeros(len(stages))
-    for colour, term in zip(CYCLE, TERMS, strict=False):
+    terms = list(dict.fromkeys(name.rpartition("/")[2] for name in losses))
+    for number, term in enumerate(terms):
         values = np.array([losses.get(f"{stage}/{term}", 0.0) for stage in stages])
-        axes.barh(range(len(stages)), values, left=left, color=colour, label=term)
+        axes.barh(range(len(stages)), values, left=left, color=colour_of(number), label=data_label(term))
         left += values
     names = []
     for stage in stages:
@@ -73,7 +74,7 @@ def plot_loss_terms(losses: Mapping[str, float]) -> Figure:
     axes.invert_yaxis()
     axes.set(xlabel="weighted loss", title="Weighted losses of one batch, by stage")
     axes.grid(axis="y", visible=False)
-    axes.legend(ncols=len(TERMS), loc="lower right")
+    axes.legend(ncols=len(terms), loc="lower right")
     return figure
 
 

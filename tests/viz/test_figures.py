@@ -17,6 +17,7 @@ from dimaskdino.studies.comparison import Comparison, ComparisonResult, Interval
 from dimaskdino.studies.report import StudyReport
 from dimaskdino.studies.runs import EvaluatedRun
 from dimaskdino.studies.study import Study, Variant
+from dimaskdino.training.criterion import LOSS_TERMS
 from dimaskdino.viz import (
     draw_denoising,
     draw_instances,
@@ -36,7 +37,6 @@ from dimaskdino.viz import (
     plot_selection_recall,
     plot_study_layers,
 )
-from dimaskdino.viz.curves import TERMS
 from dimaskdino.viz.style import free_place
 
 
@@ -78,15 +78,28 @@ def test_two_runs_of_different_depth_share_the_axis():
 
 
 def test_loss_curves():
-    losses = {f"decoder.{i}/{t}": 1.0 + i for i in (1, 2) for t in TERMS}
+    losses = {f"decoder.{i}/{t}": 1.0 + i for i in (1, 2) for t in LOSS_TERMS}
     records = [{"step": s, "loss": 9.0 / s, "losses": losses} for s in (1, 2, 3)] + [{"step": 3, "skipped": "x"}]
     left, right = plot_losses({"a": records, "empty": []}).axes
     assert list(left.lines[0].get_ydata()) == [9.0, 4.5, 3.0]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == list(LOSS_TERMS)
     assert all(set(line.get_ydata()) == {3.0} for line in right.lines)  # of the last layer
 
 
+def test_loss_terms_of_ones_own_have_a_curve():
+    """A run that began without the term, and one with other terms alone: a colour is that of one term in all runs."""
+    records = [{"step": s, "loss": 2.0, "losses": {"decoder.1/l1": 1.0}} for s in range(120)]
+    records[-1]["losses"]["decoder.1/area"] = 0.5
+    other = [{"step": 1, "loss": 2.0, "losses": {"decoder.1/area": 0.25}}]
+    right = plot_losses({"a": records, "b": other}).axes[1]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["l1", "area"]
+    l1, area, second = right.lines
+    assert (len(l1.get_xdata()), list(area.get_xdata()), list(area.get_ydata())) == (119, [119], [0.5])
+    assert l1.get_color() != area.get_color() == second.get_color()
+
+
 def test_long_runs_are_shown_as_running_means():
-    losses = dict.fromkeys((f"decoder.1/{t}" for t in TERMS), 1.0)
+    losses = dict.fromkeys((f"decoder.1/{t}" for t in LOSS_TERMS), 1.0)
     records = [{"step": s, "loss": 1.0 + s % 2, "losses": losses} for s in range(120)]
     raw, mean = plot_losses({"a": records}).axes[0].lines
     assert list(raw.get_ydata()) == [1.0, 2.0] * 60
@@ -117,7 +130,7 @@ def test_any_name_can_be_drawn(name):
     boxes = torch.tensor([[2.0, 2, 20, 20]])
     instances = Instances(boxes, torch.tensor([0.9]), torch.tensor([0]), None, torch.tensor([0]))
     figure = draw_instances(torch.zeros(3, 40, 40, dtype=torch.uint8), instances, [name])
-    record = {"step": 1, "loss": 2.0, "losses": dict.fromkeys((f"decoder.1/{term}" for term in TERMS), 1.0)}
+    record = {"step": 1, "loss": 2.0, "losses": dict.fromkeys((f"decoder.1/{term}" for term in LOSS_TERMS), 1.0)}
     for each in (figure, plot_losses({name: [record]}), plot_layerwise_ap({name: RESULT, "other": RESULT})):
         each.savefig(io.BytesIO(), format="png", dpi=40)
     shown = figure.axes[0].texts[0].get_text()
@@ -142,7 +155,7 @@ def test_matching_frames_each_pair_in_its_cell():
 
 def test_bars_of_the_losses_add_up():
     losses = {"decoder.0/label": 1.0, "decoder.0/l1": 2.0, "token_interaction.0/label": 4.0}
-    losses["denoising.decoder.0/dice"] = 3.0
+    losses |= {"denoising.decoder.0/dice": 3.0, "decoder.0/area": 0.5}
     axes = plot_loss_terms(losses).axes[0]
     labels = ["decoder input", "token inter. 1", "denoising: decoder input"]
     assert [t.get_text() for t in axes.get_yticklabels()] == labels
@@ -150,7 +163,8 @@ def test_bars_of_the_losses_add_up():
     for bar in axes.patches:
         row = round(bar.get_y() + 0.4)
         ends[row] = max(ends.get(row, 0.0), bar.get_x() + bar.get_width())
-    assert ends == {0: 3.0, 1: 4.0, 2: 3.0}
+    assert ends == {0: 3.5, 1: 4.0, 2: 3.0}
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["label", "l1", "dice", "area"]
 
 
 def test_denoising_groups_and_their_mask():
