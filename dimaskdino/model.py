@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
@@ -23,7 +24,6 @@ from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.evaluation.predict import predict_images
 from dimaskdino.inspection.look import Look, look_at
 from dimaskdino.interop import hub
-from dimaskdino.interop.supervision import to_supervision
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.precision import Precision, fast_precision
 from dimaskdino.modeling.stages import stage_names
@@ -152,7 +152,17 @@ class Result:
         Raises:
             UserError: supervision is not installed.
         """
-        return to_supervision(self.instances, self.classes)
+        try:
+            import supervision
+        except ImportError:
+            raise UserError("to_supervision needs supervision: pip install 'dimaskdino[supervision]'") from None
+        return supervision.Detections(
+            xyxy=self.boxes.float().cpu().numpy(),
+            mask=None if self.instances.query_masks is None else self.masks.cpu().numpy(),
+            confidence=self.scores.float().cpu().numpy(),
+            class_id=self.labels.cpu().numpy(),
+            data={"class_name": np.array(self.class_names, dtype=str)},
+        )
 
 
 class Model(TrainedModel):

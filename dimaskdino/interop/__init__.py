@@ -1,1 +1,1 @@
-"""The model in other tools: detectron2, supervision and the Hugging Face Hub. Each is optional."""
+"""The model in other tools: detectron2, the Hugging Face Hub and exported files. Each is optional."""

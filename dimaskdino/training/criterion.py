@@ -12,8 +12,7 @@ from torch.nn import functional
 
 from dimaskdino import config
 from dimaskdino.modeling.structures import Predictions, Stage, Targets
-from dimaskdino.training.boxes import generalized_iou
-from dimaskdino.training.matcher import ALPHA, GAMMA, Matches, match
+from dimaskdino.training.matcher import ALPHA, GAMMA, Matches, generalized_iou, match
 from dimaskdino.training.points import sample_maps, sample_masks, uncertain_points
 from dimaskdino.utils import plugins
 

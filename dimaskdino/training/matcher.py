@@ -9,14 +9,15 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional
+from torchvision.ops import box_convert
 
 from dimaskdino import config
 from dimaskdino.modeling.structures import Stage, Targets
-from dimaskdino.training.boxes import generalized_iou
 from dimaskdino.training.points import sample_maps, sample_masks
 from dimaskdino.utils import plugins
 
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss, arXiv 1708.02002
+EPSILON = 1e-6  # of the generalised IoU
 
 
 @dataclass(frozen=True)
@@ -122,3 +123,17 @@ def _mask_cost(
     p = logits.sigmoid()
     dice = 1 - (2 * p @ target_t + 1) / (p.sum(-1, keepdim=True) + target.sum(-1)[:, None] + 1)
     return weights.mask * bce + weights.dice * dice
+
+
+def generalized_iou(a: Float[Tensor, "*#batch 4"], b: Float[Tensor, "*#batch 4"]) -> Float[Tensor, "*batch"]:
+    """GIoU (arXiv 1902.09630) of cxcywh boxes that broadcast against each other, 1e-6 added to both divisors."""
+    a, b = box_convert(a, "cxcywh", "xyxy"), box_convert(b, "cxcywh", "xyxy")
+    overlap = _area((torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0))
+    union = _area(a[..., 2:] - a[..., :2]) + _area(b[..., 2:] - b[..., :2]) - overlap
+    hull = _area((torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0))
+    return overlap / (union + EPSILON) - (hull - union) / (hull + EPSILON)
+
+
+def _area(size: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch"]:
+    """Width times height. The gradient of `prod` would make the host ask the GPU whether a factor is zero."""
+    return size[..., 0] * size[..., 1]

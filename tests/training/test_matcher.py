@@ -9,8 +9,7 @@ from torchvision.ops import box_convert, generalized_box_iou
 from dimaskdino import config
 from dimaskdino.modeling import Stage, Targets
 from dimaskdino.training import matcher
-from dimaskdino.training.boxes import generalized_iou
-from dimaskdino.training.matcher import match
+from dimaskdino.training.matcher import generalized_iou, match
 from dimaskdino.training.points import sample_maps, sample_masks, uncertain_points
 
 LOSS = config.Loss(points=200)
