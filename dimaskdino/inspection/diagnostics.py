@@ -181,14 +181,6 @@ def effective_rank(attention: Float[Tensor, "*B N G"]) -> Float[Tensor, "*B"]:
     return torch.special.entr(p).sum(-1).exp()
 
 
-def attention_entropy(attention: Float[Tensor, "*B N G"]) -> Float[Tensor, "*B"]:
-    """Entropy of attention weights over its largest value, log G, as the mean over the N queries.
-
-    It is 1 where every query attends to all keys alike, and 0 where each attends to one.
-    """
-    return torch.special.entr(attention.float()).sum(-1).mean(-1) / math.log(attention.shape[-1])
-
-
 @dataclass(frozen=True)
 class GradientConflict:
     """Gradients of the box and the mask losses on shared parameters.
@@ -254,14 +246,12 @@ class Survey:
         matched: the matched query of each object at each stage.
         recall: the objects that the selections kept, as `selection_recall`.
         guidance_rank: (images,) effective rank of BATO's attention; empty without BATO.
-        guidance_entropy: (images,) its entropy relative to that of even attention; empty without BATO.
         conflict: by part of the model, one entry per batch.
     """
 
     matched: MatchedObjects
     recall: dict[str, Bool[Tensor, " N"]]
     guidance_rank: Float[Tensor, " images"]
-    guidance_entropy: Float[Tensor, " images"]
     conflict: dict[str, list[GradientConflict]]
 
 
@@ -287,7 +277,7 @@ def survey(model: TrainedModel, images: int, split: str | None = None, batch_siz
     evaluation = model.config.evaluation.model_copy(update={"batch_size": batch_size})
     loader = evaluation_loader(data, model.config.model_copy(update={"evaluation": evaluation}), groups)
     device = model.device
-    matched, recall, ranks, entropies = [], defaultdict(list), [], []
+    matched, recall, ranks = [], defaultdict(list), []
     conflicts: dict[str, list[GradientConflict]] = defaultdict(list)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)  # matching looks at random points
@@ -304,12 +294,10 @@ def survey(model: TrainedModel, images: int, split: str | None = None, batch_siz
                 attention = predictions.trace.guidance_attention
                 if attention is not None:
                     ranks.append(effective_rank(attention))
-                    entropies.append(attention_entropy(attention))
     return Survey(
         matched=MatchedObjects.joined(matched),
         recall={name: torch.cat(parts) for name, parts in recall.items()},
         guidance_rank=torch.cat(ranks) if ranks else torch.zeros(0),
-        guidance_entropy=torch.cat(entropies) if entropies else torch.zeros(0),
         conflict=dict(conflicts),
     )
 
@@ -341,7 +329,6 @@ def summary(result: LayerwiseAP, surveyed: Survey) -> dict[str, object]:
         "query_stability": {stage: _mean([kept]) for stage, kept in query_stability(matched).items()},
         "selection_recall": {name: float(kept.float().mean()) for name, kept in surveyed.recall.items()},
         "guidance_rank": float(surveyed.guidance_rank.mean()) if len(surveyed.guidance_rank) else None,
-        "guidance_entropy": float(surveyed.guidance_entropy.mean()) if len(surveyed.guidance_entropy) else None,
         "gradient_conflict": conflicts,
     }
 

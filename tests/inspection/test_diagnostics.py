@@ -13,7 +13,6 @@ from dimaskdino.evaluation.coco_ap import AveragePrecision
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP, evaluate_layers
 from dimaskdino.inspection.diagnostics import (
     MatchedObjects,
-    attention_entropy,
     effective_rank,
     gradient_conflict,
     imbalance_by_group,
@@ -102,13 +101,6 @@ def test_objects_that_a_selection_keeps():
     }
 
 
-def test_attention_entropy():
-    even, one = torch.full((3, 4), 0.25), torch.eye(4)[:3]
-    half = torch.tensor([[0.5, 0.5, 0, 0]]).expand(3, 4)  # log 2 of log 4
-    found = attention_entropy(torch.stack([even, one, half]))
-    torch.testing.assert_close(found, torch.tensor([1.0, 0.0, 0.5]))
-
-
 def test_effective_rank():
     same = torch.full((6, 4), 0.25)
     own = torch.eye(4).repeat(2, 1)
@@ -150,7 +142,6 @@ def test_a_survey_of_a_model(shapes_data, tmp_path):
     assert bool((found.recall["T_s2"] <= found.recall["T_s1"]).all())
     assert len(found.guidance_rank) == 3
     assert ((found.guidance_rank >= 1) & (found.guidance_rank <= 4)).all()
-    assert ((found.guidance_entropy > 0.5) & (found.guidance_entropy <= 1)).all()  # an untrained layer attends evenly
     assert {"backbone", "pixel_decoder", "decoder", "de_imbalance", "bato"} <= set(found.conflict)
     for batches in found.conflict.values():
         assert len(batches) == 2

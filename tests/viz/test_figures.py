@@ -269,7 +269,7 @@ def test_differences_show_intervals_and_published():
 def survey(stages, query, box, mask, recall, rank, conflict):
     matched = MatchedObjects(stages, torch.tensor(query), torch.tensor(box), torch.tensor(mask))
     kept = {name: torch.tensor(values) for name, values in recall.items()}
-    return Survey(matched, kept, torch.tensor(rank), torch.tensor(rank) / 10, conflict)
+    return Survey(matched, kept, torch.tensor(rank), conflict)
 
 
 DI = survey(
