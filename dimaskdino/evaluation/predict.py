@@ -10,16 +10,8 @@ from torch import Tensor
 from dimaskdino.checkpoints import TrainedModel
 from dimaskdino.data.transforms import resize_image
 from dimaskdino.evaluation.layerwise_ap import chosen_stages
-from dimaskdino.modeling import ImageBatch, Instances, Predictions, postprocess
+from dimaskdino.modeling import ImageBatch, Instances, postprocess
 from dimaskdino.utils.errors import UserError
-
-
-def forward_image(
-    model: TrainedModel, image: UInt8[Tensor, "3 h w"], trace: bool = False
-) -> tuple[Predictions, ImageBatch]:
-    """Predictions of every stage for one image, resized as in testing, and the batch that the model saw."""
-    batch = ImageBatch.from_images([resize_image(image, model.config.data.resize)], model.device)
-    return model.forward(batch, trace), batch
 
 
 def predict_images(

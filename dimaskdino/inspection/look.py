@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dimaskdino.checkpoints import TrainedModel
 from dimaskdino.data.coco import Sample
+from dimaskdino.data.transforms import resize_image
 from dimaskdino.evaluation.layerwise_ap import chosen_stages
-from dimaskdino.evaluation.predict import forward_image
 from dimaskdino.modeling import ImageBatch, Instances, Predictions, postprocess
 from dimaskdino.modeling.structures import Trace
 
@@ -50,6 +50,7 @@ class Look:
 
 
 def look_at(model: TrainedModel, sample: Sample) -> Look:
-    """Run a model on one image with the trace."""
-    predictions, batch = forward_image(model, sample.image, trace=True)
+    """Run a model on one image, resized as in testing, with the trace."""
+    batch = ImageBatch.from_images([resize_image(sample.image, model.config.data.resize)], model.device)
+    predictions = model.forward(batch, trace=True)
     return Look(sample, predictions, batch, tuple(model.classes), model.config.evaluation.detections)
