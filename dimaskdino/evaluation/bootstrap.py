@@ -39,9 +39,9 @@ class BootstrapAP:
     images: str
     samples: dict[str, Float[np.ndarray, " draws"]]
 
-    def intervals(self, confidence: float = CONFIDENCE) -> dict[str, tuple[float, float]]:
-        """Central interval of the resamples by `stage/kind`."""
-        tail = 100 * (1 - confidence) / 2
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Central interval of the resamples by `stage/kind`, with the confidence `CONFIDENCE`."""
+        tail = 100 * (1 - CONFIDENCE) / 2
         return {name: tuple(np.nanpercentile(s, [tail, 100 - tail]).tolist()) for name, s in self.samples.items()}
 
     def save(self, path: Path) -> None:

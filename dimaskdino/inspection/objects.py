@@ -86,16 +86,15 @@ def token_owners(look: Look, tokens: SelectedTokens | None = None) -> Tensor:
     return owner
 
 
-def box_owners(look: Look, boxes: Float[Tensor, "n 4"], threshold: float = 0.5) -> Tensor:
-    """(n,) the object whose box has the largest IoU with each box; −1 if no IoU reaches the threshold.
+def box_owners(look: Look, boxes: Float[Tensor, "n 4"]) -> Tensor:
+    """(n,) the object whose box has the largest IoU with each box; −1 if no IoU reaches 0.5.
 
     Args:
         look: an image with its objects.
         boxes: cxcywh in [0, 1] of the padded input, as in the stages.
-        threshold: smallest IoU.
     """
     if not len(look.sample.labels):
         return torch.full((len(boxes),), -1)
     corners = look.pixels(box_convert(boxes, "cxcywh", "xyxy").view(-1, 2, 2)).flatten(1)
     overlap, owner = box_iou(corners, look.sample.boxes).max(1)
-    return owner.masked_fill(overlap < threshold, -1)
+    return owner.masked_fill(overlap < 0.5, -1)

@@ -97,16 +97,15 @@ class Explorer:
         """The values of the controls, by argument."""
         return {name: control.value for name, control in self.controls.items()}
 
-    def on_click(self, act: Callable[[int, float, float], None]) -> None:
-        """Call a function for every click on a panel, with the panel's number and the place in its coordinates."""
+    def on_click(self, act: Callable[[float, float], None]) -> None:
+        """Call a function for every click on a panel, with the place in the panel's coordinates."""
 
         def clicked(change: Any) -> None:
             width, height = self.figure.bbox.size
             place = (change["new"][0] * width, (1 - change["new"][1]) * height)
-            for number, axes in enumerate(self.figure.axes):
+            for axes in self.figure.axes:
                 if axes.bbox.contains(*place):
-                    act(number, *axes.transData.inverted().transform(place).tolist())
-                    return
+                    act(*axes.transData.inverted().transform(place).tolist())
 
         self.picture.observe(clicked, names="clicked")
 
@@ -213,7 +212,7 @@ def explore_sampling(looks: Sequence[Look]) -> Explorer:
     }
     explorer = Explorer(draw, controls)
 
-    def click(panel: int, x: float, y: float) -> None:
+    def click(x: float, y: float) -> None:
         look = looks[controls["image"].value]
         centres = look.pixels(look.trace.references[controls["layer"].value][0, :, :2])
         controls["query"].value = int((centres - torch.tensor([x, y])).norm(dim=1).argmin())

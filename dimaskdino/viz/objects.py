@@ -12,13 +12,7 @@ from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
 from dimaskdino.data.coco import Sample
-from dimaskdino.data.painting import (
-    blend_masks,
-    colours_of,
-    data_label,
-    label,
-    masks_of,
-)
+from dimaskdino.data.painting import blend_masks, colours_of, data_label, label, masks_of
 from dimaskdino.evaluation.upper_bounds import coverage, true_stage, with_bounds
 from dimaskdino.inspection.look import Look
 from dimaskdino.inspection.objects import ObjectTrack
