@@ -34,6 +34,7 @@ RUN = (
     "train.batch_size=2",
     "train.checkpoint_every=2",
     "train.log_every=1",
+    "train.trackers=[]",  # TensorBoard takes a second or two to import
 )
 
 

@@ -62,11 +62,11 @@ def reached(run: RunFolder) -> int:
 
 def test_sigkill_before_between_and_after_checkpoints(scene):
     for step in (1, 3, 5):
-        trainer = scene.running(step, "data.workers=1")
+        trainer = scene.running(step)
         kill(trainer)
         assert scene.run.status()["state"] == "failed"
         assert "killed. Run the same command again to resume" in scene.run.status()["reason"]
-    scene.resumed("data.workers=1")
+    scene.resumed()
     assert [record["step"] for record in scene.run.read_metrics()] == [1, 2, 3, 4, 5, 6]
 
 

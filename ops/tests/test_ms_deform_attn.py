@@ -114,7 +114,7 @@ def test_gradients_are_those_of_finite_differences(D, points, levels):
 
 
 @pytest.mark.parametrize("name", [marked("cpu"), marked("emulated")])
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     st.integers(0, 3),
     st.integers(0, 9),
@@ -139,7 +139,7 @@ def test_kernels_equal_the_reference(name, B, Q, heads, D, points, shapes, dtype
         (0, 5, 4, 2, SHAPES),
         (2, 0, 4, 2, SHAPES),
         (2, 97, 30, 3, SHAPES),
-        (129, 2, 8, 1, [(2, 3)]),
+        (129, 1, 8, 1, [(2, 3)]),
         (1, 5, 71, 8, SHAPES),
         (1, 48, 32, 4, SHAPES),  # as many queries as cells: taken in tiles
         (2, 3, 71, 1, SHAPES),  # fewer samples than cells: these are read where they lie

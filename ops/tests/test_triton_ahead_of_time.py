@@ -41,6 +41,7 @@ def check(found: list[dict], capability: int) -> None:
             assert sum(adds.values()) == 32, variant
 
 
+@pytest.mark.slow
 def test_the_models_kernels_for_hopper(tmp_path):
     found = variants(90, "fp32,bf16", "32", tmp_path)
     assert len(found) == 8

@@ -37,7 +37,7 @@ def run_training(folder: Path, data: Path, *changes: str) -> RunFolder:
 
 @pytest.fixture(scope="module")
 def finished(shapes_data, tmp_path_factory) -> RunFolder:
-    return run_training(tmp_path_factory.mktemp("run"), shapes_data)
+    return run_training(tmp_path_factory.mktemp("run"), shapes_data, "train.trackers=[tensorboard]")
 
 
 def test_a_run_leaves_its_records(finished):

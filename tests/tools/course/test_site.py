@@ -24,6 +24,7 @@ def test_pictures_keep_their_alternative_texts(tmp_path):
     assert made.cells[1].metadata["mystnb"]["image"]["alt"] == "What it shows"
 
 
+@pytest.mark.slow
 def test_guides_and_reference_build_without_warnings_and_with_links_that_lead_somewhere(tmp_path):
     index = build(ROOT, tmp_path / "site", [])
     pages = {page.name: page.read_text() for page in index.parent.glob("*.html")}
