@@ -3,7 +3,6 @@
 # make lab    set up, open the notebooks      make lint       what continuous integration checks besides the tests
 # make figures   draw the figures of README and docs from their records     make notebooks   build the chapters
 # make site   build the documentation site with the course, in build/site/html
-# make course-release   the chapters as assignments for nbgrader, in build/course
 # make benchmark   time everything on an idle machine, in about an hour; STEPS="detectors coco_ap" for some of it
 # make gpu-check   on a machine with a GPU: build, test and time the GPU kernels and the R50 models, results in build/gpu
 #             (docs/performance.md); make gpu-wheels   download what it needs on a machine without a package index
@@ -20,7 +19,7 @@ GPU_PACKAGES := pydantic pydantic-core annotated-types typing-inspection tyro do
 # Without an NVIDIA driver on Linux: PyTorch's index of CPU builds, if it can be reached
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-all lint lab site notebooks course-release figures benchmark gpu-check gpu-wheels
+.PHONY: demo test test-all lint lab site notebooks figures benchmark gpu-check gpu-wheels
 
 .venv/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -70,9 +69,6 @@ lab: .venv/.installed
 
 notebooks: .venv/.dev
 	$(BIN)/python -m tools.course.build
-
-course-release: .venv/.dev
-	$(BIN)/python -m tools.course.release build/course
 
 figures: .venv/.installed
 	$(BIN)/python -m tools.records.figures

@@ -10,7 +10,6 @@ from dimaskdino.course.checks.attention import check_cheapest_assignment as chec
 from dimaskdino.course.checks.attention import check_corners as check_corners
 from dimaskdino.course.checks.attention import check_samples as check_samples
 from dimaskdino.course.checks.compare import CheckResult as CheckResult
-from dimaskdino.course.checks.compare import other_cases as other_cases
 from dimaskdino.course.checks.evaluation import check_average_precision as check_average_precision
 from dimaskdino.course.checks.evaluation import check_best_queries as check_best_queries
 from dimaskdino.course.checks.evaluation import check_interpolated as check_interpolated

@@ -7,7 +7,7 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,60 +64,20 @@ def check(hint: str) -> Callable[[Callable[..., str]], Callable[..., CheckResult
     return decorate
 
 
-_seed = 0  # 0: the inputs that the course shows
-
-
-@contextlib.contextmanager
-def other_cases(seed: int) -> Iterator[None]:
-    """Check with inputs that the course does not show; `seed`, above 0, chooses them."""
-    global _seed
-    before, _seed = _seed, seed
-    try:
-        yield
-    finally:
-        _seed = before
-
-
-def seed_of_cases() -> int:
-    """Seed of the inputs: 0 for those that the course shows."""
-    return _seed
-
-
 def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed + 1000 * _seed))
-
-
-def more(count: int, *shape: int) -> list[Tensor]:
-    """Random numbers for inputs that the course does not show; none while it shows its own."""
-    return [random(*shape, seed=100 + i) for i in range(count if _seed else 0)]
-
-
-def varied(case: tuple) -> tuple:
-    """Other numbers of about the same size, where a case consists of plain numbers."""
-    if not _seed or any(isinstance(value, bool) or not isinstance(value, int | float) for value in case):
-        return case
-    changed = []
-    for value, part in zip(case, random(len(case)).tolist(), strict=True):
-        scaled = value * (1 + 0.3 * part)
-        changed.append(scaled if isinstance(value, float) else round(scaled))
-    return tuple(changed)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def box_pairs() -> list[tuple[Tensor, Tensor]]:
     """Pairs of boxes, xyxy: equal, overlapping, apart, one inside the other."""
     first = torch.tensor([0.0, 0, 2, 2])
-    pairs = [(first, torch.tensor(other)) for other in ([0.0, 0, 2, 2], [1.0, 1, 3, 3], [5.0, 5, 6, 6], [0.0, 0, 2, 1])]
-    for x in more(4, 4, 2):  # a corner and a positive size for each of two boxes
-        pairs.append((torch.cat([x[0], x[0] + x[1]]), torch.cat([x[2], x[2] + x[3]])))
-    return pairs
+    others = ([0.0, 0, 2, 2], [1.0, 1, 3, 3], [5.0, 5, 6, 6], [0.0, 0, 2, 1])
+    return [(first, torch.tensor(other)) for other in others]
 
 
 def rectangles() -> list[Tensor]:
     """Masks (8, 8) bool, a rectangle each."""
     places = [(1, 2, 3, 4), (0, 0, 8, 8), (5, 1, 1, 1)]  # top, left, height and width
-    for x in more(3, 4):
-        top, left, height, width = (x * torch.tensor([5, 5, 3, 3])).int().tolist()
-        places.append((top, left, height + 1, width + 1))
     masks = []
     for top, left, height, width in places:
         mask = torch.zeros(8, 8, dtype=torch.bool)
@@ -139,7 +99,7 @@ def called(function: Callable[..., Any], arguments: Sequence[Any], copied: bool 
 
 def compared(function: Callable[..., Any], cases: Sequence[tuple], expected: Callable[..., Any]) -> str:
     """Compare a student's function with the package's on some inputs."""
-    for case in map(varied, cases):
+    for case in cases:
         if problem := difference(called(function, case), expected(*case)):
             raise Wrong(problem, call=_shown(case))
     return f"{len(cases)} cases"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
-from dimaskdino.course.checks.compare import called, check, compared, expect, more, random
+from dimaskdino.course.checks.compare import called, check, compared, expect, random
 from dimaskdino.data.coco import CocoDataset
 from dimaskdino.evaluation.coco_ap import Truth, average_precision, precision_curves
 from dimaskdino.evaluation.detections import Detections
@@ -36,7 +36,6 @@ def check_right_ones(function: Callable[[Tensor, float], Sequence[bool]]) -> str
 def check_precision_recall(function: Callable[[Sequence[bool], int], tuple]) -> str:
     """Precision and recall (D,) after each detection."""
     cases = [([True, False, True, True], 5), ([False, True], 1), ([True], 3)]
-    cases += [((x > 0.5).tolist(), 6) for x in more(3, 6)]
 
     def expected(right: Sequence[bool], objects: int) -> tuple[Tensor, Tensor]:
         hits = torch.tensor(right).double().cumsum(0)
@@ -50,9 +49,6 @@ def check_interpolated(function: Callable[[np.ndarray, np.ndarray], np.ndarray])
     """Precision at 101 recalls from precision and recall after each detection."""
     hits, places = np.cumsum([1, 0, 1, 1, 0, 0, 1]), np.arange(1, 8)
     cases = [(hits / places, hits / objects) for objects in (4, 5, 9)]
-    for x in more(3, 7):
-        hits = np.cumsum(x.numpy() > 0.4)
-        cases.append((hits / places, hits / 8))
 
     def expected(precision: np.ndarray, recall: np.ndarray) -> Tensor:
         envelope = np.maximum.accumulate(precision[::-1])[::-1]  # never rising to the right

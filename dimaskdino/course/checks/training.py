@@ -11,7 +11,7 @@ from torchvision.ops import generalized_box_iou
 
 from dimaskdino import config
 from dimaskdino.config import Config
-from dimaskdino.course.checks.compare import Wrong, box_pairs, called, check, compared, expect, random, seed_of_cases
+from dimaskdino.course.checks.compare import Wrong, box_pairs, called, check, compared, expect, random
 from dimaskdino.course.checks.pictures import draw_tables
 from dimaskdino.modeling import Detector, ImageBatch
 from dimaskdino.modeling.structures import Stage, Targets
@@ -43,12 +43,12 @@ def check_matching_cost(function: Callable[..., Tensor], stage: Stage, targets: 
     labels, true_boxes = targets.labels[0, : targets.counts[0]], targets.boxes[0, : targets.counts[0]]
 
     def cost(**weights: float) -> Tensor:
-        torch.manual_seed(seed_of_cases())
+        torch.manual_seed(0)
         chosen = config.Weights(**(dict.fromkeys(config.Weights.model_fields, 0.0) | weights))
         return matching_costs([stage], targets, cfg.model_copy(update={"cost": chosen}))[0][0]
 
     with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed_of_cases())
+        torch.manual_seed(0)
         points = torch.rand(1, cfg.points, 2)  # the first that `matching_costs` draws, too
         parts = {name: cost(**{name: weight}) for name, weight in cfg.cost.model_dump().items()}
         giou = -cost(giou=1.0)
@@ -101,7 +101,7 @@ def check_training_step(
             parameter.grad = torch.ones_like(parameter)
         optimizer = build_optimizer(model, cfg.optimizer)
         with torch.random.fork_rng():
-            torch.manual_seed(seed_of_cases())
+            torch.manual_seed(0)
             given = (model, optimizer, images, targets, cfg.loss, cfg.optimizer.clip_norm)
             returned = called(step, given, copied=False)
         squares = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None)
