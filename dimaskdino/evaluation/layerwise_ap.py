@@ -20,6 +20,7 @@ from dimaskdino.modeling.stages import FIRST_LAYER
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.files import write_text
 from dimaskdino.utils.progress import progress_bar
+from dimaskdino.utils.threads import adaptive_threads
 
 
 @dataclass(frozen=True)
@@ -270,6 +271,7 @@ def detect_layers(
     return store
 
 
+@adaptive_threads()
 def detect_batch(
     model: TrainedModel,
     batch: Batch,

@@ -12,6 +12,7 @@ from dimaskdino.data.transforms import resize_image
 from dimaskdino.evaluation.layerwise_ap import chosen_stages
 from dimaskdino.modeling import ImageBatch, Instances, postprocess
 from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.threads import adaptive_threads
 
 
 def predict_images(
@@ -42,7 +43,8 @@ def predict_images(
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     count = model.config.evaluation.detections
-    resized = [resize_image(image, model.config.data.resize) for image in images]
+    with adaptive_threads():
+        resized = [resize_image(image, model.config.data.resize) for image in images]
     by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for number, image in enumerate(resized):
         by_size[tuple(image.shape)].append(number)
@@ -50,12 +52,13 @@ def predict_images(
     for numbers in by_size.values():
         for start in range(0, len(numbers), batch_size):
             chunk = numbers[start : start + batch_size]
-            batch = ImageBatch.from_images([resized[n] for n in chunk], model.device)
             output_sizes = [(images[n].shape[-2], images[n].shape[-1]) for n in chunk]
-            for name, stage in chosen_stages(model.forward(batch), stages).items():
-                found = postprocess(stage, batch.sizes, batch.padded_size, output_sizes, count, threshold=threshold)
-                for n, instances in zip(chunk, found, strict=True):
-                    results[n][name] = _above(instances, threshold)
+            with adaptive_threads():
+                batch = ImageBatch.from_images([resized[n] for n in chunk], model.device)
+                for name, stage in chosen_stages(model.forward(batch), stages).items():
+                    found = postprocess(stage, batch.sizes, batch.padded_size, output_sizes, count, threshold=threshold)
+                    for n, instances in zip(chunk, found, strict=True):
+                        results[n][name] = _above(instances, threshold)
     return results
 
 

@@ -27,6 +27,7 @@ from dimaskdino.modeling.de_imbalance import mask_guided_boxes
 from dimaskdino.modeling.stages import DECODER_INPUT
 from dimaskdino.modeling.structures import padded_size
 from dimaskdino.utils.progress import progress_bar
+from dimaskdino.utils.threads import adaptive_threads
 
 IMAGES = 500  # enough for stable bounds; more would take minutes
 MASK_STRIDE = 4
@@ -78,14 +79,15 @@ def upper_bounds(truth: Truth, settings: config.Config) -> UpperBounds:
         original = (image["height"], image["width"])
         size = resized_size(original, settings.data.resize)
         sizes = [size], padded_size([size]), [original]
-        stage = true_stage(labels, true_masks, size, len(category_ids))
-        for convention in CONVENTIONS:
-            with_masks = convention == CONVENTIONS[0]  # the masks are the same for all conventions
-            bounded = with_bounds(stage, convention)
-            [instances] = postprocess(bounded, *sizes, settings.evaluation.detections, with_masks)
-            detections = Detections.of(image["id"], instances, category_ids)
-            boxes[convention] += detections.boxes
-            masks += detections.masks
+        with adaptive_threads():
+            stage = true_stage(labels, true_masks, size, len(category_ids))
+            for convention in CONVENTIONS:
+                with_masks = convention == CONVENTIONS[0]  # the masks are the same for all conventions
+                bounded = with_bounds(stage, convention)
+                [instances] = postprocess(bounded, *sizes, settings.evaluation.detections, with_masks)
+                detections = Detections.of(image["id"], instances, category_ids)
+                boxes[convention] += detections.boxes
+                masks += detections.masks
     return UpperBounds(
         mask=average_recall(truth, masks, "mask"),
         box={convention: average_recall(truth, found, "box") for convention, found in boxes.items()},

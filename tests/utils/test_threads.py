@@ -7,8 +7,11 @@ import time
 
 import pytest
 import torch
+from small import trained_file
 
-from dimaskdino.utils.threads import INTERVAL, ThreadControl, thread_count
+from dimaskdino import load
+from dimaskdino.evaluation import layerwise_ap, predict, upper_bounds
+from dimaskdino.utils.threads import INTERVAL, ThreadControl, adaptive_threads, thread_count
 
 BUSY = [sys.executable, "-c", "while True: pass"]
 
@@ -82,3 +85,36 @@ def test_the_environment_fixes_the_number(monkeypatch):
     assert not ThreadControl().fixed
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert ThreadControl().fixed
+
+
+def test_all_of_an_evaluation_and_a_prediction_uses_the_free_cores(shapes_data, tmp_path, monkeypatch):
+    """Not only the forward pass: postprocessing beside a busy program once took four times as long as on one thread."""
+    control = adaptive_threads.__self__
+    monkeypatch.setattr(control, "fixed", False)
+    monkeypatch.setattr(control, "most", 2)
+    monkeypatch.setattr(control, "choose", lambda: 1)
+    seen = {}
+
+    def watched(module, name):
+        original = getattr(module, name)
+
+        def call(*arguments, **options):
+            seen.setdefault(f"{module.__name__}.{name}", set()).add(torch.get_num_threads())
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module in (layerwise_ap, predict, upper_bounds):
+        watched(module, "postprocess")
+    watched(predict, "resize_image")
+    watched(upper_bounds, "true_stage")
+    model = load(trained_file(tmp_path / "model.safetensors", shapes_data), device="cpu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        layerwise_ap.evaluate_layers(model)
+        model.predict(torch.zeros(3, 64, 64, dtype=torch.uint8))
+    finally:
+        torch.set_num_threads(before)
+    assert len(seen) == 5
+    assert set.union(*seen.values()) == {1}
