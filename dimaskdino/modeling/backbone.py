@@ -155,6 +155,7 @@ class TimmBackbone(_Backbone):
         if file is not None:
             load_timm(self.net, cfg, file)
         _pad_by_constants(self.net)  # images are padded to multiples of 32
+        _pad_before_rolling(self.net)
         # from pixels normalised as in the kit to pixels normalised as in the backbone's own training
         mean = 255 * torch.tensor(self.net.pretrained_cfg["mean"], dtype=torch.float64)
         std = 255 * torch.tensor(self.net.pretrained_cfg["std"], dtype=torch.float64)
@@ -218,6 +219,26 @@ def _pad_by_constants(net: nn.Module) -> None:
                 setattr(module, name, ConstantPaddingConv2d.of(child))
 
 
+def _pad_before_rolling(net: nn.Module) -> None:
+    """Let Swin's blocks pad their maps to whole windows before they roll them, as the published detectors do.
+
+    timm rolls first, so that the windows at the lower and right border hold other tokens.
+    """
+    from timm.models.swin_transformer import SwinTransformerBlock
+
+    class PaddedBlock(SwinTransformerBlock):
+        def _attn(self, x: Float[Tensor, "B h w C"]) -> Float[Tensor, "B h w C"]:
+            height, width = x.shape[1:3]
+            down, right = -height % self.window_size[0], -width % self.window_size[1]
+            # (B, h + down, w + right, C)
+            padded = nn.functional.pad(x, (0, 0, 0, right, 0, down))
+            return super()._attn(padded)[:, :height, :width]
+
+    for module in net.modules():
+        if type(module) is SwinTransformerBlock:
+            module.__class__ = PaddedBlock
+
+
 def _create(cfg: config.Backbone, pretrained: bool) -> Any:
     try:
         import timm
@@ -237,7 +258,7 @@ def _create(cfg: config.Backbone, pretrained: bool) -> Any:
     # Swin computes its attention masks for the size of the input
     options: dict[str, Any] = {}
     if name.startswith("swin_"):
-        options = {"strict_img_size": False, "drop_path_rate": SWIN_DROP_PATH}
+        options = {"strict_img_size": False, "always_partition": True, "drop_path_rate": SWIN_DROP_PATH}
     try:
         with torch.device("meta"):  # only to know its strides
             plain = cast(Any, timm.create_model(cfg.name, features_only=True, **options))
