@@ -239,8 +239,7 @@ def explore_precision(found: Mapping[str, Detections], truth: Truth, classes: Se
 
     @functools.cache
     def curves(stage: str, kind: Kind, threshold: float) -> Float[np.ndarray, "K 101"]:
-        detections = found[stage].boxes if kind == "box" else found[stage].masks
-        return precision_curves(truth, detections, kind, threshold)
+        return precision_curves(truth, found[stage].results(kind), kind, threshold)
 
     def draw(label: int, stage: str, threshold: float) -> Figure:
         shown = {"box": curves(stage, "box", threshold)[label]}
