@@ -52,8 +52,10 @@ def criterion(predictions: Predictions, targets: Targets, cfg: config.Loss, obje
     terms: dict[str, Tensor] = {}
     with torch.autocast(targets.boxes.device.type, enabled=False):
         stages = list(predictions.stages.values())
+        # one matching per stage: layers may disagree about which query stands for an object
         pairs: list[Pair] = list(zip(stages, match(stages, targets, cfg), strict=True))
         names, divisors = list(predictions.stages), [n] * len(stages)
+        # denoising queries know their objects, and there are `groups` of them for each
         if groups:
             restored = denoising_matches(targets, groups)
             for name, stage in predictions.denoising.items():
@@ -62,6 +64,7 @@ def criterion(predictions: Predictions, targets: Targets, cfg: config.Loss, obje
                 divisors.append(n * groups)
         # all stages in one call, since the masks of all of them are compared at the same random points
         sums = stage_losses(pairs, targets, cfg)
+    # means over the objects, weighted
     for name, losses, divisor in zip(names, sums, divisors, strict=True):
         for term, value in losses.items():
             terms[f"{name}/{term}"] = _weight(term, cfg) * value / divisor
@@ -109,6 +112,7 @@ def stage_losses(pairs: Sequence[Pair], targets: Targets, cfg: config.Loss) -> l
                 "giou": (1 - generalized_iou(boxes, wanted)).sum(),
             }
         )
+    # token-interaction stages predict no masks
     with_masks = [i for i, (stage, _) in enumerate(pairs) if stage.has_masks]
     if with_masks:
         mask, dice = mask_losses([pairs[i] for i in with_masks], targets, cfg)
@@ -129,6 +133,7 @@ def label_loss(stage: Stage, matches: Matches, targets: Targets) -> Float[Tensor
     # the number 1 itself would be copied from the host, which waits for the copy
     wanted[matches.image, matches.query, targets.labels[matches.image, matches.target]] = wanted.new_ones(())
     cross_entropy = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    # focal loss: the probability of the wrong answer to the power of gamma, and alpha for the rarer positives
     p = logits.sigmoid()
     wrong = wanted * (1 - p) + (1 - wanted) * p
     balance = wanted * ALPHA + (1 - wanted) * (1 - ALPHA)
@@ -166,6 +171,7 @@ def mask_losses(pairs: Sequence[Pair], targets: Targets, cfg: config.Loss) -> tu
             for i in group:
                 rows.append(b * M + objects[i][b])
                 owners += [i] * pairs[i][1].counts[b]
+    # (R, h, w) mask logits of all stages, and (R,) the rows of their objects in the batch
     x, row = torch.cat(logits), torch.cat(rows)
     if not len(x):  # nothing matched: zero, but part of the graph
         zeros = x.sum().expand(len(pairs))
@@ -191,6 +197,7 @@ def _compare(
     points = uncertain_points(logits, cfg)
     t = sample_masks(masks, rows, points)
     x = sample_maps(logits.unsqueeze(1), points).squeeze(1)
+    # (R,), (R,): means over the points; 1 is added to both parts of the dice, as published
     bce = functional.binary_cross_entropy_with_logits(x, t, reduction="none").mean(-1)
     p = x.sigmoid()
     return bce, 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)

@@ -60,6 +60,7 @@ def match(stages: Sequence[Stage], targets: Targets, cfg: config.Loss) -> list[M
     Returns:
         Matches of each stage.
     """
+    # one transfer from the device for the costs of all stages
     costs = matching_costs(stages, targets, cfg)
     flat = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
     flat = np.nan_to_num(flat, nan=1e8, posinf=1e8, neginf=-1e8)
@@ -101,9 +102,11 @@ def matching_costs(stages: Sequence[Stage], targets: Targets, cfg: config.Loss) 
 
 
 def _label_and_box_cost(stage: Stage, targets: Targets, weights: config.Weights) -> Float[Tensor, "B Q M"]:
+    # (B, Q, K): focal cost of predicting each class where it is, minus that where it is not
     p = stage.class_logits.float().sigmoid()
     present = ALPHA * (1 - p) ** GAMMA * -(p + 1e-8).log()
     absent = (1 - ALPHA) * p**GAMMA * -(1 - p + 1e-8).log()
+    # (B, Q, M) class of each object, for every query
     labels = targets.labels[:, None].expand(-1, p.shape[1], -1)
     boxes = stage.boxes.float()
     return (
@@ -119,6 +122,7 @@ def _mask_cost(
     """BCE averaged over the points, and dice, of every query against every object."""
     # t·softplus(−x) + (1 − t)·softplus(x) = softplus(x) − t·x
     target_t = target.transpose(1, 2)
+    # (B, Q, M), (B, Q, M)
     bce = (functional.softplus(logits).sum(-1, keepdim=True) - logits @ target_t) / logits.shape[-1]
     p = logits.sigmoid()
     dice = 1 - (2 * p @ target_t + 1) / (p.sum(-1, keepdim=True) + target.sum(-1)[:, None] + 1)
@@ -128,6 +132,7 @@ def _mask_cost(
 def generalized_iou(a: Float[Tensor, "*#batch 4"], b: Float[Tensor, "*#batch 4"]) -> Float[Tensor, "*batch"]:
     """GIoU (arXiv 1902.09630) of cxcywh boxes that broadcast against each other, 1e-6 added to both divisors."""
     a, b = box_convert(a, "cxcywh", "xyxy"), box_convert(b, "cxcywh", "xyxy")
+    # areas of the intersection, of the union, and of the smallest box around both
     overlap = _area((torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0))
     union = _area(a[..., 2:] - a[..., :2]) + _area(b[..., 2:] - b[..., :2]) - overlap
     hull = _area((torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0))

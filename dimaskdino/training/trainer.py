@@ -247,6 +247,7 @@ class Trainer:
                 metrics.write({"step": self.step, "changed": self._changed})
             logged, started = self.step, time.perf_counter()
             while self.step < steps and not self._out_of_patience():
+                # forward and backward passes, and one optimizer step
                 parts = self._load(parts_of_steps)
                 with adaptive_threads():
                     terms, norm = self._train_step(parts)
@@ -258,11 +259,13 @@ class Trainer:
                     metrics.write(record)
                     progress.set_postfix(loss=f"{record['loss']:.2f}")
                     logged, started = self.step, now
+                # images that could not be read and were replaced
                 for reason in (r for part in parts for r in part.skipped):
                     metrics.write({"step": self.step, "skipped": reason})
                     progress.write(f"skipped: {reason}")
                 if self._validates():
                     self._validate(metrics, progress)
+                # a resume point holds the validation of its step, so it is written after it
                 if self.step % every == 0 or self.step == steps or self._stopping or self._out_of_patience():
                     self._save()
                 if self._stopping and self.step < steps:
@@ -320,7 +323,9 @@ class Trainer:
     def _train_step(self, parts: list[Batch]) -> tuple[dict[str, Tensor], Tensor]:
         """One optimizer step over this process's parts of the batch; returns the losses and the gradient's norm."""
         set_rate(self.optimizer, self.step, self.config.schedule)
+        # kept in case a loss is not finite
         statistics = [buffer.clone() for buffer in self._statistics]
+        # losses are divided by the objects of the whole batch; the same exchange tells whether a process was asked to stop
         count = sum(sum(part.targets.counts) for part in parts)
         objects, signals = self.context.sum(count, self._stop.received is not None)
         objects, signals = objects / self.context.world_size, Readback(signals)
@@ -331,6 +336,7 @@ class Trainer:
             # random numbers belong to the piece of the batch, whichever process has it
             entropy = [self.config.train.seed, 2, self.step, self.context.rank * len(parts) + i]
             torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+            # gradients are exchanged once, after the last part
             distributed = self.model if isinstance(self.model, DistributedDataParallel) else None
             with distributed.no_sync() if distributed and not last else contextlib.nullcontext():
                 losses = self._forward(part, objects)
@@ -338,6 +344,7 @@ class Trainer:
                 total = losses.total
                 totals.append(Readback(total))
                 self.scaler.scale(total).backward()
+        # gradients are clipped by their norm over the whole model
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.detector.parameters(), self.config.optimizer.clip_norm)
         self._check_finite(terms, [value.get() for value in totals], norm, parts, statistics)
