@@ -122,6 +122,7 @@ class ResNet(_Backbone):
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> dict[int, Tensor]:
         """{stride: (B, channels[stride], H/stride, W/stride)}, finest first."""
+        # (B, C, H/4, W/4), then half the size after each stage
         x = self.stem(pixels)
         features = {}
         for stride, stage in zip(STRIDES, self.stages, strict=True):
@@ -173,6 +174,7 @@ class TimmBackbone(_Backbone):
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> dict[int, Tensor]:
         """{stride: (B, channels[stride], H/stride, W/stride)}, finest first."""
+        # a map per stride, as the backbone's own pixels make them
         features = self.net(pixels if self._as_given else pixels * self.scale + self.shift)
         if self.norms is not None:
             features = [norm(x) for norm, x in zip(self.norms, features, strict=True)]

@@ -124,6 +124,7 @@ def mask_guided_boxes(stage: Stage, exact: bool) -> Float[Tensor, "B Q 4"]:
 
 def _extent(occupied: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     """First and last occupied index along the last axis (B, Q, n), divided by n."""
+    # (B, Q), (B, Q): argmax finds the first of equal values
     n = occupied.shape[-1]
     occupied_int = occupied.int()
     empty = ~occupied.any(-1)

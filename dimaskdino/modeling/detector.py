@@ -129,6 +129,7 @@ class Detector(nn.Module):
         self, tokens: SelectedTokens, targets: Targets | None
     ) -> tuple[Queries, DenoisingQueries | None]:
         """The denoising queries, if any, followed by the selected tokens."""
+        # (B, k, 4): those of the selection, or random ones in table 3's experiment
         boxes = random_boxes(tokens.boxes) if self.cfg.decoder.random_positions else tokens.boxes
         matching = Queries(tokens.content, boxes)
         if targets is None or not self.cfg.denoising.queries:

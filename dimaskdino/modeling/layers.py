@@ -38,6 +38,7 @@ def sine_features(x: Tensor, features: int) -> Tensor:
         (..., features) in float32, also under autocast: the fast waves need the precision.
     """
     pair = torch.arange(features // 2, device=x.device, dtype=torch.float32)
+    # (..., features / 2): an angle per wave
     angle = x.float().unsqueeze(-1) * 2 * math.pi / TEMPERATURE ** (2 * pair / features)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
 
@@ -49,6 +50,7 @@ def sine_positions(levels: FeatureLevels) -> Float[Tensor, "N C"]:
     for h, w in levels.shapes:
         y = torch.arange(1, h + 1, device=device) / (h + 1e-6)
         x = torch.arange(1, w + 1, device=device) / (w + 1e-6)
+        # (h, w, C/2), (h, w, C/2)
         along_y = sine_features(y, C // 2)[:, None].expand(h, w, C // 2)
         along_x = sine_features(x, C // 2)[None].expand(h, w, C // 2)
         embeddings.append(torch.cat([along_y, along_x], dim=-1).reshape(h * w, C))
@@ -57,6 +59,7 @@ def sine_positions(levels: FeatureLevels) -> Float[Tensor, "N C"]:
 
 def sine_boxes(boxes: Float[Tensor, "B Q 4"], C: int) -> Float[Tensor, "B Q D"]:
     """`sine4` of the specification: C/2 features each of y, x, w, h, so D = 2·C."""
+    # (B, Q, 4), y first
     yxwh = torch.cat([boxes[..., 1:2], boxes[..., :1], boxes[..., 2:]], dim=-1)
     return sine_features(yxwh, C // 2).flatten(-2)
 
@@ -72,6 +75,7 @@ def select_top(scores: Float[Tensor, "B N K"], k: int) -> tuple[Float[Tensor, "B
     Returns:
         Their highest scores in descending order, and their row numbers.
     """
+    # (B, N), then twice (B, k)
     best = scores.amax(-1)
     top = best.topk(min(k, best.shape[1]), dim=1)
     return top.values, top.indices
@@ -190,6 +194,7 @@ class Attention(nn.Module):
             attention_mask: (Q, R) bool, True where attention is forbidden.
             need_weights: also return the attention (B, Q, R), mean over the heads.
         """
+        # (B, Q, C), and with need_weights (B, Q, R)
         attended, attention = self.attention(query, key, value, attention_mask, need_weights)
         return self.norm(x + attended), attention
 

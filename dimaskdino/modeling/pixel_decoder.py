@@ -23,6 +23,7 @@ class EncoderLayer(nn.Module):
         self.ffn = FeedForward(C, cfg.pixel_decoder.ffn_dim)
 
     def forward(self, levels: FeatureLevels, position: Tensor, centre: Tensor, cell: Tensor) -> FeatureLevels:
+        # (B, N, C), twice
         x = levels.tokens
         x, _ = self.attention(x, x + position, centre, cell, levels)
         return levels.with_tokens(self.ffn(x))

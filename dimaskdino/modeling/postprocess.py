@@ -42,6 +42,7 @@ def postprocess(
         UserError: scores or boxes are not finite.
     """
     B, _, K = stage.class_logits.shape
+    # (B, D), (B, D): the best pairs of a query and a class
     scores, pairs = (
         stage.class_logits.float().sigmoid().flatten(1).topk(min(detections, stage.class_logits[0].numel()), dim=1)
     )
@@ -55,12 +56,15 @@ def postprocess(
         likely = (scores[b] >= threshold).nonzero().flatten()  # a mask would make the host wait for every use of it
         queries, labels = pairs[b, likely] // K, pairs[b, likely] % K
         (h, w), (out_h, out_w) = sizes[b], output_sizes[b]
+        # (d, 4), xyxy in pixels of the output
         boxes = box_convert(stage.boxes[b, queries].float(), "cxcywh", "xyxy")
         boxes[:, 0::2] *= width * out_w / w
         boxes[:, 1::2] *= height * out_h / h
+        # a query may stand for several classes, but has one mask
         kept, index = queries.unique(return_inverse=True)
         image_scores, query_masks = scores[b, likely], None
         if masks and stage.mask_embedding is not None and stage.mask_features is not None:
+            # (u, h/4, w/4), then (u, h, w) and (u,)
             features = stage.mask_features[b]
             logits = (stage.mask_embedding[b, kept] @ features.flatten(1)).unflatten(1, features.shape[1:])
             query_masks, quality = enlarge(logits.float(), padded_size, sizes[b], output_sizes[b])

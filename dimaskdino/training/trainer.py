@@ -325,7 +325,7 @@ class Trainer:
         set_rate(self.optimizer, self.step, self.config.schedule)
         # kept in case a loss is not finite
         statistics = [buffer.clone() for buffer in self._statistics]
-        # losses are divided by the objects of the whole batch; the same exchange tells whether a process was asked to stop
+        # losses are divided by the number of objects in the whole batch; the same exchange tells who was asked to stop
         count = sum(sum(part.targets.counts) for part in parts)
         objects, signals = self.context.sum(count, self._stop.received is not None)
         objects, signals = objects / self.context.world_size, Readback(signals)
