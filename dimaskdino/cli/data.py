@@ -133,9 +133,9 @@ def import_(
                 import_module(register)
             except ImportError as error:
                 raise UserError(f"--register: {register} cannot be imported ({error})") from None
-        from dimaskdino.interop.detectron2 import exported_splits
+        from dimaskdino.interop.detectron2 import exported_split
 
-        splits = exported_splits(registered.split(","))
+        splits = [exported_split(name) for name in registered.split(",")]
         done = import_splits(splits, str(source), "datasets of detectron2", folder, val, seed)
     print(done.summary())
     print(f"written: {folder}; next: dimaskdino data check {folder}")

@@ -10,8 +10,6 @@ Importing this module registers the meta-architecture. detectron2's trainers, ch
 then work as with its own models; `DIMaskDINOTrainer` adds the paper's optimizer and augmentation.
 """
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,7 +40,6 @@ try:
         build_detection_train_loader,
         transforms,
     )
-    from detectron2.data.datasets.coco import convert_to_coco_dict
     from detectron2.engine import DefaultTrainer
     from detectron2.evaluation import COCOEvaluator
     from detectron2.modeling import META_ARCH_REGISTRY
@@ -251,40 +248,34 @@ class DIMaskDINOTrainer(DefaultTrainer):
         return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
 
 
-def exported_splits(names: Sequence[str]) -> list[ExportedSplit]:
-    """Registered datasets as `data.importing` takes them: a split each, by the train, val or test in its name.
+def exported_split(name: str) -> ExportedSplit:
+    """A registered dataset as `data.importing` takes it: the split that its name mentions.
 
     Args:
-        names: as registered in `DatasetCatalog`.
+        name: as registered in `DatasetCatalog`.
 
     Raises:
         UserError: there is no such dataset, or it has no class names.
     """
-    return [_exported_split(name) for name in names]
-
-
-def _exported_split(name: str) -> ExportedSplit:
     if name not in DatasetCatalog.list():
         raise UserError(f"detectron2 knows no dataset '{name}', only {', '.join(sorted(DatasetCatalog.list()))}")
-    files = {}
-    for number, record in enumerate(DatasetCatalog.get(name)):
-        files[str(record.get("image_id", number))] = Path(record["file_name"]).resolve()
-    if "thing_classes" not in MetadataCatalog.get(name).as_dict():  # some register the names while they load
+    records = DatasetCatalog.get(name)
+    classes = MetadataCatalog.get(name).get("thing_classes")  # some register the names while they load
+    if classes is None:
         raise UserError(f"{name} has no class names; set MetadataCatalog.get('{name}').thing_classes")
-    content = json.loads(json.dumps(convert_to_coco_dict(name), default=_plain))
-    split = ExportedSplit(split_in(name), [category["name"] for category in content["categories"]])
-    labels = {category["id"]: label for label, category in enumerate(content["categories"])}
-    images = {}
-    for image in content["images"]:
-        images[image["id"]] = split.add_image(files[str(image["id"])], (image["height"], image["width"]))
-    for annotation in content["annotations"]:
-        image, label = images[annotation["image_id"]], labels[annotation["category_id"]]
-        split.add_object(image, label, annotation.get("segmentation"), annotation.get("iscrowd", 0))
+    split = ExportedSplit(split_in(name), list(classes))
+    for record in records:
+        path, size = Path(record["file_name"]).resolve(), (int(record["height"]), int(record["width"]))
+        image = split.add_image(path, size)
+        for annotation in record.get("annotations", ()):
+            label, crowd = int(annotation["category_id"]), int(annotation.get("iscrowd", 0))
+            split.add_object(image, label, _segmentation(annotation.get("segmentation")), crowd)
     return split
 
 
-def _plain(value: Any) -> Any:
-    """NumPy's numbers and encoded masks as plain values for json."""
-    if isinstance(value, bytes):
-        return value.decode()
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)
+def _segmentation(value: Any) -> list[list[float]] | dict[str, Any] | None:
+    """Outlines or run lengths in plain values, which json can write."""
+    if isinstance(value, dict):
+        counts = value["counts"]
+        return {"size": list(value["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}
+    return [np.asarray(outline, dtype=float).ravel().tolist() for outline in value or ()]

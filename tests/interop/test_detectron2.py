@@ -188,9 +188,9 @@ def test_settings_of_another_model_are_refused():
 
 @needs_detectron2
 def test_a_registered_dataset_is_imported(registered, shapes_data, tmp_path):
-    from dimaskdino.interop.detectron2 import exported_splits
+    from dimaskdino.interop.detectron2 import exported_split
 
-    done = import_splits(exported_splits([registered]), registered, "datasets of detectron2", tmp_path / "folder")
+    done = import_splits([exported_split(registered)], registered, "datasets of detectron2", tmp_path / "folder")
     assert {split: images for split, (images, _) in done.counts.items()} == {"train": 9, "val": 3}
     original = {Path(sample.file).name: sample for sample in CocoDataset(shapes_data, "train")}
     for split in ("train", "val"):
@@ -201,7 +201,7 @@ def test_a_registered_dataset_is_imported(registered, shapes_data, tmp_path):
             assert torch.equal(mine.masks, theirs.masks)
     assert not original
     with pytest.raises(UserError, match="detectron2 knows no dataset 'nothing'"):
-        exported_splits(["nothing"])
+        exported_split("nothing")
 
 
 @needs_detectron2
