@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 from small import FILE, overrides
 
+from dimaskdino.cli.training import train
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.runs.processes import launch_command
-from dimaskdino.training.launch import main as train
 
 LONG = ("schedule.steps=5000", "schedule.drops=[4999]", "train.checkpoint_every=5000")
 RUN_60 = ("schedule.steps=60", "train.checkpoint_every=2")
@@ -27,8 +27,8 @@ RUN_60 = ("schedule.steps=60", "train.checkpoint_every=2")
 
 def process(folder: Path, data: Path, *changes: str, processes: int = 1, restarts: int = 0) -> subprocess.Popen:
     """A training in a process of its own, or in several under torchrun, as `TrainingProcess` starts it."""
-    arguments = [str(FILE), str(folder), *overrides(data, *changes)]
-    command, environment = launch_command("dimaskdino.training.launch", arguments, processes)
+    arguments = ["train", *overrides(data, *changes), "--config", str(FILE), "--run", str(folder)]
+    command, environment = launch_command(arguments, processes)
     if restarts:
         command.insert(command.index("--nnodes=1"), f"--max-restarts={restarts}")
     environment["OMP_NUM_THREADS"] = "1"  # more are slow while other tests run
@@ -127,7 +127,7 @@ class Scene:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)  # as in a process of its own, whose start this saves
             try:
-                assert train(str(FILE), str(run.path), overrides(self.data, *changes)) == 0
+                train(overrides(self.data, *changes), str(FILE), str(run.path))
             finally:
                 torch.set_num_threads(threads)
         elif not run.model.exists():

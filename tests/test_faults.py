@@ -35,9 +35,10 @@ from scene import (
 )
 from small import FILE, overrides, shapes_folder, trained_file
 
+from dimaskdino.cli.training import train
 from dimaskdino.runs.folder import RunFolder
-from dimaskdino.training.launch import main as train
 from dimaskdino.training.resume_points import load_resume_point, resume_points
+from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.signals import EXIT_STOPPED
 
 slow = pytest.mark.slow
@@ -110,7 +111,7 @@ INTERRUPTIONS = [
         "failed",
         ("a loader process died", "try a smaller data.workers"),
     ),
-    (RUN_60, 2, lambda run: children(run, "training.launch")[1].kill(), None, "failed", ()),
+    (RUN_60, 2, lambda run: children(run, "dimaskdino train")[1].kill(), None, "failed", ()),
 ]
 
 
@@ -158,7 +159,7 @@ def test_sigkill_to_the_kernel_of_a_notebook_saves_and_ends_the_training(scene):
     settings = json.dumps(overrides(scene.data, *LONG))
     running = kit("run", "train", scene.run.path, f"config={FILE}", f"overrides={settings}")
     wait_for_step(scene.run, 2)
-    trainer = children(running, "training.launch")[0]
+    trainer = children(running, "dimaskdino train")[0]
     children(running, "ipykernel")[0].kill()
     fail(running, code=EXIT_STOPPED)
     wait_until(lambda: not trainer.is_running() or trainer.status() == psutil.STATUS_ZOMBIE)
@@ -170,7 +171,7 @@ def test_sigkill_to_the_kernel_of_a_notebook_saves_and_ends_the_training(scene):
 def test_sigkill_to_torchrun_saves_and_ends_its_processes(scene):
     changes = ("schedule.steps=120", RARE)
     trainer = scene.running(2, *changes, processes=2)
-    workers = children(trainer, "training.launch")
+    workers = children(trainer, "dimaskdino train")
     kill(trainer)
     wait_until(lambda: not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers), 60)
     assert scene.run.status()["state"] == "stopped"
@@ -180,7 +181,7 @@ def test_sigkill_to_torchrun_saves_and_ends_its_processes(scene):
 @slow
 def test_a_dead_process_among_two_that_torchrun_starts_again(scene):
     trainer = scene.running(3, *RUN_60, processes=2, restarts=1)
-    children(trainer, "training.launch")[0].kill()
+    children(trainer, "dimaskdino train")[0].kill()
     finish(trainer)
     assert scene.run.status()["state"] == "finished"
     assert_equal_models(scene.run.model, scene.undisturbed(*RUN_60, processes=2))
@@ -450,26 +451,22 @@ def test_a_second_run_in_the_same_folder_is_refused(scene):
     assert_equal_models(scene.run.model, scene.undisturbed("schedule.steps=60"))
 
 
-def test_other_settings_in_the_folder_of_a_run_are_refused(scene, capsys):
+def test_other_settings_in_the_folder_of_a_run_are_refused(scene):
     run = str(scene.run.path)
-    assert train(str(FILE), run, overrides(scene.data)) == 0
+    train(overrides(scene.data), str(FILE), run)
     before = scene.run.model.read_bytes()
-    assert train(str(FILE), run, overrides(scene.data, "train.seed=5")) == 1
-    said = capsys.readouterr().err
-    assert "holds a run with other settings (train.seed" in said
-    assert "Use another folder" in said
+    with pytest.raises(UserError, match=r"holds a run with other settings \(train.seed.*Use another folder"):
+        train(overrides(scene.data, "train.seed=5"), str(FILE), run)
     assert scene.run.model.read_bytes() == before
 
 
-def test_a_damaged_image_is_named_and_replaced_on_request(scene, capsys):
+def test_a_damaged_image_is_named_and_replaced_on_request(scene):
     data = Path(shutil.copytree(scene.data, scene.folder / "data"))
     image = sorted((data / "images" / "train").iterdir())[5]
     image.write_bytes(image.read_bytes()[:60])
-    assert train(str(FILE), str(scene.run.path), overrides(data)) == 1
-    said = capsys.readouterr().err
-    assert image.name in said
-    assert "data.skip_bad_images=true" in said
-    assert train(str(FILE), str(scene.run.path), overrides(data, "data.skip_bad_images=true")) == 0
+    with pytest.raises(UserError, match=f"{image.name}.*data.skip_bad_images=true"):
+        train(overrides(data), str(FILE), str(scene.run.path))
+    train(overrides(data, "data.skip_bad_images=true"), str(FILE), str(scene.run.path))
     assert any(image.name in record.get("skipped", "") for record in scene.run.read_metrics())
 
 

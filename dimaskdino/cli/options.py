@@ -104,7 +104,7 @@ def relaunch_distributed(count: int) -> None:
     if count > 1 and "RANK" not in os.environ:
         from dimaskdino.runs.processes import launch_command
 
-        command, environment = launch_command("dimaskdino", sys.argv[1:], count)
+        command, environment = launch_command(sys.argv[1:], count)
         os.execve(sys.executable, command, os.environ | environment)  # signals then reach torchrun directly
 
 

@@ -1,10 +1,19 @@
 """The commands for training runs: new, train, status, share."""
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 
 from tyro.conf import Positional
 
-from dimaskdino.cli.options import Plugins, ProcessCount, SettingsArguments, TrainingConfig, relaunch_distributed
+from dimaskdino.cli.options import (
+    Plugins,
+    ProcessCount,
+    SettingsArguments,
+    TrainingConfig,
+    print_remarks,
+    relaunch_distributed,
+)
 from dimaskdino.utils import plugins
 from dimaskdino.utils.errors import UserError, writing
 
@@ -70,20 +79,37 @@ def train(
         plugin: Modules of your own that the configuration names and that may run (docs/extend.md).
     """
     plugins.allow(plugin)
-    from dimaskdino.checkpoints.published_settings import split_arguments
-    from dimaskdino.training.launch import main as train_in_this_process
+    from dimaskdino.checkpoints.published_settings import load_settings, split_arguments
 
-    _, pairs = split_arguments(overrides)
-    folder = pairs.get("OUTPUT_DIR") if run is None else run
-    if not folder or not str(folder).strip():
+    if run is None:
+        _, pairs = split_arguments(overrides)
+        run = pairs.get("OUTPUT_DIR")
+    if not run or not str(run).strip():
         raise UserError("name the run folder: --run FOLDER")
-    if config is None and not (Path(folder) / "config.yaml").is_file():
-        raise UserError(
-            f"name the configuration: --config CONFIG, or make {folder} with 'dimaskdino new DATA {folder}'"
-        )
-    config = folder if config is None else config
+    if config is None and not (Path(run) / "config.yaml").is_file():
+        raise UserError(f"name the configuration: --config CONFIG, or make {run} with 'dimaskdino new DATA {run}'")
     relaunch_distributed(processes)
-    return train_in_this_process(config, str(folder), list(overrides))
+    import ms_deform_attn
+
+    from dimaskdino.runs.folder import RunFolder
+    from dimaskdino.training import trainer
+
+    folder = RunFolder(run)
+    first = int(os.environ.get("RANK", 0)) == 0
+    with folder.running(keep_finished=True) if first else nullcontext():
+        settings = load_settings(config or run, overrides)
+        chosen = settings.config
+        if settings.weights is not None:  # the model that MODEL.WEIGHTS names
+            weighted = chosen.train.model_copy(update={"weights": settings.weights})
+            chosen = chosen.model_copy(update={"train": weighted})
+        if first:
+            print_remarks(settings)
+            folder.write_config(chosen)
+            print(ms_deform_attn.status())
+        trainer.train(chosen, folder)
+    if first:
+        print(f"finished: {run}; next: dimaskdino evaluate {run}")
+    return 0
 
 
 def status(run: Positional[Path]) -> int:

@@ -25,15 +25,15 @@ def project_root() -> Path:
     return next((folder for folder in (here, *here.parents) if (folder / "configs").is_dir()), here)
 
 
-def launch_command(module: str, arguments: Sequence[str], processes: int) -> tuple[list[str], dict[str, str]]:
-    """Return the command and the additional environment that run a module in several processes on this machine.
+def launch_command(arguments: Sequence[str], processes: int) -> tuple[list[str], dict[str, str]]:
+    """Return the command and the additional environment that run `dimaskdino` in several processes on this machine.
 
-    A single process runs the module itself. Several run under torchrun and share the cores. They find each other
+    Several run under torchrun and share the cores. They find each other
     through a file that only this user can read, and connect over the loopback interface only.
     """
     command = [sys.executable, "-m"]
     if processes == 1:
-        return [*command, module, *arguments], {}
+        return [*command, "dimaskdino", *arguments], {}
     from dimaskdino.utils.distributed import STORE  # imports PyTorch, which the other case does not need
 
     meeting = Path(tempfile.mkdtemp(prefix="dimaskdino-"))
@@ -41,7 +41,7 @@ def launch_command(module: str, arguments: Sequence[str], processes: int) -> tup
         *("torch.distributed.run", "--nnodes=1", f"--nproc-per-node={processes}", "--local-addr=127.0.0.1"),
         *("--rdzv-backend=c10d", f"--rdzv-endpoint={meeting / 'torchrun'}", "--rdzv-conf=store_type=file"),
         # after "--", torchrun does not take --run for a beginning of its own --run-path
-        *(f"--rdzv-id={meeting.name}", "-m", "--", module),
+        *(f"--rdzv-id={meeting.name}", "-m", "--", "dimaskdino"),
     ]
     defaults = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
     for name, addresses in psutil.net_if_addrs().items():
@@ -74,8 +74,8 @@ class TrainingProcess:
         self.folder = RunFolder(run)
         with writing(self.folder.path):
             self.folder.path.mkdir(parents=True, exist_ok=True)
-        arguments = [config, str(self.folder.path), *overrides]
-        command, needed = launch_command("dimaskdino.training.launch", arguments, processes)
+        arguments = ["train", *overrides, "--config", config, "--run", str(self.folder.path)]
+        command, needed = launch_command(arguments, processes)
         with writing(self.folder.log), self.folder.log.open("a") as log:
             self.process = subprocess.Popen(
                 command,

@@ -10,7 +10,7 @@ import pytest
 from small import FILE, overrides
 
 from dimaskdino import cli
-from dimaskdino.training.launch import main as train
+from dimaskdino.cli.training import train
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Place:
 @pytest.fixture(scope="session")
 def finished_run(shapes_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run") / "finished"
-    assert train(str(FILE), str(run), overrides(shapes_data)) == 0
+    train(overrides(shapes_data), str(FILE), str(run))
     return run
 
 

@@ -241,11 +241,11 @@ def test_leaving_a_training_early_stops_it_with_a_checkpoint(shapes_data, tmp_pa
 def test_a_training_that_fails_says_why(tmp_path, monkeypatch):
     code = (
         "import sys\nfrom dimaskdino.runs.folder import RunFolder\nfrom dimaskdino.utils.errors import UserError\n"
-        "print('the last line')\nwith RunFolder(sys.argv[2]).running():\n raise UserError('the disk is full')"
+        "print('the last line')\nwith RunFolder(sys.argv[-1]).running():\n raise UserError('the disk is full')"
     )
     # a process that fails at once, without importing PyTorch
     command = [sys.executable, "-c", code]
-    monkeypatch.setattr(processes, "launch_command", lambda module, arguments, count: ([*command, *arguments], {}))
+    monkeypatch.setattr(processes, "launch_command", lambda arguments, count: ([*command, *arguments], {}))
     with (
         TrainingProcess("any.yaml", tmp_path) as training,
         pytest.raises(UserError, match=r"did not finish: the disk is full\nend of train.log:\nthe last line"),
@@ -386,6 +386,6 @@ def test_a_notebook_that_ends_well_logs_no_errors(tmp_path, capfd):
 
 def test_torchrun_passes_every_option_on():
     arguments = ["train", "--config", "c", "--run", "runs/a", "--processes", "2", "train.seed=1"]
-    command, _ = processes.launch_command("dimaskdino", arguments, 2)
+    command, _ = processes.launch_command(arguments, 2)
     parsed = torchrun_arguments(command[command.index("torch.distributed.run") + 1 :])
     assert (parsed.training_script, parsed.training_script_args) == ("dimaskdino", arguments)

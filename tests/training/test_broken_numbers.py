@@ -112,7 +112,7 @@ def test_integer_weights_are_refused(finished, tmp_path):
 
 
 SCRIPT = """
-import os, sys
+import os
 import torch
 from dimaskdino.training import trainer
 real, calls = trainer.criterion, []
@@ -123,18 +123,16 @@ def criterion(*arguments):
         losses.terms["decoder.1/giou"] = losses.terms["decoder.1/giou"] * torch.nan
     return losses
 trainer.criterion = criterion
-from dimaskdino.training.launch import main
-code = main(sys.argv[1], sys.argv[2], sys.argv[3:])
-print("rank", os.environ["RANK"], "ended with", code, flush=True)
-sys.exit(code)
+from dimaskdino.cli import main
+main()
 """
 
 
 def test_a_loss_that_is_nan_in_one_of_two_processes_stops_both_in_the_same_step(shapes_data, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "script.py")]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--", str(tmp_path / "script.py")]
     ended = subprocess.run(
-        [sys.executable, *launcher, str(FILE), str(tmp_path / "run"), *overrides(shapes_data)],
+        [sys.executable, *launcher, "train", *overrides(shapes_data), "--config", str(FILE), "--run", tmp_path / "run"],
         capture_output=True,
         text=True,
         timeout=180,
@@ -143,7 +141,7 @@ def test_a_loss_that_is_nan_in_one_of_two_processes_stops_both_in_the_same_step(
     )
     assert ended.returncode
     # the same reason in both, named by the process that has it
-    assert ended.stderr.count("error: step 2: the loss is not finite (decoder.1/giou)") == 2
+    assert ended.stderr.count("dimaskdino: step 2: the loss is not finite (decoder.1/giou)") == 2
     assert "Connection closed" not in ended.stderr
     run = RunFolder(tmp_path / "run")
     assert "step 2: the loss is not finite (decoder.1/giou)" in run.status()["reason"]

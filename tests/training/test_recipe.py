@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 from small import FILE, overrides, settings
 
-from dimaskdino.cli.training import new
+from dimaskdino.cli.training import new, train
 from dimaskdino.config import load_config
 from dimaskdino.runs.folder import RunFolder
-from dimaskdino.training.launch import main as launch
 from dimaskdino.training.recipe import Machine, Recipe, propose, try_out
 from dimaskdino.utils.errors import UserError
 
@@ -21,7 +20,7 @@ SERVER = Machine("cuda", "a GPU", 16, 2**36, bf16=True)
 @pytest.fixture(scope="module")
 def finished(shapes_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     folder = RunFolder(tmp_path_factory.mktemp("finished") / "run")
-    assert launch(str(FILE), str(folder.path), overrides(shapes_data, "schedule.steps=2", "schedule.drops=[1]")) == 0
+    train(overrides(shapes_data, "schedule.steps=2", "schedule.drops=[1]"), str(FILE), str(folder.path))
     return folder
 
 
@@ -154,7 +153,7 @@ def test_new_and_train(shapes_data, finished, tmp_path, capsys):
     assert f"next: dimaskdino train --run {run}" in printed
     assert "note: the drops" not in printed  # those of the steps that are tried
     written = (run / "config.yaml").read_text()
-    assert launch(str(run), str(run), ["schedule.steps=2", "schedule.drops=[1]"]) == 0
+    train(["schedule.steps=2", "schedule.drops=[1]"], run=str(run))
     assert RunFolder(run).status()["state"] == "finished"
     # the settings changed, so the file did; a run with the file's own settings keeps its comments
     assert (run / "config.yaml").read_text() != written

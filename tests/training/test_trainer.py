@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -13,12 +14,12 @@ import torch
 from scene import assert_equal_models, finish, process, wait_for_step
 from small import FILE, overrides, settings, trained_file
 
-from dimaskdino import load
+from dimaskdino import cli, load
 from dimaskdino.data.dataloader import training_dataset, training_loader
 from dimaskdino.modeling import Detector
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.runs.share import copy_for_sharing
-from dimaskdino.training import launch as training_main
+from dimaskdino.training import trainer as training_loop
 from dimaskdino.training.optimizer import build_optimizer, rate_factor
 from dimaskdino.training.resume_points import load_resume_point
 from dimaskdino.training.trainer import NonFiniteLossError, Trainer, train
@@ -213,8 +214,11 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_weights(finished, 
 def test_a_disk_that_fills_up_in_between(shapes_data, tmp_path, monkeypatch, capsys):
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
-    monkeypatch.setattr(training_main, "train", lambda config, folder: Path("/dev/full").write_text("metrics"))
-    assert training_main.main(str(FILE), str(tmp_path), overrides(shapes_data)) == 1
+    monkeypatch.setattr(training_loop, "train", lambda config, folder: Path("/dev/full").write_text("metrics"))
+    arguments = ["train", *overrides(shapes_data), "--config", str(FILE), "--run", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["dimaskdino", *arguments])
+    with pytest.raises(SystemExit):
+        cli.main()
     assert "the disk is full" in capsys.readouterr().err
     assert "No space left" in RunFolder(tmp_path).status()["reason"]
 

@@ -12,13 +12,13 @@ from small import FILE, overrides, settings
 from torch import nn
 
 from dimaskdino.checkpoints import TrainedModel, load_checkpoint
+from dimaskdino.cli.training import train as command
 from dimaskdino.data.painting import GAP
 from dimaskdino.evaluation.layerwise_ap import evaluate_layers
 from dimaskdino.modeling import Detector
 from dimaskdino.runs import trackers
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.studies.runs import EvaluatedRun
-from dimaskdino.training.launch import main as launch
 from dimaskdino.training.trainer import Trainer, train
 from dimaskdino.training.validation import PICTURE_WIDTH, Best, Validator, averaged
 from dimaskdino.utils.distributed import DistributedContext
@@ -196,13 +196,13 @@ def test_a_stopped_run_with_validation_and_average_resumes_as_an_undisturbed_one
 def test_patience_ends_a_training_that_gets_no_better(shapes_data, tmp_path):
     folder = RunFolder(tmp_path)
     changes = ("schedule.steps=20", "train.validation.every=1", "train.validation.patience=2", "optimizer.lr=1e-30")
-    assert launch(str(FILE), str(tmp_path), overrides(shapes_data, *changes)) == 0
+    command(overrides(shapes_data, *changes), str(FILE), str(tmp_path))
     last = validations(folder)[-1]
     assert last["step"] == last["best_step"] + 2 < 20
     assert folder.status()["state"] == "finished"
     assert load_checkpoint(folder.path).step == last["step"]
     steps = [record["step"] for record in folder.read_metrics()]
-    assert launch(str(FILE), str(tmp_path), overrides(shapes_data, *changes)) == 0
+    command(overrides(shapes_data, *changes), str(FILE), str(tmp_path))
     assert [record["step"] for record in folder.read_metrics()] == steps
 
 
