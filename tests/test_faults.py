@@ -289,7 +289,10 @@ def test_a_full_disk_during_other_commands(command, left, written, scene):
             assert not (disk.path / written).exists()
         finish(start(output))
         finish(start(scene.folder / "out"))
-        assert (disk.path / written).read_bytes() == (scene.folder / written).read_bytes()
+        if command == "share":  # safetensors orders the metadata at random
+            assert_equal_models(disk.path / written, scene.folder / written)
+        else:
+            assert (disk.path / written).read_bytes() == (scene.folder / written).read_bytes()
         assert len(list(output.rglob("*"))) == len(list((scene.folder / "out").rglob("*")))
 
 
