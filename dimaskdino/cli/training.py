@@ -1,8 +1,11 @@
 """The commands for training runs: new, train, status, share."""
 
+import json
 import os
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from tyro.conf import Positional
 
@@ -16,6 +19,9 @@ from dimaskdino.cli.options import (
 )
 from dimaskdino.utils import plugins
 from dimaskdino.utils.errors import UserError, writing
+from dimaskdino.utils.files import new_folder, read_json_object, write_text
+
+DIGITS = 5  # of the metrics in a shared run, of which they are the largest part besides the weights
 
 
 def new(
@@ -162,17 +168,40 @@ def share(run: Positional[Path], target: Positional[Path], plugin: Plugins = ())
 
     For example: dimaskdino share runs/mine shared/mine
 
+    Rounding changes results slightly, so the evaluation is not copied: evaluate the copy. Paths in the recorded command
+    are shortened to file names, and metrics are rounded to five digits.
+
     Args:
         run: Run folder.
         target: Folder to create, a run folder that evaluate, predict and the notebooks accept.
         plugin: Modules of your own that the model needs.
     """
     plugins.allow(plugin)
+    from dimaskdino.checkpoints import load_checkpoint, save_model
+    from dimaskdino.config import dump_config
     from dimaskdino.runs.folder import RunFolder
-    from dimaskdino.runs.share import copy_for_sharing
 
-    shared = RunFolder(target)
-    copy_for_sharing(RunFolder(run), shared)
-    size = shared.model.stat().st_size / 1e6
+    folder = RunFolder(run)
+    status = folder.status()
+    if status["state"] != "finished":
+        raise UserError(f"{run} is not a finished run ({status.get('reason', 'still running')})")
+    trained = load_checkpoint(run)
+    versions = read_json_object(run / "versions.json")
+    command = [str(word) for word in versions.get("command", ())]
+    versions["command"] = [Path(word).name if Path(word).is_absolute() else word for word in command]
+    records = [json.dumps(_rounded(record)) + "\n" for record in folder.read_metrics()]
+    with new_folder(target) as path:
+        save_model(RunFolder(path).model, trained.detector, trained.config, trained.classes, trained.step, half=True)
+        shutil.copyfile(run / "status.json", path / "status.json")
+        write_text(path / "config.yaml", dump_config(trained.config))
+        write_text(path / "metrics.jsonl", "".join(records))
+        write_text(path / "versions.json", json.dumps(versions, indent=1))
+    size = RunFolder(target).model.stat().st_size / 1e6
     print(f"written: {target}, {size:.1f} MB; next: dimaskdino evaluate {target}")
     return 0
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value

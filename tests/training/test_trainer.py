@@ -15,10 +15,10 @@ from scene import assert_equal_models, finish, process, wait_for_step
 from small import FILE, overrides, settings, trained_file
 
 from dimaskdino import cli, load
+from dimaskdino.cli.training import share
 from dimaskdino.data.dataloader import training_dataset, training_loader
 from dimaskdino.modeling import Detector
 from dimaskdino.runs.folder import RunFolder
-from dimaskdino.runs.share import copy_for_sharing
 from dimaskdino.training import trainer as training_loop
 from dimaskdino.training.optimizer import build_optimizer, rate_factor
 from dimaskdino.training.resume_points import load_resume_point
@@ -376,7 +376,7 @@ def two_classes(shapes_data: Path, folder: Path) -> Path:
 
 def test_an_exported_run_is_a_run_of_half_the_size(finished, tmp_path):
     target = RunFolder(tmp_path / "shared")
-    copy_for_sharing(finished, target)
+    share(finished.path, target.path)
     assert target.model.stat().st_size < 0.6 * finished.model.stat().st_size
     before, after = (load(run.path) for run in (finished, target))
     assert (after.config, after.classes, after.step) == (before.config, before.classes, before.step)
@@ -388,6 +388,6 @@ def test_an_exported_run_is_a_run_of_half_the_size(finished, tmp_path):
     command = json.loads((target.path / "versions.json").read_text())["command"]
     assert not any(word.startswith("/") for word in command)
     with pytest.raises(UserError, match="exists already"):
-        copy_for_sharing(finished, target)
+        share(finished.path, target.path)
     with pytest.raises(UserError, match="is not a finished run"):
-        copy_for_sharing(RunFolder(tmp_path / "none"), RunFolder(tmp_path / "other"))
+        share(tmp_path / "none", tmp_path / "other")
