@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
 from dimaskdino.data.annotations import read_annotations, to_run_lengths
-from dimaskdino.data.images import SUFFIXES, load_image
+from dimaskdino.data.images import load_image
 from dimaskdino.utils.errors import UserError
 
 # the known layouts: annotations file and image folders, {} is the split's name
@@ -56,10 +56,10 @@ class Sample:
         return boxes + boxes.new_tensor([0, 0, 1, 1])
 
     @classmethod
-    def of_image(cls, image: UInt8[Tensor, "3 h w"], file: str = "") -> "Sample":
+    def of_image(cls, image: UInt8[Tensor, "3 h w"]) -> "Sample":
         """An image without annotations."""
         size = (image.shape[-2], image.shape[-1])
-        return cls(image, torch.zeros(0, dtype=torch.int64), torch.zeros(0, *size, dtype=torch.uint8), 0, file, size)
+        return cls(image, torch.zeros(0, dtype=torch.int64), torch.zeros(0, *size, dtype=torch.uint8), 0, "", size)
 
 
 def find_split(root: Path, split: str) -> tuple[Path, Path]:
@@ -84,7 +84,7 @@ def find_split(root: Path, split: str) -> tuple[Path, Path]:
         raise UserError(f"{root} has no annotations of the split '{split}', only of {', '.join(splits)}")
     tried = ", ".join(layout.format(split) for layout, _ in _LAYOUTS)
     raise UserError(
-        f"{root} has no annotations of the split '{split}' (looked for {tried}; found {_content(root)}). "
+        f"{root} has no annotations of the split '{split}' (looked for {tried}). "
         f"'dimaskdino data import {root} FOLDER' makes a folder in this layout"
     )
 
@@ -99,21 +99,6 @@ def find_splits(root: Path) -> list[str]:
         if names:  # COCO itself has more annotation files of the same images beside the instances
             break
     return sorted(names, key=lambda name: (not name.startswith("train"), not name.startswith("val"), name))
-
-
-def _content(root: Path) -> str:
-    """The json files and the images in a folder, for messages."""
-    files, folders, images = [], set(), 0
-    for path in sorted(root.rglob("*")):
-        place = path.relative_to(root)
-        if path.suffix.lower() == ".json":
-            files.append(str(place))
-        elif path.suffix.lower() in SUFFIXES:
-            images += 1
-            folders.add(str(place.parent))
-    listed = ", ".join(files[:5]) + (" …" if len(files) > 5 else "") or "no json file"
-    places = f" in {', '.join(sorted(folders)[:5])}" if folders else ""
-    return f"{listed}, and {images:,} images{places}"
 
 
 class CocoDataset(torch.utils.data.Dataset[Sample]):
