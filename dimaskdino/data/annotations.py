@@ -347,9 +347,9 @@ def _describe(entry: Any, part: str, number: int) -> str:
     return name
 
 
-def _short(value: Any, length: int = 40) -> str:
+def _short(value: Any) -> str:
     text = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
-    return text if len(text) <= length else f"{text[:length]}…"
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 # ---- entries together

@@ -95,9 +95,9 @@ class Statistics:
         return "\n".join(lines)
 
 
-def shortened(names: Sequence[str], count: int = _SHOWN) -> str:
+def shortened(names: Sequence[str]) -> str:
     """The first names of a list, and how many more there are."""
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def describe(annotations: Annotations, folder: Path) -> Statistics:

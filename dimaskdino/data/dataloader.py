@@ -15,7 +15,7 @@ from dimaskdino import config
 from dimaskdino.data.coco import CocoDataset, Sample
 from dimaskdino.data.transforms import copy_paste, evaluation_resize, training_transform
 from dimaskdino.modeling.structures import Targets, padded_size
-from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.errors import UserError, first_line
 from dimaskdino.utils.signals import HelperSignals
 from dimaskdino.utils.threads import available_cores
 
@@ -207,6 +207,6 @@ def explaining_dead_workers() -> Iterator[None]:
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
-            f"a loader process died ({str(error).splitlines()[0]}), perhaps because memory or shared memory ran "
+            f"a loader process died ({first_line(error)}), perhaps because memory or shared memory ran "
             "out; try a smaller data.workers"
         ) from error

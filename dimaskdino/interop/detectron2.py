@@ -22,7 +22,7 @@ from dimaskdino.checkpoints.model_files import current_name
 from dimaskdino.checkpoints.published import convert_state, is_published, our_name
 from dimaskdino.checkpoints.published_settings import flatten, known_keys, translate_changes
 from dimaskdino.config import Config, parse_config
-from dimaskdino.data.coco import Sample
+from dimaskdino.data.coco import Sample, without_empty
 from dimaskdino.data.dataloader import collate
 from dimaskdino.data.exports import ExportedSplit, split_in
 from dimaskdino.data.transforms import PADDING
@@ -174,8 +174,7 @@ def _sample(picture: Tensor, objects: Instances) -> Sample:
     else:
         masks = BitMasks.from_polygon_masks(objects.gt_masks, height, width).tensor.to(torch.uint8)
     labels = objects.gt_classes if len(masks) else torch.zeros(0, dtype=torch.int64)
-    seen = masks.flatten(1).any(1).cpu()
-    return Sample(picture.cpu(), labels.cpu()[seen], masks.cpu()[seen], 0, "", (height, width))
+    return without_empty(Sample(picture.cpu(), labels.cpu(), masks.cpu(), 0, "", (height, width)))
 
 
 def _rename(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:

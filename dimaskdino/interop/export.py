@@ -16,7 +16,7 @@ from dimaskdino.checkpoints import TrainedModel
 from dimaskdino.modeling import Detector, ImageBatch
 from dimaskdino.modeling.stages import last_layer
 from dimaskdino.modeling.structures import PIXEL_MEAN, PIXEL_STD, SIZE_DIVISOR
-from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.errors import UserError, first_line
 from dimaskdino.utils.files import write_atomically
 
 OUTPUTS = ("boxes", "scores", "labels", "masks")
@@ -126,7 +126,7 @@ def export(
     except ImportError as error:
         raise UserError(f"ONNX files need more packages ({error.name}): pip install 'dimaskdino[onnx]'") from None
     except Exception as error:  # the exporters raise many kinds for what they do not support
-        raise UserError(f"PyTorch cannot export this model: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"PyTorch cannot export this model: {first_line(error)}") from error
     return _compare(module, path)
 
 

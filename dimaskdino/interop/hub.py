@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.errors import UserError, first_line
 
 FILES = ["model.safetensors", "config.json", "layers.json", "README.md"]
 
@@ -39,8 +39,9 @@ def download(hub_id: str) -> Path:
     try:
         return Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=FILES))
     except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's errors are all of these
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"'{hub_id}' is no path here and cannot be downloaded from the hub: {reason}") from None
+        raise UserError(
+            f"'{hub_id}' is no path here and cannot be downloaded from the hub: {first_line(error)}"
+        ) from None
 
 
 def upload(folder: Path, hub_id: str, private: bool) -> str:
@@ -58,5 +59,5 @@ def upload(folder: Path, hub_id: str, private: bool) -> str:
         api.create_repo(hub_id, private=private, exist_ok=True)
         return str(api.upload_folder(folder_path=folder, repo_id=hub_id, allow_patterns=FILES))
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"cannot upload to '{hub_id}': {reason}. Log in with 'hf auth login' first") from None
