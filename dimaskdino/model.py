@@ -31,7 +31,6 @@ from dimaskdino.utils.errors import UserError, first_line, writing
 from dimaskdino.utils.files import write_text
 from dimaskdino.utils.markdown import escape
 from dimaskdino.utils.plugins import allow
-from dimaskdino.utils.resources import MODELS, find_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -304,7 +303,8 @@ def load(
 
             * a run folder, such as `runs/demo`, or a folder that `Model.save` wrote,
             * a file: `model.safetensors`, a resume point `.pt`, a published checkpoint `.pth` or `.pkl`,
-            * a model of the course: `dimaskdino-shapes`, `maskdino-shapes` or `dimaskdino-solids`,
+            * a name that `dimaskdino models` lists, such as `dimaskdino-r50-coco-12ep`, which is downloaded once, or
+              `dimaskdino-shapes`, which ships with the kit,
             * a model on the Hugging Face Hub: `owner/name` or `owner/name@revision`.
         device: any device of torch; `auto` is a GPU if there is one, else the CPU.
         precision: precision of the forward pass: `fp32`, `tf32`, `bf16` or `fp16`; or `auto`: `bf16` where the device
@@ -326,16 +326,9 @@ def load(
     if precision not in known:
         raise UserError(f"the precision is one of {', '.join(known)}, got '{precision}'")
     path = Path(source)
-    if not path.exists():
-        shipped = find_model(str(source))
-        if shipped is not None:
-            path = shipped
-        elif isinstance(source, str) and hub.is_hub_id(source) and not path.suffix and not path.parent.exists():
-            path = hub.download(source)
-        elif not path.suffix and len(path.parts) == 1:
-            raise UserError(f"no model '{source}': neither a path nor one of {', '.join(MODELS)}")
+    on_hub = isinstance(source, str) and hub.is_hub_id(source) and not path.suffix and not path.parent.exists()
     found = find_device(device)
-    trained = load_checkpoint(path, found, overrides, config)
+    trained = load_checkpoint(hub.download(str(source)) if on_hub else path, found, overrides, config)
     chosen = fast_precision(found) if precision == "auto" else precision
     return Model(trained.detector, trained.config, trained.classes, trained.step, chosen)
 

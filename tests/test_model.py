@@ -23,7 +23,7 @@ from dimaskdino.data.painting import paint_instances
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.evaluation.predict import predict_images
 from dimaskdino.modeling import Instances
-from dimaskdino.utils.resources import MODELS
+from dimaskdino.utils.resources import shipped_models
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_inspect_has_every_stage_and_the_papers_intermediates(model, shapes_data
 
 def test_the_courses_models_load_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in MODELS:
+    for name in shipped_models():
         model = dimaskdino.load(name)
         assert model.step == (8_000 if name == "dimaskdino-solids" else 10_000)
         assert not model.detector.training

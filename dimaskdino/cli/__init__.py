@@ -33,6 +33,7 @@ app = _group(
     share=training.share,
     export=models.export,
     convert=models.convert,
+    models=models.list_models,
 )
 _data = _group(import_=data.import_, check=data.check, shapes=data.shapes, bdd100k=data.bdd100k)
 _config = _group(show=config.show, keys=config.keys, list=config.names)

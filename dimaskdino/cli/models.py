@@ -319,3 +319,28 @@ def convert(
     print(f"ignored, not part of the model: {', '.join(conversion.ignored) or 'none'}")
     print(f"written: {output}")
     return 0
+
+
+def list_models(remove: tuple[str, ...] = ()) -> int:
+    """List the models that have a name, which every command takes in place of a file.
+
+    For example: dimaskdino models; dimaskdino predict dimaskdino-r50-coco-12ep photo.jpg
+
+    A published model is downloaded from its authors' link when it is first used, and kept in the user's cache.
+
+    Args:
+        remove: Names of downloaded models to delete from the cache.
+    """
+    from dimaskdino.checkpoints import catalogue
+
+    for name in remove:
+        files = catalogue.remove(name)
+        print(f"deleted: {', '.join(map(str, files))}" if files else f"{name} was not in the cache")
+    if remove:
+        return 0
+    rows = catalogue.catalogue()
+    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+    for row in (dict(zip(widths, widths, strict=True)), *rows):
+        print("  ".join(row[key].ljust(width) for key, width in widths.items()).rstrip())
+    print(f"AP: box / mask, in percent. Downloaded models: {catalogue.cache_folder()}")
+    return 0

@@ -40,8 +40,8 @@ ModelSource = Annotated[
     str,
     arg(
         metavar="MODEL",
-        help="Run folder, model.safetensors, resume point, published .pth, a course model such as dimaskdino-shapes, "
-        "or owner/name on the Hugging Face Hub.",
+        help="Run folder, model.safetensors, resume point, published .pth, a name that 'dimaskdino models' lists, or "
+        "owner/name on the Hugging Face Hub.",
     ),
 ]
 TrainingConfig = Annotated[

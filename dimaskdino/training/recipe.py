@@ -33,7 +33,6 @@ from dimaskdino.data.coco import find_split, find_splits
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.training.trainer import train
 from dimaskdino.utils.errors import UserError
-from dimaskdino.utils.resources import find_model
 from dimaskdino.utils.threads import available_cores
 
 FROM_IMAGENET = "photographs/dimaskdino_lite0"
@@ -141,7 +140,7 @@ def propose(data: Path, machine: Machine, weights: str | None = None) -> Recipe:
 def _starting_point(weights: str | None) -> Config:
     if weights is None:
         return load_config(FROM_IMAGENET)
-    trained = load_checkpoint(find_model(weights) or Path(weights))
+    trained = load_checkpoint(weights)
     # its architecture and its recipe; what the file does not record has the defaults
     config = trained.config
     train = config.train.model_copy(update={"weights": Path(weights), "weights_of": ()})

@@ -46,7 +46,6 @@ from dimaskdino.training.validation import Best, Validator, averaged
 from dimaskdino.utils.distributed import DistributedContext
 from dimaskdino.utils.errors import Stopped, UserError
 from dimaskdino.utils.progress import progress_bar
-from dimaskdino.utils.resources import find_model
 from dimaskdino.utils.signals import StopRequest
 from dimaskdino.utils.threads import adaptive_threads
 
@@ -185,7 +184,7 @@ class Trainer:
         if weights is None:
             return
         modules = self.config.train.weights_of
-        trained = load_checkpoint(find_model(str(weights)) or weights)
+        trained = load_checkpoint(weights)
         left = initialize_from(self.detector, trained.detector.state_dict(), str(weights), modules)
         if self.context.rank == 0:
             new = f"; re-initialised for these classes or this backbone: {', '.join(left)}" if left else ""

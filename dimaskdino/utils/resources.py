@@ -10,8 +10,7 @@ from dimaskdino.utils.errors import UserError
 
 _PACKAGE = Path(__file__).parents[1]
 _IN_CHECKOUT = {"configs": "configs", "models": "notebooks/models", "notebooks": "notebooks/runs"}
-# the course's models by the name that `dimaskdino.load` takes
-MODELS = {"dimaskdino-shapes": "dimaskdino", "maskdino-shapes": "maskdino", "dimaskdino-solids": "solids"}
+_MODELS = {"dimaskdino-shapes": "dimaskdino", "maskdino-shapes": "maskdino", "dimaskdino-solids": "solids"}
 
 
 def _folder(kind: str) -> Path:
@@ -56,9 +55,9 @@ def config_names() -> list[str]:
     return sorted(name for name in names if not name.startswith("ablations/"))
 
 
-def find_model(name: str) -> Path | None:
-    """Find the run folder of one of the course's models; None for any other name."""
-    return _folder("models") / MODELS[name] if name in MODELS else None
+def shipped_models() -> dict[str, Path]:
+    """Run folders of the models that ship with the kit, by the name that `dimaskdino.load` takes."""
+    return {name: _folder("models") / folder for name, folder in _MODELS.items()}
 
 
 def find_notebook(name: str | Path) -> Path:

@@ -1,0 +1,232 @@
+"""Models by name: those that ship with the kit, and published checkpoints, downloaded once from their authors' links.
+
+A download lies in the user's cache as a file of this kit. It was converted by `checkpoints.published`, which reads no
+code from it.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import urllib.parse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import platformdirs
+
+from dimaskdino.checkpoints.model_files import load_model_file, save_model
+from dimaskdino.checkpoints.published import load_published
+from dimaskdino.config import Config
+from dimaskdino.utils.errors import UserError, first_line
+from dimaskdino.utils.files import read_json_object, write_text
+from dimaskdino.utils.progress import progress_bar
+from dimaskdino.utils.resources import shipped_models
+
+DRIVE = "https://drive.google.com/file/d/{}/view"
+DETREX = "https://github.com/IDEA-Research/detrex-storage/releases/download/maskdino-v0.1.0/{}"
+LICENCE = "the authors' code has the licence Apache-2.0; the page of the weights names none"
+SECONDS = 30.0  # without a byte from the server
+RETRIES = 3
+ROOM = 5  # a published file may hold the optimizer's state too, and the converted file lies beside it
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """A checkpoint of COCO instance segmentation that its authors published.
+
+    Attributes:
+        url: where it is downloaded from.
+        box, mask: AP on COCO val2017 as published, in percent. This kit has not measured it.
+        megabytes: size of the converted file, about.
+        overrides: settings that its weights do not tell.
+        sha256: of the published file, where it is known. The authors publish none.
+    """
+
+    url: str
+    box: float
+    mask: float
+    megabytes: int
+    overrides: tuple[str, ...] = ()
+    sha256: str | None = None
+
+
+_NO, _BITMASK = ("model.selection.mask_to_box=no",), ("model.selection.mask_to_box=bitmask",)
+PUBLISHED = {
+    "dimaskdino-r50-coco-12ep": PublishedModel(DRIVE.format("1oQociMQSt_jmQtH3pm92i6zat8Gt83Oh"), 46.9, 42.3, 200),
+    "dimaskdino-r50-coco-24ep": PublishedModel(DRIVE.format("1FjoYiwGnrk_bk0nUM7GPeIMGENVLdx7n"), 49.6, 44.8, 200),
+    "dimaskdino-r50-coco-50ep": PublishedModel(DRIVE.format("17_SErWYBWWCdYfR6i7OJtcBIlCDES10z"), 51.9, 46.7, 200),
+    "maskdino-r50-coco-50ep-hid1024": PublishedModel(
+        DETREX.format("maskdino_r50_50ep_300q_hid1024_3sd1_instance_maskenhanced_mask46.1ap_box51.5ap.pth"),
+        *(51.5, 46.1, 200),
+    ),
+    "maskdino-r50-coco-50ep": PublishedModel(
+        DETREX.format("maskdino_r50_50ep_300q_hid2048_3sd1_instance_maskenhanced_mask46.3ap_box51.7ap.pth"),
+        *(51.7, 46.3, 210),
+    ),
+    "maskdino-swinl-coco-50ep": PublishedModel(
+        DETREX.format("maskdino_swinl_50ep_300q_hid2048_3sd1_instance_mask52.1ap_box58.3ap.pth"),
+        *(58.3, 52.1, 900, _NO),
+    ),
+    "maskdino-swinl-coco-50ep-enhanced": PublishedModel(
+        DETREX.format("maskdino_swinl_50ep_300q_hid2048_3sd1_instance_maskenhanced_mask52.3ap_box59.0ap.pth"),
+        *(59.0, 52.3, 900, _BITMASK),
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """The folder of downloaded models."""
+    return Path(platformdirs.user_cache_dir("dimaskdino")) / "models"
+
+
+def cached_file(name: str) -> Path:
+    """The converted file of a published model, whether it is there or not."""
+    return cache_folder() / f"{name}.safetensors"
+
+
+def find_model(source: str | Path) -> Path:
+    """Find a model by its path or name. A published model that is not in the cache is downloaded.
+
+    Args:
+        source: a path, `dimaskdino-shapes` or another shipped model, or a name of `PUBLISHED`.
+
+    Raises:
+        UserError: it is neither a path nor a name, or cannot be downloaded.
+    """
+    path, name = Path(source), str(source)
+    if path.exists():
+        return path
+    if name in shipped_models():
+        return shipped_models()[name]
+    if name in PUBLISHED:
+        file = cached_file(name)
+        return file if file.exists() else _fetch(name, PUBLISHED[name])
+    if not path.suffix and len(path.parts) == 1:
+        known = ", ".join([*shipped_models(), *PUBLISHED])
+        raise UserError(f"no model '{name}': neither a path nor one of {known}")
+    return path
+
+
+def remove(name: str) -> list[Path]:
+    """Delete everything of a published model from the cache, and return what was deleted.
+
+    Raises:
+        UserError: it is not the name of a published model.
+    """
+    if name not in PUBLISHED:
+        raise UserError(f"'{name}' is not a downloaded model; those have the names {', '.join(PUBLISHED)}")
+    files = sorted(cache_folder().glob(f"{name}.*"))
+    for file in files:
+        file.unlink()
+    return files
+
+
+def _fetch(name: str, model: PublishedModel) -> Path:
+    """Download a published model unless its file lies in the cache already, and convert it."""
+    folder, target = cache_folder(), cached_file(name)
+    raw = folder / f"{name}.pth"
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / "lock"):
+        if target.exists():  # another process was faster
+            return target
+        digest = hashlib.sha256(raw.read_bytes()).hexdigest() if raw.exists() else download(name, model, raw)
+        if model.sha256 not in (None, digest):
+            raw.unlink()
+            raise UserError(f"{name}: the file from {model.url} has another SHA-256 than known; it is deleted")
+        trained, _ = load_published(raw, model.overrides)
+        save_model(target, trained.detector, trained.config, trained.classes, trained.step)
+        write_text(folder / f"{name}.json", json.dumps({"url": model.url, "sha256": digest}) + "\n")
+        raw.unlink()
+    known = "as known" if model.sha256 else "recorded, since the authors publish none"
+    print(f"{name}: SHA-256 {digest} ({known}); converted to {target}", file=sys.stderr)
+    return target
+
+
+def download(name: str, model: PublishedModel, file: Path) -> str:
+    """Download the file of a published model, and return its SHA-256. What an earlier attempt received is kept."""
+    import gdown  # slow to import
+    import requests
+
+    by_hand = f"Download {model.url} in a browser, save it as {file}, and run the same command again"
+    free = shutil.disk_usage(file.parent).free
+    if free < ROOM * model.megabytes * 10**6:
+        raise UserError(f"{name} needs about {ROOM * model.megabytes / 1000:.1f} GB in {file.parent}; free some space")
+    print(f"downloading {name} from {model.url} to {file.parent}; {LICENCE}", file=sys.stderr)
+    hasher = hashlib.sha256()
+    try:
+        with progress_bar(description=name, unit="B", unit_scale=True, unit_divisor=1000) as bar:
+            gdown.download(
+                model.url,
+                str(file),
+                quiet=True,
+                use_cookies=False,
+                resume=True,
+                timeout=SECONDS,
+                retries=RETRIES,
+                hasher=hasher,
+                progress=_show(bar),
+            )
+    except (gdown.exceptions.DownloadError, requests.exceptions.RequestException, OSError) as error:
+        # gdown repeats the reason of Google Drive in a text of several lines
+        reason = first_line(error.__context__ or error).removesuffix(".")
+        raise UserError(f"{name} cannot be downloaded: {reason}. {by_hand}") from None
+    with file.open("rb") as opened:
+        is_page = opened.read(1) == b"<"
+    if is_page:
+        file.unlink()
+        raise UserError(f"{name} cannot be downloaded: the server answered with a page. {by_hand}")
+    return hasher.hexdigest()
+
+
+def _show(bar: Any) -> Callable[[int, int | None], None]:
+    def show(received: int, total: int | None) -> None:
+        bar.total = total
+        bar.update(received - bar.n)
+
+    return show
+
+
+def training_data(config: Config, classes: Sequence[str]) -> str:
+    """What a model was trained on, in words: `synthetic drawn shapes: 5 classes`."""
+    count = f"{len(classes)} class{'es' * (len(classes) != 1)}"
+    shapes = config.data.shapes
+    if shapes is None:
+        return f"{config.data.root.name}: {count}"
+    return f"synthetic {'rendered solids' if shapes.rendered else 'drawn shapes'}: {count}"
+
+
+def catalogue() -> list[dict[str, str]]:
+    """Every model that has a name: a table with a row per model, for `dimaskdino models`."""
+    rows = []
+    for name, folder in shipped_models().items():
+        trained = load_model_file(folder)
+        last = list(read_json_object(folder / "evaluation" / "layers.json")["stages"].values())[-1]
+        size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        rows.append(
+            {
+                "name": name,
+                "trained on": training_data(trained.config, trained.classes),
+                "size": f"{size / 1e6:.0f} MB",
+                "published AP": "",
+                "AP measured here": f"{last['box']['AP']:.1f} / {last['mask']['AP']:.1f}",
+                "source": "this kit",
+                "": "here",
+            }
+        )
+    for name, model in PUBLISHED.items():
+        file = cached_file(name)
+        rows.append(
+            {
+                "name": name,
+                "trained on": "COCO: 80 classes",
+                "size": f"{file.stat().st_size / 1e6 if file.exists() else model.megabytes:.0f} MB",
+                "published AP": f"{model.box} / {model.mask}",
+                "AP measured here": "not measured",
+                "source": urllib.parse.urlsplit(model.url).netloc,
+                "": "here" if file.exists() else "to be downloaded",
+            }
+        )
+    return rows
