@@ -11,7 +11,6 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-RUN := runs/demo
 GPU_OUT := build/gpu
 GPU_PYTHON := 3.12
 GPU_PACKAGES := pydantic pydantic-core annotated-types typing-inspection tyro docstring-parser typeguard \
@@ -49,9 +48,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 	@touch $@
 
 demo: .venv/.installed
-	$(BIN)/dimaskdino run train $(RUN) config=shapes/dimaskdino_r18
-	$(BIN)/dimaskdino run evaluate $(RUN)/evaluation model=$(RUN)
-	$(BIN)/dimaskdino status $(RUN)
+	$(BIN)/dimaskdino demo
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 8 --dist worksteal

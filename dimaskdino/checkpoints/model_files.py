@@ -16,6 +16,7 @@ from dimaskdino.config import Config, parse_config
 from dimaskdino.config.sections import RENAMED_MODULES
 from dimaskdino.modeling import Detector, ImageBatch, Predictions
 from dimaskdino.modeling.precision import Precision, autocast
+from dimaskdino.modeling.warm_start import start_as_identity
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.files import write_atomically
 from dimaskdino.utils.serialization import read_pt, read_safetensors
@@ -216,8 +217,11 @@ def recorded_config(run: Path) -> Config | None:
 
 def initialize_from(
     detector: Detector, weights: dict[str, Tensor], source: str, modules: Collection[str] = ()
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
     """Initialise a new model with the weights of a trained one, for fine-tuning.
+
+    De-Imbalance's further selections and BATO start close to the identity (`modeling.warm_start`) where the trained
+    model has none.
 
     Args:
         detector: the new model. Where the number of classes or the backbone's channels differ, it keeps its own random
@@ -228,7 +232,8 @@ def initialize_from(
             all if empty.
 
     Returns:
-        Names of the parameters that stay re-initialised for another number of classes or another backbone.
+        Names of the parameters that stay re-initialised for another number of classes or another backbone, and names of
+        the modules that the trained model lacks.
 
     Raises:
         UserError: the trained model has another architecture, or there is no such module.
@@ -244,13 +249,20 @@ def initialize_from(
             prefixes.append(f"{name}.")
         chosen = {key: value for key, value in weights.items() if key.startswith(tuple(prefixes))}
         weights = chosen | {key: value for key, value in own.items() if not key.startswith(tuple(prefixes))}
+    lacking = []
+    for name in () if modules else ("de_imbalance.second_selections", "bato"):
+        added = {key: value for key, value in own.items() if key.startswith(f"{name}.")}
+        if added and not any(key.startswith(f"{name}.") for key in weights):
+            weights = weights | added
+            lacking.append(name)
     fresh = [
         key
         for key in sorted(weights.keys() & own.keys())
         if key.startswith((*CLASS_PARAMETERS, *BACKBONE_PARAMETERS)) and weights[key].shape != own[key].shape
     ]
     load_weights(detector, weights | {key: own[key] for key in fresh}, source)
-    return fresh
+    start_as_identity(detector, lacking)
+    return fresh, lacking
 
 
 def load_weights(detector: Detector, weights: dict[str, Tensor], source: str) -> None:

@@ -27,6 +27,7 @@ app = _group(
     train=training.train,
     evaluate=models.evaluate,
     predict=models.predict,
+    demo=notebooks.demo,
     run=notebooks.run,
     study=notebooks.study,
     status=training.status,

@@ -1,6 +1,8 @@
-"""The commands that run notebooks: run, study."""
+"""The commands that run notebooks: run, demo, study."""
 
+import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +23,8 @@ def run(
     For example: dimaskdino run train runs/mine config=shapes/dimaskdino_r18
 
     Args:
-        notebook: A notebook, or the name of one of the kit's: train, evaluate, compare, study, diagnostics.
+        notebook: A notebook, or the name of one of the kit's: train, evaluate, compare, demo, study,
+            diagnostics.
             'papermill --help-notebook NOTEBOOK' lists its parameters.
         folder: Run folder; also the value of the notebook's parameter `run`.
         parameters: Parameters of the notebook; values are YAML, such as 'overrides=[train.seed=1, train.keep=2]'.
@@ -36,6 +39,30 @@ def run(
     # notebooks resolve relative paths from the project's folder, wherever they are started
     values = {"run": os.path.relpath(folder, project_root())} | parse_parameters(parameters)
     print(f"written: {run_notebook(file, folder, values, echo=True)}")
+    return 0
+
+
+def demo(
+    folder: Positional[Path] = Path("runs/demo"), overrides: Positional[Overrides] = (), open: bool = False
+) -> int:
+    """Show the effect of De-Imbalance and BATO: two trained models, and a training that adds both modules to one.
+
+    For example: dimaskdino demo
+
+    It takes about five minutes on two cores. The same command again resumes, or says that it is finished.
+
+    Args:
+        folder: Folder for the results: demo.ipynb, figures, and the training.
+        overrides: Settings of the training that differ from shapes/demo.
+        open: Open the result in JupyterLab at the end.
+    """
+    result = folder / "demo.ipynb"
+    if not (folder / "figures" / "effect.png").exists():
+        run(Path("demo"), folder, (f"overrides={json.dumps(list(overrides))}",))
+    print(f"finished: {result}\nfigure: {folder / 'figures' / 'effect.png'}")
+    if open:
+        os.execv(sys.executable, [sys.executable, "-m", "jupyter", "lab", str(result)])
+    print(f"to open it: {sys.executable} -m jupyter lab {result}")
     return 0
 
 

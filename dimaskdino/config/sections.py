@@ -325,6 +325,10 @@ class Optimizer(Section):
 
     lr: float = Field(1e-4, gt=0)
     backbone_lr_factor: float = Field(0.1, ge=0)
+    lr_factors: dict[str, float] = Field(
+        {},
+        description="factors of the learning rate by the name of a module, such as {bato: 5}; the backbone has its own",
+    )
     weight_decay: float = Field(0.05, ge=0, description="0 for norm layers and embeddings")
     clip_norm: float = Field(0.01, gt=0, description="largest gradient norm over the whole model")
 

@@ -221,7 +221,8 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
     folder.mkdir(parents=True, exist_ok=True)
     started = time.time()
     os.environ[NOTEBOOK_FOLDER] = str(folder.resolve())
-    if echo and not sys.stderr.isatty():
+    in_kernel = type(sys.stderr).__module__.startswith("ipykernel")  # whose terminal is that of the outer command
+    if echo and not in_kernel and not sys.stderr.isatty():
         os.environ[PIPED] = "1"
     run = RunFolder(folder)
     try:

@@ -17,7 +17,14 @@ def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim
 
     Frozen parameters are left out. The groups hold the names of their parameters (`param_names`), which stay the same
     when modules are wrapped afterwards.
+
+    Raises:
+        UserError: `lr_factors` names a module that the model does not have.
     """
+    known = {name for name, _ in model.named_modules()}
+    for chosen in settings.lr_factors:
+        if chosen not in known:
+            raise UserError(f"optimizer.lr_factors: the model has no module '{chosen}'")
     groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -25,6 +32,9 @@ def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim
                 continue
             undecayed = isinstance(module, (*_NORMS, nn.Embedding)) or "embedding" in name or "position_bias" in name
             factor = settings.backbone_lr_factor if module_name.startswith("backbone") else 1.0
+            for chosen, own in settings.lr_factors.items():
+                if f"{module_name}.".startswith(f"{chosen}."):
+                    factor = own
             key = (settings.lr * factor, 0.0 if undecayed else settings.weight_decay)
             groups.setdefault(key, []).append((f"{module_name}.{name}" if module_name else name, parameter))
     return torch.optim.AdamW(

@@ -185,11 +185,12 @@ class Trainer:
             return
         modules = self.config.train.weights_of
         trained = load_checkpoint(weights)
-        left = initialize_from(self.detector, trained.detector.state_dict(), str(weights), modules)
+        left, lacking = initialize_from(self.detector, trained.detector.state_dict(), str(weights), modules)
         if self.context.rank == 0:
-            new = f"; re-initialised for these classes or this backbone: {', '.join(left)}" if left else ""
             which = f" for {', '.join(modules)}" if modules else ""
-            print(f"starting from {weights}{which}{new}")
+            new = f"; re-initialised for these classes or this backbone: {', '.join(left)}" if left else ""
+            added = f"; new, and close to the identity at first: {', '.join(lacking)}" if lacking else ""
+            print(f"starting from {weights}{which}{new}{added}")
 
     def _save(self) -> None:
         """Write a resume point, unless the newest one is of this step.

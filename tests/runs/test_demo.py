@@ -1,0 +1,25 @@
+"""`dimaskdino demo`, with a few images and two steps: it ends with the figure, and a second call says so at once."""
+
+import json
+import time
+
+from dimaskdino.cli.notebooks import demo
+from dimaskdino.runs.folder import RunFolder
+
+
+def test_the_demo_ends_with_its_figure_and_a_second_call_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ("schedule.steps=2", "schedule.drops=[]", "data.shapes.train=8", "data.shapes.val=4", "loss.points=64")
+    folder, settings = tmp_path / "demo", (*small, f"data.root={tmp_path / 'shapes'}", "data.workers=0")
+    assert demo(folder, settings) == 0
+    printed = capsys.readouterr().out
+    assert (folder / "figures" / "two_models.png").stat().st_size > 20_000
+    assert (folder / "figures" / "effect.png").stat().st_size > 20_000
+    assert RunFolder(folder / "training").status()["state"] == "finished"
+    assert json.loads((folder / "training" / "evaluation" / "layers.json").read_text())["images"] == 4
+    assert (folder / "training" / "train.ipynb").exists()
+    assert f"finished: {folder / 'demo.ipynb'}" in printed
+    started = time.perf_counter()
+    assert demo(folder, settings) == 0
+    assert time.perf_counter() - started < 2
+    assert printed.endswith(capsys.readouterr().out)
