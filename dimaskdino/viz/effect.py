@@ -33,12 +33,12 @@ def plot_effect(results: Mapping[str, LayerwiseAP], looks: Mapping[str, Look], n
     figure = NotebookFigure(figsize=(4.6 * count, 5.6), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[2.4, 1])
     curves = above.subplots(1, count, sharey=True, squeeze=False)[0]
-    pictures = below.subplots(1, count * STAGES, squeeze=False)[0]
-    for place, (label, result) in enumerate(results.items()):
-        _draw_curves(curves[place], result, stages, label)
+    pictures = [part.subplots(1, STAGES) for part in below.subfigures(1, count, wspace=0.06, squeeze=False)[0]]
+    for axes, row, (label, result) in zip(curves, pictures, results.items(), strict=True):
+        _draw_curves(axes, result, stages, label)
         track = track_objects(looks[label], stages)
-        for axes, stage in zip(pictures[place * STAGES :], stages[:STAGES], strict=False):
-            _draw_object(axes, looks[label], track, stage, number)
+        for picture, stage in zip(row, stages[:STAGES], strict=True):
+            _draw_object(picture, looks[label], track, stage, number)
     curves[0].set_ylabel("AP (%)")
     curves[0].margins(y=0.12)
     curves[0].legend(loc="lower right")

@@ -1,15 +1,24 @@
 """Draw the figures of README and docs, and write tables and numbers from the committed records: `make figures`."""
 
-from dataclasses import replace
+import numpy as np
+import torch
 
-from dimaskdino import viz
+from dimaskdino import load, load_config, viz
+from dimaskdino.data.coco import Sample
+from dimaskdino.data.shapes import scene
+from dimaskdino.viz.effect import object_to_follow, plot_effect
 from tools.records.records import ARCHIVES, ROOT, course_model, study_report, write_all
 
 
-def layers() -> viz.style.Figure:
-    """Box and mask AP of the course's two models at every stage, without their upper bounds."""
+def effect() -> viz.style.Figure:
+    """The first figure of the demo: the course's two models at every stage, and an object of a validation image."""
     models = {"MaskDINO": "maskdino", "DI-MaskDINO": "dimaskdino"}
-    return viz.plot_layerwise_ap({label: replace(course_model(n), upper_bounds=None) for label, n in models.items()})
+    image, labels, masks = scene(load_config("shapes/demo").data.shapes, "val", 1)
+    pixels, size = torch.from_numpy(image).permute(2, 0, 1), image.shape[:2]
+    sample = Sample(pixels, torch.tensor(labels), torch.from_numpy(np.stack(masks)), 1, "", size)
+    looks = {label: load(f"{name}-shapes", device="cpu").inspect(sample) for label, name in models.items()}
+    results = {label: course_model(name) for label, name in models.items()}
+    return plot_effect(results, looks, object_to_follow(looks))
 
 
 def box_formula() -> viz.style.Figure:
@@ -17,7 +26,7 @@ def box_formula() -> viz.style.Figure:
     return viz.plot_study_layers(study_report("box_formula", "miniature"))
 
 
-FIGURES = {"layers": layers, "box_formula": box_formula, "architecture": viz.draw_architecture}
+FIGURES = {"effect": effect, "box_formula": box_formula, "architecture": viz.draw_architecture}
 
 if __name__ == "__main__":
     for name, draw in FIGURES.items():

@@ -148,7 +148,7 @@ def headlines() -> str:
 
 
 def models() -> str:
-    """AP of every stage of the models that come with the kit, and of the demo."""
+    """AP of every stage of the models that come with the kit."""
     columns = {"MaskDINO": "maskdino", "DI-MaskDINO": "dimaskdino", "DI-MaskDINO, rendered scenes": "solids"}
     head, found = ["stage"], []
     for label, name in columns.items():
@@ -161,9 +161,7 @@ def models() -> str:
             ap = stages.get(stage)
             row += [number(ap and ap.box.AP), number(ap and ap.mask and ap.mask.AP), number(ap and ap.imbalance, "+")]
         rows.append(row)
-    demo = measured("demo_layers")["stages"]["decoder.4"]
-    aps = f"{number(demo['box']['AP'])} box and {number(demo['mask']['AP'])} mask AP"
-    return f"{markdown_table(head, rows)}\n\n`make demo` reaches {aps} at `decoder.4`."
+    return markdown_table(head, rows)
 
 
 def diagnostics() -> str:
