@@ -1,4 +1,4 @@
-# make demo   set up, train DI-MaskDINO on the built-in data, evaluate every decoder layer, say where the results are
+# make demo   set up, show the effect of De-Imbalance and BATO in a figure (`dimaskdino demo`)
 # make test   set up, run the tests           make test-all   the slow ones too
 # make lab    set up, open the notebooks      make lint       what continuous integration checks besides the tests
 # make figures   draw the figures of README and docs from their records     make notebooks   build the chapters
