@@ -59,8 +59,8 @@ def _draw_curves(axes: Axes, result: LayerwiseAP, stages: list[str], title: str)
         stage = result.stages[name]
         low, high = sorted((stage.box.AP or 0.0, stage.mask.AP if stage.mask and stage.mask.AP else 0.0))
         axes.annotate("", (place, low), (place, high), arrowprops={"arrowstyle": "<->", "shrinkA": 4, "shrinkB": 4})
-        where = {"textcoords": "offset points", "ha": "center", "weight": "bold"}
-        axes.annotate(f"{stage.imbalance:+.1f}", (place, high), (0, 9), **where)
+        text, at = f"{stage.imbalance:+.1f}", (place, high)
+        axes.annotate(text, at, (0, 9), textcoords="offset points", ha="center", weight="bold")
     axes.plot([], [], color="black", marker="|", linestyle="", markersize=14, label="imbalance")
     stage_ticks(axes, stages)
     axes.set(title=title, xlim=(-0.3, len(stages) - 0.5))
