@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -31,7 +32,7 @@ def plot_effect(results: Mapping[str, LayerwiseAP], looks: Mapping[str, Look], n
     """
     count, stages = len(results), [name for name in next(iter(results.values())).stages if is_decoder(name)]
     figure = NotebookFigure(figsize=(4.6 * count, 5.6), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[2.4, 1])
+    above, below = np.ravel(figure.subfigures(2, 1, height_ratios=[2.4, 1]))
     curves = above.subplots(1, count, sharey=True, squeeze=False)[0]
     pictures = [part.subplots(1, STAGES) for part in below.subfigures(1, count, wspace=0.06, squeeze=False)[0]]
     for axes, row, (label, result) in zip(curves, pictures, results.items(), strict=True):
