@@ -1,8 +1,8 @@
 """The effect of De-Imbalance and BATO in one figure: AP at every stage, and one object followed through the stages."""
 
 from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,7 +32,8 @@ def plot_effect(results: Mapping[str, LayerwiseAP], looks: Mapping[str, Look], n
     """
     count, stages = len(results), [name for name in next(iter(results.values())).stages if is_decoder(name)]
     figure = NotebookFigure(figsize=(4.6 * count, 5.6), layout="constrained")
-    above, below = np.ravel(figure.subfigures(2, 1, height_ratios=[2.4, 1]))
+    parts: Any = figure.subfigures(2, 1, height_ratios=[2.4, 1])
+    above, below = parts
     curves = above.subplots(1, count, sharey=True, squeeze=False)[0]
     pictures = [part.subplots(1, STAGES) for part in below.subfigures(1, count, wspace=0.06, squeeze=False)[0]]
     for axes, row, (label, result) in zip(curves, pictures, results.items(), strict=True):
