@@ -1,6 +1,8 @@
 """The public interface: load a model, predict on images, inspect, save and upload."""
 
+import functools
 import json
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +17,7 @@ from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
 from dimaskdino.checkpoints import TrainedModel, load_checkpoint, save_model
+from dimaskdino.checkpoints.catalogue import training_data
 from dimaskdino.checkpoints.model_files import MODEL
 from dimaskdino.config import Config
 from dimaskdino.data.coco import Sample, encode_masks
@@ -45,12 +48,14 @@ class Result:
         instances: the detections.
         classes: names of all classes of the model, by class index.
         stage: the stage that the detections come from, such as `decoder.6`.
+        trained_on: what the model was trained on, such as `synthetic drawn shapes: 5 classes`.
     """
 
     image: UInt8[Tensor, "3 h w"]
     instances: Instances
     classes: tuple[str, ...]
     stage: str
+    trained_on: str = ""
 
     @property
     def boxes(self) -> Float[Tensor, "n 4"]:
@@ -89,7 +94,8 @@ class Result:
         best = zip(self.class_names[:8], self.scores.tolist()[:8], strict=True)
         listed = ", ".join(f"{name} {score:.2f}" for name, score in best)
         more = f", and {len(self) - 8} more" if len(self) > 8 else ""
-        return f"<Result: {len(self)} detections at {self.stage} in {width}x{height}: {listed}{more}>"
+        origin = f"; trained on {self.trained_on}" if self.trained_on else ""
+        return f"<Result: {len(self)} detections at {self.stage} in {width}x{height}: {listed}{more}{origin}>"
 
     def plot(self) -> "Figure":
         """Draw masks, boxes, class names and scores over the image."""
@@ -175,6 +181,15 @@ class Model(TrainedModel):
         precision: precision of the forward pass.
     """
 
+    def __repr__(self) -> str:
+        shown = ", ".join(self.classes[:8]) + (f" and {len(self.classes) - 8} more" if len(self.classes) > 8 else "")
+        return f"<Model: {_architecture(self)}, trained on {self.trained_on} ({shown}), step {self.step:,}>"
+
+    @property
+    def trained_on(self) -> str:
+        """What it was trained on, such as `synthetic drawn shapes: 5 classes`."""
+        return training_data(self.config, self.classes)
+
     @property
     def stages(self) -> list[str]:
         """Names of the stages that `predict` accepts, in the order of the model; the last is the default."""
@@ -223,12 +238,19 @@ class Model(TrainedModel):
             raise UserError(f"the threshold is a score from 0 to 1, got {threshold:g}")
         inputs: Any = images if isinstance(images, list | tuple) else [images]
         tensors = [to_image_tensor(image) for image in inputs]
+        shapes = self.config.data.shapes
+        if shapes and any(image.shape[-2:] != (shapes.size, shapes.size) for image in tensors):
+            _note(
+                f"this model was trained on {self.trained_on} ({', '.join(self.classes)}) and knows nothing else. For "
+                'photographs: dimaskdino.load("dimaskdino-r50-coco-12ep"), or train on your own (docs/usage.md)'
+            )
         name = self.stages[-1] if stage is None else stage
         detected = predict_images(self, tensors, [name], batch_size, float(threshold)) if tensors else []
         results = []
         for image, by_stage in zip(tensors, detected, strict=True):
             boxes = clip_boxes_to_image(by_stage[name].boxes, (image.shape[-2], image.shape[-1]))
-            results.append(Result(image, replace(by_stage[name], boxes=boxes), tuple(self.classes), name))
+            instances = replace(by_stage[name], boxes=boxes)
+            results.append(Result(image, instances, tuple(self.classes), name, self.trained_on))
         return results if isinstance(images, list | tuple) else results[0]
 
     def inspect(self, image: ImageInput | Sample) -> Look:
@@ -350,9 +372,20 @@ def find_device(device: str | torch.device = "auto") -> torch.device:
         raise UserError(f"the device '{device}' cannot be used here: {reason}") from None
 
 
-def _model_card(model: Model, layerwise_ap: LayerwiseAP | None) -> str:
+@functools.cache
+def _note(text: str) -> None:
+    """Print a note, once per process."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def _architecture(model: Model) -> str:
     settings = model.config.model
     name = "DI-MaskDINO" if settings.bato.enabled or len(settings.selection.k) > 1 else "MaskDINO"
+    return f"{name}, {settings.backbone.name}"
+
+
+def _model_card(model: Model, layerwise_ap: LayerwiseAP | None) -> str:
+    architecture = _architecture(model)
     classes = ", ".join(map(escape, model.classes[:20])) + (", …" if len(model.classes) > 20 else "")
     text = f"""---
 library_name: dimaskdino
@@ -360,9 +393,9 @@ pipeline_tag: image-segmentation
 tags: [object-detection, instance-segmentation, di-maskdino]
 ---
 
-# {name}, {settings.backbone.name}
+# {architecture}
 
-{name} for {len(model.classes)} classes, trained for {model.step:,} steps: {classes}.
+Trained on {escape(model.trained_on)}, for {model.step:,} steps. Classes: {classes}.
 
 ```python
 import dimaskdino

@@ -367,3 +367,28 @@ def test_videos(model, tmp_path):
 
 def test_settings_are_those_of_the_training(model, shapes_data):
     assert model.config.model == settings(shapes_data).model
+
+
+def test_models_and_results_say_what_they_were_trained_on(capsys, tmp_path):
+    model = dimaskdino.load("dimaskdino-shapes", device="cpu")
+    assert model.trained_on == "synthetic drawn shapes: 5 classes"
+    assert repr(model) == (
+        "<Model: DI-MaskDINO, resnet18, trained on synthetic drawn shapes: 5 classes (disk, rectangle, triangle, star, "
+        "ring), step 10,000>"
+    )
+    assert dimaskdino.load("dimaskdino-solids", device="cpu").trained_on == "synthetic rendered solids: 5 classes"
+    result = model.predict(torch.zeros(3, 128, 128, dtype=torch.uint8))
+    assert repr(result).endswith("; trained on synthetic drawn shapes: 5 classes>")
+    assert "note" not in capsys.readouterr().err
+    model.save(tmp_path)
+    assert "Trained on synthetic drawn shapes: 5 classes, for 10,000 steps." in (tmp_path / "README.md").read_text()
+
+
+def test_a_photograph_for_a_model_of_drawings_is_noted_once(capsys):
+    dimaskdino.model._note.cache_clear()
+    model = dimaskdino.load("dimaskdino-shapes", device="cpu")
+    for _ in range(2):
+        model.predict(torch.zeros(3, 90, 120, dtype=torch.uint8))
+    said = capsys.readouterr().err
+    assert said.count("note: this model was trained on synthetic drawn shapes: 5 classes (disk, ") == 1
+    assert 'dimaskdino.load("dimaskdino-r50-coco-12ep")' in said
