@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from PIL import Image
 
 from dimaskdino import load, load_config, viz
 from dimaskdino.data.coco import Sample
@@ -9,11 +10,13 @@ from dimaskdino.data.shapes import scene
 from dimaskdino.viz.effect import object_to_follow, plot_effect
 from tools.records.records import ARCHIVES, ROOT, course_model, study_report, write_all
 
+SHAPES = load_config("shapes/demo").data.shapes
+
 
 def effect() -> viz.style.Figure:
     """The first figure of the demo: the course's two models at every stage, and an object of a validation image."""
     models = {"MaskDINO": "maskdino", "DI-MaskDINO": "dimaskdino"}
-    image, labels, masks = scene(load_config("shapes/demo").data.shapes, "val", 1)
+    image, labels, masks = scene(SHAPES, "val", 1)
     pixels, size = torch.from_numpy(image).permute(2, 0, 1), image.shape[:2]
     sample = Sample(pixels, torch.tensor(labels), torch.from_numpy(np.stack(masks)), 1, "", size)
     looks = {label: load(f"{name}-shapes", device="cpu").inspect(sample) for label, name in models.items()}
@@ -21,12 +24,19 @@ def effect() -> viz.style.Figure:
     return plot_effect(results, looks, object_to_follow(looks))
 
 
+def drawing() -> viz.style.Figure:
+    """The drawn image of the README's example, which is written beside it, with the detections of the small model."""
+    file = ROOT / "docs" / "figures" / "scene.png"
+    Image.fromarray(scene(SHAPES, "val", 4)[0]).save(file)
+    return load("dimaskdino-shapes", device="cpu").predict(file).plot()
+
+
 def box_formula() -> viz.style.Figure:
     """The modules under three formulas for the boxes of masks, at every stage, in the second study on the shapes."""
     return viz.plot_study_layers(study_report("box_formula", "miniature"))
 
 
-FIGURES = {"effect": effect, "box_formula": box_formula, "architecture": viz.draw_architecture}
+FIGURES = {"effect": effect, "drawing": drawing, "box_formula": box_formula, "architecture": viz.draw_architecture}
 
 if __name__ == "__main__":
     for name, draw in FIGURES.items():
