@@ -76,22 +76,12 @@ def import_dataset(source: Path, folder: Path, val: float = 0.2, seed: int = 0) 
             Nothing is left then.
     """
     _check_target(folder, val)
-    layout, exported = read_export(source)
+    layout, exported = _read_export(source)
     return import_splits(exported, str(source), layout, folder, val, seed)
 
 
-def read_export(source: Path) -> tuple[str, list[ExportedSplit]]:
-    """Read an export of any known layout.
-
-    Args:
-        source: the export's folder, or its annotations file (json, yaml or xml).
-
-    Returns:
-        The layout's name, and its splits.
-
-    Raises:
-        UserError: there is no such source, its layout is not known, or its content cannot be used.
-    """
+def _read_export(source: Path) -> tuple[str, list[ExportedSplit]]:
+    """The name of the export's layout, and its splits."""
     if not source.exists():
         raise UserError(f"{source} does not exist")
     for layout, read in READERS.items():

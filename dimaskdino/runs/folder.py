@@ -17,7 +17,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -263,16 +263,13 @@ class RunFolder:
         return status
 
     @contextlib.contextmanager
-    def metrics(
-        self, step: int, enabled: bool = True, trackers: Sequence[str] = (), settings: Mapping[str, Any] | None = None
-    ) -> Iterator[Metrics]:
+    def metrics(self, step: int, config: Config | None = None, enabled: bool = True) -> Iterator[Metrics]:
         """Open the metrics file, and remove records after `step`, since they belong to lost work.
 
         Args:
             step: the step that the training starts or resumes from.
+            config: all settings of the run; its trackers receive the records too.
             enabled: whether this process records anything.
-            trackers: names of trackers that receive the records too, see `dimaskdino.runs.trackers`.
-            settings: all settings of the run, for the trackers.
 
         Raises:
             UserError: the file cannot be written, or a tracker cannot record.
@@ -287,7 +284,8 @@ class RunFolder:
         with contextlib.ExitStack() as stack:
             stream = stack.enter_context(file.open("a"))
             stack.enter_context(hide_disk_errors_of_threads())
-            metrics = Metrics(stream, open_trackers(trackers, self.path, settings or {}, step), self.samples)
+            trackers = open_trackers(config, self.path, step) if config else {}
+            metrics = Metrics(stream, trackers, self.samples)
             stack.callback(metrics.close)
             yield metrics
 

@@ -136,23 +136,6 @@ def show_training(
     curves.update(plot({training.folder.path.name: records}))
 
 
-def notebook_parameters(notebook: Path) -> dict[str, Any]:
-    """Inspect the parameters that a notebook's `parameters` cell declares, with papermill.
-
-    Raises:
-        UserError: there is no such notebook, or the file is not a notebook.
-    """
-    import nbformat
-    import papermill  # imported here, since only notebooks need it
-
-    if not notebook.exists():
-        raise UserError(f"the notebook {notebook} does not exist")
-    try:
-        return papermill.inspect_notebook(str(notebook))
-    except (ValueError, LookupError, AttributeError, nbformat.ValidationError) as error:
-        raise UserError(f"{notebook} is not a notebook of Jupyter: {first_line(error)}") from None
-
-
 def parse_parameters(assignments: Sequence[str]) -> dict[str, Any]:
     """Parse `name=value` texts, whose values are YAML.
 
@@ -170,7 +153,15 @@ def parse_parameters(assignments: Sequence[str]) -> dict[str, Any]:
 
 def _check_parameters(notebook: Path, values: Mapping[str, Any]) -> None:
     """Check that a notebook declares these parameters with these types; papermill only warns."""
-    declared = notebook_parameters(notebook)
+    import nbformat
+    import papermill  # imported here, since only notebooks need it
+
+    if not notebook.exists():
+        raise UserError(f"the notebook {notebook} does not exist")
+    try:
+        declared = papermill.inspect_notebook(str(notebook))
+    except (ValueError, LookupError, AttributeError, nbformat.ValidationError) as error:
+        raise UserError(f"{notebook} is not a notebook of Jupyter: {first_line(error)}") from None
     for name, value in values.items():
         if name not in declared:
             raise UserError(f"{notebook.name} has no parameter '{name}'; it has {', '.join(declared)}")

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from dimaskdino.config import Config
 from dimaskdino.utils.errors import UserError, first_line
 from dimaskdino.utils.files import read_json_object, write_atomically, write_text
 
@@ -149,25 +150,23 @@ TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {
 }
 
 
-def open_trackers(names: Sequence[str], folder: Path, settings: Mapping[str, Any], step: int) -> dict[str, Tracker]:
+def open_trackers(config: Config, folder: Path, step: int) -> dict[str, Tracker]:
     """Open the trackers of a training, or continue their records.
 
     Args:
-        names: keys of `TRACKERS`.
+        config: all settings; `train.trackers` has keys of `TRACKERS`.
         folder: the run folder.
-        settings: all settings of the run, plain values.
         step: the step that the training starts or resumes from.
 
     Raises:
         UserError: there is no such tracker, its package is not installed, or it cannot record.
     """
-    for name in names:
+    trackers = {}
+    for name in config.train.trackers:
         if name not in TRACKERS:
             raise UserError(f"train.trackers: there is no tracker '{name}', only {', '.join(TRACKERS)}")
-    trackers = {}
-    for name in names:
         try:
-            trackers[name] = TRACKERS[name](folder, settings, step)
+            trackers[name] = TRACKERS[name](folder, config.model_dump(mode="json"), step)
         except (UserError, OSError):
             raise
         except Exception as error:

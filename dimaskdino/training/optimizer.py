@@ -99,9 +99,8 @@ def rate_factor(step: int, schedule: config.Schedule) -> float:
     return warmup * schedule.drop_factor**drops
 
 
-def set_rate(optimizer: torch.optim.Optimizer, step: int, schedule: config.Schedule) -> float:
-    """Set the learning rate of every group for a step; returns the highest."""
+def set_rate(optimizer: torch.optim.Optimizer, step: int, schedule: config.Schedule) -> None:
+    """Set the learning rate of every group for a step."""
     factor = rate_factor(step, schedule)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-    return max(group["lr"] for group in optimizer.param_groups)

@@ -232,17 +232,10 @@ class Trainer:
         with (
             contextlib.closing(parts_of_steps),
             self._stop,
-            self.folder.metrics(
-                self.step, self.context.rank == 0, self.config.train.trackers, self.config.model_dump(mode="json")
-            ) as metrics,
+            self.folder.metrics(self.step, self.config, enabled=self.context.rank == 0) as metrics,
         ):
-            progress = progress_bar(
-                total=steps,
-                initial=self.step,
-                description="training",
-                log_by_hand=True,
-                disable=self.context.rank > 0,
-            )
+            silent = self.context.rank > 0
+            progress = progress_bar(None, "training", steps, log_by_hand=True, initial=self.step, disable=silent)
             if self._changed:
                 metrics.write({"step": self.step, "changed": self._changed})
             logged, started = self.step, time.perf_counter()
