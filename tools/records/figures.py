@@ -41,7 +41,7 @@ FIGURES = {"effect": effect, "drawing": drawing, "box_formula": box_formula, "ar
 if __name__ == "__main__":
     for name, draw in FIGURES.items():
         path = ROOT / "docs" / "figures" / f"{name}.png"
-        draw().savefig(path, dpi=130)
+        draw().savefig(path, dpi=45 if name == "drawing" else 130)
         print(f"written: {path}")
     for file in sorted(ARCHIVES.glob("*/*/table.md")):
         file.write_text(study_report(file.parent.name, file.parents[1].name).markdown() + "\n")
