@@ -91,7 +91,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = folder / "source"
     files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     for name in files.stdout.splitlines():
-        if (ROOT / name).is_file() and not name.startswith(("tests/", "notebooks/studies/")):
+        if (ROOT / name).is_file() and not name.startswith("tests/"):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source]
@@ -108,12 +108,40 @@ def test_the_wheel_has_the_operators_sources_and_the_data(wheel):
     assert not any(name.startswith(("tools/", "tests/", "docs/")) for name in names)
 
 
-def test_an_empty_environment_with_the_wheel_alone_predicts(wheel, tmp_path):
-    environment = tmp_path / "environment"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-    python = environment / "bin" / "python"
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel alone."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     install = ["install", "-q", "--no-deps", "--no-index", wheel]
-    subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "--python", folder / "bin" / "python", *install], check=True)
+    return folder
+
+
+def outside(folder: Path) -> dict[str, str]:
+    """The environment variables of a process that finds the dependencies of the tests, but no editable installs."""
+    return {"PYTHONPATH": sysconfig.get_path("purelib"), "PATH": "/usr/bin:/bin", "HOME": str(folder)}
+
+
+CHAPTERS = sorted((ROOT / "notebooks" / "solutions").glob("0*.ipynb"))
+FAST = "04_de_imbalance"
+
+
+@pytest.mark.parametrize(
+    "chapter", [pytest.param(p, id=p.stem, marks=() if p.stem == FAST else pytest.mark.slow) for p in CHAPTERS]
+)
+def test_a_copied_chapter_runs_in_an_empty_folder(chapter, environment, tmp_path):
+    (tmp_path / "work").mkdir()
+    copy = tmp_path / "work" / chapter.name
+    copy.write_bytes(chapter.read_bytes())
+    execute = ["-c", "from nbclient.cli import main; main()", "--timeout=3600", "--output=done.ipynb", copy.name]
+    command = [environment / "bin" / "python", *execute]
+    done = subprocess.run(command, cwd=copy.parent, env=outside(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_an_empty_environment_with_the_wheel_alone_predicts(wheel, environment, tmp_path):
+    python = environment / "bin" / "python"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)).save(
         tmp_path / "photo.jpg"
     )
@@ -123,7 +151,7 @@ def test_an_empty_environment_with_the_wheel_alone_predicts(wheel, tmp_path):
         [python, "-W", "ignore", "-c", SCRIPT, environment, version],
         cwd=tmp_path,
         check=True,
-        env={"PYTHONPATH": sysconfig.get_path("purelib"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        env=outside(tmp_path),
     )
     assert (tmp_path / "out.png").stat().st_size > 5000
     status = subprocess.run(
@@ -131,6 +159,6 @@ def test_an_empty_environment_with_the_wheel_alone_predicts(wheel, tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        env={"PYTHONPATH": sysconfig.get_path("purelib")},
+        env=outside(tmp_path),
     )
     assert "shapes/dimaskdino_r18" in status.stdout.splitlines()

@@ -3,8 +3,8 @@
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
+from dimaskdino.checkpoints.catalogue import find_model
 from dimaskdino.data import shapes
 from dimaskdino.data.coco import CocoDataset, Sample
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, evaluate_layers
@@ -42,14 +42,14 @@ def begin(model: str, overrides: Iterable[str] = ()) -> Lesson:
     The shapes data are generated once, if the model was trained on them.
 
     Args:
-        model: a run folder or a file, relative to the project's folder, or another source of `dimaskdino.load`.
+        model: a name such as `dimaskdino-shapes`, or a run folder or file, relative to the project's folder.
         overrides: `key=value` settings that differ from those of the training, such as data.root.
 
     Raises:
         UserError: there is no such model, or its data are missing.
     """
     os.chdir(project_root())
-    path = Path(model)
+    path = find_model(model)
     trained = load(path, overrides=overrides)
     data = trained.config.data
     shapes.ensure(data)

@@ -1,4 +1,4 @@
-"""Files that come with the kit: configurations, the course's models and the run notebooks.
+"""Files that come with the kit: configurations, models, run notebooks, and the data of the course.
 
 A checkout has them in `configs/` and `notebooks/`, an installed wheel in the package.
 """
@@ -9,7 +9,13 @@ from pathlib import Path
 from dimaskdino.utils.errors import UserError
 
 _PACKAGE = Path(__file__).parents[1]
-_IN_CHECKOUT = {"configs": "configs", "models": "notebooks/models", "notebooks": "notebooks/runs"}
+_IN_CHECKOUT = {
+    "configs": "configs",
+    "models": "notebooks/models",
+    "notebooks": "notebooks/runs",
+    "scenes": "notebooks/scenes",
+    "studies": "notebooks/studies",
+}
 _MODELS = {"dimaskdino-shapes": "dimaskdino", "maskdino-shapes": "maskdino", "dimaskdino-solids": "solids"}
 
 
@@ -53,6 +59,18 @@ def config_names() -> list[str]:
     folder = configs_folder()
     names = (file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
     return sorted(name for name in names if not name.startswith("ablations/"))
+
+
+def find_data(source: str | Path) -> Path:
+    """Find a folder by its path, or by its name among those that come with the kit.
+
+    Args:
+        source: a path; `scenes`, images of rendered solids; or archived results of studies, such as `studies/shapes`.
+    """
+    kind, _, rest = str(source).partition("/")
+    if Path(source).exists() or kind not in ("scenes", "studies"):
+        return Path(source)
+    return _folder(kind) / rest
 
 
 def shipped_models() -> dict[str, Path]:

@@ -22,10 +22,10 @@
 # you. *Time*: 75 minutes.
 
 # %% tags=["parameters"]
-model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
-baseline: str = "notebooks/models/maskdino"  # its baseline, trained in the same way
-solids: str = "notebooks/models/solids"  # a model that was trained on rendered scenes
-scenes: str = "notebooks/scenes"  # rendered scenes that it has not seen
+model: str = "dimaskdino-shapes"  # a trained model: a name, a run folder or a file
+baseline: str = "maskdino-shapes"  # its baseline, trained in the same way
+solids: str = "dimaskdino-solids"  # a model that was trained on rendered scenes
+scenes: str = "scenes"  # rendered scenes that it has not seen
 images: int = 6  # images to look at
 overrides: list = []  # settings that differ from those of the training, such as data.root
 
@@ -36,6 +36,7 @@ from dimaskdino.course import begin, checks
 from dimaskdino.course.questions import Curve, Number
 from dimaskdino.inspection.objects import track_objects
 from dimaskdino.studies.report import paper_tables
+from dimaskdino.utils.resources import find_data
 from dimaskdino.viz import (
     draw_architecture,
     draw_object_stages,
@@ -47,7 +48,7 @@ from dimaskdino.viz import (
 from dimaskdino.viz.explorers import explore_layers, explore_true_boxes
 
 lesson = begin(model, overrides)
-looks = begin(solids, [f"data.root={scenes}", *overrides]).looks(images)
+looks = begin(solids, [f"data.root={find_data(scenes)}", *overrides]).looks(images)
 tracks = [track_objects(look) for look in looks]
 imbalances = [float((track.mask_iou[0] - track.box_iou[0]).mean()) for track in tracks]
 shown = looks[imbalances.index(max(imbalances))]

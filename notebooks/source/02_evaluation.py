@@ -18,7 +18,7 @@
 # *Prerequisites*: chapter 1 (IoU). *Time*: 75 minutes.
 
 # %% tags=["parameters"]
-model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
+model: str = "dimaskdino-shapes"  # a trained model: a name, a run folder or a file
 stage: str = "decoder.1"  # the stage whose curve is computed by hand
 label: str = "disk"  # the class whose curve is computed by hand
 threshold: float = 0.5  # smallest IoU of a right detection

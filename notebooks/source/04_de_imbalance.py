@@ -27,8 +27,8 @@
 # *Prerequisites*: chapters 1 and 3. *Time*: 60 minutes.
 
 # %% tags=["parameters"]
-model: str = "notebooks/models/solids"  # a trained model: a run folder or a file
-scenes: str = "notebooks/scenes"  # images that it has not seen, in COCO format
+model: str = "dimaskdino-solids"  # a trained model: a name, a run folder or a file
+scenes: str = "scenes"  # images that it has not seen, in COCO format
 images: int = 6  # images to look at
 overrides: list = []  # settings that differ from those of the training
 
@@ -39,10 +39,11 @@ from dimaskdino.course import begin, checks
 from dimaskdino.course.questions import Number
 from dimaskdino.inspection.objects import token_owners, track_objects
 from dimaskdino.modeling.layers import inverse_sigmoid, sine_boxes
+from dimaskdino.utils.resources import find_data
 from dimaskdino.viz import draw_architecture, draw_interaction, draw_selection, plot_mean_ious
 from dimaskdino.viz.explorers import explore_selection
 
-lesson = begin(model, [f"data.root={scenes}", *overrides])
+lesson = begin(model, [f"data.root={find_data(scenes)}", *overrides])
 looks = lesson.looks(images)
 trace = looks[0].trace
 k1, k2 = lesson.trained.config.model.selection.k[:2]

@@ -24,7 +24,7 @@
 # *Prerequisites*: chapters 1 to 4. *Time*: 60 minutes.
 
 # %% tags=["parameters"]
-model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
+model: str = "dimaskdino-shapes"  # a trained model: a name, a run folder or a file
 images: int = 6  # images to look at
 overrides: list = []  # settings that differ from those of the training, such as data.root
 

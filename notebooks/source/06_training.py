@@ -18,7 +18,7 @@
 # *Prerequisites*: chapters 1 and 4; losses and gradients. *Time*: 120 minutes.
 
 # %% tags=["parameters"]
-model: str = "notebooks/models/dimaskdino"  # a trained model: a run folder or a file
+model: str = "dimaskdino-shapes"  # a trained model: a name, a run folder or a file
 image: int = 0  # number of a training image
 overrides: list = []  # settings that differ from those of the training, such as data.root
 

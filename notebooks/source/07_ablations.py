@@ -18,12 +18,11 @@
 # *Prerequisites*: chapters 1, 2, 4 and 5; mean and standard deviation. *Time*: 90 minutes.
 
 # %% tags=["parameters"]
-results: str = "notebooks/studies/shapes"  # a study folder: run folders or an archive
+results: str = "studies/shapes"  # a study folder: run folders or an archive
 
 # %%
 import os
 import statistics
-from pathlib import Path
 
 from IPython.display import Markdown
 from scipy import stats
@@ -34,7 +33,8 @@ from dimaskdino.inspection import diagnostics
 from dimaskdino.modeling import Detector
 from dimaskdino.runs import project_root
 from dimaskdino.studies.report import StudyReport
-from dimaskdino.studies.study import load_study
+from dimaskdino.studies.study import find_study, load_study
+from dimaskdino.utils.resources import find_data
 from dimaskdino.viz import draw_architecture, plot_ablation, plot_differences, plot_study_layers
 
 os.chdir(project_root())
@@ -42,7 +42,7 @@ os.chdir(project_root())
 
 def report_of(table):
     """The study of a table of the paper, with the results of its runs on the shapes."""
-    return StudyReport.of(load_study(Path(f"configs/ablations/{table}.yaml")), "shapes", Path(results))
+    return StudyReport.of(load_study(find_study(table)), "shapes", find_data(results))
 
 
 report = report_of("table_4")
@@ -261,8 +261,8 @@ repeated = Choice(
 repeated
 
 # %%
-formulas = load_study(Path("configs/ablations/box_formula.yaml"))
-second = StudyReport.of(formulas, "miniature", Path("notebooks/studies/miniature"))
+formulas = load_study(find_study("box_formula"))
+second = StudyReport.of(formulas, "miniature", find_data("studies/miniature"))
 published = [c for c in second.results if c.comparison.quantity == box and "published formula" in c.comparison.label]
 raised = [c.comparison.label.split(",")[0] for c in published if c.adjusted_p < 0.05 and c.difference > 0]
 right = raised[0] if len(raised) == 1 else "both" if raised else "neither"

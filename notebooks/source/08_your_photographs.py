@@ -17,8 +17,8 @@
 # *Prerequisites*: chapters 1, 5 and 6; PyTorch modules. *Time*: 105 minutes.
 
 # %% tags=["parameters"]
-model: str = "notebooks/models/solids"  # a trained model: a run folder or a file
-config: str = "configs/solids/dimaskdino_r18w16.yaml"  # its configuration
+model: str = "dimaskdino-solids"  # a trained model: a name, a run folder or a file
+config: str = "solids/dimaskdino_r18w16"  # its configuration
 folder: str = "runs/course/rolls_or_stays"  # for the data and runs of this chapter
 train_images: int = 40  # number of training images
 val_images: int = 30  # number of validation images
@@ -54,10 +54,11 @@ from dimaskdino.runs import TrainingProcess, show_training
 from dimaskdino.training.criterion import criterion
 from dimaskdino.training.optimizer import build_optimizer
 from dimaskdino.training.recipe import Machine, propose
+from dimaskdino.utils.resources import find_data
 from dimaskdino.viz import draw_architecture, draw_samples, plot_layerwise_ap, plot_losses, plot_trainings
 from dimaskdino.viz.explorers import explore_layers
 
-lesson = begin(model, ["data.root=notebooks/scenes", *overrides])
+lesson = begin(model, [f"data.root={find_data('scenes')}", *overrides])
 folder = Path(folder).resolve()
 
 # %%
@@ -363,7 +364,7 @@ def loss_after(seed: int, gate: float | None) -> float:
     settings = load_config(
         config, [*changes, f"model.classes={len(SOLIDS)}", f"data.root={scenes}", f"train.seed={seed}"]
     )
-    detector = load(Path(model), overrides=overrides).detector
+    detector = load(model, overrides=overrides).detector
     if gate is not None:
         detector.bato = GatedBATO(detector.bato, gate)
     torch.manual_seed(seed)  # of the points at which the loss compares masks, and of the denoising queries

@@ -23,7 +23,7 @@
 # %% tags=["parameters"]
 checkpoint: str = ""  # a published .pth file; empty: the model below
 config: str = "coco/instance-segmentation/dimaskdino_r50_4scale_bs16_12ep"  # its configuration
-model: str = "notebooks/models/dimaskdino"  # a model of this kit, shown if there is no checkpoint
+model: str = "dimaskdino-shapes"  # a model of this kit, shown if there is no checkpoint
 photos: str = ""  # a folder of photographs; empty: validation images of the model's data
 coco: str = ""  # COCO's folder, to measure AP of every stage: about six hours on a laptop, minutes on a GPU
 images: int = 4  # photographs to look at
