@@ -1,6 +1,7 @@
 """Published DI-MaskDINO and MaskDINO checkpoints: their parameters renamed, their architecture inferred."""
 
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,6 +231,23 @@ def architecture(state: Mapping[str, Tensor], path: Path) -> config.Model:
     )
 
 
+# levels, finest level and boxes of the recorded cases in tests/fixtures/golden, all with ResNet-50
+_COMPARED = {(4, "res3", "mask2box"), (3, "res3", "bitmask"), (5, "res2", "bitmask")}
+
+
+def not_compared(model: config.Model) -> list[str]:
+    """The parts of an architecture whose outputs no recorded case of the published code covers (docs/model.md)."""
+    parts = []
+    if model.backbone.name.startswith("swin"):
+        parts.append(f"{model.backbone.name} in a whole model (its features are compared with Swin-T and Swin-L)")
+    elif model.backbone.name != "resnet50":
+        parts.append(f"the backbone {model.backbone.name}")
+    levels, finest, boxes = model.pixel_decoder.levels, model.pixel_decoder.finest, model.selection.mask_to_box
+    if (levels, finest, boxes) not in _COMPARED:
+        parts.append(f"{levels} levels from {finest} with mask_to_box={boxes}")
+    return parts
+
+
 def _backbone_name(state: Mapping[str, Tensor], path: Path) -> str:
     width = state.get("backbone.net.patch_embed.proj.bias")
     if width is not None:
@@ -265,6 +283,8 @@ def load_published(
         found = config.Config(model=architecture(conversion.state, path))
         settings = parse_config(found.model_dump(mode="json"), overrides, str(path))
     model = settings.model
+    if parts := not_compared(model):
+        print(f"note: not compared with outputs of the published code: {'; '.join(parts)}", file=sys.stderr)
     untrained = model.without_backbone_weights()
     detector = Detector(untrained)
     load_weights(detector, conversion.state, str(path))

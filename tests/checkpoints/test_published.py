@@ -10,7 +10,7 @@ from golden import FOLDER, MODELS, detectron2_names, image, read, state_dict
 from torchvision import models
 
 from dimaskdino import config
-from dimaskdino.checkpoints.published import architecture, convert_backbone, convert_state
+from dimaskdino.checkpoints.published import architecture, convert_backbone, convert_state, load_published, not_compared
 from dimaskdino.modeling import Detector, ImageBatch
 from dimaskdino.modeling.backbone import build_backbone
 from dimaskdino.utils.errors import UserError
@@ -118,3 +118,17 @@ def test_files_that_are_no_backbone(content, message, tmp_path):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))
     with pytest.raises(UserError, match=message):
         convert_backbone(tmp_path / "x.pkl", tmp_path / "y.safetensors")
+
+
+def test_architectures_without_a_recorded_case_are_named(tmp_path, capsys):
+    assert [not_compared(MODELS[case]) for case in ("di_r50", "di_small", "maskdino_3s", "maskdino_5level")] == [[]] * 4
+    swin = MODELS["maskdino_5level"].model_copy(update={"backbone": config.Backbone(name=SWINS["swin_l_backbone"])})
+    assert not_compared(swin)[0].startswith("swin_large_patch4_window12_384 in a whole model")
+    assert not_compared(config.Model(backbone=config.Backbone(name="resnet101"))) == ["the backbone resnet101"]
+    torch.save({"model": state_dict(read("di_small"))}, tmp_path / "published.pth")
+    load_published(tmp_path / "published.pth")
+    assert capsys.readouterr().err == ""
+    load_published(tmp_path / "published.pth", ["model.selection.mask_to_box=no"])
+    assert "note: not compared with outputs of the published code: 4 levels from res3 with mask_to_box=no" in (
+        capsys.readouterr().err
+    )
