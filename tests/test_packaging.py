@@ -53,6 +53,15 @@ def test_conda_asks_for_the_same_packages_and_bounds():
     assert found["python"] == project()["project"]["requires-python"].replace(" ", "")
 
 
+def test_every_dependency_has_a_tested_version():
+    table = project()["project"]
+    wanted = {requirement(text)[0] for text in (*table["dependencies"], *table["optional-dependencies"]["notebooks"])}
+    lines = (ROOT / "constraints.txt").read_text().splitlines()[1:]
+    fixed = dict(line.split("==") for line in lines)
+    assert {name.replace("_", "-") for name in wanted} <= fixed.keys()
+    assert not [line for line in lines if "://" in line or " @ " in line]
+
+
 def test_every_package_is_listed():
     folders = {path.parent for path in (ROOT / "dimaskdino").rglob("*.py")}
     listed = {name for name in project()["tool"]["setuptools"]["packages"] if not name.startswith("dimaskdino._data")}
