@@ -323,7 +323,7 @@ def load(
     Args:
         source: one of
 
-            * a run folder, such as `runs/demo`, or a folder that `Model.save` wrote,
+            * a run folder, such as `runs/mine`, or a folder that `Model.save` wrote,
             * a file: `model.safetensors`, a resume point `.pt`, a published checkpoint `.pth` or `.pkl`,
             * a name that `dimaskdino models` lists, such as `dimaskdino-r50-coco-12ep`, which is downloaded once, or
               `dimaskdino-shapes`, which ships with the kit,

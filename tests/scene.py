@@ -1,4 +1,4 @@
-"""Where faults happen: trainings and commands in processes of their own, and small disks that can be full."""
+"""Helpers of the fault tests: trainings and commands in processes of their own, and small disks that can be full."""
 
 import contextlib
 import hashlib

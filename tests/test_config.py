@@ -70,7 +70,7 @@ def test_overrides(tmp_path):
         ("model.selection.k=[300]", "guidance=T_i"),
         ("model.bato.guidance=T_i", "selection.k=\\[300\\]"),
         ("model.bato.after=[2, 1]", "must ascend, as in \\[1, 2, 3\\], got \\[2, 1\\]"),
-        ("model.bato.after=[1, 6]", "needs a layer behind the last of these, got decoder.layers=6"),
+        ("model.bato.after=[1, 6]", "needs a decoder layer after the last of these, got decoder.layers=6"),
         ("model.hidden_dim=100", "multiple of 32"),
         ("train.seed", "key=value"),
         ("train.seed={", "not valid YAML"),

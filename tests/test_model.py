@@ -266,7 +266,7 @@ def test_models_from_the_hub_come_from_its_cache_without_a_network(model, pixels
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = dimaskdino.load("owner/name")
-        with pytest.raises(UserError, match="'owner/other' is no path here and cannot be downloaded"):
+        with pytest.raises(UserError, match="'owner/other' is not a local path and cannot be downloaded"):
             dimaskdino.load("owner/other")
     assert same(loaded.predict(pixels, threshold=0), model.predict(pixels, threshold=0))
 

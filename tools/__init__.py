@@ -1,1 +1,1 @@
-"""What only a maintainer runs: benchmarks, the course's build, and the numbers and figures of README and docs."""
+"""Programs for maintainers: benchmarks, the course's build, and the numbers and figures of README and docs."""

@@ -1,4 +1,4 @@
-"""The one loader and the one writer of models: this kit's files, published checkpoints and published settings."""
+"""Load and save models: this kit's files, published checkpoints and published settings."""
 
 from dimaskdino.checkpoints.loader import load_checkpoint
 from dimaskdino.checkpoints.model_files import TrainedModel, save_model

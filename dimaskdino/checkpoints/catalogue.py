@@ -40,8 +40,8 @@ class PublishedModel:
     Attributes:
         url: where it is downloaded from.
         box, mask: AP on COCO val2017 as published, in percent. This kit has not measured it.
-        megabytes: size of the converted file, about.
-        overrides: settings that its weights do not tell.
+        megabytes: approximate size of the converted file.
+        overrides: settings that cannot be inferred from its weights.
         sha256: of the published file, where it is known. The authors publish none.
     """
 
@@ -135,7 +135,10 @@ def _fetch(name: str, model: PublishedModel) -> Path:
         digest = hashlib.sha256(raw.read_bytes()).hexdigest() if raw.exists() else download(name, model, raw)
         if model.sha256 not in (None, digest):
             raw.unlink()
-            raise UserError(f"{name}: the file from {model.url} has another SHA-256 than known; it is deleted")
+            raise UserError(
+                f"{name}: the file from {model.url} does not have the recorded SHA-256 and was deleted; run the "
+                "command again"
+            )
         trained, _ = load_published(raw, model.overrides)
         save_model(target, trained.detector, trained.config, trained.classes, trained.step)
         write_text(folder / f"{name}.json", json.dumps({"url": model.url, "sha256": digest}) + "\n")

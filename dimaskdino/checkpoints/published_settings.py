@@ -149,14 +149,14 @@ def split_arguments(arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]
         if _KEY.match(argument):
             value = next(rest, None)
             if value is None:
-                raise UserError(f"{argument} needs a value behind it: {argument} VALUE")
+                raise UserError(f"{argument} needs a value after it: {argument} VALUE")
             pairs[argument] = _literal(value)
         elif "=" in argument:
             overrides.append(argument)
         else:
             raise UserError(
-                f"'{argument}' is neither key=value, for example train.batch_size=8, nor a published KEY with its "
-                "VALUE behind it, for example SOLVER.IMS_PER_BATCH 8"
+                f"'{argument}' is neither key=value, such as train.batch_size=8, nor a published KEY followed by its "
+                "VALUE, such as SOLVER.IMS_PER_BATCH 8"
             )
     return overrides, pairs
 
@@ -317,7 +317,9 @@ def _backbone(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
 def _freeze(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
     """detectron2 counts the stem as a stage of its own."""
     if value == 1:
-        raise UserError(f"{MODEL}.BACKBONE.FREEZE_AT = 1: this kit freezes the stem together with res2, with 2")
+        raise UserError(
+            f"{MODEL}.BACKBONE.FREEZE_AT = 1: this kit freezes the stem only together with res2; set it to 0 or 2"
+        )
     made.values["model.backbone.freeze"] = max(0, value - 1)
 
 
@@ -365,7 +367,9 @@ def _silent(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
 def _mixed_precision(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
     made.values["train.precision"] = "bf16" if value else "fp32"
     if value:
-        made.remarks.append("SOLVER.AMP.ENABLED = True: bf16 here; train.precision=fp16 is what detectron2 takes")
+        made.remarks.append(
+            "SOLVER.AMP.ENABLED = True is train.precision=bf16 here; detectron2 uses fp16 (train.precision=fp16)"
+        )
 
 
 def _noise(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:

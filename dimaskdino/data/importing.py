@@ -1,4 +1,4 @@
-"""Make a COCO-format folder with training and validation images of an export of any known layout."""
+"""Convert an export of any known layout to a COCO-format folder with a training and a validation split."""
 
 import json
 import os
@@ -201,7 +201,7 @@ def _divide(split: ExportedSplit, val: float, seed: int) -> tuple[ExportedSplit,
     remark = f"the source has no validation split: {len(drawn):,} of {len(ids):,} images were drawn (seed {seed})"
     kept = sum(count for count in Counter(group.values()).values() if count > 1)
     if kept:
-        remark += f"; {kept:,} images with copies of the same photograph are on the side of these"
+        remark += f"; {kept:,} copies of the same photograph stay in one split"
     return _part(split, set(ids) - drawn), _part(split, drawn), remark
 
 

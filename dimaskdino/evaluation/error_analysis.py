@@ -67,7 +67,7 @@ def tide_analysis(truth: Truth, detections: Detections, kind: Kind) -> TideAnaly
         kind: box or mask.
 
     Raises:
-        UserError: hotcoco cannot be used; so do the other functions of this module.
+        UserError: hotcoco cannot be used. The other functions of this module raise it too.
     """
     found = _evaluated(truth, detections, kind).tide_errors(pos_thr=MATCH_IOU)
     return TideAnalysis(

@@ -60,7 +60,7 @@ class LayerwiseAP:
 
     @property
     def remarks(self) -> list[str]:
-        """Hints at a faulty evaluation, for people; mostly none."""
+        """Warnings of a probably faulty evaluation; usually none."""
         box = self.last.box.AP
         if box is None:
             return ["there is no annotated object, so AP is not defined"]

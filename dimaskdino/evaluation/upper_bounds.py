@@ -83,7 +83,7 @@ def upper_bounds(truth: Truth, settings: config.Config) -> UpperBounds:
             stage = true_stage(labels, true_masks, size, len(category_ids))
             for convention in CONVENTIONS:
                 with_masks = convention == CONVENTIONS[0]  # the masks are the same for all conventions
-                bounded = with_bounds(stage, convention)
+                bounded = with_boxes_around_masks(stage, convention)
                 [instances] = postprocess(bounded, *sizes, settings.evaluation.detections, with_masks)
                 detections = Detections.of(image["id"], instances, category_ids)
                 boxes[convention] += detections.boxes
@@ -98,7 +98,7 @@ def upper_bounds(truth: Truth, settings: config.Config) -> UpperBounds:
 def true_stage(labels: Int[Tensor, " M"], masks: UInt8[Tensor, "M h w"], size: tuple[int, int], classes: int) -> Stage:
     """The stage of a model that knows the objects of an image: one query per object, with its true mask at stride 4.
 
-    Its boxes are zero; `with_bounds` computes them.
+    Its boxes are zero; `with_boxes_around_masks` computes them.
 
     Args:
         labels: class indices.
@@ -113,8 +113,8 @@ def true_stage(labels: Int[Tensor, " M"], masks: UInt8[Tensor, "M h w"], size: t
     return Stage("true", logits, torch.zeros(1, M, 4), torch.eye(M)[None], mask_logits)
 
 
-def with_bounds(stage: Stage, convention: MaskToBox) -> Stage:
-    """The stage with the bounds of its masks as boxes, by a convention of `model.selection.mask_to_box`."""
+def with_boxes_around_masks(stage: Stage, convention: MaskToBox) -> Stage:
+    """The stage with the boxes around its masks, by a convention of `model.selection.mask_to_box`."""
     return replace(stage, boxes=mask_guided_boxes(stage, exact=convention == "bitmask"))
 
 

@@ -1,1 +1,1 @@
-"""What a model did with one image, and diagnostics over many images."""
+"""Inspect a model: its intermediate results for one image, and diagnostics over many images."""

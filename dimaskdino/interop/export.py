@@ -100,7 +100,7 @@ def export(
     Returns:
         By output, the largest difference between the file and PyTorch on random images of two sizes; of labels and
         masks the fraction that differs. Boxes, labels and masks are compared for the detections whose scores
-        `told_apart` separates. None if ONNX Runtime is not installed.
+        `well_separated` separates. None if ONNX Runtime is not installed.
 
     Raises:
         UserError: the file has another suffix, the stage has no masks, packages are missing, or PyTorch cannot export
@@ -203,7 +203,7 @@ def _compare(module: Exportable, path: Path) -> dict[str, float] | None:
         images = torch.rand(batch, 3, height, width, generator=generator) * 255
         with torch.no_grad():
             found, wanted = exported(images), module(images)
-        rows = torch.stack([told_apart(scores) for scores in wanted[1]])
+        rows = torch.stack([well_separated(scores) for scores in wanted[1]])
         for name, ours, theirs in zip(OUTPUTS, found, wanted, strict=True):
             difference = (ours.float() - theirs.float()).abs()
             if name != "scores":
@@ -214,7 +214,7 @@ def _compare(module: Exportable, path: Path) -> dict[str, float] | None:
     return differences
 
 
-def told_apart(scores: Float[Tensor, " n"], gap: float = 1e-5) -> Bool[Tensor, " n"]:
+def well_separated(scores: Float[Tensor, " n"], gap: float = 1e-5) -> Bool[Tensor, " n"]:
     """Which of these descending scores differ from their neighbours by more than rounding can exchange."""
     apart = scores[:-1] - scores[1:] > gap
     end = torch.ones(1, dtype=torch.bool)

@@ -40,7 +40,7 @@ def download(hub_id: str) -> Path:
         return Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=FILES))
     except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's errors are all of these
         raise UserError(
-            f"'{hub_id}' is no path here and cannot be downloaded from the hub: {first_line(error)}"
+            f"'{hub_id}' is not a local path and cannot be downloaded from the hub: {first_line(error)}"
         ) from None
 
 

@@ -268,11 +268,11 @@ def _create(cfg: config.Backbone, pretrained: bool) -> Any:
         wanted = [i for i, reduction in enumerate(reductions) if reduction in STRIDES]
         if [reductions[i] for i in wanted] != list(STRIDES):
             raise UserError(
-                f"model.backbone.name: {cfg.name} has features at strides {reductions}, needed are {STRIDES}"
+                f"model.backbone.name: {cfg.name} has features at strides {reductions}; the model needs {STRIDES}"
             )
         net = timm.create_model(cfg.name, features_only=True, out_indices=wanted, pretrained=pretrained, **options)
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f"model.backbone.name: timm cannot make features of {cfg.name} ({error})") from None
+        raise UserError(f"model.backbone.name: timm cannot extract features from {cfg.name} ({error})") from None
     except OSError as error:
         raise UserError(
             f"model.backbone.weights: timm could not download weights of {cfg.name} ({error}). Download the file "

@@ -1,4 +1,4 @@
-"""The records that travel through the model: batch, feature levels, selected tokens, stages, trace, instances.
+"""Data structures of a forward pass: batch, feature levels, selected tokens, stages, trace, instances.
 
 Shapes use B images, N feature tokens, C channels, Q queries, K classes, M objects (the most in one image).
 """

@@ -68,9 +68,8 @@ class Quantity:
         match = re.fullmatch(r"(.+)\.(box|mask|imbalance)(?:@(\d+(?:\.\d+)?))?", text)
         if match is None:
             raise ValueError(
-                f"'{text}' is no quantity; expected STAGE.box, STAGE.mask or STAGE.imbalance, such as last.box, or "
-                "with a box AP of the stage at which it is read, such as first.imbalance@25; or MODULE:NAME of a "
-                "function of your own"
+                f"'{text}' is not a quantity. Write STAGE.box, STAGE.mask or STAGE.imbalance, such as last.box; "
+                "STAGE.imbalance@25 to read it at 25 box AP; or MODULE:NAME of a function of your own"
             )
         at = None if match[3] is None else float(match[3])
         return cls(match[1], match[2], at)  # type: ignore[arg-type]

@@ -92,15 +92,15 @@ def _named(state: dict[int, Any], optimizer: torch.optim.Optimizer, names: Itera
     return {order[position]: values for position, values in state.items()}
 
 
-def rate_factor(step: int, schedule: config.Schedule) -> float:
+def learning_rate_factor(step: int, schedule: config.Schedule) -> float:
     """Factor of the base learning rates at a step, counted from 0."""
     warmup = min(1.0, (step + 1) / schedule.warmup) if schedule.warmup else 1.0
     drops = sum(step >= drop for drop in schedule.drops)
     return warmup * schedule.drop_factor**drops
 
 
-def set_rate(optimizer: torch.optim.Optimizer, step: int, schedule: config.Schedule) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, schedule: config.Schedule) -> None:
     """Set the learning rate of every group for a step."""
-    factor = rate_factor(step, schedule)
+    factor = learning_rate_factor(step, schedule)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor

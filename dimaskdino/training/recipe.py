@@ -82,7 +82,7 @@ class Recipe:
 
     def text(self) -> str:
         """The configuration as YAML. Each setting has its reason or its meaning beside it."""
-        lines = ["# Written by 'dimaskdino new'. What is marked with * was chosen for these data and this machine."]
+        lines = ["# Written by 'dimaskdino new'. Settings marked with * were chosen for this dataset and this machine."]
         return "\n".join([*lines, *_commented(self.config, self.reasons)]) + "\n"
 
 
@@ -237,7 +237,7 @@ def try_out(recipe: Recipe, machine: Machine, minutes: float | None = None) -> t
     steps = config.schedule.steps
     if minutes is not None and steps * seconds > 60 * minutes:
         steps = max(50, 50 * math.floor(60 * minutes / seconds / 50))
-        why = f"what {minutes:g} minutes allow at {seconds:.2f} s per step"
+        why = f"the most that {minutes:g} minutes allow at {seconds:.2f} s per step"
         recipe = _with(recipe, _of_length(steps, why))
     return recipe, (
         f"a step takes about {seconds:.2f} s on {machine.name}: {steps:,} steps in {steps * seconds / 60:.1f} minutes "

@@ -40,7 +40,7 @@ from dimaskdino.modeling.pixel_decoder import EncoderLayer
 from dimaskdino.modeling.precision import autocast
 from dimaskdino.runs.folder import Metrics, RunFolder, changed_settings
 from dimaskdino.training.criterion import Losses, criterion
-from dimaskdino.training.optimizer import build_optimizer, load_moments, moments_by_name, set_rate
+from dimaskdino.training.optimizer import build_optimizer, load_moments, moments_by_name, set_learning_rate
 from dimaskdino.training.resume_points import load_resume_point, save_resume_point
 from dimaskdino.training.validation import Best, Validator, averaged
 from dimaskdino.utils.distributed import DistributedContext
@@ -130,7 +130,7 @@ class Trainer:
             _look_at(self.data, config)
             late = [drop for drop in config.schedule.drops if drop >= config.schedule.steps]
             if late:
-                print(f"note: the drops of the rate at {late} lie beyond the end at step {config.schedule.steps}")
+                print(f"note: schedule.drops={late} have no effect: the training ends at step {config.schedule.steps}")
         torch.manual_seed(config.train.seed)
         # weights that are replaced at once need not be downloaded
         replaced = config.train.weights and not config.train.weights_of
@@ -302,7 +302,7 @@ class Trainer:
         progress.write(f"{text} on {result['images']} images of {self.config.data.val}{', the best' if better else ''}")
         if self._out_of_patience():
             progress.write(
-                f"no better validation for {self.best.without_better} times (train.validation.patience): training ends"
+                f"no improvement in {self.best.without_better} validations (train.validation.patience): training ends"
             )
 
     def _load(self, parts: Iterator[Batch]) -> list[Batch]:
@@ -315,7 +315,7 @@ class Trainer:
 
     def _train_step(self, parts: list[Batch]) -> tuple[dict[str, Tensor], Tensor]:
         """One optimizer step over this process's parts of the batch; returns the losses and the gradient's norm."""
-        set_rate(self.optimizer, self.step, self.config.schedule)
+        set_learning_rate(self.optimizer, self.step, self.config.schedule)
         # kept in case a loss is not finite
         statistics = [buffer.clone() for buffer in self._statistics]
         # losses are divided by the number of objects in the whole batch; the same exchange tells who was asked to stop

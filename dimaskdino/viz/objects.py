@@ -13,7 +13,7 @@ from torchvision.ops import box_convert, box_iou
 
 from dimaskdino.data.coco import Sample
 from dimaskdino.data.painting import blend_masks, colours_of, data_label, label, masks_of
-from dimaskdino.evaluation.upper_bounds import coverage, true_stage, with_bounds
+from dimaskdino.evaluation.upper_bounds import coverage, true_stage, with_boxes_around_masks
 from dimaskdino.inspection.look import Look
 from dimaskdino.inspection.objects import ObjectTrack
 from dimaskdino.modeling import Instances
@@ -179,7 +179,9 @@ def draw_true_boxes(sample: Sample, formula: Formula) -> Figure:
     height, width = padded_size([size])
     boxes = sample.boxes
     if formula != "no":
-        stage = with_bounds(true_stage(sample.labels, sample.masks, size, int(sample.labels.max()) + 1), formula)
+        stage = with_boxes_around_masks(
+            true_stage(sample.labels, sample.masks, size, int(sample.labels.max()) + 1), formula
+        )
         boxes = box_convert(stage.boxes[0], "cxcywh", "xyxy") * boxes.new_tensor([width, height, width, height])
     ious = ", ".join(f"{iou:.2f}" for iou in box_iou(boxes, sample.boxes).diagonal().tolist())
     cells = (coverage(sample.masks, size) > 0.5).any(0)

@@ -87,7 +87,7 @@ def draw_interaction(look: Look) -> Figure:
     for end in ends[:-1].tolist():
         axes.axhline(end - 0.5, color="white", linewidth=0.8)
         axes.axvline(end - 0.5, color="white", linewidth=0.8)
-    axes.set(xlabel="token that is looked at", ylabel="token that looks", xticks=[], yticks=[])
+    axes.set(xlabel="key token", ylabel="query token", xticks=[], yticks=[])
     axes.set_title("Token interaction, layer 1: tokens sorted by object")
     axes.grid(False)
     return figure

@@ -252,7 +252,7 @@ speaking.reveal(
 # ### Explore
 #
 # Choose a picture and a query. The colours over the picture show the query's attention in the last layer; the box is
-# its answer. Does a query specialise in a region? Where do queries look that answer "nothing"?
+# its answer. Does a query specialise in a region? Where do the queries that answer "nothing" look?
 
 # %%
 with torch.no_grad():
@@ -364,8 +364,8 @@ draw_architecture()
 #
 # ## Glossary
 #
-# * **AP**: average precision in percent, which measures how well detections of all objects are found and ranked
-#   (chapter 2).
+# * **AP**: average precision in percent, which measures how many objects are found and how well the detections are
+#   ranked (chapter 2).
 # * **backbone**: the network that turns an image into feature maps, here a ResNet.
 # * **upper bound**: the AP that true objects reach when they go through the steps of a prediction (chapter 1).
 # * **decoder input**: the queries before the first decoder layer, stage `decoder.0`.

@@ -206,7 +206,7 @@ plot_precision_recall(curves, f"{label}, {stage}")
 # ### Explore
 #
 # Choose a class, a stage and a threshold. At which threshold do the boxes of the first layer fall behind its masks,
-# and for which classes do they never?
+# and for which classes does this never happen?
 
 # %%
 explore_precision(found, truth, lesson.data.classes)

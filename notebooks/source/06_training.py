@@ -278,8 +278,9 @@ records = lesson.run.read_metrics()
 plot_losses({"DI-MaskDINO": records}) if records else print("no records")
 
 # %% [markdown]
-# The drops are at the steps at which the learning rate is lowered (`schedule.drops`). To train a model yourself, in
-# about a quarter of an hour on a laptop, use `make demo` or the notebook [runs/train.ipynb](runs/train.ipynb).
+# The drops are at the steps at which the learning rate is lowered (`schedule.drops`). To train a model yourself, use
+# the notebook [runs/train.ipynb](runs/train.ipynb): about a quarter of an hour on two cores. `make demo` adds
+# De-Imbalance and BATO to a trained MaskDINO in five minutes.
 #
 # ### Exercise 6.4, to discuss
 #
@@ -291,7 +292,8 @@ plot_losses({"DI-MaskDINO": records}) if records else print("no records")
 #
 # With weak box losses, boxes are learned late. In MaskDINO the decoder starts from boxes that come from masks and
 # must learn everything else about boxes itself, so it should lose more. De-Imbalance trains its own box head before
-# the decoder and should lose less. The paper reports this result; with one seed each, this kit cannot confirm it.
+# the decoder and should lose less. The paper reports this result. In this kit's studies it is inconclusive
+# ([docs/study.md](../docs/study.md)).
 #
 # </details>
 #

@@ -317,8 +317,8 @@ plot_study_layers(report)
 # ---
 #
 # **In three sentences.** An ablation changes one thing; a difference needs runs, an interval, and a rule that was
-# written down before. More comparisons find more effects by chance. A result is worth as much as its best alternative
-# explanation leaves of it.
+# written down before. More comparisons find more effects by chance. A result is only as strong as the best
+# alternative explanation is weak.
 #
 # **Read on.**
 #

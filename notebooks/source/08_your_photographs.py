@@ -219,7 +219,7 @@ explore_layers([tuned.inspect(CocoDataset(folder / "data", "val")[i]) for i in r
 # %% [markdown]
 # ## Photographs
 #
-# This section shows trainings on photographs with `data import`, `new` and `train` on the CPU of a laptop, first of
+# This section shows trainings on photographs with `data import`, `new` and `train` on two CPU cores, first of
 # animals. The photographs are not part of the kit, but the record of the trainings is, and everything below is read
 # from it. Both models have an EfficientNet-Lite0 with ImageNet weights as backbone; their other modules start from
 # the small models of this course, which were trained on drawn shapes only.
@@ -237,7 +237,7 @@ better = Choice(
 better
 
 # %%
-groups = {"DI-MaskDINO, own start": record["recipe"], **record["rows"]}
+groups = {"DI-MaskDINO, dimaskdino new": record["recipe"], **record["rows"]}
 box = {stage: ap["box"] for stage, ap in shown["stages"].items()}
 print(f"DI-MaskDINO: box AP {box['decoder.1']:.1f} after the first layer, {box['decoder.4']:.1f} after the last")
 share = box["first_selection"] / box["decoder.4"]

@@ -186,7 +186,7 @@ def test_without_a_network_one_line_says_so(drive, monkeypatch):
 def test_a_file_with_another_checksum_is_deleted(drive, monkeypatch, tmp_path):
     model = catalogue.PUBLISHED[NAME]
     monkeypatch.setitem(catalogue.PUBLISHED, NAME, PublishedModel(model.url, 0, 0, 1, sha256="0" * 64))
-    with pytest.raises(UserError, match="another SHA-256 than known"):
+    with pytest.raises(UserError, match="does not have the recorded SHA-256"):
         load(NAME, device="cpu")
     assert not list((tmp_path / "cache").glob(f"{NAME}*"))
 

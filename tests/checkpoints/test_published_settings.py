@@ -1,4 +1,4 @@
-"""Published YAML files and KEY VALUE pairs: every key sets something, agrees, or is told."""
+"""Published YAML files and KEY VALUE pairs: every key sets something, has the only supported value, or is reported."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_a_published_file_is_the_same_recipe(published):
     # a warm-up that starts at the full rate is none
     assert settings.config == load_config(RECIPE, ["schedule.warmup=0"])
     assert set(settings.remarks) == {
-        "SOLVER.AMP.ENABLED = True: bf16 here; train.precision=fp16 is what detectron2 takes",
+        "SOLVER.AMP.ENABLED = True is train.precision=bf16 here; detectron2 uses fp16 (train.precision=fp16)",
         "child.yaml is read as DI-MaskDINO",
     }
     assert set(settings.without_effect) == {"MODEL.SEM_SEG_HEAD.IGNORE_VALUE", "TEST.EVAL_PERIOD", "VERSION"}
@@ -108,7 +108,7 @@ def test_recorded_options_give_the_recorded_models():
         assert load_settings(base, [*pairs, *extra]).config.model == MODELS[case]
 
 
-def test_the_baseline_is_told_from_di_maskdino(tmp_path):
+def test_the_baseline_is_recognised(tmp_path):
     (tmp_path / "maskdino.yaml").write_text("MODEL: {MaskDINO: {NUM_OBJECT_QUERIES: 100, DEC_LAYERS: 9}}")
     model = load_settings(tmp_path / "maskdino.yaml").config.model
     assert (model.selection.k, model.bato.enabled, model.decoder.layers) == ((100,), False, 9)
@@ -158,13 +158,13 @@ def test_keys_that_mean_something_else_here(pairs, changed):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["SOLVER.BASE_LR"], "SOLVER.BASE_LR needs a value behind it"),
+        (["SOLVER.BASE_LR"], "SOLVER.BASE_LR needs a value after it"),
         (["lr", "5"], "'lr' is neither key=value"),
         (["SOLVER.BASE_LR", "much"], r"optimizer\.lr"),
         (["SOLVER.IMS_PER_BATCH", "0"], r"train\.batch_size"),
         (["MODEL.MaskDINO.DROPOUT", "0.1"], r"DROPOUT = 0.1 is an unsupported value; this kit implements only 0.0"),
         (["MODEL.RESNETS.NORM", "SyncBN"], "SyncBN: this kit has FrozenBN and BN"),
-        (["MODEL.BACKBONE.FREEZE_AT", "1"], "freezes the stem together with res2"),
+        (["MODEL.BACKBONE.FREEZE_AT", "1"], "freezes the stem only together with res2"),
         (["INPUT.RANDOM_FLIP", "vertical"], "flips horizontally or not at all"),
     ],
 )

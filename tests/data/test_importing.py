@@ -296,9 +296,7 @@ def test_the_division_is_seeded_and_keeps_copies_together(tmp_path):
     draws = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         done = import_dataset(source, tmp_path / name, seed=seed)
-        assert any(
-            "12 images with copies of the same photograph are on the side of these" in remark for remark in done.remarks
-        )
+        assert any("12 copies of the same photograph stay in one split" in remark for remark in done.remarks)
         val = {path.name for path in (tmp_path / name / "images" / "val").iterdir()}
         assert 5 <= len(val) <= 8
         for n in range(0, 24, 4):

@@ -126,7 +126,7 @@ def test_a_confusion_of_many_classes_shows_the_most_confused(truth):
 
 def test_errors_need_masks(shapes_data, tmp_path):
     model = trained_file(tmp_path / "model.safetensors", shapes_data)
-    with pytest.raises(UserError, match=r"--errors needs masks, which token_interaction\.0 does not have"):
+    with pytest.raises(UserError, match=r"--errors needs masks, which token_interaction\.0 does not predict"):
         evaluate((str(model),), stages=("token_interaction.0",), output=tmp_path / "out", errors=True, device="cpu")
 
 

@@ -9,7 +9,7 @@ from small import trained_file
 
 import dimaskdino
 from dimaskdino.data.images import load_image
-from dimaskdino.interop.export import Exportable, export, told_apart
+from dimaskdino.interop.export import Exportable, export, well_separated
 from dimaskdino.modeling import ImageBatch, postprocess
 from dimaskdino.utils.errors import UserError
 
@@ -27,7 +27,7 @@ def images(shapes_data) -> list[torch.Tensor]:
 
 def test_scores_that_rounding_may_exchange():
     scores = torch.tensor([0.9, 0.5, 0.5, 0.3, 0.299999, 0.1, 0.05])
-    assert told_apart(scores).tolist() == [True, False, False, False, False, True, False]
+    assert well_separated(scores).tolist() == [True, False, False, False, False, True, False]
 
 
 @pytest.mark.parametrize("stage", ["decoder.1", None])
@@ -44,7 +44,7 @@ def test_the_graph_gives_the_detections_of_postprocess(name, stage, images):
         expected = postprocess(predicted, seen.sizes, seen.padded_size, [size] * len(batch), 30)
         for i, wanted in enumerate(expected):
             torch.testing.assert_close(scores[i], wanted.scores, atol=1e-5, rtol=0)
-            rows = told_apart(wanted.scores)
+            rows = well_separated(wanted.scores)
             assert rows[:5].any()
             torch.testing.assert_close(boxes[i][rows], wanted.boxes[rows], atol=1e-3, rtol=0)
             assert torch.equal(labels[i][rows], wanted.labels[rows])
@@ -78,7 +78,7 @@ def test_an_exported_file_is_equal_to_the_model(suffix, images, tmp_path):
             wanted = module(batch)
         torch.testing.assert_close(scores, wanted[1], atol=1e-4, rtol=0)
         for i in range(len(batch)):
-            rows = told_apart(wanted[1][i], 1e-4)
+            rows = well_separated(wanted[1][i], 1e-4)
             assert rows[:5].any()
             torch.testing.assert_close(boxes[i][rows], wanted[0][i][rows], atol=1e-2, rtol=0)
             assert torch.equal(labels[i][rows], wanted[2][i][rows])

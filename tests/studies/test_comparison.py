@@ -223,5 +223,5 @@ def test_imbalance_at_equal_ap_by_hand():
     assert Quantity.parse("first.imbalance@32").by_seed(measured["a"]) == pytest.approx({1: 12 - 0.2 * 32})
     with pytest.raises(UserError, match=r"train\.validation\.stages="):
         imbalance.in_run(run(30))
-    with pytest.raises(ValueError, match=r"first\.imbalance@25"):
+    with pytest.raises(ValueError, match=r"STAGE\.imbalance@25"):
         Quantity.parse("first.imbalance@")

@@ -69,8 +69,8 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
         ({"variants": [only]}, "unknown variant 'b' in a comparison; the variants are a"),
         ({"comparisons": [{"plus": ["a", "b"], "minus": ["b"]}]}, "b cannot be compared with itself"),
         ({"comparisons": [{"plus": [], "minus": ["b"]}]}, r"comparisons.0.plus"),
-        ({"deviation": {"last": 1.0}}, "'last' is no quantity"),
-        ({"report": ["last.boxes"]}, "'last.boxes' is no quantity; expected STAGE.box"),
+        ({"deviation": {"last": 1.0}}, "'last' is not a quantity"),
+        ({"report": ["last.boxes"]}, "'last.boxes' is not a quantity. Write STAGE.box"),
         ({"columns": {"COCO": "coco"}}, "set `published` for a, b"),
     ):
         with pytest.raises(UserError, match=message):

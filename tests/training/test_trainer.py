@@ -20,7 +20,7 @@ from dimaskdino.data.dataloader import training_dataset, training_loader
 from dimaskdino.modeling import Detector
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.training import trainer as training_loop
-from dimaskdino.training.optimizer import build_optimizer, rate_factor
+from dimaskdino.training.optimizer import build_optimizer, learning_rate_factor
 from dimaskdino.training.resume_points import load_resume_point
 from dimaskdino.training.trainer import NonFiniteLossError, Trainer, train
 from dimaskdino.utils.distributed import DistributedContext
@@ -275,7 +275,7 @@ def test_parameter_groups_and_rates(shapes_data):
         assert (group["lr"], group["weight_decay"]) == (pytest.approx(lr), decay), name
     changes = ("schedule.steps=100", "schedule.drops=[50, 80]", "schedule.drop_factor=0.1", "schedule.warmup=4")
     schedule = settings(shapes_data, *changes).schedule
-    factors = [rate_factor(step, schedule) for step in (0, 3, 49, 50, 79, 80)]
+    factors = [learning_rate_factor(step, schedule) for step in (0, 3, 49, 50, 79, 80)]
     assert factors == pytest.approx([0.25, 1, 1, 0.1, 0.1, 0.01])
 
 
@@ -309,7 +309,7 @@ def test_fine_tuning_starts_from_a_trained_model(finished, shapes_data, tmp_path
 def test_a_run_says_what_it_does_at_its_start(shapes_data, tmp_path, capsys):
     config = settings(shapes_data, "schedule.steps=2", "schedule.drops=[1, 2, 50]")
     train(config, RunFolder(tmp_path))
-    assert "note: the drops of the rate at [2, 50] lie beyond the end at step 2" in capsys.readouterr().out
+    assert "note: schedule.drops=[2, 50] have no effect: the training ends at step 2" in capsys.readouterr().out
     train(config.model_copy(update={"schedule": config.schedule.model_copy(update={"steps": 3})}), RunFolder(tmp_path))
     assert "resuming at step 2 of 3" in capsys.readouterr().out
 

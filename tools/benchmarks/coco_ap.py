@@ -184,7 +184,7 @@ def main(images: int = 5000, stages: int = 9, detections: int = 100, output: Pat
 
     Args:
         images: Number of images.
-        stages: Number of stages; nine, as in a model with six decoder layers.
+        stages: Number of stages; DI-MaskDINO with six decoder layers has ten.
         detections: Number of detections per image and stage.
         output: File to append the result to, one line of JSON.
     """

@@ -23,7 +23,7 @@ from tyro.conf import Positional
 
 from dimaskdino.data.images import SUFFIXES, find_files, load_image
 from dimaskdino.data.transforms import resize_image
-from dimaskdino.interop.export import Exportable, export, told_apart
+from dimaskdino.interop.export import Exportable, export, well_separated
 from dimaskdino.model import load
 from dimaskdino.utils.progress import progress_bar
 from tools.benchmarks.measuring import save
@@ -102,7 +102,7 @@ def measure(module: Exportable, file: Path, images: Sequence[Tensor]) -> dict[st
 
 def _same(outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
     """Whether scores are equal, and labels where rounding cannot exchange two detections."""
-    rows = told_apart(wanted[1][0], EQUAL)
+    rows = well_separated(wanted[1][0], EQUAL)
     scores = bool((outputs[1] - wanted[1]).abs().max() < EQUAL)
     return scores and torch.equal(outputs[2][0][rows], wanted[2][0][rows].to(outputs[2].dtype))
 

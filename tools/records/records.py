@@ -129,7 +129,7 @@ def headlines() -> str:
         "Synthetic shapes": (
             f"At the last layer DI-MaskDINO has {number(ours.box.AP)} box and {number(ours.mask.AP)} mask AP, MaskDINO "
             f"{number(baseline.box.AP)} and {number(baseline.mask.AP)}.",
-            "This is one training each; how far the difference repeats is unknown.",
+            "This is one training each; how much the difference varies between trainings is unknown.",
         ),
         "Photographs": (
             f"{last_layer(animals['recipe'], 'box')} box and {last_layer(animals['recipe'], 'mask')} mask AP on "
@@ -140,8 +140,8 @@ def headlines() -> str:
         "The paper's modules": (
             "In small models on shapes (8 seeds, 95 % intervals) De-Imbalance changes box AP by "
             f"{difference(published)}, BATO by {difference(bato)}.",
-            f"With predicted boxes instead of boxes of masks, De-Imbalance's gain is {difference(predicted)}. Large "
-            "models may differ ([study](docs/study.md)).",
+            "If the decoder starts from predicted boxes instead of boxes around masks, De-Imbalance's gain is "
+            f"{difference(predicted)}. Large models may differ ([study](docs/study.md)).",
         ),
     }
     return "\n".join(f"* **{title}.** {shown} *{limits}*" for title, (shown, limits) in results.items())

@@ -25,7 +25,7 @@ def read(source: Path) -> list[ExportedSplit] | None:
         images = _files(folder / "images")
         if len(images) != 1:
             raise UserError(
-                f"{folder / 'images'} must hold one image, the masks of which lie beside it; got {len(images)}"
+                f"{folder / 'images'} must hold one image (its masks are in {folder / 'masks'}), got {len(images)}"
             )
         name = split_of_folder(folder.parent, source)
         split = splits.setdefault(name, ExportedSplit(name, [CLASS]))
