@@ -42,9 +42,7 @@ def run(
     return 0
 
 
-def demo(
-    folder: Positional[Path] = Path("runs/demo"), overrides: Positional[Overrides] = (), open: bool = False
-) -> int:
+def demo(overrides: Positional[Overrides] = (), folder: Path = Path("runs/demo"), open: bool = False) -> int:
     """Show the effect of De-Imbalance and BATO: two trained models, and a training that adds both modules to one.
 
     For example: dimaskdino demo
@@ -52,17 +50,50 @@ def demo(
     It takes about five minutes on two cores. Run the same command again to resume it.
 
     Args:
-        folder: Folder for the results: demo.ipynb, figures, and the training.
         overrides: Settings of the training that differ from shapes/demo.
+        folder: Folder for the results: demo.ipynb, figures, and the training.
         open: Open the result in JupyterLab at the end.
     """
-    result = folder / "demo.ipynb"
-    if not (folder / "figures" / "effect.png").exists():
-        run(Path("demo"), folder, (f"overrides={json.dumps(list(overrides))}",))
-    print(f"finished: {result}\nfigure: {folder / 'figures' / 'effect.png'}")
+    from dimaskdino.config import load_config
+    from dimaskdino.runs.folder import RunFolder
+
+    settings = load_config("shapes/demo", overrides)
+    training, figures, notebook = RunFolder(folder / "training"), folder / "figures", folder / "demo.ipynb"
+    if (training.path / "config.yaml").exists():
+        training.check_config(settings, same_result=True)
+    changes = f"overrides={json.dumps(list(overrides))}"
+    evaluation = training.path / "evaluation"
+    # title, result, notebook, folder and parameters
+    steps: list[tuple[str, Path, str, Path, tuple[str, ...]]] = [
+        ("two trained models, evaluated", figures / "two_models.png", "demo", folder, ("train=false", changes)),
+        (
+            "De-Imbalance and BATO added, trained",
+            training.model,
+            "train",
+            training.path,
+            ("config=shapes/demo", changes),
+        ),
+        (
+            "the new model, evaluated",
+            evaluation / "layers.json",
+            "evaluate",
+            evaluation,
+            (f"model={training.path.resolve()}",),
+        ),
+        ("all three compared", figures / "three_models.png", "demo", folder, (changes,)),
+    ]
+    try:
+        for number, (title, result, name, place, parameters) in enumerate(steps, start=1):
+            if not result.exists():
+                print(f"{number} of {len(steps)}: {title}", file=sys.stderr)
+                run(Path(name), place, parameters)
+    except KeyboardInterrupt:
+        print("run the same command again to resume", file=sys.stderr)
+        raise
+    print(f"finished: {notebook}\nfigure: {figures / 'three_models.png'}")
     if open:
-        os.execv(sys.executable, [sys.executable, "-m", "jupyter", "lab", str(result)])
-    print(f"to open it: {sys.executable} -m jupyter lab {result}")
+        os.execv(sys.executable, [sys.executable, "-m", "jupyter", "lab", str(notebook)])
+    print(f"to open it: {sys.executable} -m jupyter lab {notebook}")
     return 0
 
 

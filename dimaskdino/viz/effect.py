@@ -16,14 +16,13 @@ from dimaskdino.viz.curves import stage_ticks, stage_title
 from dimaskdino.viz.style import BOX, KINDS, MASK, NotebookFigure, add_boxes, show_image, style
 
 MARGIN = 0.35  # of the object's longer side, around it
-STAGES = 4  # with pictures: the first ones of the decoder, where the imbalance is
 
 
 @style()
 def plot_effect(results: Mapping[str, LayerwiseAP], looks: Mapping[str, Look], number: int) -> Figure:
-    """Plot models side by side: box and mask AP at every stage of the decoder, and one object at the first of them.
+    """Plot models side by side: box and mask AP at every stage of the decoder, and one object at each of them.
 
-    Lines between the curves of boxes and masks mark the imbalance.
+    Arrows between the curves of boxes and masks mark the imbalance at the decoder's input and after its first layer.
 
     Args:
         results: AP of every stage by the name of the model.
@@ -35,17 +34,18 @@ def plot_effect(results: Mapping[str, LayerwiseAP], looks: Mapping[str, Look], n
     parts: Any = figure.subfigures(2, 1, height_ratios=[2.4, 1])
     above, below = parts
     curves = above.subplots(1, count, sharey=True, squeeze=False)[0]
-    pictures = [part.subplots(1, STAGES) for part in below.subfigures(1, count, wspace=0.06, squeeze=False)[0]]
+    pictures = [part.subplots(1, len(stages)) for part in below.subfigures(1, count, wspace=0.06, squeeze=False)[0]]
     for axes, row, (label, result) in zip(curves, pictures, results.items(), strict=True):
         _draw_curves(axes, result, stages, label)
         track = track_objects(looks[label], stages)
-        for picture, stage in zip(row, stages[:STAGES], strict=True):
+        for picture, stage in zip(row, stages, strict=True):
             _draw_object(picture, looks[label], track, stage, number)
     curves[0].set_ylabel("AP (%)")
     curves[0].margins(y=0.12)
-    curves[0].legend(loc="lower right")
+    title = "numbers with arrows: imbalance,\nmask AP − box AP"
+    curves[0].legend(loc="lower right", title=title, title_fontsize=9)
     below.suptitle(
-        "One object: its best detection at each stage, box and mask IoU, and the true box dashed", fontsize=10
+        "One object: its best detection at each stage with the IoU of box and mask; its true box is dashed", fontsize=10
     )
     return figure
 
@@ -63,7 +63,6 @@ def _draw_curves(axes: Axes, result: LayerwiseAP, stages: list[str], title: str)
         axes.annotate("", (place, low), (place, high), arrowprops={"arrowstyle": "<->", "shrinkA": 4, "shrinkB": 4})
         text, at = f"{stage.imbalance:+.1f}", (place, high)
         axes.annotate(text, at, (0, 9), textcoords="offset points", ha="center", weight="bold")
-    axes.plot([], [], color="black", marker="|", linestyle="", markersize=14, label="imbalance")
     stage_ticks(axes, stages)
     axes.set(title=title, xlim=(-0.3, len(stages) - 0.5))
 
@@ -80,9 +79,8 @@ def _draw_object(axes: Axes, look: Look, track: ObjectTrack, stage: str, number:
     axes.set(xlim=((x0 + x1) / 2 - half, (x0 + x1) / 2 + half), ylim=((y0 + y1) / 2 + half, (y0 + y1) / 2 - half))
     place = track.stages.index(stage)
     box, mask = track.box_iou[place, number], track.mask_iou[place, number]
-    axes.set_title(
-        f"{stage_title(stage)}\n{box:.2f}, {mask:.2f}" if kept else f"{stage_title(stage)}\nnot found", fontsize=9
-    )
+    fit = f"box {box:.2f}\nmask {mask:.2f}" if kept else "not\nfound"
+    axes.set_title(f"{stage_title(stage)}\n{fit}", fontsize=8)
 
 
 def object_to_follow(looks: Mapping[str, Look]) -> int:

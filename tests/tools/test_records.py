@@ -49,7 +49,7 @@ def test_all_registered_runs_of_a_study_are_there(table):
 
 def test_archives_of_studies_are_small():
     files = [file for file in records.ARCHIVES.rglob("*") if file.is_file()]
-    assert len(TABLES) == 16
+    assert len(TABLES) == 17
     assert len(files) <= 40
     assert sum(file.stat().st_size for file in files) < 8e6
 

@@ -1,27 +1,27 @@
 """Draw the figures of README and docs, and write tables and numbers from the committed records: `make figures`."""
 
-import numpy as np
-import torch
+import tempfile
+from pathlib import Path
+
 from PIL import Image
 
 from dimaskdino import load, load_config, viz
-from dimaskdino.data.coco import Sample
-from dimaskdino.data.shapes import scene
+from dimaskdino.data.coco import CocoDataset
+from dimaskdino.data.shapes import generate, scene
 from dimaskdino.viz.effect import object_to_follow, plot_effect
 from tools.records.records import ARCHIVES, ROOT, course_model, study_report, write_all
 
 SHAPES = load_config("shapes/demo").data.shapes
 
 
-def effect() -> viz.style.Figure:
+def two_models() -> viz.style.Figure:
     """The first figure of the demo: the course's two models at every stage, and an object of a validation image."""
-    models = {"MaskDINO": "maskdino", "DI-MaskDINO": "dimaskdino"}
-    image, labels, masks = scene(SHAPES, "val", 1)
-    pixels, size = torch.from_numpy(image).permute(2, 0, 1), image.shape[:2]
-    sample = Sample(pixels, torch.tensor(labels), torch.from_numpy(np.stack(masks)), 1, "", size)
-    looks = {label: load(f"{name}-shapes", device="cpu").inspect(sample) for label, name in models.items()}
-    results = {label: course_model(name) for label, name in models.items()}
-    return plot_effect(results, looks, object_to_follow(looks))
+    names = {"MaskDINO": "maskdino", "DI-MaskDINO": "dimaskdino"}
+    with tempfile.TemporaryDirectory() as folder:
+        generate(Path(folder) / "shapes", SHAPES.model_copy(update={"train": 1, "val": 4}), processes=0)
+        sample = CocoDataset(Path(folder) / "shapes", "val", only_with_objects=True)[1]
+    looks = {label: load(f"{name}-shapes", device="cpu").inspect(sample) for label, name in names.items()}
+    return plot_effect({label: course_model(n) for label, n in names.items()}, looks, object_to_follow(looks))
 
 
 def drawing() -> viz.style.Figure:
@@ -36,7 +36,12 @@ def box_formula() -> viz.style.Figure:
     return viz.plot_study_layers(study_report("box_formula", "miniature"))
 
 
-FIGURES = {"effect": effect, "drawing": drawing, "box_formula": box_formula, "architecture": viz.draw_architecture}
+FIGURES = {
+    "two_models": two_models,
+    "drawing": drawing,
+    "box_formula": box_formula,
+    "architecture": viz.draw_architecture,
+}
 
 if __name__ == "__main__":
     for name, draw in FIGURES.items():
