@@ -178,7 +178,9 @@ def test_a_refusal_names_the_link_and_the_place_of_the_file(drive, page, message
 def test_without_a_network_one_line_says_so(drive, monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.setattr(catalogue, "RETRIES", 0)
-    with pytest.raises(UserError, match=r"cannot be downloaded: there is no connection to the server\. .* in a browser") as raised:
+    with pytest.raises(
+        UserError, match=r"cannot be downloaded: there is no connection to the server\. .* in a browser"
+    ) as raised:
         load(NAME, device="cpu")
     assert "\n" not in str(raised.value)
 
