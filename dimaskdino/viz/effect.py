@@ -54,9 +54,8 @@ def _draw_curves(axes: Axes, result: LayerwiseAP, stages: list[str], title: str)
     for kind, colour, marker in KINDS:
         values = [getattr(result.stages[name], kind).AP for name in stages]
         axes.plot(range(len(stages)), values, color=colour, marker=marker, label=f"{kind} AP")
-        axes.annotate(
-            f"{values[-1]:.1f}", (len(stages) - 1, values[-1]), (7, -4), textcoords="offset points", color=colour
-        )
+        last, offset = (len(stages) - 1, values[-1]), (7, -12 if kind == "box" else 3)
+        axes.annotate(f"{values[-1]:.1f}", last, offset, textcoords="offset points", color=colour)
     for place, name in enumerate(stages[:2]):
         stage = result.stages[name]
         low, high = sorted((stage.box.AP or 0.0, stage.mask.AP if stage.mask and stage.mask.AP else 0.0))
