@@ -174,7 +174,7 @@ def download(name: str, model: PublishedModel, file: Path) -> str:
             )
     except (gdown.exceptions.DownloadError, requests.exceptions.RequestException, OSError) as error:
         # gdown repeats the reason of Google Drive in a text of several lines
-        cause = error.__context__ or error
+        cause = (isinstance(error, gdown.exceptions.DownloadError) and error.__context__) or error
         offline = isinstance(cause, requests.exceptions.ConnectionError)
         reason = "there is no connection to the server" if offline else first_line(cause).removesuffix(".")
         raise UserError(f"{name} cannot be downloaded: {reason}. {by_hand}") from None
