@@ -34,7 +34,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 	then index=$(CPU_INDEX); fi; \
 	if [ -n "$$index" ]; then echo "Installing PyTorch from $$index."; set -- --index-url "$$index"; \
 	else echo "Installing PyTorch from the default package index: with CUDA about 5 GB on disk, some minutes."; set --; fi; \
-	$(BIN)/python -m pip install -qq "torch>=2.11" torchvision "$$@"
+	$(BIN)/python -m pip install -qq "torch>=2.10" torchvision "$$@"
 	@touch $@
 
 .venv/.installed: .venv/.torch pyproject.toml ops/ms_deform_attn/csrc/cpu.cpp

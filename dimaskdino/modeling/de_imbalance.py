@@ -293,5 +293,5 @@ class DeImbalance(nn.Module):
         # Eq. 2–3: T_s2, (B, k2, C)
         for selection in self.second_selections:
             number = len(output.stages) - 1
-            output += selection(output.selections[-1], mask_features, heads, number, need_weights)
+            output = output + selection(output.selections[-1], mask_features, heads, number, need_weights)
         return output
