@@ -182,13 +182,13 @@ def start_path(folder: Path, seed: int) -> Path:
 
 
 def find_study(name: str) -> Path:
-    """The file of a study: a path, or the name of one in `configs/ablations`.
+    """The file of a study: the name of one in `configs/ablations`, or a path that ends in `.yaml`.
 
     Raises:
         UserError: there is neither.
     """
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    if path.suffix in (".yaml", ".yml"):
         return path
     folder = configs_folder() / "ablations"
     known = sorted(file.stem for file in folder.glob("*.yaml"))

@@ -62,15 +62,13 @@ def config_names() -> list[str]:
 
 
 def find_data(source: str | Path) -> Path:
-    """Find a folder by its path, or by its name among those that come with the kit.
+    """Find a folder by its name among those that come with the kit, or by its path.
 
     Args:
-        source: a path; `scenes`, images of rendered solids; or archived results of studies, such as `studies/shapes`.
+        source: `scenes`, images of rendered solids; archived results of studies, such as `studies/shapes`; or a path.
     """
     kind, _, rest = str(source).partition("/")
-    if Path(source).exists() or kind not in ("scenes", "studies"):
-        return Path(source)
-    return _folder(kind) / rest
+    return _folder(kind) / rest if kind in ("scenes", "studies") else Path(source)
 
 
 def shipped_models() -> dict[str, Path]:
@@ -78,16 +76,20 @@ def shipped_models() -> dict[str, Path]:
     return {name: _folder("models") / folder for name, folder in _MODELS.items()}
 
 
+def is_kit_notebook(path: Path) -> bool:
+    """Whether a notebook is one of the kit's run notebooks."""
+    return path.resolve().parent == _folder("notebooks").resolve()
+
+
 def find_notebook(name: str | Path) -> Path:
-    """Find a notebook by its path, or by the name of a run notebook such as `train`.
+    """Find a notebook by the name of a run notebook such as `train`, or by a path that ends in `.ipynb`.
 
     Raises:
         UserError: it is neither.
     """
-    path = Path(name)
-    if path.is_file():
-        return path
+    if Path(name).suffix == ".ipynb":
+        return Path(name)
     known = sorted(file.stem for file in _folder("notebooks").glob("*.ipynb"))
     if str(name) in known:
         return _folder("notebooks") / f"{name}.ipynb"
-    raise UserError(f"no notebook '{name}': give a path, or one of {', '.join(known)}")
+    raise UserError(f"no notebook '{name}': give a path that ends in .ipynb, or one of {', '.join(known)}")

@@ -61,7 +61,7 @@ TRAIN = [
     ("share {run} {model}/o", WHERE_A_FOLDER),
 ]
 NOTEBOOKS = [
-    ("run gone o", "no notebook .gone.: give a path, or one of"),
+    ("run gone o", "no notebook .gone.: give a path that ends in .ipynb, or one of"),
     ("run gone.ipynb o", "gone.ipynb"),
     ("run bad.ipynb o", "notebook"),
     ("run train o confg=x", "no parameter 'confg'; it has config"),
