@@ -188,7 +188,7 @@ class Model(TrainedModel):
     @property
     def trained_on(self) -> str:
         """What it was trained on, such as `synthetic drawn shapes: 5 classes`."""
-        return training_data(self.config, self.classes)
+        return training_data(self.config)
 
     @property
     def stages(self) -> list[str]:
@@ -350,7 +350,7 @@ def load(
     path = Path(source)
     on_hub = isinstance(source, str) and hub.is_hub_id(source) and not path.suffix and not path.parent.exists()
     found = find_device(device)
-    trained = load_checkpoint(hub.download(str(source)) if on_hub else path, found, overrides, config)
+    trained = load_checkpoint(hub.download(str(source)) if on_hub else source, found, overrides, config)
     chosen = fast_precision(found) if precision == "auto" else precision
     return Model(trained.detector, trained.config, trained.classes, trained.step, chosen)
 
@@ -381,7 +381,7 @@ def _note(text: str) -> None:
 def _architecture(model: Model) -> str:
     settings = model.config.model
     name = "DI-MaskDINO" if settings.bato.enabled or len(settings.selection.k) > 1 else "MaskDINO"
-    return f"{name}, {settings.backbone.name}"
+    return f"{name}, {settings.backbone.type or settings.backbone.name}"
 
 
 def _model_card(model: Model, layerwise_ap: LayerwiseAP | None) -> str:

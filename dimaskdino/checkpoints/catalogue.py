@@ -4,12 +4,13 @@ A download lies in the user's cache as a file of this kit. It was converted by `
 code from it.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
 import sys
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from typing import Any
 import filelock
 import platformdirs
 
-from dimaskdino.checkpoints.model_files import load_model_file, save_model
+from dimaskdino.checkpoints.model_files import save_model
 from dimaskdino.checkpoints.published import load_published
-from dimaskdino.config import Config
+from dimaskdino.config import Config, load_config
 from dimaskdino.utils.errors import UserError, first_line
 from dimaskdino.utils.files import read_json_object, write_text
 from dimaskdino.utils.progress import progress_bar
@@ -88,23 +89,22 @@ def cached_file(name: str) -> Path:
 
 
 def find_model(source: str | Path) -> Path:
-    """Find a model by its path or name. A published model that is not in the cache is downloaded.
+    """Find a model by its name or path. A published model that is not in the cache is downloaded.
 
     Args:
-        source: a path, `dimaskdino-shapes` or another shipped model, or a name of `PUBLISHED`.
+        source: `dimaskdino-shapes` or another shipped model, a name of `PUBLISHED`, or a path. Names come first; a
+            folder of the same name is found as `./dimaskdino-shapes`.
 
     Raises:
         UserError: it is neither a path nor a name, or cannot be downloaded.
     """
     path, name = Path(source), str(source)
-    if path.exists():
-        return path
     if name in shipped_models():
         return shipped_models()[name]
     if name in PUBLISHED:
         file = cached_file(name)
         return file if file.exists() else _fetch(name, PUBLISHED[name])
-    if not path.suffix and len(path.parts) == 1:
+    if not path.exists() and not path.suffix and len(path.parts) == 1:
         known = ", ".join([*shipped_models(), *PUBLISHED])
         raise UserError(f"no model '{name}': neither a path nor one of {known}")
     return path
@@ -129,23 +129,46 @@ def _fetch(name: str, model: PublishedModel) -> Path:
     folder, target = cache_folder(), cached_file(name)
     raw = folder / f"{name}.pth"
     folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / "lock"):
+    with _lock(folder / "lock"):
         if target.exists():  # another process was faster
             return target
-        digest = hashlib.sha256(raw.read_bytes()).hexdigest() if raw.exists() else download(name, model, raw)
+        digest = _digest(raw) if raw.exists() else download(name, model, raw)
         if model.sha256 not in (None, digest):
             raw.unlink()
             raise UserError(
                 f"{name}: the file from {model.url} does not have the recorded SHA-256 and was deleted; run the "
                 "command again"
             )
-        trained, _ = load_published(raw, model.overrides)
+        try:
+            trained, _ = load_published(raw, model.overrides)
+        except UserError as error:
+            raise UserError(f"{error}. To download it again: dimaskdino models --remove {name}") from None
         save_model(target, trained.detector, trained.config, trained.classes, trained.step)
         write_text(folder / f"{name}.json", json.dumps({"url": model.url, "sha256": digest}) + "\n")
         raw.unlink()
     known = "as known" if model.sha256 else "recorded, since the authors publish none"
     print(f"{name}: SHA-256 {digest} ({known}); converted to {target}", file=sys.stderr)
     return target
+
+
+@contextlib.contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    """Let one process at a time download; another one says that it waits."""
+    lock = filelock.FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        print("waiting for another process that downloads a model", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def download(name: str, model: PublishedModel, file: Path) -> str:
@@ -194,44 +217,30 @@ def _show(bar: Any) -> Callable[[int, int | None], None]:
     return show
 
 
-def training_data(config: Config, classes: Sequence[str]) -> str:
+def training_data(config: Config) -> str:
     """What a model was trained on, in words: `synthetic drawn shapes: 5 classes`."""
-    count = f"{len(classes)} class{'es' * (len(classes) != 1)}"
+    classes = config.model.classes
+    count = f"{classes} class{'es' * (classes != 1)}"
     shapes = config.data.shapes
     if shapes is None:
         return f"{config.data.root.name}: {count}"
     return f"synthetic {'rendered solids' if shapes.rendered else 'drawn shapes'}: {count}"
 
 
-def catalogue() -> list[dict[str, str]]:
-    """Every model that has a name: a table with a row per model, for `dimaskdino models`."""
-    rows = []
+def catalogue() -> list[list[str]]:
+    """Every model that has a name: the rows of a table, the first of which is its header."""
+    rows = [["name", "trained on", "size", "published AP", "AP measured here", "source", ""]]
     for name, folder in shipped_models().items():
-        trained = load_model_file(folder)
-        last = list(read_json_object(folder / "evaluation" / "layers.json")["stages"].values())[-1]
-        size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-        rows.append(
-            {
-                "name": name,
-                "trained on": training_data(trained.config, trained.classes),
-                "size": f"{size / 1e6:.0f} MB",
-                "published AP": "",
-                "AP measured here": f"{last['box']['AP']:.1f} / {last['mask']['AP']:.1f}",
-                "source": "this kit",
-                "": "here",
-            }
-        )
+        stages = read_json_object(folder / "evaluation" / "layers.json")["stages"]
+        last = stages[next(reversed(stages))]
+        megabytes = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e6
+        measured = f"{last['box']['AP']:.1f} / {last['mask']['AP']:.1f}"
+        data = training_data(load_config(folder / "config.yaml"))
+        rows.append([name, data, f"{megabytes:.0f} MB", "", measured, "this kit", "here"])
     for name, model in PUBLISHED.items():
         file = cached_file(name)
-        rows.append(
-            {
-                "name": name,
-                "trained on": "COCO: 80 classes",
-                "size": f"{file.stat().st_size / 1e6 if file.exists() else model.megabytes:.0f} MB",
-                "published AP": f"{model.box} / {model.mask}",
-                "AP measured here": "not measured",
-                "source": urllib.parse.urlsplit(model.url).netloc,
-                "": "here" if file.exists() else "to be downloaded",
-            }
-        )
+        megabytes = file.stat().st_size / 1e6 if file.exists() else model.megabytes
+        published, server = f"{model.box} / {model.mask}", urllib.parse.urlsplit(model.url).netloc
+        state = "here" if file.exists() else "to be downloaded"
+        rows.append([name, "COCO: 80 classes", f"{megabytes:.0f} MB", published, "not measured", server, state])
     return rows

@@ -332,15 +332,13 @@ def list_models(remove: tuple[str, ...] = ()) -> int:
         remove: Names of downloaded models to delete from the cache.
     """
     from dimaskdino.checkpoints import catalogue
+    from dimaskdino.utils.markdown import table
 
     for name in remove:
         files = catalogue.remove(name)
         print(f"deleted: {', '.join(map(str, files))}" if files else f"{name} was not in the cache")
     if remove:
         return 0
-    rows = catalogue.catalogue()
-    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
-    for row in (dict(zip(widths, widths, strict=True)), *rows):
-        print("  ".join(row[key].ljust(width) for key, width in widths.items()).rstrip())
+    print(table(catalogue.catalogue()))
     print(f"AP: box / mask, in percent. Downloaded models: {catalogue.cache_folder()}")
     return 0

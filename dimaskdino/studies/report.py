@@ -12,7 +12,7 @@ from dimaskdino.studies.comparison import Comparison, ComparisonResult, Interval
 from dimaskdino.studies.runs import EvaluatedRun
 from dimaskdino.studies.study import Study
 from dimaskdino.utils.files import write_text
-from dimaskdino.utils.markdown import escape
+from dimaskdino.utils.markdown import escape, table
 
 _EXPLANATION = (
     "Differences between means, in points; the imbalance is mask AP − box AP. The 95 % interval covers other trainings "
@@ -110,9 +110,9 @@ class StudyReport:
     def markdown(self) -> str:
         """The report as two tables: the variants, and their differences."""
         title = f"**{escape(self.study.title)}**, scale {escape(self.scale)}: mean over seeds ± standard deviation"
-        parts = [title, _table(self._variants())]
+        parts = [title, table(self._variants())]
         if self.results:
-            parts += [_EXPLANATION, _table(self._differences())]
+            parts += [_EXPLANATION, table(self._differences())]
         return "\n\n".join(parts)
 
     def _variants(self) -> list[list[str]]:
@@ -184,13 +184,3 @@ def _spread(values: Sequence[float], quantity: Quantity) -> str:
         return "–"
     mean = _number(statistics.mean(values), quantity)
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with columns aligned in plain text; the first row is its header."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in (rows[0], ["-" * width for width in widths], *rows[1:]):
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)

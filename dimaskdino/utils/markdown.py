@@ -1,6 +1,7 @@
-"""Escaping text for Markdown."""
+"""Text and tables in Markdown."""
 
 import re
+from collections.abc import Sequence
 
 
 def escape(text: str) -> str:
@@ -11,3 +12,13 @@ def escape(text: str) -> str:
     html = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     html = html.replace("://", "&#58;//")  # no automatic links
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", html)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with columns aligned in plain text; the first row is its header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in (rows[0], ["-" * width for width in widths], *rows[1:]):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -8,8 +8,10 @@ import shutil
 import ssl
 import subprocess
 import threading
+import time
 from dataclasses import dataclass, field
 
+import filelock
 import pytest
 import torch
 from golden import read, state_dict
@@ -18,6 +20,7 @@ from dimaskdino import UserError, load
 from dimaskdino.checkpoints import catalogue
 from dimaskdino.checkpoints.catalogue import PublishedModel
 from dimaskdino.cli.models import list_models
+from dimaskdino.utils.resources import shipped_models
 
 NAME, LINK = "dimaskdino-r50-coco-12ep", "https://drive.google.com/file/d/small-made-up-weights-of-a-test/view"
 SMALL = ("model.selection.k=[90,40]", "model.bato.guiding_tokens=12", "model.denoising.queries=30")
@@ -132,7 +135,7 @@ def test_a_name_is_downloaded_once_and_kept_converted(drive, tmp_path, capsys, m
     state = again.detector.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in model.detector.state_dict().items())
     assert list_models() == 0
-    assert re.search(rf"{NAME} .* here$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(rf"{NAME} .* here +\|$", capsys.readouterr().out, re.MULTILINE)
     assert list_models(remove=(NAME,)) == 0
     assert "deleted: " in capsys.readouterr().out
     assert [file.name for file in (tmp_path / "cache").iterdir()] == ["lock"]
@@ -171,7 +174,7 @@ def test_a_refusal_names_the_link_and_the_place_of_the_file(drive, page, message
     assert f"Download {LINK} in a browser, save it as {place}" in str(raised.value)
     assert "\n" not in str(raised.value)
     place.write_bytes(b"something else")
-    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+    with pytest.raises(UserError, match=f"cannot be read as a checkpoint.*dimaskdino models --remove {NAME}$"):
         load(NAME, device="cpu")
 
 
@@ -193,6 +196,23 @@ def test_a_file_with_another_checksum_is_deleted(drive, monkeypatch, tmp_path):
     assert not list((tmp_path / "cache").glob(f"{NAME}*"))
 
 
+def test_a_process_that_waits_for_another_one_says_so(drive, tmp_path, capsys):
+    (tmp_path / "cache").mkdir()
+    cached, held = catalogue.cached_file(NAME), threading.Event()
+
+    def other_process():
+        with filelock.FileLock(tmp_path / "cache" / "lock"):
+            held.set()
+            time.sleep(1)
+            shutil.copy(shipped_models()["dimaskdino-shapes"] / "checkpoints" / "model.safetensors", cached)
+
+    threading.Thread(target=other_process).start()
+    held.wait()
+    assert len(load(NAME, device="cpu").classes) == 5
+    assert drive.ranges == []
+    assert "waiting for another process" in capsys.readouterr().err
+
+
 def test_a_full_disk_is_noticed_before_the_download(drive, monkeypatch):
     monkeypatch.setitem(catalogue.PUBLISHED, NAME, PublishedModel(LINK, 0, 0, 10**9))
     with pytest.raises(UserError, match="free some space"):
@@ -202,10 +222,16 @@ def test_a_full_disk_is_noticed_before_the_download(drive, monkeypatch):
 
 def test_the_list(drive, capsys):
     assert list_models() == 0
-    lines = capsys.readouterr().out
-    shipped = r"dimaskdino-shapes +synthetic drawn shapes: 5 classes +\d+ MB +69\.4 / 72\.6 +this kit +here"
-    assert re.search(shipped, lines)
-    assert re.search(rf"{NAME} +COCO: 80 classes +1 MB +46\.9 / 42\.3 +not measured +drive\.google\.com +to be", lines)
+    rows = {}
+    for line in capsys.readouterr().out.splitlines()[2:-1]:
+        name, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+        rows[name] = cells
+    folder = shipped_models()["dimaskdino-shapes"]
+    megabytes = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e6
+    data = "synthetic drawn shapes: 5 classes"
+    assert rows["dimaskdino-shapes"] == [data, f"{megabytes:.0f} MB", "", "69.4 / 72.6", "this kit", "here"]
+    server, state = "drive.google.com", "to be downloaded"
+    assert rows[NAME] == ["COCO: 80 classes", "1 MB", "46.9 / 42.3", "not measured", server, state]
     assert list_models(remove=(NAME,)) == 0
     assert "was not in the cache" in capsys.readouterr().out
     with pytest.raises(UserError, match="not a downloaded model"):
