@@ -15,6 +15,7 @@ from dimaskdino.runs.processes import TrainingProcess, project_root
 from dimaskdino.utils.errors import Stopped, UserError, first_line
 from dimaskdino.utils.markdown import escape
 from dimaskdino.utils.progress import PIPED, progress_bar
+from dimaskdino.utils.resources import is_kit_notebook
 from dimaskdino.utils.signals import STOP_SECONDS, stop_signals_interrupt
 
 if TYPE_CHECKING:
@@ -171,17 +172,22 @@ def _check_parameters(notebook: Path, values: Mapping[str, Any]) -> None:
             raise UserError(f"{notebook.name}: parameter '{name}' must be of type {wanted}, got {value!r}")
 
 
-def kernel_config() -> Any:
+def kernel_config(imports_from_folder: bool = False) -> Any:
     """Return the configuration of notebook kernels.
 
     Messages are encrypted, since a kernel otherwise warns at every start. A kernel logs nothing, since it would log
     its own interrupt at shutdown as an error; errors of cells stand in the notebook.
+
+    Args:
+        imports_from_folder: let the notebook import modules from the current folder, as in Jupyter.
     """
     import zmq
     from traitlets.config import Config
 
-    quiet = f"--IPKernelApp.log_level={logging.CRITICAL}"
-    settings: dict[str, Any] = {"NotebookClient": {"extra_arguments": [quiet]}}
+    arguments = [f"--IPKernelApp.log_level={logging.CRITICAL}"]
+    if not imports_from_folder:
+        arguments.append("--IPKernelApp.ignore_cwd=True")
+    settings: dict[str, Any] = {"NotebookClient": {"extra_arguments": arguments}}
     if zmq.has("curve"):
         settings["KernelManager"] = {"transport_encryption": "auto"}
     return Config(settings)
@@ -204,8 +210,12 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
             own, and the status of the folder has it too.
         Stopped: a signal asked to stop, and the training in the folder has saved its state.
     """
-    import papermill
-    from nbclient.exceptions import DeadKernelError
+    try:
+        import ipykernel  # noqa: F401  # the kernel needs it
+        import papermill
+        from nbclient.exceptions import DeadKernelError
+    except ImportError as error:
+        raise UserError(f"notebooks need {error.name}: pip install 'dimaskdino[notebooks]'") from None
 
     output = folder / notebook.name
     _check_parameters(notebook, parameters)
@@ -225,7 +235,7 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
                 progress_bar=not echo,
                 stderr_file=sys.stderr if echo else None,
                 kernel_name="python3",
-                config=kernel_config(),
+                config=kernel_config(imports_from_folder=not is_kit_notebook(notebook)),
             )
     except papermill.PapermillExecutionError as error:
         reason = error.evalue if error.ename in ("UserError", "Stopped") else f"{error.ename}: {error.evalue}"

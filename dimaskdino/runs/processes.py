@@ -48,7 +48,7 @@ def launch_command(arguments: Sequence[str], processes: int) -> tuple[list[str],
         if "127.0.0.1" in [address.address for address in addresses]:
             defaults |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
     environment = {name: os.environ.get(name, value) for name, value in defaults.items()}
-    environment |= {STORE: str(meeting / "workers"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment |= {STORE: str(meeting / "workers"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONSAFEPATH": "1"}
     return [*command, *torchrun, *arguments], environment
 
 

@@ -82,8 +82,8 @@ class HelperSignals:
 
 
 def child_environment() -> dict[str, str]:
-    """Return the environment variable that lets a child call `end_with_parent`."""
-    return {_PARENT: str(os.getpid())}
+    """Return environment variables: a child can call `end_with_parent`, and imports nothing from its current folder."""
+    return {_PARENT: str(os.getpid()), "PYTHONSAFEPATH": "1"}
 
 
 def end_with_parent() -> None:
