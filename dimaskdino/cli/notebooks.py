@@ -1,7 +1,9 @@
 """The commands that run notebooks: run, demo, study."""
 
+import importlib.util
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +12,7 @@ from tyro.conf import Positional, arg
 
 from dimaskdino.cli.options import Overrides, Plugins
 from dimaskdino.utils import plugins
+from dimaskdino.utils.errors import UserError
 
 
 def run(
@@ -57,43 +60,38 @@ def demo(overrides: Positional[Overrides] = (), folder: Path = Path("runs/demo")
     from dimaskdino.config import load_config
     from dimaskdino.runs.folder import RunFolder
 
+    if open and importlib.util.find_spec("jupyterlab") is None:
+        raise UserError("--open needs jupyterlab: pip install 'dimaskdino[notebooks]'")
     settings = load_config("shapes/demo", overrides)
     training, figures, notebook = RunFolder(folder / "training"), folder / "figures", folder / "demo.ipynb"
     if (training.path / "config.yaml").exists():
         training.check_config(settings, same_result=True)
     changes = f"overrides={json.dumps(list(overrides))}"
+    two, three = figures / "two_models.png", figures / "three_models.png"
     evaluation = training.path / "evaluation"
-    # title, result, notebook, folder and parameters
-    steps: list[tuple[str, Path, str, Path, tuple[str, ...]]] = [
-        ("two trained models, evaluated", figures / "two_models.png", "demo", folder, ("train=false", changes)),
-        (
-            "De-Imbalance and BATO added, trained",
-            training.model,
-            "train",
-            training.path,
-            ("config=shapes/demo", changes),
-        ),
-        (
-            "the new model, evaluated",
-            evaluation / "layers.json",
-            "evaluate",
-            evaluation,
-            (f"model={training.path.resolve()}",),
-        ),
-        ("all three compared", figures / "three_models.png", "demo", folder, (changes,)),
-    ]
     try:
-        for number, (title, result, name, place, parameters) in enumerate(steps, start=1):
-            if not result.exists():
-                print(f"{number} of {len(steps)}: {title}", file=sys.stderr)
-                run(Path(name), place, parameters)
+        if not two.exists():
+            print("1 of 4: two trained models, evaluated", file=sys.stderr)
+            run(Path("demo"), folder, ("train=false", changes))
+        if not training.model.exists():
+            print("2 of 4: De-Imbalance and BATO added, trained", file=sys.stderr)
+            run(Path("train"), training.path, ("config=shapes/demo", changes))
+        if not (evaluation / "layers.json").exists():
+            print("3 of 4: the new model, evaluated", file=sys.stderr)
+            run(Path("evaluate"), evaluation, (f"model={training.path.resolve()}",))
+        if not three.exists():
+            print("4 of 4: all three compared", file=sys.stderr)
+            run(Path("demo"), folder, (changes,))
+            with RunFolder(folder).running():  # its status becomes finished
+                pass
     except KeyboardInterrupt:
         print("run the same command again to resume", file=sys.stderr)
         raise
-    print(f"finished: {notebook}\nfigure: {figures / 'three_models.png'}")
+    print(f"finished: {notebook}\nfigure: {three}")
+    command = [sys.executable, "-m", "jupyter", "lab", str(notebook)]
     if open:
-        os.execv(sys.executable, [sys.executable, "-m", "jupyter", "lab", str(notebook)])
-    print(f"to open it: {sys.executable} -m jupyter lab {notebook}")
+        os.execv(sys.executable, command)
+    print(f"to open it: {shlex.join(command)}")
     return 0
 
 

@@ -18,7 +18,10 @@ def test_the_demo_ends_with_its_figure_and_a_second_call_says_so(tmp_path, monke
     printed = capsys.readouterr().out
     assert (folder / "figures" / "two_models.png").stat().st_size > 20_000
     assert (folder / "figures" / "three_models.png").stat().st_size > 20_000
-    assert RunFolder(folder / "training").status()["state"] == "finished"
+    for run in (folder, folder / "training"):
+        assert RunFolder(run).status()["state"] == "finished"
+    cached = {file.name for file in (folder / "models").iterdir()}
+    assert len(cached) == 2
     assert json.loads((folder / "training" / "evaluation" / "layers.json").read_text())["images"] == 4
     assert (folder / "training" / "train.ipynb").exists()
     assert f"finished: {folder / 'demo.ipynb'}" in printed
