@@ -91,7 +91,8 @@ def save_model(
         UserError: the file cannot be written.
     """
     metadata = {"config": config.model_dump_json(), "classes": json.dumps(classes), "step": str(step)}
-    state = {key: value.detach().cpu().contiguous() for key, value in detector.state_dict().items()}
+    # copies, since safetensors refuses tensors that share memory, as weights that two modules of a user's own share do
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in detector.state_dict().items()}
     if half:
         state = {key: value.half() if value.ndim > 1 else value for key, value in state.items()}
     write_atomically(path, lambda partial: save_file(state, partial, metadata))

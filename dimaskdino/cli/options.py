@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import arg
+from tyro.conf import UseAppendAction, arg
 
 if TYPE_CHECKING:
     from dimaskdino.checkpoints.published_settings import PublishedConfig
@@ -69,9 +69,11 @@ ProcessCount = Annotated[
 ]
 Plugins = Annotated[
     tuple[str, ...],
+    UseAppendAction,  # one value per option, so that it does not take the arguments that follow
     arg(
         metavar="MODULE",
-        help="Python modules of your own that the configuration names and that may run, such as my_project.gates.",
+        help="A Python module of your own that the configuration names and that may run, such as my_project.gates. "
+        "Repeat the option for several.",
     ),
 ]
 

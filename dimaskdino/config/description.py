@@ -79,12 +79,12 @@ def explain(error: ValidationError, source: str, root: type[Section]) -> str:
     """
     lines = []
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
+        key = ".".join(str(part) for part in problem["loc"] if part != "[key]")
         if problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key, keys_of(root), n=1, cutoff=0) or [""]
             lines.append(f"unknown setting '{key}'; did you mean '{near[0]}'?")
         elif problem["type"] == "value_error":
             lines.append(f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"]))
         else:
-            lines.append(f"{key}: {problem['msg'].lower()}, got {problem['input']!r}")
+            lines.append(f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}")
     return f"{source}: " + "; ".join(lines)

@@ -3,10 +3,11 @@
 Section numbers are those of docs/model.md. Each ablation of the paper is a value of a field.
 """
 
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 # names of the model's modules in version 0.2, and today
 RENAMED_MODULES = {"first_selection": "de_imbalance.first_selection", "token_optimization": "bato"}
@@ -18,22 +19,44 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-TYPE = r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"  # MODULE:NAME
+TYPE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+def _object_name(text: str) -> str:
+    if not TYPE.fullmatch(text):
+        raise ValueError(f"expected MODULE:NAME, such as my_project.gates:GatedBATO, got {text!r}")
+    return text
+
+
+def _term_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*", text):
+        raise ValueError(f"expected a name of letters, digits and _, got {text!r}")
+    return text
+
+
+ObjectName = Annotated[str, AfterValidator(_object_name)]
+TermName = Annotated[str, AfterValidator(_term_name)]
 
 
 class Replaceable(Section):
     """Settings of a module in whose place a module of the user's can be used (docs/extend.md)."""
 
-    type: str | None = Field(
-        None, pattern=TYPE, description="MODULE:NAME of a module of your own, such as my_project.gates:GatedBATO"
+    type: ObjectName | None = Field(
+        None, description="MODULE:NAME of a module of your own, such as my_project.gates:GatedBATO"
     )
     options: dict[str, Any] = Field({}, description="keyword arguments of that module")
+
+    @model_validator(mode="after")
+    def _has_options(self) -> "Replaceable":
+        if self.options and self.type is None:
+            raise ValueError("options are for a module of your own: name it with type=MODULE:NAME")
+        return self
 
 
 class Named(Section):
     """An object of the user's: `docs/extend.md`."""
 
-    type: str = Field(pattern=TYPE, description="MODULE:NAME of a function, such as my_project.losses:boundary")
+    type: ObjectName = Field(description="MODULE:NAME of a function, such as my_project.losses:boundary")
     options: dict[str, Any] = Field({}, description="its keyword arguments")
 
 
@@ -230,11 +253,18 @@ class Loss(Section):
 
     weights: Weights = Weights()
     cost: Weights = Weights()
-    terms: dict[str, LossTerm] = Field({}, description="additional terms of the loss by name")
-    costs: dict[str, LossTerm] = Field({}, description="additional terms of the matching cost by name")
+    terms: dict[TermName, LossTerm] = Field({}, description="additional terms of the loss by name")
+    costs: dict[TermName, LossTerm] = Field({}, description="additional terms of the matching cost by name")
     points: PositiveInt = Field(12544, description="number of points at which masks are compared")
     oversample: float = Field(3.0, ge=1, description="candidates per point in the search for uncertain points")
     uncertain_fraction: float = Field(0.75, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _new_names(self) -> "Loss":
+        taken = sorted(Weights.model_fields.keys() & (self.terms.keys() | self.costs.keys()))
+        if taken:
+            raise ValueError(f"'{taken[0]}' is a built-in term; give your own another name")
+        return self
 
 
 class LargeScaleJitter(Section):
@@ -330,9 +360,10 @@ class Optimizer(Section):
 
     lr: float = Field(1e-4, gt=0)
     backbone_lr_factor: float = Field(0.1, ge=0)
-    lr_factors: dict[str, float] = Field(
+    lr_factors: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {},
-        description="factors of the learning rate by the name of a module, such as {bato: 5}; the backbone has its own",
+        description="factors of the learning rate by the name of a module, such as {bato: 5}; the backbone has its "
+        "own, and the factor of an inner module wins",
     )
     weight_decay: float = Field(0.05, ge=0, description="0 for norm layers and embeddings")
     clip_norm: float = Field(0.01, gt=0, description="largest gradient norm over the whole model")

@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 from dimaskdino import config
 from dimaskdino.data.coco import Sample, without_empty
 from dimaskdino.utils import plugins
+from dimaskdino.utils.errors import UserError
 
 PADDING = 128  # of the image, where the crop reaches beyond it
 
@@ -71,12 +72,16 @@ def training_transform(settings: config.Data) -> Callable[[Sample], Sample]:
             *_COLOURS[settings.augmentation],
         ]
     )
-    own = [(plugins.resolve(each.type, "data.transforms"), each.options) for each in settings.transforms]
+    own = [(each.type, plugins.resolve(each.type, "data.transforms"), each.options) for each in settings.transforms]
 
     def transform(sample: Sample) -> Sample:
         sample = without_empty(_apply(pipeline, sample))
-        for function, options in own:
+        for name, function, options in own:
             sample = function(sample, **options)
+            if not isinstance(sample, Sample) or sample.image.dtype != torch.uint8:
+                raise UserError(f"data.transforms: {name} must return a Sample with an image of dtype uint8")
+            plugins.check_shape(sample.image, (3, *square), f"data.transforms: the image of {name}")
+            plugins.check_shape(sample.masks, (len(sample.labels), *square), f"data.transforms: the masks of {name}")
         return sample
 
     return transform

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dimaskdino import config
+from dimaskdino.config.sections import Replaceable
 from dimaskdino.modeling.backbone import build_backbone
 from dimaskdino.modeling.bato import BATO, Guide
 from dimaskdino.modeling.de_imbalance import DeImbalance
@@ -27,6 +28,7 @@ from dimaskdino.modeling.structures import (
     Trace,
 )
 from dimaskdino.utils import plugins
+from dimaskdino.utils.errors import UserError
 
 
 class Detector(nn.Module):
@@ -53,17 +55,20 @@ class Detector(nn.Module):
     ) -> None:
         super().__init__()
         self.cfg = cfg
-        self.backbone = backbone or plugins.build(cfg.backbone, "model.backbone", cfg) or build_backbone(cfg.backbone)
+        backbone = _own(backbone, cfg.backbone, "model.backbone", cfg)
+        self.backbone = build_backbone(cfg.backbone) if backbone is None else backbone
         self.pixel_decoder = PixelDecoder(cfg, cast(dict[int, int], self.backbone.channels))
         self.heads = PredictionHeads(cfg)
-        self.de_imbalance = de_imbalance or plugins.build(cfg.selection, "model.selection", cfg) or DeImbalance(cfg)
+        de_imbalance = _own(de_imbalance, cfg.selection, "model.selection", cfg)
+        self.de_imbalance = DeImbalance(cfg) if de_imbalance is None else de_imbalance
         self.denoising = Denoising(cfg)
         self.decoder = Decoder(cfg)
         # with one decoder layer nothing comes after BATO
         uses_bato = cfg.bato.enabled and cfg.decoder.layers > 1
         self.bato = None
         if uses_bato:
-            self.bato = bato or plugins.build(cfg.bato, "model.bato", cfg) or BATO(cfg)
+            bato = _own(bato, cfg.bato, "model.bato", cfg)
+            self.bato = BATO(cfg) if bato is None else bato
         # faster convolutions; feature tokens (B, N, C) are channels-last maps already
         self.to(memory_format=torch.channels_last)
 
@@ -163,3 +168,17 @@ class Detector(nn.Module):
             matching[stage.name] = stage
         groups = 0 if denoising is None else denoising.groups
         return Predictions(matching, denoised, groups, trace)
+
+
+def _own(given: nn.Module | None, section: Replaceable, key: str, cfg: config.Model) -> nn.Module | None:
+    """The module to use in place of the paper's: the given one, else one that the settings name; None without either.
+
+    Raises:
+        UserError: what the settings name cannot be made, or is no module.
+    """
+    if given is not None or section.type is None:
+        return given
+    module = plugins.build(section, key, cfg)
+    if not isinstance(module, nn.Module):
+        raise UserError(f"{key}: {section.type} returned {type(module).__name__}, expected a torch.nn.Module")
+    return module

@@ -128,7 +128,7 @@ class RunFolder:
             for module, digest in hashes.items():
                 if before.get(module, digest) != digest:
                     print(f"note: {module} has changed since this run started")
-            versions["plugins"] = hashes
+            versions["plugins"] = hashes | before  # those that the run started with
         write_text(self.path / "versions.json", json.dumps(versions, indent=1))
 
     @contextlib.contextmanager
@@ -356,16 +356,17 @@ def distinct_names(paths: Sequence[Path | str]) -> list[str]:
 
 
 def changed_settings(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the settings that differ between two configurations (plain values), by key, with their new values."""
+    """Return the settings that differ between two configurations (plain values), by key, with their new values.
+
+    The new value of a setting that only the first has, such as a loss term that was removed, is None.
+    """
     changed: dict[str, Any] = {}
-    for name, value in after.items():
-        key = prefix + name
-        if name in before and before[name] == value:
-            continue
-        if isinstance(value, dict) and isinstance(before.get(name), dict):
-            changed |= changed_settings(before[name], value, f"{key}.")
-        else:
-            changed[key] = value
+    for name in (*after, *(before.keys() - after.keys())):
+        key, old, new = prefix + name, before.get(name), after.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed |= changed_settings(old, new, f"{key}.")
+        elif name not in before or name not in after or old != new:
+            changed[key] = new
     return changed
 
 

@@ -13,6 +13,7 @@ Benchmarks, MLSys 2021.
 """
 
 import itertools
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -63,7 +64,7 @@ class Quantity:
         Raises:
             ValueError: the text is something else.
         """
-        if re.fullmatch(TYPE, text):
+        if TYPE.fullmatch(text):
             return OwnQuantity(text, "own")
         match = re.fullmatch(r"(.+)\.(box|mask|imbalance)(?:@(\d+(?:\.\d+)?))?", text)
         if match is None:
@@ -83,6 +84,9 @@ class Quantity:
         metric = self.metric if self.metric == "imbalance" else f"{self.metric} AP"
         where = f"{self.stage} layer" if self.stage in ("first", "last") else self.stage
         return f"{metric}, {where}" + ("" if self.at is None else f", at {self.at:g} box AP")
+
+    def check(self) -> None:
+        """Check, before any run, that it can be read."""
 
     def in_run(self, run: EvaluatedRun) -> float | None:
         """Its value in a run; None if the stage has none, or did not reach the box AP at which it is read.
@@ -147,8 +151,16 @@ class OwnQuantity(Quantity):
     def label(self) -> str:
         return self.stage.partition(":")[2].replace("_", " ")
 
+    def check(self) -> None:
+        plugins.resolve(self.stage, "report")
+
     def in_run(self, run: EvaluatedRun) -> float | None:
-        return plugins.resolve(self.stage, "report")(run.result)
+        value = plugins.resolve(self.stage, "report")(run.result)
+        if value is None:
+            return None
+        if not isinstance(value, int | float | np.number) or not math.isfinite(value):
+            raise UserError(f"report: {self.stage} returned {value!r}, expected a finite number or None")
+        return float(value)
 
     def resampled(self, run: EvaluatedRun) -> None:
         """No bootstrap samples exist of it, so that its interval is over trainings alone."""

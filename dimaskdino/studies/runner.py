@@ -110,11 +110,13 @@ def plan_study(
         parallel: number of simultaneous runs; by default one per GPU, and one without any.
 
     Raises:
-        UserError: a variant is no valid configuration, or the folder holds runs with other settings. Nothing is started
-            then.
+        UserError: a variant is no valid configuration, a quantity cannot be used, or the folder holds runs with other
+            settings. Nothing is started then.
     """
     if parallel is not None and parallel < 1:
         raise UserError(f"parallel must be at least 1, got {parallel}")
+    for quantity in study.quantities:
+        quantity.check()
     seeds = seeds or study.seeds
     archived = read_archive(folder)
     starts, runs = [], []

@@ -121,7 +121,8 @@ def stage_losses(pairs: Sequence[Pair], targets: Targets, cfg: config.Loss) -> l
     for name, term in cfg.terms.items():
         function = plugins.resolve(term.type, f"loss.terms.{name}.type")
         for (stage, matches), found in zip(pairs, losses, strict=True):
-            found[name] = function(stage, matches, targets, **term.options)
+            value = function(stage, matches, targets, **term.options)
+            found[name] = plugins.check_shape(value, (), f"loss.terms.{name}")
     return losses
 
 

@@ -96,7 +96,8 @@ def matching_costs(stages: Sequence[Stage], targets: Targets, cfg: config.Loss) 
             cost = cost + _mask_cost(logits, target_points, cfg.cost)
         for name, term in cfg.costs.items():
             function = plugins.resolve(term.type, f"loss.costs.{name}.type")
-            cost = cost + term.weight * function(stage, targets, **term.options)
+            own = plugins.check_shape(function(stage, targets, **term.options), cost.shape, f"loss.costs.{name}")
+            cost = cost + term.weight * own
         costs.append(cost)
     return costs
 

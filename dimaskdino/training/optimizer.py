@@ -23,7 +23,7 @@ def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim
     """
     known = {name for name, _ in model.named_modules()}
     for chosen in settings.lr_factors:
-        if chosen not in known:
+        if not chosen or chosen not in known:
             raise UserError(f"optimizer.lr_factors: the model has no module '{chosen}'")
     groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for module_name, module in model.named_modules():
@@ -32,7 +32,7 @@ def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim
                 continue
             undecayed = isinstance(module, (*_NORMS, nn.Embedding)) or "embedding" in name or "position_bias" in name
             factor = settings.backbone_lr_factor if module_name.startswith("backbone") else 1.0
-            for chosen, own in settings.lr_factors.items():
+            for chosen, own in sorted(settings.lr_factors.items()):  # an outer module comes before those inside it
                 if f"{module_name}.".startswith(f"{chosen}."):
                     factor = own
             key = (settings.lr * factor, 0.0 if undecayed else settings.weight_decay)
