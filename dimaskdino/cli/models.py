@@ -22,9 +22,7 @@ from dimaskdino.utils import plugins
 from dimaskdino.utils.errors import UserError, writing
 
 if TYPE_CHECKING:
-    from dimaskdino.evaluation.coco_ap import Kind
     from dimaskdino.evaluation.detections import DetectionStore
-    from dimaskdino.evaluation.error_analysis import TideAnalysis
     from dimaskdino.model import Model
 
 SHOWN_SCORE = 0.3  # the default threshold of predict
@@ -43,7 +41,6 @@ def evaluate(
     output: Path | None = None,
     keep_detections: bool = False,
     bootstrap: int = 0,
-    errors: bool = False,
     device: Device = "auto",
     precision: PrecisionOption = "fp32",
     processes: ProcessCount = 1,
@@ -65,8 +62,6 @@ def evaluate(
         keep_detections: Keep the detections of every stage in the output folder.
         bootstrap: Number of bootstrap resamples of the images, such as 1000, for 95 % intervals of the AP of the first
             and the last decoder layer. They are kept in bootstrap.npz, which studies compare models with.
-        errors: Also analyse the errors of the first and the last decoder layer, and list the confused classes and the
-            worst images of the last.
         device: Device to run on.
         precision: Precision of the forward pass.
         processes: Number of evaluating processes on this machine, one per GPU.
@@ -102,8 +97,6 @@ def evaluate(
     if context.is_main:
         print_remarks(settings)
         _score(trained, store, split, folder, bootstrap)
-        if errors:
-            _write_error_analysis(trained, store, split, folder)
         if not keep_detections:
             store.remove()
     return 0
@@ -141,47 +134,6 @@ def _score(model: "Model", store: "DetectionStore", split: str | None, folder: P
         plot_layerwise_ap({"model": result}).savefig(folder / "layers.png")
     result.save(folder / "layers.json")  # written last: studies take it as the sign of a complete evaluation
     print(f"written: {folder / 'layers.json'}, {folder / 'layers.png'}")
-
-
-def _write_error_analysis(model: "Model", store: "DetectionStore", split: str | None, folder: Path) -> None:
-    """Write the error analysis of the detections to a folder, and print the AP that each kind of error costs."""
-    from PIL import Image
-
-    from dimaskdino.data.coco import CocoDataset
-    from dimaskdino.data.painting import paint_beside_truth
-    from dimaskdino.evaluation.error_analysis import KINDS, confusion, save_analysis, tide_analysis, worst_images
-    from dimaskdino.evaluation.layerwise_ap import truth_of
-    from dimaskdino.modeling.stages import FIRST_LAYER
-    from dimaskdino.viz import plot_confusion, plot_error_analysis
-
-    truth, _ = truth_of(model, split)
-    last = tuple(store)[-1]
-    kinds: tuple[Kind, ...] = ("box", "mask")
-    stages: dict[str, dict[Kind, TideAnalysis]] = {}
-    for name in (FIRST_LAYER, last):
-        if name in store:
-            if not store[name].has_masks:
-                raise UserError(f"--errors needs masks, which {name} does not predict; add a decoder stage to --stages")
-            stages[name] = {kind: tide_analysis(truth, store[name], kind) for kind in kinds}
-    confused = confusion(truth, store[last], "mask", threshold=SHOWN_SCORE)
-    worst = worst_images(truth, store[last], "mask", SHOWN_SCORE, count=6)
-    for kind, analysis in stages[last].items():
-        costs = ", ".join(f"{KINDS[name]} {value:.1f}" for name, value in analysis.lost.items())
-        print(f"{last}, points of {kind} AP50 that errors cost: {costs}")
-    data = CocoDataset(model.config.data.root, split or model.config.data.val)
-    places = {image["id"]: place for place, image in enumerate(data.images)}
-    samples = [data[places[image]] for image in worst]
-    results = model.predict([sample.image for sample in samples], threshold=SHOWN_SCORE)
-    pictures = paint_beside_truth(samples, [result.instances for result in results], model.classes, width=1200)
-    for sample, score in zip(samples, worst.values(), strict=True):
-        print(f"F1 {score:.2f}: {sample.file}")
-    with writing(folder):
-        save_analysis(folder / "errors.json", stages, confused)
-        plot_error_analysis(stages).savefig(folder / "errors.png", dpi=150)
-        plot_confusion(confused).savefig(folder / "confusion.png", dpi=150)
-        Image.fromarray(pictures).save(folder / "worst.png")
-    written = [str(folder / name) for name in ("errors.json", "errors.png", "confusion.png", "worst.png")]
-    print(f"written: {', '.join(written)}")
 
 
 def predict(

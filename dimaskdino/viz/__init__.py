@@ -5,8 +5,6 @@ from dimaskdino.viz.curves import plot_first_and_last_layer as plot_first_and_la
 from dimaskdino.viz.curves import plot_layerwise_ap as plot_layerwise_ap
 from dimaskdino.viz.curves import plot_losses as plot_losses
 from dimaskdino.viz.curves import plot_precision_recall as plot_precision_recall
-from dimaskdino.viz.diagnostics import plot_confusion as plot_confusion
-from dimaskdino.viz.diagnostics import plot_error_analysis as plot_error_analysis
 from dimaskdino.viz.diagnostics import plot_gradient_conflict as plot_gradient_conflict
 from dimaskdino.viz.diagnostics import plot_guidance_rank as plot_guidance_rank
 from dimaskdino.viz.diagnostics import plot_imbalance_by_group as plot_imbalance_by_group

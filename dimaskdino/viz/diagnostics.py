@@ -1,4 +1,4 @@
-"""Figures of the diagnostics (`dimaskdino.inspection.diagnostics`) and of the error analysis.
+"""Figures of the diagnostics (`dimaskdino.inspection.diagnostics`).
 
 `models` has the results of one or several models by the name to show.
 """
@@ -7,18 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dimaskdino.data.painting import GREY, colour_of, data_label
-from dimaskdino.evaluation.coco_ap import Kind
-from dimaskdino.evaluation.error_analysis import KINDS as ERRORS
-from dimaskdino.evaluation.error_analysis import Confusion, TideAnalysis
 from dimaskdino.inspection.diagnostics import GradientConflict, Survey, query_stability
-from dimaskdino.viz.curves import places, stage_ticks, stage_title
-from dimaskdino.viz.style import BOX, KINDS, LINES, MASK, bar_places, panels, style
-
-MOST_CLASSES = 20  # with a row of their own in a confusion matrix
+from dimaskdino.viz.curves import places, stage_ticks
+from dimaskdino.viz.style import KINDS, LINES, bar_places, panels, style
 
 
 @style()
@@ -129,58 +123,3 @@ def plot_gradient_conflict(models: Mapping[str, Mapping[str, Sequence[GradientCo
     right.axhline(0, color="black", linewidth=0.8)
     right.set(ylabel="cosine", title="Cosine of the two gradients: below 0 they conflict")
     return figure
-
-
-@style()
-def plot_error_analysis(stages: Mapping[str, Mapping[Kind, TideAnalysis]]) -> Figure:
-    """Plot how many points of AP at IoU 0.5 each kind of error costs for boxes and masks, one panel per stage."""
-    figure, columns = panels(1, len(stages), 4.6 * len(stages) + 1.2, 3.6, sharex=True, sharey=True)
-    for axes, (stage, kinds) in zip(columns, stages.items(), strict=True):
-        for number, (kind, analysis) in enumerate(kinds.items()):
-            y, height = bar_places(range(len(ERRORS)), number, len(kinds))
-            values = [analysis.lost[name] for name in ERRORS]
-            colour, label = BOX if kind == "box" else MASK, f"{kind}: {analysis.ap:.1f} AP50"
-            bars = axes.barh(y, values, height, color=colour, label=label)
-            axes.bar_label(bars, fmt="{:.1f}", padding=2, fontsize=8)
-        axes.set(title=stage_title(stage), xlabel="AP50 gained if corrected (points)")
-        axes.legend(fontsize=9, loc="lower right")
-        axes.margins(x=0.15)
-    columns[0].set_yticks(range(len(ERRORS)), list(ERRORS.values()))
-    columns[0].invert_yaxis()
-    figure.suptitle("AP lost by kind of error")
-    return figure
-
-
-@style()
-def plot_confusion(confused: Confusion) -> Figure:
-    """Plot how the objects of each class were classified, in percent of the class.
-
-    With more than `MOST_CLASSES` classes, those with the most confusions are shown.
-    """
-    matrix, count = confused.matrix, len(confused.classes)
-    wrong = matrix[:count, :count].sum(1) - np.diag(matrix)[:count]
-    chosen = np.sort(np.argsort(-wrong, kind="stable")[:MOST_CLASSES])
-    totals = matrix[chosen].sum(1)
-    shown, missed = matrix[np.ix_(chosen, chosen)], matrix[chosen, count]
-    other = totals - shown.sum(1) - missed
-    names = [data_label(confused.classes[i]) for i in chosen]
-    columns, rows = [shown, missed], [*names, "missed"]
-    if other.any():
-        columns, rows = [shown, other, missed], [*names, "another class", "missed"]
-    percent = 100 * np.column_stack(columns) / np.maximum(totals, 1)[:, None]
-    figure, [axes] = panels(1, 1, 0.5 * len(rows) + 2.8, 0.5 * len(names) + 2.2)
-    _draw_confusion(axes, percent, rows, names)
-    axes.set_title(f"Objects of each class, % (scores of {confused.threshold:g} and more)", fontsize=10)
-    return figure
-
-
-def _draw_confusion(axes: Axes, percent: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> None:
-    axes.imshow(percent, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    for (row, column), value in np.ndenumerate(percent):
-        if value >= 0.5:
-            ink = "white" if value > 60 else "black"
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=ink)
-    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=9)
-    axes.set_yticks(range(len(rows)), rows, fontsize=9)
-    axes.grid(False)
-    axes.set(xlabel="predicted", ylabel="true")
