@@ -184,6 +184,13 @@ def test_a_factory_that_returns_no_module_is_refused(allowed, key):
         Detector(cfg)
 
 
+def test_a_backbone_names_its_channels(allowed):
+    backbone = nn.Conv2d(3, 8, 1)
+    backbone.channels = {4: 8, 8: 8, 16: 8}
+    with pytest.raises(UserError, match=r"each of the strides \(4, 8, 16, 32\), got \{4: 8"):
+        Detector(parse_config({}, TINY, "test").model, backbone=backbone)
+
+
 def test_an_empty_container_is_used(allowed):
     cfg = parse_config({}, TINY, "test").model
     empty = nn.ModuleList()

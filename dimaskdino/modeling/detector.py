@@ -1,14 +1,12 @@
 """The whole model: figure 2 of the paper, top to bottom."""
 
-from typing import cast
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dimaskdino import config
 from dimaskdino.config.sections import Replaceable
-from dimaskdino.modeling.backbone import build_backbone
+from dimaskdino.modeling.backbone import STRIDES, build_backbone
 from dimaskdino.modeling.bato import BATO, Guide
 from dimaskdino.modeling.de_imbalance import DeImbalance
 from dimaskdino.modeling.decoder import Decoder, LayerOutput, random_boxes
@@ -57,7 +55,10 @@ class Detector(nn.Module):
         self.cfg = cfg
         backbone = _own(backbone, cfg.backbone, "model.backbone", cfg)
         self.backbone = build_backbone(cfg.backbone) if backbone is None else backbone
-        self.pixel_decoder = PixelDecoder(cfg, cast(dict[int, int], self.backbone.channels))
+        channels = getattr(self.backbone, "channels", None)
+        if not isinstance(channels, dict) or not channels.keys() >= set(STRIDES):
+            raise UserError(f"the backbone needs channels, a number for each of the strides {STRIDES}, got {channels}")
+        self.pixel_decoder = PixelDecoder(cfg, channels)
         self.heads = PredictionHeads(cfg)
         de_imbalance = _own(de_imbalance, cfg.selection, "model.selection", cfg)
         self.de_imbalance = DeImbalance(cfg) if de_imbalance is None else de_imbalance

@@ -245,6 +245,8 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
         reason, interrupted = "the notebook's kernel died, perhaps because memory ran out", False
         status = _final_status(run)
     except KeyboardInterrupt:
+        # asyncio would log that nobody waited for the interrupted cell
+        logging.getLogger("asyncio").disabled = True
         reason, interrupted = "interrupted", True
         status = _final_status(run)
     else:

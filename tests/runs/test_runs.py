@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import os
 import re
 import signal
 import subprocess
@@ -389,3 +390,20 @@ def test_torchrun_passes_every_option_on():
     command, _ = processes.launch_command(arguments, 2)
     parsed = torchrun_arguments(command[command.index("torch.distributed.run") + 1 :])
     assert (parsed.training_script, parsed.training_script_args) == ("dimaskdino", arguments)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups with signals")
+def test_ctrl_c_during_a_notebook_prints_one_line(tmp_path):
+    cells = [nbformat.v4.new_code_cell("run = ''", metadata={"tags": ["parameters"]})]
+    cells.append(nbformat.v4.new_code_cell("import sys, time\nprint('here', file=sys.stderr)\ntime.sleep(60)"))
+    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "slow.ipynb")
+    command = [sys.executable, "-m", "dimaskdino", "run", "slow.ipynb", "out"]
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert running.stderr is not None
+    while "here" not in running.stderr.readline():
+        assert running.poll() is None
+    os.killpg(running.pid, signal.SIGINT)
+    rest = running.communicate(timeout=60)[1]
+    assert running.returncode == 130
+    assert rest.splitlines() == ["dimaskdino: interrupted"]
