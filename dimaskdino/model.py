@@ -30,8 +30,8 @@ from dimaskdino.interop import hub
 from dimaskdino.modeling import Instances
 from dimaskdino.modeling.precision import Precision, fast_precision
 from dimaskdino.modeling.stages import stage_names
-from dimaskdino.utils.errors import UserError, first_line, writing
-from dimaskdino.utils.files import write_text
+from dimaskdino.utils.errors import UserError, first_line
+from dimaskdino.utils.files import refuse_existing, write_atomically, write_text
 from dimaskdino.utils.markdown import escape
 from dimaskdino.utils.plugins import allow
 
@@ -110,21 +110,20 @@ class Result:
         """Save the image with the detections drawn in the colours of their classes.
 
         Args:
-            path: the suffix names the format. Images (`.png`, `.jpg`, …) have the size of the photograph; vector
-                graphics (`.pdf`, `.svg`) hold the figure of `plot`.
+            path: the file, which is replaced if it exists. Its suffix names the format: images (`.png`, `.jpg`, …) have
+                the size of the photograph; vector graphics (`.pdf`, `.svg`) hold the figure of `plot`.
 
         Raises:
             UserError: the format is unknown or the file cannot be written.
         """
         path = Path(path)
         try:
-            with writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if path.suffix.lower() in SUFFIXES:
-                    painted = Image.fromarray(paint_instances(self.image, self.instances, self.classes))
-                    painted.save(path, compress_level=1)  # of PNG files: faster, slightly larger
-                else:
-                    self.plot().savefig(path)
+            if path.suffix.lower() in SUFFIXES:
+                painted = Image.fromarray(paint_instances(self.image, self.instances, self.classes))
+                # compress_level of PNG files: faster, slightly larger
+                write_atomically(path, lambda partial: painted.save(partial, compress_level=1))
+            else:
+                write_atomically(path, self.plot().savefig)
         except ValueError as error:  # an unknown format
             raise UserError(f"cannot write {path}: {error}") from None
 
@@ -269,7 +268,7 @@ class Model(TrainedModel):
         sample = image if isinstance(image, Sample) else Sample.of_image(to_image_tensor(image))
         return look_at(self, sample)
 
-    def save(self, folder: str | Path, layerwise_ap: LayerwiseAP | None = None) -> None:
+    def save(self, folder: str | Path, layerwise_ap: LayerwiseAP | None = None, overwrite: bool = False) -> None:
         """Write the model to a folder that `load` reads and that the Hugging Face Hub accepts.
 
         The folder receives `model.safetensors`, `config.json`, a model card `README.md` and, with `layerwise_ap`,
@@ -278,11 +277,13 @@ class Model(TrainedModel):
         Args:
             folder: the folder; created if it does not exist.
             layerwise_ap: AP of every stage, for the model card.
+            overwrite: replace files of these names.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: one of the files exists, or the folder cannot be written.
         """
         folder = Path(folder)
+        refuse_existing([folder / name for name in hub.FILES], overwrite, "overwrite=True")
         save_model(folder / MODEL, self.detector, self.config, self.classes, self.step)
         settings = {"classes": self.classes, "step": self.step, **self.config.model_dump(mode="json")}
         write_text(folder / "config.json", json.dumps(settings, indent=1) + "\n")

@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from dimaskdino.cli.options import OptionalConfigPath
 from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.files import refuse_existing, write_atomically
 
 DETECTRON2 = "detectron2:"
 
@@ -49,6 +50,7 @@ def check(
     config: OptionalConfigPath = None,
     read: bool = True,
     show: Path | None = None,
+    overwrite: bool = False,
 ) -> int:
     """Count the content of a COCO-format dataset, list its errors, and warn of objects that a model may miss.
 
@@ -61,11 +63,14 @@ def check(
         read: Also read every image and mask, which takes about 20 minutes for COCO; --no-read checks the annotations
             and the existence of the images.
         show: Picture to write, of images with their annotations.
+        overwrite: Replace the picture if it exists.
     """
     from dimaskdino.config import Config, load_config
     from dimaskdino.data.check import check_dataset, grouped
     from dimaskdino.data.coco import find_splits
 
+    if show:
+        refuse_existing([show], overwrite)
     settings = load_config(config) if config else Config()
     reports = check_dataset(root, splits or find_splits(root) or ("train",), settings, read)
     for report in reports:
@@ -90,18 +95,24 @@ def check(
 def _draw_samples(root: Path, split: str, file: Path, count: int = 12) -> None:
     """Draw images of a split with their annotations."""
     from dimaskdino.data.coco import CocoDataset
-    from dimaskdino.utils.errors import writing
     from dimaskdino.viz import draw_samples
 
     data = CocoDataset(root, split, only_with_objects=True)
     samples = [data[i] for i in range(0, len(data), max(1, len(data) // count))[:count]]
-    with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draw_samples(samples, data.classes).savefig(file, dpi=150)
+    figure = draw_samples(samples, data.classes)
+    try:
+        write_atomically(file, lambda partial: figure.savefig(partial, dpi=150))
+    except ValueError as error:  # an unknown format
+        raise UserError(f"cannot write {file}: {error}") from None
 
 
 def import_(
-    source: Positional[Path], folder: Positional[Path], val: float = 0.2, seed: int = 0, register: str | None = None
+    source: Positional[Path],
+    folder: Positional[Path],
+    val: float = 0.2,
+    seed: int = 0,
+    link: bool = False,
+    register: str | None = None,
 ) -> int:
     """Convert an annotation tool's export, with outlines or masks in any of the usual layouts, to COCO's format.
 
@@ -110,13 +121,15 @@ def import_(
     Layouts: COCO in any arrangement (Roboflow's included), YOLO segmentation, CVAT for images, Pascal VOC, LabelMe, and
     a folder per image with one mask per object. detectron2:NAME,NAME takes datasets that are registered in detectron2.
     Splits are kept; without a validation split, images are drawn for it, with copies of the same photograph in one
-    split. The source is not changed, and its images are linked, not copied.
+    split. The source is not changed.
 
     Args:
         source: Folder of the export, or its annotations file.
         folder: Folder to make.
         val: Fraction of the images that becomes the validation split if the source has none.
         seed: The same seed draws the same images.
+        link: Link the images instead of copying them: hard links where possible (the two names are one file), else
+            symbolic links to the source, which must stay where it is.
         register: Python module whose import registers the datasets in detectron2.
     """
     from dimaskdino.data.importing import import_dataset, import_splits
@@ -125,7 +138,7 @@ def import_(
     if registered == str(source):
         if register:
             raise UserError(f"--register is for datasets of detectron2: {DETECTRON2}NAME instead of {source}")
-        done = import_dataset(source, folder, val, seed)
+        done = import_dataset(source, folder, val, seed, link)
     else:
         if register:
             sys.path.insert(0, "")  # for modules in the current folder
@@ -136,13 +149,15 @@ def import_(
         from dimaskdino.interop.detectron2 import exported_split
 
         splits = [exported_split(name) for name in registered.split(",")]
-        done = import_splits(splits, str(source), "datasets of detectron2", folder, val, seed)
+        done = import_splits(splits, str(source), "datasets of detectron2", folder, val, seed, link)
     print(done.summary())
     print(f"written: {folder}; next: dimaskdino data check {folder}")
     return 0
 
 
-def bdd100k(root: Positional[Path], splits: Positional[tuple[str, ...]] = ("train", "val")) -> int:
+def bdd100k(
+    root: Positional[Path], splits: Positional[tuple[str, ...]] = ("train", "val"), overwrite: bool = False
+) -> int:
     """Convert BDD100K's instance segmentation labels (bitmasks or run lengths) to COCO annotations.
 
     For example: dimaskdino data bdd100k data/bdd100k
@@ -150,9 +165,11 @@ def bdd100k(root: Positional[Path], splits: Positional[tuple[str, ...]] = ("trai
     Args:
         root: Folder with images/10k and labels/ins_seg, as downloaded.
         splits: Names of the splits.
+        overwrite: Replace annotations that exist.
     """
-    from dimaskdino.data.bdd100k import convert
+    from dimaskdino.data.bdd100k import annotations_file, convert
 
+    refuse_existing([annotations_file(root, split) for split in splits], overwrite)
     for split in splits:
         print(f"written: {convert(root, split)}")
     return 0

@@ -19,12 +19,14 @@ from dimaskdino.cli.options import (
     relaunch_distributed,
 )
 from dimaskdino.utils import plugins
-from dimaskdino.utils.errors import UserError, writing
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.files import read_json_object, refuse_existing, write_atomically
 
 if TYPE_CHECKING:
     from dimaskdino.evaluation.detections import DetectionStore
     from dimaskdino.model import Model
 
+RESULTS = ("layers.json", "layers.png", "bootstrap.npz")  # of an evaluation
 SHOWN_SCORE = 0.3  # the default threshold of predict
 
 
@@ -41,6 +43,7 @@ def evaluate(
     output: Path | None = None,
     keep_detections: bool = False,
     bootstrap: int = 0,
+    overwrite: bool = False,
     device: Device = "auto",
     precision: PrecisionOption = "fp32",
     processes: ProcessCount = 1,
@@ -62,6 +65,7 @@ def evaluate(
         keep_detections: Keep the detections of every stage in the output folder.
         bootstrap: Number of bootstrap resamples of the images, such as 1000, for 95 % intervals of the AP of the first
             and the last decoder layer. They are kept in bootstrap.npz, which studies compare models with.
+        overwrite: Replace layers.json, layers.png and bootstrap.npz in the output folder, whatever made them.
         device: Device to run on.
         precision: Precision of the forward pass.
         processes: Number of evaluating processes on this machine, one per GPU.
@@ -91,6 +95,8 @@ def evaluate(
             config=None if config is None else settings.config,
         )
         folder = output or settings.output or _beside(str(source)) / "evaluation"
+        is_ours = output is None or "stages" in read_json_object(folder / "layers.json")
+        refuse_existing((folder / name for name in RESULTS), overwrite or is_ours)
         shard = (context.rank, context.world_size)
         store = detect_layers(trained, split, stages or None, folder / "detections", shard)
         context.barrier()
@@ -130,8 +136,7 @@ def _score(model: "Model", store: "DetectionStore", split: str | None, folder: P
         resampled.save(folder / "bootstrap.npz")
         for name, (low, high) in resampled.intervals().items():
             print(f"{name} AP: {low:.1f} to {high:.1f} (95 % interval, {resamples} resamples of the images)")
-    with writing(folder):
-        plot_layerwise_ap({"model": result}).savefig(folder / "layers.png")
+    write_atomically(folder / "layers.png", plot_layerwise_ap({"model": result}).savefig)
     result.save(folder / "layers.json")  # written last: studies take it as the sign of a complete evaluation
     print(f"written: {folder / 'layers.json'}, {folder / 'layers.png'}")
 
@@ -143,6 +148,7 @@ def predict(
     stage: str | None = None,
     threshold: float = SHOWN_SCORE,
     batch_size: int = 8,
+    overwrite: bool = False,
     device: Device = "auto",
     precision: PrecisionOption = "fp32",
     plugin: Plugins = (),
@@ -152,6 +158,7 @@ def predict(
     For example: dimaskdino predict runs/mine my/photos --threshold 0.5
 
     The output mirrors the folders of the input. predictions.json has a score per annotation and masks as run lengths.
+    A second run replaces what the first one wrote; other files that exist are kept, with an error.
 
     Args:
         model: The model.
@@ -161,6 +168,7 @@ def predict(
         stage: Stage to show, such as decoder.1; the last decoder layer by default.
         threshold: Lowest score that is shown and written.
         batch_size: Number of images per forward pass, at most.
+        overwrite: Replace files in the output folder, whatever made them. Inputs are never replaced.
         device: Device to run on.
         precision: Precision of the forward pass.
         plugin: Modules of your own that the model needs.
@@ -174,7 +182,7 @@ def predict(
     if not images:
         raise UserError("name the images: dimaskdino predict MODEL IMAGE, a file or a folder")
     trained = load(model, device=device, precision=cast(Any, precision), overrides=overrides)
-    report = predict_files(trained, images, output, stage, threshold, batch_size)
+    report = predict_files(trained, images, output, stage, threshold, batch_size, overwrite)
     print(f"{report.detections} detections in {len(report.pictures)} files, {len(report.skipped)} skipped")
     if report.pictures and not report.detections:
         print(f"note: no detection has a score of {threshold} or more; try a lower --threshold", file=sys.stderr)
@@ -187,6 +195,7 @@ def export(
     file: Positional[Path],
     stage: str | None = None,
     detections: int | None = None,
+    overwrite: bool = False,
     plugin: Plugins = (),
 ) -> int:
     """Write a model as an ONNX file, for ONNX Runtime, OpenVINO or TensorRT, or as a file of torch.export.
@@ -202,12 +211,14 @@ def export(
         file: File to write, .onnx or .pt2.
         stage: Stage to take the detections from, such as decoder.1; the last decoder layer by default.
         detections: Number of detections per image; evaluation.detections of the model by default.
+        overwrite: Replace the file if it exists.
         plugin: Modules of your own that the model needs.
     """
     plugins.allow(plugin)
     from dimaskdino.interop.export import export as write
     from dimaskdino.model import load
 
+    refuse_existing([file], overwrite)
     differences = write(load(model, device="cpu"), file, stage, detections)
     print(f"written: {file}, {file.stat().st_size / 1e6:.1f} MB")
     if differences is None:
@@ -226,6 +237,7 @@ def convert(
     output: Positional[Path],
     overrides: Positional[SettingsArguments] = (),
     config: OptionalConfigPath = None,
+    overwrite: bool = False,
 ) -> int:
     """Convert a published checkpoint, or the weights of a backbone, to a file of this kit.
 
@@ -239,12 +251,14 @@ def convert(
         output: File to write, .safetensors. A model's file also holds its configuration and class names.
         overrides: Settings that differ from the configuration.
         config: Configuration of the model, this kit's or the published one; inferred from the weights by default.
+        overwrite: Replace the output if it exists.
     """
     from dimaskdino.checkpoints import save_model
     from dimaskdino.checkpoints.published import convert_backbone, is_published, load_published
     from dimaskdino.checkpoints.published_settings import load_settings, translate_pairs
     from dimaskdino.utils.serialization import read_state_dict
 
+    refuse_existing([output], overwrite and output.resolve() != file.resolve())
     if not is_published(read_state_dict(file)):
         name, count = convert_backbone(file, output)
         print(f"a {name} with {count} parameters and buffers; use it with model.backbone.weights={output}")

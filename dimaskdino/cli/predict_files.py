@@ -14,8 +14,8 @@ from pycocotools import mask as coco_mask
 from dimaskdino.data.images import SUFFIXES, find_files, to_image_tensor
 from dimaskdino.data.painting import paint_instances
 from dimaskdino.model import Model, Result
-from dimaskdino.utils.errors import UserError, writing
-from dimaskdino.utils.files import write_text
+from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.files import read_json_object, refuse_existing, write_atomically, write_text
 from dimaskdino.utils.progress import progress_bar
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
@@ -45,6 +45,7 @@ def predict_files(
     stage: str | None = None,
     threshold: float = 0.3,
     batch_size: int = 8,
+    overwrite: bool = False,
 ) -> FilesReport:
     """Draw the detections in images and videos, and write them to `predictions.json`.
 
@@ -58,10 +59,11 @@ def predict_files(
         stage: the stage to take the detections from; the last decoder layer by default.
         threshold: lowest score of a detection, 0 to 1.
         batch_size: number of images per forward pass, at most.
+        overwrite: replace files that exist. What the predictions.json in the output lists is always replaced.
 
     Raises:
-        UserError: a path does not exist, an argument is out of range, an output would overwrite an input, or the output
-            cannot be written.
+        UserError: a path does not exist, an argument is out of range, an output would overwrite an input or a file of
+            the user, or the output cannot be written.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
@@ -69,7 +71,11 @@ def predict_files(
     targets = list(zip([file for file, _ in files], _targets(files, output), strict=True))
     pictures = [(file, target) for file, target in targets if not _is_video(file)]
     report = FilesReport([], output / "predictions.json")
-    coco = _CocoFile(model)
+    earlier, written = _written_before(report.json), {target.relative_to(output).as_posix() for _, target in targets}
+    mine = {report.json.name, *earlier} if earlier else set()
+    refuse_existing([output / name for name in sorted({report.json.name, *written} - mine)], overwrite)
+    coco = _CocoFile(model, sorted(written | earlier))
+    write_text(report.json, json.dumps(coco.content))  # lists the pictures before they are drawn
     with progress_bar(total=len(files), description="predicting", unit="file") as progress:
         for start in range(0, len(pictures), batch_size):
             batch = pictures[start : start + batch_size]
@@ -89,14 +95,19 @@ def predict_files(
             progress.update(len(batch))
         for file, target in targets:
             if _is_video(file):
-                with writing(target):
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    _predict_video(model, file, target, stage, threshold, coco)
+                _predict_video(model, file, target, stage, threshold, coco)
                 report.pictures.append(target)
                 progress.update()
     write_text(report.json, json.dumps(coco.content))
     report.detections = len(coco.content["annotations"])
     return report
+
+
+def _written_before(manifest: Path) -> set[str]:
+    """Names of the pictures that earlier predictions into the folder wrote."""
+    info = read_json_object(manifest).get("info")
+    listed = info.get("written") if isinstance(info, dict) else None
+    return {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
 
 
 def _is_video(file: Path) -> bool:
@@ -112,7 +123,7 @@ def _targets(files: Sequence[tuple[Path, Path]], output: Path) -> list[Path]:
         UserError: a picture would overwrite an input, or two inputs have the same relative path.
     """
     short = [name.with_suffix(".mp4" if _is_video(name) else ".png") for _, name in files]
-    count, inputs = Counter(short), {file.resolve() for file, _ in files}
+    count, inputs = Counter(short), {_location(file) for file, _ in files}
     targets: dict[Path, Path] = {}  # the input of each picture
     for (file, name), picture in zip(files, short, strict=True):
         target = output / (picture if count[picture] == 1 else name.with_name(name.name + picture.suffix))
@@ -121,18 +132,24 @@ def _targets(files: Sequence[tuple[Path, Path]], output: Path) -> list[Path]:
                 f"{targets[target]} and {file} would both be written to {target}; predict on them in two commands with "
                 "different output folders"
             )
-        if target.resolve() in inputs:
+        if _location(target) in inputs:
             raise UserError(f"{target} is an input and would be overwritten; choose another output folder")
         targets[target] = file
     return list(targets)
 
 
-class _CocoFile:
-    """Collects the detections of many images in COCO's format."""
+def _location(path: Path) -> Path:
+    """Where a file lies. A link is a file of its own, since writing replaces it."""
+    return path.parent.resolve() / path.name
 
-    def __init__(self, model: Model) -> None:
+
+class _CocoFile:
+    """Collects the detections of many images in COCO's format; its `info` lists the drawn files."""
+
+    def __init__(self, model: Model, written: Sequence[str]) -> None:
         categories = [{"id": i, "name": name} for i, name in enumerate(model.classes, start=1)]
-        self.content: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
+        self.content: dict[str, Any] = {"info": {"written": list(written)}}
+        self.content |= {"images": [], "annotations": [], "categories": categories}
 
     def add(self, result: Result, file_name: str) -> None:
         """Add the detections of one image."""
@@ -149,7 +166,11 @@ class _CocoFile:
 def _predict_video(
     model: Model, file: Path, target: Path, stage: str | None, threshold: float, coco: _CocoFile
 ) -> None:
-    """Write the video with the detections of every frame drawn."""
+    """Write the video with the detections of every frame drawn.
+
+    Raises:
+        UserError: PyAV is missing, the video cannot be read or the target cannot be written.
+    """
     try:
         import av
     except ImportError:
@@ -158,7 +179,16 @@ def _predict_video(
         source = av.open(str(file))
     except (OSError, ValueError) as error:  # PyAV's exceptions are both
         raise UserError(f"the video {file} cannot be read: {error}") from None
-    with source, av.open(str(target), "w") as written:
+    with source:
+        write_atomically(target, lambda partial: _draw_frames(source, partial, model, file, stage, threshold, coco))
+
+
+def _draw_frames(
+    source: Any, target: Path, model: Model, file: Path, stage: str | None, threshold: float, coco: _CocoFile
+) -> None:
+    import av
+
+    with av.open(str(target), "w") as written:
         stream = source.streams.video[0]
         drawn: Any = None
         rate = stream.average_rate or Fraction(25)

@@ -16,6 +16,7 @@ from dimaskdino.data.annotations import read_annotations, read_json
 from dimaskdino.data.exports import ExportedSplit
 from dimaskdino.data.images import open_image
 from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.files import write_atomically
 from dimaskdino.utils.progress import progress_bar
 
 CLASSES = ("pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
@@ -65,13 +66,19 @@ def convert(root: Path, split: str) -> Path:
         image = converted.add_image(images / name, size)
         for label, crowd, mask in instances:
             converted.add_object(image, label, mask, int(crowd))
-    target = root / "annotations" / f"instances_{split}.json"
-    target.parent.mkdir(exist_ok=True)
-    partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps(converted.as_coco(CLASSES)))
-    read_annotations(partial)
-    partial.replace(target)
+    target = annotations_file(root, split)
+
+    def write(partial: Path) -> None:
+        partial.write_text(json.dumps(converted.as_coco(CLASSES)))
+        read_annotations(partial)
+
+    write_atomically(target, write)
     return target
+
+
+def annotations_file(root: Path, split: str) -> Path:
+    """The file that `convert` writes."""
+    return root / "annotations" / f"instances_{split}.json"
 
 
 def _from_bitmasks(folder: Path) -> Iterator[_Frame]:

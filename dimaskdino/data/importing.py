@@ -26,6 +26,7 @@ READERS = {
     "masks in folders": mask_folders.read,
 }
 _SPLITS = ("train", "val", "test")
+COPIED = "copied"
 _DRAWS = 200  # random divisions, of which the one with the evenest classes is taken
 
 
@@ -57,19 +58,20 @@ class Imported:
         return "\n".join(lines)
 
 
-def import_dataset(source: Path, folder: Path, val: float = 0.2, seed: int = 0) -> Imported:
+def import_dataset(source: Path, folder: Path, val: float = 0.2, seed: int = 0, link: bool = False) -> Imported:
     """Make a COCO-format folder of an export.
 
-    The source stays as it is. Its images are hard-linked; symbolic links or copies take their place where the file
-    system has no hard links. Areas and boxes are computed from the masks. The splits of the source are kept; without
-    a validation split, training images are divided at random. Copies of the same photograph, known by their base name
-    or by identical content, then stay on one side.
+    The source stays as it is, and its images are copied. Areas and boxes are computed from the masks. The splits of the
+    source are kept; without a validation split, training images are divided at random. Copies of the same photograph,
+    known by their base name or by identical content, then stay on one side.
 
     Args:
         source: an export's folder, or its annotations file. The layouts are those of `READERS`.
         folder: folder to make.
         val: fraction of the images that becomes the validation split if the source has none.
         seed: of the random division; the same seed divides alike.
+        link: link the images instead of copying them: hard links, or symbolic links where the file system has none. A
+            program that changes a linked image in place changes the source.
 
     Raises:
         UserError: the source has no known layout, its content cannot be used or has no masks, or the folder exists.
@@ -77,7 +79,7 @@ def import_dataset(source: Path, folder: Path, val: float = 0.2, seed: int = 0) 
     """
     _check_target(folder, val)
     layout, exported = _read_export(source)
-    return import_splits(exported, str(source), layout, folder, val, seed)
+    return import_splits(exported, str(source), layout, folder, val, seed, link)
 
 
 def _read_export(source: Path) -> tuple[str, list[ExportedSplit]]:
@@ -98,7 +100,13 @@ def _read_export(source: Path) -> tuple[str, list[ExportedSplit]]:
 
 
 def import_splits(
-    exported: list[ExportedSplit], source: str, layout: str, folder: Path, val: float = 0.2, seed: int = 0
+    exported: list[ExportedSplit],
+    source: str,
+    layout: str,
+    folder: Path,
+    val: float = 0.2,
+    seed: int = 0,
+    link: bool = False,
 ) -> Imported:
     """Make a COCO-format folder of splits that were read already, see `import_dataset`.
 
@@ -109,6 +117,7 @@ def import_splits(
         folder: folder to make.
         val: fraction of the images that becomes the validation split if there is none.
         seed: of the random division.
+        link: link the images instead of copying them.
     """
     _check_target(folder, val)
     splits = _by_name(exported)
@@ -124,8 +133,8 @@ def import_splits(
             f"{len(shared):,} images have a copy of the same photograph in another split, such as {first} and {second}"
         )
     splits = {name: splits[name] for name in _SPLITS if name in splits}
-    for way, count in _write(splits, classes, folder).items():
-        if way != "hard-linked":
+    for way, count in _write(splits, classes, folder, link).items():
+        if way != COPIED:
             remarks.append(f"{count:,} images {way}")
     counts = {name: (len(split.images), len(split.annotations)) for name, split in splits.items()}
     return Imported(folder, layout, counts, tuple(classes), tuple(remarks))
@@ -232,27 +241,27 @@ def _part(split: ExportedSplit, ids: set[int]) -> ExportedSplit:
     return ExportedSplit(split.name, split.classes, images, annotations, split.paths)
 
 
-def _write(splits: dict[str, ExportedSplit], classes: list[str], folder: Path) -> Counter[str]:
+def _write(splits: dict[str, ExportedSplit], classes: list[str], folder: Path, link: bool) -> Counter[str]:
     """Write the folder, all of it or nothing, and count the ways in which images were placed."""
     ways: Counter[str] = Counter()
     with new_folder(folder) as partial:
-        (partial / "annotations").mkdir(parents=True)
+        (partial / "annotations").mkdir()
         for name, split in splits.items():
-            ways += _place_images(split, partial / "images" / name)
+            ways += _place_images(split, partial / "images" / name, link)
             file = partial / "annotations" / f"{name}.json"
             file.write_text(json.dumps(split.as_coco(classes)))
             read_annotations(file)
     return ways
 
 
-def _place_images(split: ExportedSplit, folder: Path) -> Counter[str]:
+def _place_images(split: ExportedSplit, folder: Path, link: bool) -> Counter[str]:
     folder.mkdir(parents=True)
     ways: Counter[str] = Counter()
     used: set[str] = set()
     for image in split.images:
         path = split.paths[image["id"]]
         image["file_name"] = _free_name(path, used)
-        ways[_place(path.resolve(), folder / image["file_name"])] += 1
+        ways[_place(path.resolve(), folder / image["file_name"], link)] += 1
     return ways
 
 
@@ -266,12 +275,17 @@ def _free_name(path: Path, used: set[str]) -> str:
     return name
 
 
-def _place(source: Path, target: Path) -> str:
-    for link, way in ((os.link, "hard-linked"), (os.symlink, "linked to the source, which must stay where it is")):
+def _place(source: Path, target: Path, link: bool) -> str:
+    """Copy or link an image, and return which of them in words."""
+    links = (
+        (os.link, "hard-linked: a program that changes one of them in place changes the source, too"),
+        (os.symlink, "linked to the source, which must stay where it is"),
+    )
+    for make, way in links if link else ():
         try:
-            link(source, target)
+            make(source, target)
         except OSError:
             continue
         return way
     shutil.copyfile(source, target)
-    return "copied, since the file system has no links"
+    return COPIED

@@ -19,6 +19,7 @@ from dimaskdino.data.dataloader import without_worker_traceback
 from dimaskdino.utils.errors import writing
 from dimaskdino.utils.files import new_folder, write_text
 from dimaskdino.utils.progress import progress_bar
+from dimaskdino.utils.threads import available_cores
 
 CLASSES = config.Shapes().kinds  # of the default data
 SPLITS = ("train", "val")
@@ -72,7 +73,9 @@ def _write_split(root: Path, split: str, settings: config.Shapes, processes: int
     count = getattr(settings, split)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    scenes = DataLoader(_Scenes(folder, settings, split, count), batch_size=None, num_workers=processes)
+    scenes = DataLoader(
+        _Scenes(folder, settings, split, count), batch_size=None, num_workers=min(processes, available_cores())
+    )
     for index, (name, objects) in enumerate(progress_bar(scenes, f"shapes {split}", count)):
         images.append({"id": index, "file_name": name, "height": settings.size, "width": settings.size})
         for found in objects:

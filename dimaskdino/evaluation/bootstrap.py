@@ -51,7 +51,7 @@ class BootstrapAP:
             UserError: the file cannot be written.
         """
         arrays: dict[str, Any] = {name: values.astype(np.float32) for name, values in self.samples.items()}
-        write_atomically(path, lambda partial: save_arrays(partial, images=np.array(self.images), **arrays))
+        write_atomically(path, lambda partial: np.savez(partial, images=np.array(self.images), **arrays))
 
     @classmethod
     def load(cls, path: Path) -> "BootstrapAP":
@@ -68,12 +68,6 @@ class BootstrapAP:
             raise UserError(f"no bootstrap samples at {path} ({error}); evaluate with --bootstrap first") from None
         except (ValueError, KeyError) as error:
             raise UserError(f"{path} holds no bootstrap samples of this kit ({error})") from None
-
-
-def save_arrays(path: Path, **arrays: Any) -> None:
-    """Write arrays to a npz file of exactly this name."""
-    with path.open("wb") as file:  # given a name, NumPy would add its suffix
-        np.savez(file, **arrays)
 
 
 def bootstrap(by_stage: Mapping[str, Detections], truth: Truth, draws: int = DRAWS) -> BootstrapAP:

@@ -26,7 +26,7 @@ from dimaskdino.data.annotations import without_collection
 from dimaskdino.evaluation.coco_ap import Kind, Results
 from dimaskdino.modeling import Instances
 from dimaskdino.utils.errors import UserError
-from dimaskdino.utils.files import write_atomically, write_text
+from dimaskdino.utils.files import refuse_existing, write_atomically, write_text
 
 PART, LEAST_PARTS = 50, 20  # images of a part; parts of a dataset, where it has that many images
 POLL_SECONDS = 0.5
@@ -158,6 +158,9 @@ class Detections:
         ]
 
 
+_PART = "[0-9][0-9][0-9][0-9][0-9][0-9].safetensors"
+
+
 class DetectionStore(Mapping[str, Detections]):
     """Detections of every stage on disk. `store["decoder.6"]` reads one stage, so memory holds one at a time.
 
@@ -189,6 +192,8 @@ class DetectionStore(Mapping[str, Detections]):
                 raise UserError(f"no process prepared {self.folder}; is it on a disk that all machines share?")
             time.sleep(POLL_SECONDS)
         if not self._is_about(about):
+            if not self._note.exists():  # then other files of these names are not of this kit
+                refuse_existing(self.folder.glob(_PART), overwrite=False, insist="another --output")
             self.remove()
             write_text(self._note, json.dumps(about, indent=1, sort_keys=True))
 
@@ -274,7 +279,8 @@ class DetectionStore(Mapping[str, Detections]):
 
     def remove(self) -> None:
         """Delete the detections; other files in the folder stay."""
-        for file in (self._note, *self.folder.glob("[0-9]*.safetensors"), *self.folder.glob("*.partial")):
+        parts = [*self.folder.glob(_PART), *self.folder.glob(f".{_PART.replace('.', '.*.partial.')}")]
+        for file in (self._note, *parts):
             file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()

@@ -170,12 +170,7 @@ def _write_pt2(module: Exportable, example: Tensor, path: Path) -> None:
         dynamic_shapes=_open_sizes(PT2_SMALLEST, SIZE_DIVISOR),
         prefer_deferred_runtime_asserts_over_guards=True,
     )
-
-    def write(partial: Path) -> None:
-        with partial.open("wb") as stream:  # given a name, torch wants it to end in .pt2
-            torch.export.save(program, stream)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda partial: torch.export.save(program, partial))
 
 
 def _runner(path: Path) -> Callable[[Tensor], Sequence[Tensor]] | None:

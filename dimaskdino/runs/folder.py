@@ -57,6 +57,7 @@ class RunFolder:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._started: dict[str, Any] = {}
+        self._locked_file: int | None = None  # inode of the lock that this process holds
         self._is_finished = False  # by an earlier process, and unchanged since
 
     @property
@@ -113,9 +114,11 @@ class RunFolder:
         """Write the configuration and the versions. A config.yaml with the same settings keeps its comments.
 
         Raises:
-            UserError: the folder belongs to a run with another model, or cannot be written.
+            UserError: the folder belongs to a run with other settings, holds a model that a training would replace, or
+                cannot be written.
         """
         if self.checkpoints.exists():
+            self.check_start()
             self.check_config(config)
         written = None
         with contextlib.suppress(UserError):
@@ -155,6 +158,7 @@ class RunFolder:
             raise UserError(
                 f"cannot lock {self.path}: the file system has no locks; choose a folder on a local disk"
             ) from None
+        self._locked_file = (self.path / "lock").stat().st_ino
         try:
             self._started = {"started": _now(), "pid": os.getpid(), "host": platform.node(), "boot": _boot()}
             self._is_finished = keep_finished and self.status()["state"] == "finished"
@@ -173,7 +177,35 @@ class RunFolder:
                 raise
             self._write_status("finished", started=self._started["started"], ended=_now())
         finally:
+            self._locked_file = None
             lock.release()
+
+    def check_lock(self) -> None:
+        """Check that no other process can have locked the folder since this one did, before something is replaced.
+
+        Raises:
+            UserError: the lock file was deleted or replaced.
+        """
+        file = self.path / "lock"
+        if self._locked_file is not None and (not file.exists() or file.stat().st_ino != self._locked_file):
+            raise UserError(
+                f"{file} was deleted, so another process may be writing to {self.path}; nothing more is written. End "
+                "all of them, then run one command again"
+            )
+
+    def check_start(self) -> None:
+        """Check that a training in this folder replaces no trained model.
+
+        Raises:
+            UserError: there is a trained model, but no resume point.
+        """
+        from dimaskdino.checkpoints.model_files import resume_points  # imports PyTorch, which is rarely needed here
+
+        if self.model.exists() and not resume_points(self.checkpoints):
+            raise UserError(
+                f"{self.model} is a trained model without a resume point, and a training would replace it; choose "
+                f"another folder (train.weights={self.path} starts from this model)"
+            )
 
     def reopen(self) -> None:
         """Give a finished run the status of this process, which changes it. No-op for other runs."""

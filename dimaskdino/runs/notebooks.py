@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from dimaskdino.config import parse_yaml
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.runs.processes import TrainingProcess, project_root
-from dimaskdino.utils.errors import Stopped, UserError, first_line
+from dimaskdino.utils.errors import Stopped, UserError, first_line, writing
+from dimaskdino.utils.files import read_json_object
 from dimaskdino.utils.markdown import escape
 from dimaskdino.utils.progress import PIPED, progress_bar
 from dimaskdino.utils.resources import is_kit_notebook
@@ -219,7 +220,13 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
 
     output = folder / notebook.name
     _check_parameters(notebook, parameters)
-    folder.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(output):
+        was_run = "papermill" in read_json_object(output).get("metadata", {})
+        if not was_run or output.resolve() == notebook.resolve():
+            raise UserError(f"{output} would be replaced, and is no result of an earlier run; choose another folder")
+        output.unlink()  # papermill would write through a link
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     started = time.time()
     os.environ[NOTEBOOK_FOLDER] = str(folder.resolve())
     in_kernel = type(sys.stderr).__module__.startswith("ipykernel")  # whose terminal is that of the outer command

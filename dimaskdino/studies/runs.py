@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dimaskdino.config import read_tree
-from dimaskdino.evaluation.bootstrap import BootstrapAP, save_arrays
+from dimaskdino.evaluation.bootstrap import BootstrapAP
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.utils.errors import UserError
@@ -87,7 +87,8 @@ def archive_runs(folder: Path) -> Path:
     Raises:
         UserError: a run cannot be read, or the archive cannot be written.
     """
-    lines, samples = read_archive(folder), _read_samples(folder)
+    lines = read_archive(folder)
+    samples: dict[str, Any] = _read_samples(folder)
     for variant, seed, run in _run_folders(folder):
         evaluated = EvaluatedRun.load(run)
         versions = read_json_object(run / "versions.json")
@@ -107,7 +108,7 @@ def archive_runs(folder: Path) -> Path:
             "validations": _validations(run),
             "bootstrap": bootstrap,
         }
-    write_atomically(folder / SAMPLES, lambda partial: save_arrays(partial, **samples))
+    write_atomically(folder / SAMPLES, lambda partial: np.savez(partial, **samples))
     text = [json.dumps(lines[name], separators=(",", ":")) for name in sorted(lines)]
     write_text(folder / RUNS, "\n".join([*text, ""]))
     return folder / RUNS

@@ -22,7 +22,7 @@ def save_resume_point(folder: Path, state: dict[str, Any], keep: int = 2) -> Non
     except UserError as error:
         existing = resume_points(folder)
         raise UserError(f"{error}; {existing[0].name} is kept" if existing else str(error)) from None
-    for old in resume_points(folder)[keep:]:
+    for old in (*resume_points(folder)[keep:], *folder.glob(".step_*.partial.pt")):  # the last: of killed processes
         with contextlib.suppress(OSError):
             old.unlink()
 

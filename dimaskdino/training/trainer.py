@@ -38,7 +38,7 @@ from dimaskdino.modeling.de_imbalance import TokenInteractionLayer
 from dimaskdino.modeling.decoder import DecoderLayer
 from dimaskdino.modeling.pixel_decoder import EncoderLayer
 from dimaskdino.modeling.precision import autocast
-from dimaskdino.runs.folder import Metrics, RunFolder, changed_settings
+from dimaskdino.runs.folder import Metrics, RunFolder, changed_settings, check_settings
 from dimaskdino.training.criterion import Losses, criterion
 from dimaskdino.training.optimizer import build_optimizer, load_moments, moments_by_name, set_learning_rate
 from dimaskdino.training.resume_points import load_resume_point, save_resume_point
@@ -144,8 +144,11 @@ class Trainer:
         self._changed: dict[str, Any] = {}  # settings that differ from those of the resumed run
         self.validator = Validator(config, context) if config.train.validation.every else None
         self.best = Best()
+        state = self._resume()
+        # it starts from the weights that the training starts or goes on with
         self.average = averaged(self.detector, config.train.average) if config.train.average else None
-        self._resume()
+        if self.average and state and state.get("average"):
+            self.average.load_state_dict(state["average"])
         arrange(self.detector, config)
         # batch norm's statistics change in the forward pass, before it is known whether the loss is finite
         norms = [m for m in self.detector.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -159,13 +162,23 @@ class Trainer:
         self._stop = StopRequest()
         self._stopping = False  # some process received a signal; the same step for all of them
 
-    def _resume(self) -> None:
+    def _resume(self) -> dict[str, Any] | None:
+        """Load the newest resume point, which is returned, or start.
+
+        Raises:
+            UserError: the run has other settings, or there is nothing to resume from and a model would be replaced.
+        """
         state, remark = load_resume_point(self.folder.checkpoints)
         if remark and self.context.rank == 0:
             print(f"{remark}; resuming from the previous one")
         if state is None:
+            self.folder.check_start()
             self._start_from(self.config.train.weights)
-            return
+            return None
+        # validated first: settings that are newer than the run then have their defaults, and are no change
+        before = Config.model_validate_json(state["config"])
+        check_settings(before, self.config, self.folder.path)
+        self._changed = changed_settings(before.model_dump(mode="json"), self.config.model_dump(mode="json"))
         load_weights(self.detector, state["model"], str(self.folder.checkpoints))
         load_moments(self.optimizer, state["optimizer"], state["model"])
         if self.scaler.is_enabled() and state["scaler"]:
@@ -174,11 +187,7 @@ class Trainer:
         if self.context.rank == 0:
             print(f"resuming at step {self.step} of {self.config.schedule.steps}")
         self.best = Best(**state.get("validation", {}))
-        if self.average and state.get("average"):
-            self.average.load_state_dict(state["average"])
-        # validated first: settings that are newer than the run then have their defaults, and are no change
-        before = Config.model_validate_json(state["config"]).model_dump(mode="json")
-        self._changed = changed_settings(before, self.config.model_dump(mode="json"))
+        return state
 
     def _start_from(self, weights: Path | None) -> None:
         if weights is None:
@@ -220,6 +229,7 @@ class Trainer:
             "validation": asdict(self.best),
             "average": self.average.state_dict() if self.average else None,
         }
+        self.folder.check_lock()
         save_resume_point(self.folder.checkpoints, state, self.config.train.keep)
         self._saved_step = self.step
 
@@ -278,6 +288,7 @@ class Trainer:
         return cast(Detector, self.average.module) if self.average else self.detector
 
     def _save_model(self, path: Path) -> None:
+        self.folder.check_lock()
         save_model(path, self._result, self.config, self.data.classes, self.step)
 
     def _validates(self) -> bool:

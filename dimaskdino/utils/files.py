@@ -1,11 +1,13 @@
 """Writing files atomically, and reading JSON files that a crash may have damaged."""
 
 import contextlib
+import errno
 import json
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,25 @@ from dimaskdino.utils.errors import UserError, explain_os_error, first_line, wri
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file so that readers see the old or the new content, never a part.
 
-    The content is written to a file beside the target, flushed to disk, and renamed. Missing folders are created.
+    The content is written to a new file beside the target, flushed to disk, and renamed. A link is therefore replaced,
+    and what it points to stays as it is. Missing folders are created.
 
     Args:
         path: the target.
-        write: function that writes the content to the path it is called with.
+        write: function that writes the content to the path it is called with, which has the suffix of the target.
 
     Raises:
         UserError: the file cannot be written, for example because the disk is full. An existing file is kept.
     """
-    partial = path.with_name(path.name + ".partial")
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: {explain_os_error(OSError(errno.EISDIR, os.strerror(errno.EISDIR)))}")
+    if path.exists() and not path.is_file():  # a device or a pipe, which a file would replace
+        raise UserError(f"cannot write {path}: it is no regular file; choose another name")
+    partial, is_ours = _fresh(path), False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
+        partial.touch(exist_ok=False)
+        is_ours = True
         permissions = partial.stat().st_mode
         write(partial)
         with contextlib.suppress(OSError):  # file systems without permissions
@@ -40,10 +48,34 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     # on a full disk Python raises OSError; torch and safetensors raise RuntimeError and SafetensorError
     except (OSError, RuntimeError, SafetensorError) as error:
         system_error = _system_error(partial, error)
-        _discard(partial)
         why = explain_os_error(system_error) if system_error else first_line(error)
         kept = "; the file that was there is kept" if path.exists() else ""
         raise UserError(f"cannot write {path}: {why}{kept}") from None
+    finally:
+        if is_ours:
+            _discard(partial)  # unless it was renamed
+
+
+def _fresh(path: Path) -> Path:
+    """A name beside a path that no other call uses."""
+    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
+
+
+def refuse_existing(paths: Iterable[Path], overwrite: bool, insist: str = "--overwrite") -> None:
+    """Refuse to replace files of the user.
+
+    Args:
+        paths: the files to be written.
+        overwrite: replace them.
+        insist: how a user says so, for the message.
+
+    Raises:
+        UserError: one of them exists, be it a link that leads nowhere.
+    """
+    found = [path for path in paths if os.path.lexists(path) and not overwrite and not path.is_dir()]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise UserError(f"{found[0]}{more} would be replaced; choose another name, or add {insist}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -65,16 +97,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: the folder exists, or cannot be written.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise UserError(f"{folder} exists already; choose another folder or delete it")
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, is_ours = _fresh(folder), False
     try:
         with writing(folder):
+            partial.mkdir(parents=True)
+            is_ours = True
             yield partial
             partial.rename(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if is_ours:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _discard(partial: Path) -> None:

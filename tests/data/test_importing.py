@@ -259,9 +259,10 @@ def test_every_object_survives_the_import_of_each_layout(layout, write, number_o
     assert done.counts["val"][0] >= 1
 
 
-def test_images_are_linked_not_copied(tmp_path, monkeypatch):
+def test_images_are_linked_when_asked(tmp_path, monkeypatch):
     source = coco_beside(tmp_path / "export", range(6))
-    import_dataset(source, tmp_path / "hard")
+    done = import_dataset(source, tmp_path / "hard", link=True)
+    assert any("6 images hard-linked: " in remark for remark in done.remarks)
     (image,) = (tmp_path / "hard").rglob("photo3.png")
     assert image.samefile(source.parent / "photo3.png")
 
@@ -269,13 +270,12 @@ def test_images_are_linked_not_copied(tmp_path, monkeypatch):
         raise OSError
 
     monkeypatch.setattr(os, "link", refuse)
-    done = import_dataset(source, tmp_path / "symbolic")
+    done = import_dataset(source, tmp_path / "symbolic", link=True)
     assert any("6 images linked to the source" in remark for remark in done.remarks)
     (image,) = (tmp_path / "symbolic").rglob("photo3.png")
     assert image.is_symlink()
     monkeypatch.setattr(os, "symlink", refuse)
-    done = import_dataset(source, tmp_path / "copies")
-    assert any("6 images copied" in remark for remark in done.remarks)
+    import_dataset(source, tmp_path / "copies", link=True)
     assert len(CocoDataset(tmp_path / "copies", "train")) + len(CocoDataset(tmp_path / "copies", "val")) == 6
 
 

@@ -69,14 +69,23 @@ def test_an_incomplete_resume_point_falls_back_to_the_one_before(tmp_path, missi
     assert f"{missing} is missing or damaged" in remark
 
 
-def test_a_full_disk_keeps_what_was_saved(tmp_path):
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full on this system")
+def test_a_limit_of_the_disk_keeps_what_was_saved(tmp_path):
+    resource = pytest.importorskip("resource", reason="this system has no limits of the size of files")
     save_resume_point(tmp_path, state_of(1))
-    (tmp_path / "step_0000002.pt.partial").symlink_to("/dev/full")  # fails every write as a full disk does
-    with pytest.raises(UserError, match=r"the disk is full; free some space .*; step_0000001.pt is kept"):
-        save_resume_point(tmp_path, state_of(2))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*File too large.*; step_0000001.pt is kept"):
+            save_resume_point(tmp_path, state_of(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [file.name for file in tmp_path.iterdir()] == ["step_0000001.pt"]
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path):
+    (tmp_path / ".step_0000001.01234567.partial.pt").write_bytes(b"half")
+    save_resume_point(tmp_path, state_of(2))
+    assert [file.name for file in tmp_path.iterdir()] == ["step_0000002.pt"]
 
 
 def test_all_files_of_a_run_have_the_same_permissions(shapes_data, tmp_path):
