@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,8 +216,27 @@ def recorded_config(run: Path) -> Config | None:
     return None
 
 
+def matching_classes(trained: Sequence[str], wanted: Sequence[str], by_order: bool) -> list[int] | None:
+    """For every wanted class the number of the trained class of that name; None if there are other classes.
+
+    Args:
+        trained: names of the trained model's classes.
+        wanted: names of the new model's classes.
+        by_order: classes of the same number are the same, whatever their names.
+    """
+    if len(trained) == len(wanted) and (by_order or list(trained) == list(wanted)):
+        return list(range(len(wanted)))
+    if sorted(trained) != sorted(wanted) or len(set(trained)) < len(trained):
+        return None
+    return [list(trained).index(name) for name in wanted]
+
+
 def initialize_from(
-    detector: Detector, weights: dict[str, Tensor], source: str, modules: Collection[str] = ()
+    detector: Detector,
+    weights: dict[str, Tensor],
+    source: str,
+    modules: Collection[str] = (),
+    classes: Sequence[int] | None = None,
 ) -> tuple[list[str], list[str]]:
     """Initialise a new model with the weights of a trained one, for fine-tuning.
 
@@ -231,15 +250,19 @@ def initialize_from(
         source: where the weights come from, for error messages.
         modules: names of the detector's modules to initialise, such as `backbone` or `de_imbalance.first_selection`;
             all if empty.
+        classes: the result of `matching_classes`; None keeps the new model's own weights of the classes.
 
     Returns:
-        Names of the parameters that stay re-initialised for another number of classes or another backbone, and names of
-        the modules that the trained model lacks.
+        Names of the parameters that stay re-initialised for other classes or another backbone, and names of the modules
+        that the trained model lacks.
 
     Raises:
         UserError: the trained model has another architecture, or there is no such module.
     """
     own = detector.state_dict()
+    by_class = [key for key in CLASS_PARAMETERS if key in weights]
+    if classes is not None:
+        weights = weights | {key: weights[key][list(classes)] for key in by_class}
     if modules:
         known = {name for name, _ in detector.named_modules()}
         prefixes = []
@@ -256,11 +279,10 @@ def initialize_from(
         if added and not any(key.startswith(f"{name}.") for key in weights):
             weights = weights | added
             lacking.append(name)
-    fresh = [
-        key
-        for key in sorted(weights.keys() & own.keys())
-        if key.startswith((*CLASS_PARAMETERS, *BACKBONE_PARAMETERS)) and weights[key].shape != own[key].shape
-    ]
+    fresh = sorted(by_class) if classes is None else []
+    for key in sorted(weights.keys() & own.keys()):
+        if key.startswith(BACKBONE_PARAMETERS) and weights[key].shape != own[key].shape:
+            fresh.append(key)
     load_weights(detector, weights | {key: own[key] for key in fresh}, source)
     start_as_identity(detector, lacking)
     return fresh, lacking

@@ -289,7 +289,7 @@ def load_published(
     detector = Detector(untrained)
     load_weights(detector, conversion.state, str(path))
     known, count = coco_classes(), model.classes
-    names = known if count == len(known) else [f"class {i + 1}" for i in range(count)]
+    names = known if count == len(known) else config.unnamed_classes(count)
     return TrainedModel(detector.eval(), settings.model_copy(update={"model": untrained}), names, 0), conversion
 
 

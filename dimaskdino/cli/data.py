@@ -60,7 +60,7 @@ def check(
         root: Dataset folder.
         splits: Names of the splits; all by default.
         config: Configuration, or run folder, whose image size and numbers of tokens the data are compared with.
-        read: Also read every image and mask, which takes about 20 minutes for COCO; --no-read checks the annotations
+        read: Also read every image, which takes about 20 minutes for COCO; --no-read checks the annotations
             and the existence of the images.
         show: Picture to write, of images with their annotations.
         overwrite: Replace the picture if it exists.

@@ -25,6 +25,7 @@ from dimaskdino.config.sections import (
     Train,
     Validation,
     Weights,
+    unnamed_classes,
 )
 
 __all__ = [
@@ -59,4 +60,5 @@ __all__ = [
     "parse_config",
     "parse_yaml",
     "read_tree",
+    "unnamed_classes",
 ]

@@ -336,6 +336,12 @@ class Data(Section):
     root: Path = Field(Path("data/coco"), description="a COCO-format folder")
     train: str = Field("train2017", description="name of the training split")
     val: str = Field("val2017", description="name of the validation split")
+    class_map: dict[str, str] = Field(
+        {}, description="names of the model's classes by the names in the data, such as {pedestrian: person}"
+    )
+    by_order: bool = Field(
+        False, description="take classes in the order of their ids, whatever their names; off: by their names"
+    )
     shapes: Shapes | None = Field(None, description="generate the shapes data in root if root does not exist")
     jitter: LargeScaleJitter = LargeScaleJitter()
     augmentation: Literal["none", "colour", "strong"] = Field(
@@ -442,6 +448,11 @@ class Evaluation(Section):
 
     detections: PositiveInt = Field(100, description="number of query-class pairs kept per image")
     batch_size: PositiveInt = 1
+
+
+def unnamed_classes(count: int) -> list[str]:
+    """Names for the classes of a published checkpoint, which stores none."""
+    return [f"class {number}" for number in range(1, count + 1)]
 
 
 class Config(Section):

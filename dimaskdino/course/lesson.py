@@ -53,4 +53,6 @@ def begin(model: str, overrides: Iterable[str] = ()) -> Lesson:
     trained = load(path, overrides=overrides)
     data = trained.config.data
     shapes.ensure(data)
-    return Lesson(trained, CocoDataset(data.root, data.val), RunFolder(path if path.is_dir() else path.parent))
+    images = CocoDataset(data.root, data.val)
+    images.use_classes(trained.classes, data)
+    return Lesson(trained, images, RunFolder(path if path.is_dir() else path.parent))

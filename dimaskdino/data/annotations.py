@@ -19,6 +19,7 @@ from pycocotools import mask as coco_mask
 from dimaskdino.utils.errors import UserError
 
 LARGEST_ID = 2**63 - 1
+LARGEST_EXACT = 2**53  # COCO's evaluation keeps ids as floating-point numbers, which are exact up to here
 LARGEST_SIDE = 2**16 - 1  # pixels, of an image
 FARTHEST = 2.0**17  # pixels, of a coordinate
 
@@ -32,7 +33,8 @@ class Annotations:
 
     Attributes:
         file: where it comes from.
-        images: entries with `id`, `file_name`, `height` and `width`. Sizes are in pixels, before or after the
+        images: entries with `id`, `file_name`, `height` and `width`. Where a file has ids of images or categories from
+            2^53 on, these are numbered anew in their order. Sizes are in pixels, before or after the
             orientation stored in the file is applied.
         categories: entries with `id` and `name`.
         annotations: entries with an `id` of their own, `image_id`, `category_id`, `bbox` (xywh, pixels), `area`
@@ -188,6 +190,8 @@ def inspect_content(content: Entry, file: Path) -> Annotations:
         except ValueError as error:
             problems.append(f"annotation {_short(entry.get('id'))} of image {entry['image_id']} {error}")
     _number(annotations, repaired)
+    _shorten_ids(images, annotations, "image_id", repaired)
+    _shorten_ids(categories, annotations, "category_id", repaired)
     named = tuple(f"{file}: {problem}" for problem in problems)
     return Annotations(file, images, categories, annotations, dict(repaired), named)
 
@@ -413,6 +417,19 @@ def _number(annotations: list[Entry], repaired: Counter[str]) -> None:
     repaired["annotations numbered anew, since ids were missing or not unique"] += len(annotations)
     for number, annotation in enumerate(annotations, start=1):
         annotation["id"] = number
+
+
+def _shorten_ids(entries: list[Entry], annotations: list[Entry], key: str, repaired: Counter[str]) -> None:
+    """Number images or categories anew, in the order of their ids, if an id is too large for scoring."""
+    ids = sorted(entry["id"] for entry in entries)
+    if not ids or ids[-1] < LARGEST_EXACT:
+        return
+    repaired[f"{key}s numbered anew in their order, since ids from 2^53 on are not exact in scoring"] += len(ids)
+    number = {old: new for new, old in enumerate(ids, start=1)}
+    for entry in entries:
+        entry["id"] = number[entry["id"]]
+    for annotation in annotations:
+        annotation[key] = number[annotation[key]]
 
 
 # ---- masks

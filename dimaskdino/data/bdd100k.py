@@ -66,6 +66,7 @@ def convert(root: Path, split: str) -> Path:
         image = converted.add_image(images / name, size)
         for label, crowd, mask in instances:
             converted.add_object(image, label, mask, int(crowd))
+    converted.measure()
     target = annotations_file(root, split)
 
     def write(partial: Path) -> None:

@@ -177,7 +177,7 @@ def check_dataset(root: Path, splits: Sequence[str], settings: Config, read: boo
         root: the folder.
         splits: names of the splits.
         settings: the image size and the numbers of tokens and detections that the data are compared with.
-        read: also read every image and mask, and look for photographs that are in several splits.
+        read: also read every image, and look for photographs that are in several splits.
     """
     reports, files = [], {}
     for split in splits:
@@ -194,31 +194,25 @@ def check_dataset(root: Path, splits: Sequence[str], settings: Config, read: boo
         report.problems += annotations.problems
         report.problems += [f"the image {path} does not exist" for path in found.missing_files]
         report.remarks += annotations.remarks
+        report.problems += record_faults(annotations)
         report.advice += advice(annotations, found, settings)
         if read:
             present = [image for image in annotations.images if folder / image["file_name"] not in found.missing_files]
-            report.problems += _read(annotations, present, folder, split)
+            report.problems += _read(present, folder, split)
             files[split] = [folder / image["file_name"] for image in present]
     if len(files) > 1 and not any(report.problems for report in reports):
         reports[-1].advice += _leaks(files)
     return reports
 
 
-def _read(annotations: Annotations, images: list[dict[str, Any]], folder: Path, split: str) -> Iterator[str]:
-    """Problems with reading the images and decoding the masks."""
-    objects = defaultdict(list)
-    for annotation in annotations.annotations:
-        objects[annotation["image_id"]].append(annotation)
+def _read(images: list[dict[str, Any]], folder: Path, split: str) -> Iterator[str]:
+    """Problems with reading the images."""
     for image in progress_bar(images, f"reading {split}"):
         size = (image["height"], image["width"])
         try:
             load_image(folder / image["file_name"], size)
         except UserError as error:
             yield str(error)
-        for annotation in objects[image["id"]]:
-            # empty lists of outlines are among the advice
-            if annotation["segmentation"] and not coco_mask.area(to_run_lengths(annotation["segmentation"], size)):
-                yield f"annotation {annotation['id']} of image {image['id']} has an empty mask; correct or remove it"
 
 
 def _leaks(files: Mapping[str, Sequence[Path]]) -> list[str]:
@@ -244,12 +238,11 @@ def advice(annotations: Annotations, found: Statistics, settings: Config) -> lis
     resize = settings.data.resize
     sizes = image_sizes(annotations.images)
     per_image: Counter[int] = Counter()
-    tiny = without_mask = of_boxes = 0
+    tiny = of_boxes = 0
     for annotation in annotations.objects:
         area, (_, _, width, height) = annotation["area"], annotation["bbox"]
         per_image[annotation["image_id"]] += 1
         tiny += area * resize_scale(sizes[annotation["image_id"]], resize) ** 2 < CELL**2
-        without_mask += not annotation["segmentation"]
         of_boxes += abs(area - width * height) < 1e-3 * max(area, 1)
     if tiny and tiny >= TINY_SHARE * found.objects:
         lines.append(
@@ -257,8 +250,6 @@ def advice(annotations: Annotations, found: Statistics, settings: Config) -> lis
             f"a cell of the masks, at the model's size of images (shortest side {resize.shortest}, longest "
             f"{resize.longest}); raise data.resize and data.jitter.size"
         )
-    if without_mask:
-        lines.append(f"{without_mask:,} objects have no mask; training leaves them out")
     kept, detections = settings.model.selection.k[-1], settings.evaluation.detections
     for limit, key in ((kept, "model.selection.k"), (detections, "evaluation.detections")):
         crowded = sum(count > limit for count in per_image.values())
@@ -279,6 +270,53 @@ def advice(annotations: Annotations, found: Statistics, settings: Config) -> lis
     if rare:
         lines.append(f"with fewer than {_SHOWN} objects: {shortened(rare)}")
     return lines
+
+
+def record_faults(annotations: Annotations) -> list[str]:
+    """Sentences about valid records that probably do not mean what they say, each with an example.
+
+    Evaluation takes them as they are. `data import` computes boxes and areas anew, and leaves out objects without a
+    pixel.
+    """
+    sizes, objects = image_sizes(annotations.images), annotations.objects
+    corners, areas, empty = [], [], []
+    for annotation in objects:
+        mask = to_run_lengths(annotation["segmentation"], sizes[annotation["image_id"]])
+        x0, y0, width, height = coco_mask.toBbox(mask).tolist()
+        if not coco_mask.area(mask):
+            empty.append(annotation["id"])
+            continue
+        x, y, *ends = annotation["bbox"]
+        slack = (2 + width / 20, 2 + height / 20) * 2  # pixels
+        if _near((x, y, *ends), (x0, y0, x0 + width, y0 + height), slack) and not _near(ends, (width, height), slack):
+            corners.append(annotation["id"])
+        if annotation["area"] <= 1 and width * height > 16:
+            areas.append(annotation["id"])
+    remedy = "'dimaskdino data import' repairs this"
+    lines = []
+    for found, least, what in (
+        (corners, len(objects) / 2, "boxes are x0, y0, x1, y1 instead of x, y, width, height, so box AP is wrong"),
+        (areas, len(objects) / 2, "areas are 0 or 1, so AP by size is wrong"),
+        (
+            empty,
+            0,
+            "objects have no mask or none that covers a pixel: training leaves them out, in scoring they are missed",
+        ),
+    ):
+        if found and len(found) > least:
+            lines.append(f"{annotations.file}: {len(found):,} {what}, such as annotation {found[0]}; {remedy}")
+    for entries, key, what in (
+        (annotations.images, "file_name", "images are listed more than once: each has only a part of the objects"),
+        (annotations.categories, "name", "categories have the name of another one"),
+    ):
+        repeated = [name for name, count in Counter(entry[key] for entry in entries).items() if count > 1]
+        if repeated:
+            lines.append(f"{annotations.file}: {len(repeated):,} {what}, such as {repeated[0]}; merge them")
+    return lines
+
+
+def _near(numbers: Sequence[float], others: Sequence[float], slack: Sequence[float]) -> bool:
+    return all(abs(a - b) <= most for a, b, most in zip(numbers, others, slack, strict=False))
 
 
 def grouped(problems: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Datasets in COCO format: annotations json and a folder of images."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
+from dimaskdino import config
 from dimaskdino.data.annotations import read_annotations, to_run_lengths
 from dimaskdino.data.images import load_image
 from dimaskdino.utils.errors import UserError
@@ -146,6 +147,33 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
                 f"the model has {count} classes, but {self.annotations_file} has {len(self.classes)} categories; for "
                 f"training set model.classes={len(self.classes)}"
             )
+
+    def use_classes(self, classes: Sequence[str], settings: config.Data) -> None:
+        """Number the classes as a model does, by their names. A note is printed where their order differs.
+
+        Args:
+            classes: names of the model's classes, in its order.
+            settings: `class_map` and `by_order`.
+
+        Raises:
+            UserError: the dataset has other classes.
+        """
+        self.check_classes(len(classes))
+        own = [settings.class_map.get(name, name) for name in self.classes]
+        if own == list(classes) or settings.by_order or list(classes) == config.unnamed_classes(len(classes)):
+            return
+        if sorted(own) != sorted(classes) or len(set(own)) < len(own):
+            here = [name for name in own if name not in classes] or own
+            there = [name for name in classes if name not in own] or classes
+            raise UserError(
+                f"{self.annotations_file} has other classes ({', '.join(here[:5])}) than the model "
+                f"({', '.join(there[:5])}). Match names with 'data.class_map={{{here[0]}: {there[0]}}}', or take the "
+                "classes in the order of their ids with data.by_order=true"
+            )
+        print(f"note: {self.annotations_file}: classes are matched by name, since their order is not the model's")
+        places = [own.index(name) for name in classes]
+        self.category_ids, self.classes = [self.category_ids[place] for place in places], list(classes)
+        self._label = {category: label for label, category in enumerate(self.category_ids)}
 
     def __len__(self) -> int:
         return len(self.images)

@@ -121,6 +121,8 @@ def import_splits(
     """
     _check_target(folder, val)
     splits = _by_name(exported)
+    for split in splits.values():
+        split.measure()
     _check_masks(source, splits)
     classes = _common_classes(splits)
     remarks = _remarks(splits)

@@ -9,6 +9,7 @@ import functools
 import io
 import math
 import sys
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from dimaskdino.data.annotations import read_annotations, without_collection
 
 Kind = Literal["box", "mask"]
 Results = list[dict[str, Any]] | Float[np.ndarray, "n 7"]  # boxes or masks as COCO's results, or boxes as a table
+COCO_DETECTIONS = 100  # per image and class
 _IOU_TYPE: dict[Kind, str] = {"box": "bbox", "mask": "segm"}  # COCO's names
 
 # Two objects. The best detection is exact, the second one wrong, and the third has IoU 0.725 with its object: precision
@@ -85,6 +87,8 @@ class Truth:
         # copies, since pycocotools adds keys, and takes an id of 0 for "unmatched"
         numbered = [annotation | {"id": n} for n, annotation in enumerate(dataset["annotations"], start=1)]
         self._coco = self._indexed(numbered)
+        counts = Counter((found["image_id"], found["category_id"]) for found in numbered)
+        self.most_objects = max(counts.values(), default=0)  # of one class in one image
 
     def _indexed(self, annotations: list[dict[str, Any]]) -> Any:
         coco = self.library.COCO()
@@ -94,11 +98,11 @@ class Truth:
         return coco
 
     @without_collection()
-    def evaluate(self, detections: Results, kind: Kind, by_size: bool = True) -> Any:
+    def evaluate(self, detections: Results, kind: Kind, by_size: bool = True, most: int = COCO_DETECTIONS) -> Any:
         """COCO's evaluation of these detections, of objects of all sizes and by size, or of all sizes alone.
 
-        Its `eval` has `precision` (IoU thresholds, recalls, classes, sizes: all s m l, at most 1, 10 and 100
-        detections) and `recall`, the same without recalls. Both are −1 where there is no object.
+        Its `eval` has `precision` (IoU thresholds, recalls, classes, sizes: all s m l, at most 1, 10 and `most`
+        detections per image and class) and `recall`, the same without recalls. Both are −1 where there is no object.
         """
         if isinstance(detections, list):
             detections = [dict(row) for row in detections]  # pycocotools adds keys
@@ -107,6 +111,7 @@ class Truth:
             evaluation = self.library.COCOeval(self._coco, found, _IOU_TYPE[kind])
             if not by_size:
                 evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0.0, 1e10]], ["all"]
+            evaluation.params.maxDets = [1, 10, most]
             evaluation.evaluate()
             evaluation.accumulate()
         return evaluation
@@ -173,9 +178,9 @@ class AverageRecall:
     per_class: dict[str, float | None]
 
 
-def average_precision(truth: Truth, detections: Results, kind: Kind) -> AveragePrecision:
-    """AP of detections against annotations."""
-    evaluation = truth.evaluate(detections, kind)
+def average_precision(truth: Truth, detections: Results, kind: Kind, most: int = COCO_DETECTIONS) -> AveragePrecision:
+    """AP of detections against annotations, COCO's with at most 100 detections per image and class."""
+    evaluation = truth.evaluate(detections, kind, most=most)
     precision = evaluation.eval["precision"][..., -1]
     thresholds = np.asarray(evaluation.params.iouThrs)
     return AveragePrecision(

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dimaskdino.checkpoints.model_files import TrainedModel
+from dimaskdino.data.check import record_faults
 from dimaskdino.data.coco import find_split
 from dimaskdino.data.dataloader import Batch, batches, evaluation_dataset, evaluation_loader, explaining_dead_workers
-from dimaskdino.evaluation.coco_ap import AveragePrecision, Truth, average_precision, read_truth
+from dimaskdino.evaluation.coco_ap import COCO_DETECTIONS, AveragePrecision, Truth, average_precision, read_truth
 from dimaskdino.evaluation.detections import Detections, DetectionStore, file_digest, fingerprint
 from dimaskdino.evaluation.upper_bounds import UpperBounds, upper_bounds
 from dimaskdino.modeling import ImageBatch, Predictions, Stage, postprocess
@@ -47,12 +48,15 @@ class LayerwiseAP:
         images: number of evaluated images.
         source: which model was evaluated on which data, for people.
         upper_bounds: upper bounds on AP at the model's resolution; None in files written before version 0.2.
+        all_detections: box and mask AP of the last stage with all its detections, where an image has more objects of a
+            class than the 100 detections that COCO counts; None otherwise.
     """
 
     stages: dict[str, StageAP]
     images: int
     source: str
     upper_bounds: UpperBounds | None = None
+    all_detections: dict[str, float | None] | None = None
 
     @property
     def last(self) -> StageAP:
@@ -66,6 +70,13 @@ class LayerwiseAP:
             return ["there is no annotated object, so AP is not defined"]
         if box == 0:
             return ["no detection matches an object: is the model trained, and are its classes those of the data?"]
+        if self.all_detections is not None:
+            box_AP, mask_AP = (show_ap(self.all_detections[kind]) for kind in ("box", "mask"))
+            return [
+                f"AP is COCO's, which counts {COCO_DETECTIONS} detections per image and class, and an image has more "
+                "objects of a class; with all detections of the last stage (evaluation.detections per image) box AP is "
+                f"{box_AP}, mask AP {mask_AP}"
+            ]
         return []
 
     def relative_imbalance(self, stage: str) -> float | None:
@@ -126,6 +137,8 @@ class LayerwiseAP:
         content = {"source": self.source, "images": self.images, "stages": stages}
         if self.upper_bounds is not None:
             content["ceilings"] = asdict(self.upper_bounds)  # the key in the files of all versions
+        if self.all_detections is not None:
+            content["all_detections"] = self.all_detections
         return content
 
     @classmethod
@@ -136,7 +149,7 @@ class LayerwiseAP:
             mask = AveragePrecision(**stage["mask"]) if stage["mask"] else None
             stages[name] = StageAP(AveragePrecision(**stage["box"]), mask)
         limits = UpperBounds.from_json(content["ceilings"]) if "ceilings" in content else None
-        return cls(stages, content["images"], content["source"], limits)
+        return cls(stages, content["images"], content["source"], limits, content.get("all_detections"))
 
     def save(self, path: Path) -> None:
         """Write as json; `LayerwiseAP.load` reads it.
@@ -211,7 +224,13 @@ def score_layers(
         box = average_precision(truth, detections.results("box"), "box")
         mask = average_precision(truth, detections.results("mask"), "mask") if detections.has_masks else None
         scored[name] = StageAP(box, mask)
-    return LayerwiseAP(scored, len(truth.dataset["images"]), source, limits)
+    every = None
+    if truth.most_objects > COCO_DETECTIONS:
+        most = len(detections)
+        every = {"box": average_precision(truth, detections.results("box"), "box", most).AP, "mask": None}
+        if detections.has_masks:
+            every["mask"] = average_precision(truth, detections.results("mask"), "mask", most).AP
+    return LayerwiseAP(scored, len(truth.dataset["images"]), source, limits, every)
 
 
 def detect_layers(
@@ -234,9 +253,9 @@ def detect_layers(
     """
     settings = model.config
     data = evaluation_dataset(settings, split)
-    data.check_classes(settings.model.classes)
+    data.use_classes(model.classes, settings.data)
     if shard[0] == 0:
-        for line in data.annotations.remarks:
+        for line in data.annotations.remarks + record_faults(data.annotations):
             print(f"note: {line}", file=sys.stderr)
     about = {
         "weights": fingerprint(model),
@@ -246,6 +265,7 @@ def detect_layers(
         "images": str(data.image_folder.resolve()),
         "resize": settings.data.resize.model_dump(mode="json"),
         "detections": settings.evaluation.detections,
+        "categories": data.category_ids,
         "stages": list(stages) if stages else None,
     }
     store = DetectionStore(folder, about, len(data), first=shard[0] == 0)

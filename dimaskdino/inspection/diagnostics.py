@@ -271,7 +271,7 @@ def survey(model: TrainedModel, images: int, split: str | None = None, batch_siz
     """
     where = model.config.data
     data = CocoDataset(where.root, split or where.val, resize_with_objects(where.resize), only_with_objects=True)
-    data.check_classes(model.config.model.classes)
+    data.use_classes(model.classes, where)
     chosen = range(min(images, len(data)))
     groups = [chosen[i : i + batch_size] for i in chosen[::batch_size]]
     evaluation = model.config.evaluation.model_copy(update={"batch_size": batch_size})

@@ -24,6 +24,7 @@ from dimaskdino.checkpoints.model_files import (
     first_non_finite,
     initialize_from,
     load_weights,
+    matching_classes,
     resume_point_path,
     save_model,
 )
@@ -142,9 +143,10 @@ class Trainer:
         self._saved_step = -1  # of the newest resume point
         self._resumed_at = -1
         self._changed: dict[str, Any] = {}  # settings that differ from those of the resumed run
-        self.validator = Validator(config, context) if config.train.validation.every else None
         self.best = Best()
         state = self._resume()
+        validates = config.train.validation.every is not None
+        self.validator = Validator(config, context, self.data.classes) if validates else None
         # it starts from the weights that the training starts or goes on with
         self.average = averaged(self.detector, config.train.average) if config.train.average else None
         if self.average and state and state.get("average"):
@@ -179,6 +181,7 @@ class Trainer:
         before = Config.model_validate_json(state["config"])
         check_settings(before, self.config, self.folder.path)
         self._changed = changed_settings(before.model_dump(mode="json"), self.config.model_dump(mode="json"))
+        self.data.use_classes(state["classes"], self.config.data)
         load_weights(self.detector, state["model"], str(self.folder.checkpoints))
         load_moments(self.optimizer, state["optimizer"], state["model"])
         if self.scaler.is_enabled() and state["scaler"]:
@@ -194,7 +197,9 @@ class Trainer:
             return
         modules = self.config.train.weights_of
         trained = load_checkpoint(weights)
-        left, lacking = initialize_from(self.detector, trained.detector.state_dict(), str(weights), modules)
+        state = trained.detector.state_dict()
+        rows = matching_classes(trained.classes, self.data.classes, self.config.data.by_order)
+        left, lacking = initialize_from(self.detector, state, str(weights), modules, rows)
         if self.context.rank == 0:
             which = f" for {', '.join(modules)}" if modules else ""
             new = f"; re-initialised for these classes or this backbone: {', '.join(left)}" if left else ""

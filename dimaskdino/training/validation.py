@@ -35,15 +35,16 @@ class Validator:
     Args:
         config: all settings; `train.validation.images` bounds the time and memory.
         context: the processes, which share the images.
+        classes: names of the classes that are trained.
 
     Raises:
-        UserError: the split cannot be used, or has another number of classes.
+        UserError: the split cannot be used, or has other classes.
     """
 
-    def __init__(self, config: Config, context: DistributedContext) -> None:
+    def __init__(self, config: Config, context: DistributedContext, classes: Sequence[str]) -> None:
         self.config, self.context = config, context
         self.data = evaluation_dataset(config)
-        self.data.check_classes(config.model.classes)
+        self.data.use_classes(classes, config.data)
         count = min(config.train.validation.images, len(self.data))
         self.positions = [len(self.data) * i // count for i in range(count)]
         self.plain = copy.copy(self.data)  # at the images' own size, with their objects

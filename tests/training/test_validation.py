@@ -14,6 +14,7 @@ from torch import nn
 from dimaskdino.checkpoints import TrainedModel, load_checkpoint
 from dimaskdino.cli.training import train as command
 from dimaskdino.data.painting import GAP
+from dimaskdino.data.shapes import CLASSES
 from dimaskdino.evaluation.layerwise_ap import evaluate_layers
 from dimaskdino.modeling import Detector
 from dimaskdino.runs import trackers
@@ -49,11 +50,11 @@ def test_validation_gives_the_numbers_of_an_evaluation(shapes_data):
     torch.manual_seed(3)
     detector = Detector(config.model).train()
     before = {key: value.clone() for key, value in detector.state_dict().items()}
-    found = Validator(config, ALONE).score(detector)
+    found = Validator(config, ALONE, CLASSES).score(detector)
     assert detector.training
     assert all(torch.equal(value, before[key]) for key, value in detector.state_dict().items())
     assert found["images"] == 4
-    model = TrainedModel(detector.eval(), config, [str(i) for i in range(config.model.classes)], 0)
+    model = TrainedModel(detector.eval(), config, list(CLASSES), 0)
     last = f"decoder.{config.model.decoder.layers}"
     stage = evaluate_layers(model, stages=[last]).stages[last]
     assert (found["box_AP"], found["mask_AP"]) == (stage.box.AP, stage.mask.AP)
@@ -82,7 +83,7 @@ def test_chosen_stages_are_scored_beside_the_last(shapes_data, tmp_path):
 
 
 def test_the_number_of_images_is_bounded_and_spread_over_the_split(shapes_data):
-    validator = Validator(settings(shapes_data, "train.validation.images=2"), ALONE)
+    validator = Validator(settings(shapes_data, "train.validation.images=2"), ALONE, CLASSES)
     assert validator.positions == [0, 2]
     assert len(validator.truth.dataset["images"]) == 2
     chosen = {validator.data.images[p]["id"] for p in validator.positions}
@@ -104,7 +105,7 @@ def test_a_run_validates_and_keeps_the_best_weights(validated):
 def test_each_validation_gives_a_picture_of_objects_beside_detections(validated, shapes_data):
     assert [path.name for path in sorted(validated.samples.iterdir())] == [f"step_{step:06d}.png" for step in (2, 4, 6)]
     config = settings(shapes_data)
-    validator = Validator(config, ALONE)
+    validator = Validator(config, ALONE, CLASSES)
     detector = load_checkpoint(validated.path).detector
     picture = validator.picture(detector)
     assert np.array_equal(picture, np.asarray(Image.open(validated.samples / "step_000006.png")))

@@ -27,7 +27,7 @@ def images():
 def started(maskdino, *changes):
     torch.manual_seed(0)
     detector = Detector(load_config("shapes/demo", changes).model).eval()
-    _, lacking = initialize_from(detector, maskdino.detector.state_dict(), "maskdino-shapes")
+    _, lacking = initialize_from(detector, maskdino.detector.state_dict(), "maskdino-shapes", classes=range(5))
     return detector, lacking
 
 
@@ -55,7 +55,7 @@ def test_modules_that_the_trained_model_has_are_kept(maskdino):
     for parameter in detector.de_imbalance.second_selections.parameters():
         torch.nn.init.normal_(parameter)
     both = Detector(load_config("shapes/demo").model)
-    _, lacking = initialize_from(both, detector.state_dict(), "di")
+    _, lacking = initialize_from(both, detector.state_dict(), "di", classes=range(5))
     assert lacking == ["bato"]
     kept = both.de_imbalance.second_selections.state_dict()
     for name, value in detector.de_imbalance.second_selections.state_dict().items():

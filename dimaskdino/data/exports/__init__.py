@@ -93,13 +93,21 @@ class ExportedSplit:
             }
         )
 
-    def as_coco(self, classes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-        """The split as a COCO dictionary with these classes; boxes and areas are computed from the masks."""
-        sizes = image_sizes(self.images)
+    def measure(self) -> None:
+        """Compute boxes and areas from the masks, and leave out objects without a pixel."""
+        sizes, kept = image_sizes(self.images), []
         for annotation in self.annotations:
             rle = to_run_lengths(annotation["segmentation"], sizes[annotation["image_id"]])
             annotation["bbox"] = coco_mask.toBbox(rle).tolist()
             annotation["area"] = int(coco_mask.area(rle))
+            if annotation["area"]:
+                kept.append(annotation)
+        if len(kept) < len(self.annotations):
+            self.remarks["objects whose mask covers no pixel, left out"] += len(self.annotations) - len(kept)
+        self.annotations = kept
+
+    def as_coco(self, classes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+        """The split, once it is measured, as a COCO dictionary with these classes."""
         categories = [{"id": number, "name": name} for number, name in enumerate(classes, start=1)]
         return {"images": self.images, "annotations": self.annotations, "categories": categories}
 
