@@ -1,15 +1,17 @@
 """Compare variants of a model: differences between means over trainings, with intervals, p-values and power.
 
 A measured AP is one of many: another seed gives another model, another draw of images another AP. The variance of a
-difference therefore has two parts, each with its degrees of freedom:
+difference therefore has two parts:
 
 * over trainings: the sum of the variants' own variances of the mean (Welch, The generalization of Student's problem,
   1947) or, where the variants of a seed start from the same training, that of the differences between runs of a seed;
-* over images, for the trained models: from the paired bootstrap (`evaluation.bootstrap`).
+* over images, for the trained models: from the paired bootstrap (`evaluation.bootstrap`). A quantity that is read
+  during the training, such as `first.imbalance@10`, has none, so its interval is over trainings alone.
 
-Their sum has Satterthwaite's degrees of freedom (1946). The p-values of all comparisons of a study are adjusted
-together (Holm 1979). Why single runs are not enough: Bouthillier et al., Accounting for Variance in Machine Learning
-Benchmarks, MLSys 2021.
+Their sum keeps the degrees of freedom of the first part: the number of seeds − 1 in pairs, Welch's otherwise.
+Satterthwaite's degrees of freedom (1946) of the sum are larger and make p-values too small for few seeds. The p-values
+of all comparisons of a study are one family and are adjusted together (Holm 1979). Why single runs are not enough:
+Bouthillier et al., Accounting for Variance in Machine Learning Benchmarks, MLSys 2021.
 """
 
 import itertools
@@ -313,9 +315,8 @@ def _compare_one(
         tail = 100 * (1 - CONFIDENCE) / 2
         result.over_images = Interval(*np.nanpercentile(resampled, [tail, 100 - tail]).tolist())
         if result.variance is not None:
-            images = runs[comparison.plus[0]][0].result.images
-            over_images = Variance(float(np.nanvar(resampled)), images - 1)
-            result.variance = satterthwaite([result.variance, over_images])
+            over_images = float(np.nanvar(resampled))
+            result.variance = Variance(result.variance.value + over_images, result.variance.df)
     if result.variance is not None:
         result.joint = Interval.around(difference, result.variance)
         result.p = _p_value(difference, result.variance)

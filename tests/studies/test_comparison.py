@@ -12,6 +12,7 @@ from dimaskdino.studies.comparison import (
     Comparison,
     Quantity,
     Variance,
+    _p_value,
     compare,
     first_at,
     minimum_detectable_effect,
@@ -98,16 +99,15 @@ def test_pooled_deviation():
 
 
 def test_images_widen_the_joint_interval_by_their_variance():
-    """Draws of the difference: −3, 0 and +3 around 4, variance 6; with 7 images that has 6 degrees of freedom."""
+    """Draws of the difference: −3, 0 and +3 around 4, variance 6; the degrees of freedom stay those over trainings."""
     measured = {
         "a": {0: run(9, [9, 9, 9], images=7), 1: run(11, [11, 11, 11], images=7)},
         "b": {0: run(13, [10, 13, 16], images=7), 1: run(15, [12, 15, 18], images=7)},
     }
     [found] = compare([B_MINUS_A], measured, seeds=2)
     trainings = 2 / 2 + 2 / 2
-    variance, df = trainings + 6, (trainings + 6) ** 2 / (1**2 / 1 + 1**2 / 1 + 6**2 / 6)
-    # (the two variants' variances of 1 have one degree of freedom each)
-    half = student.ppf(0.975, df) * variance**0.5
+    # the two variants' variances of 1 have one degree of freedom each, their sum has two
+    half = student.ppf(0.975, 2) * (trainings + 6) ** 0.5
     assert (found.joint.low, found.joint.high) == pytest.approx((4 - half, 4 + half))
     assert found.over_trainings.high - 4 == pytest.approx(student.ppf(0.975, 2) * trainings**0.5)
     assert (found.over_images.low, found.over_images.high) == pytest.approx((1.15, 6.85))
@@ -225,3 +225,15 @@ def test_imbalance_at_equal_ap_by_hand():
         imbalance.in_run(run(30))
     with pytest.raises(ValueError, match=r"STAGE\.imbalance@25"):
         Quantity.parse("first.imbalance@")
+
+
+def test_few_seeds_give_no_more_false_positives_than_the_level():
+    """No difference, five paired seeds; the images add as much variance as the trainings."""
+    random = np.random.default_rng(0)
+    n, draws = 5, 4000
+    trainings, images = random.normal(0, 1, (draws, n)), random.normal(0, (1 / n) ** 0.5, draws)
+    found = 0
+    for sample, shift in zip(trainings, images, strict=True):
+        variance = Variance(float(sample.var(ddof=1)) / n + 1 / n, n - 1.0)
+        found += _p_value(float(sample.mean() + shift), variance) < 0.0056
+    assert found / draws <= 0.0056 + 3 * (0.0056 / draws) ** 0.5

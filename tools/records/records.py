@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dimaskdino import LayerwiseAP
-from dimaskdino.studies.comparison import Quantity
-from dimaskdino.studies.report import StudyReport
+from dimaskdino.studies.comparison import Comparison, ComparisonResult, Quantity, compare
+from dimaskdino.studies.report import StudyReport, paper_tables
+from dimaskdino.studies.runs import read_archive
 from dimaskdino.studies.study import find_study, load_study
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +22,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 ARCHIVES = ROOT / "notebooks" / "studies"
 BOX_AP, IMBALANCE = "box AP, last layer", "imbalance, first layer"
 STAGES = ("decoder.0", "decoder.1", "decoder.4")
+LOW_AP = 10  # percent
 PEERS = {"mask_rcnn": "Mask R-CNN (torchvision)", "mask2former": "Mask2Former (transformers)"}
 
 
@@ -240,6 +242,10 @@ def claims() -> str:
         published = first[dataset]
         rows.append([claim, f"{published} ({dataset})", difference(first), difference(second)])
         rows[-1].append(verdict(second, published))
+    at_input = _exploratory(
+        study_report("box_formula", "miniature"), ("di_bato_mask2box",), ("neither_mask2box",), "decoder.0.imbalance"
+    )
+    rows.append([f"the same at `{STAGES[0]}`", rows[-1][1], "–", _over_trainings(at_input), "not registered"])
     return markdown_table(["claim", "paper", "first study, exploratory", "second study", "verdict"], rows)
 
 
@@ -278,9 +284,80 @@ def formula_in_training() -> str:
     return _by_stage(rows)
 
 
+def _exploratory(report: StudyReport, plus: tuple[str, ...], minus: tuple[str, ...], quantity: str) -> ComparisonResult:
+    """A comparison that no study registers, in pairs of the same seed."""
+    asked = Comparison("", plus, minus, Quantity.parse(quantity))
+    return compare([asked], report.measured, len(report.study.seeds), paired=True)[0]
+
+
+def _over_trainings(found: ComparisonResult, times: float = 1) -> str:
+    low, high = found.over_trainings.low * times, found.over_trainings.high * times
+    return f"{number(found.difference * times, '+')} ({number(low, '+')} to {number(high, '+')})"
+
+
+def both_stages() -> str:
+    """DI-MaskDINO − MaskDINO at the decoder's input and after its first layer, under each formula."""
+    report, paper = study_report("box_formula", "miniature"), paper_tables()["figure_1_layer_ap_bdd100k"]
+    rows = []
+    for suffix, formula in {"_mask2box": "`mask2box`", "": "`bitmask`", "_no": "`no`"}.items():
+        for stage in STAGES[:2]:
+            row = [formula, f"`{stage}`"]
+            for kind in ("box", "mask", "imbalance"):
+                found = _exploratory(report, (f"di_bato{suffix}",), (f"neither{suffix}",), f"{stage}.{kind}")
+                row.append(_over_trainings(found))
+            rows.append(row)
+    before, after = paper["maskdino"]["first"], paper["dimaskdino"]["first"]
+    box, mask = after["box"] - before["box"], after["mask"] - before["mask"]
+    rows.append(["paper, BDD100K", '"0-th layer"', *(number(x, "+") for x in (box, mask, mask - box))])
+    return markdown_table(["boxes that enter the decoder", "stage", "box AP", "mask AP", "imbalance"], rows)
+
+
+def degradation() -> str:
+    """How much less box AP De-Imbalance loses when a shallow decoder's training is made harder (table 3)."""
+    report = study_report("table_3", "follow_up")
+    standard, rows = difference_of_means(report, "shallow"), []
+    for name, label in {"shallow_weights": "box losses times 0.1", "shallow_positions": "random positions"}.items():
+        plus, minus = (f"di_{name}", "neither_shallow"), (f"neither_{name}", "di_shallow")
+        # a comparison takes means of both pairs of variants, a difference of differences their sums
+        found = _exploratory(report, plus, minus, "last.box")
+        published = difference_of_means(report, name) - standard
+        rows.append([label, _over_trainings(found, times=2), number(published, "+")])
+    return markdown_table(
+        ["De-Imbalance's gain in box AP compared with standard losses", "here", "paper, BDD100K"], rows
+    )
+
+
+def disclosures() -> str:
+    """Facts about the second study that its tables do not show."""
+    report = study_report("box_formula", "miniature")
+    lines = []
+    for folder in ("miniature", "follow_up"):
+        runs = read_archive(ARCHIVES / folder).values()
+        low = sum(run["layers"]["stages"]["first_selection"]["box"]["AP"] < LOW_AP for run in runs)
+        lines.append(f"In {low} of the {len(runs)} runs of `{folder}` box AP of `first_selection` is below {LOW_AP}.")
+    predicted = statistics.mean(report.values("neither_no", Quantity.parse("first.imbalance")).values())
+    change = _exploratory(report, ("di_no",), ("neither_no",), "first.imbalance")
+    lines.append(
+        f"With predicted boxes MaskDINO's imbalance at `{STAGES[1]}` is {number(predicted, '+')}, and De-Imbalance "
+        f"changes it by {_over_trainings(change)}."
+    )
+    gain = _exploratory(report, ("di", "neither_no"), ("neither", "di_no"), "last.box")
+    lines.append(
+        f"De-Imbalance's gain in box AP is larger with `bitmask` than with predicted boxes by "
+        f"{_over_trainings(gain, times=2)}."
+    )
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def difference_of_means(report: StudyReport, name: str) -> float:
+    """The published gain in box AP of De-Imbalance in table 3."""
+    published = report.published["BDD100K"]
+    return published[f"di_{name}"]["last.box"] - published[f"neither_{name}"]["last.box"]
+
+
 BLOCKS = (
     *(table, headlines, models, diagnostics, photographs),
-    *(claims, formula_at_test_time, formula_in_training),
+    *(claims, formula_at_test_time, formula_in_training, both_stages, degradation, disclosures),
 )
 _BLOCK = re.compile(r"(<!-- records: (.+?) -->\n)((?:(?!<!--).*\n)*)(<!-- end -->)")
 
