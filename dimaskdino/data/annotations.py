@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
 from pycocotools import mask as coco_mask
 
 from dimaskdino.utils.errors import UserError
@@ -469,32 +471,33 @@ def check_run_lengths(rle: Mapping[str, Any], size: tuple[int, int]) -> None:
             raise ValueError("has run lengths with something that is not a number of pixels")
         lengths = counts
     elif isinstance(counts, str | bytes):
-        lengths = run_lengths(counts)
+        lengths = run_lengths(counts).tolist()
     else:
         raise ValueError("has run lengths without counts")
-    if min(lengths, default=0) < 0 or sum(lengths) != size[0] * size[1]:
-        raise ValueError(f"has run lengths that cover {sum(lengths)} pixels, of an image of {size[0] * size[1]}")
+    covered = int(sum(lengths))
+    if min(lengths, default=0) < 0 or covered != size[0] * size[1]:
+        raise ValueError(f"has run lengths that cover {covered} pixels, of an image of {size[0] * size[1]}")
 
 
-def run_lengths(counts: str | bytes) -> list[int]:
+def run_lengths(counts: str | bytes) -> Int[np.ndarray, " runs"]:
     """Decode compressed run lengths: numbers in groups of five bits, from the fourth on relative to two before.
 
     Raises:
         ValueError: the text is none.
     """
-    lengths: list[int] = []
-    value = shift = 0
-    for byte in counts.encode() if isinstance(counts, str) else counts:
-        group = byte - 48
-        if not 0 <= group < 64 or shift > 50:
-            raise ValueError("has run lengths that are not in COCO's compressed form")
-        value |= (group & 0x1F) << shift
-        shift += 5
-        if not group & 0x20:
-            if group & 0x10:
-                value -= 1 << shift
-            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
-            value = shift = 0
-    if shift:
+    groups = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
+    last = groups & 0x20 == 0
+    starts = np.flatnonzero(np.r_[True, last[:-1]])
+    sizes = np.diff(np.r_[starts, len(groups)])
+    if len(groups) and (groups.min() < 0 or groups.max() > 63 or sizes.max() > 10):
+        raise ValueError("has run lengths that are not in COCO's compressed form")
+    if len(groups) and not last[-1]:
         raise ValueError("has compressed run lengths that end in the middle of a number")
-    return lengths
+    if not len(groups):
+        return groups
+    shift = 5 * (np.arange(len(groups)) - np.repeat(starts, sizes))
+    numbers = np.add.reduceat((groups & 0x1F) << shift, starts)
+    numbers -= np.where(groups[last] & 0x10, 1 << 5 * sizes, 0)
+    for first in (1, 2):
+        numbers[first::2] = np.cumsum(numbers[first::2])
+    return numbers

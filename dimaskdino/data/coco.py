@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
 from dimaskdino import config
-from dimaskdino.data.annotations import read_annotations, to_run_lengths
+from dimaskdino.data.annotations import read_annotations, run_lengths, to_run_lengths
 from dimaskdino.data.images import load_image
 from dimaskdino.utils.errors import UserError
 
@@ -63,6 +63,64 @@ class Sample:
         return cls(image, torch.zeros(0, dtype=torch.int64), torch.zeros(0, *size, dtype=torch.uint8), 0, "", size)
 
 
+@dataclass(frozen=True)
+class Record:
+    """One image and its objects on disk: nothing is decoded yet.
+
+    Attributes:
+        path: the image.
+        size: (h, w) according to the annotations.
+        image_id: id in the annotations.
+        labels: class index of each object.
+        masks: compressed run lengths of each object.
+    """
+
+    path: Path
+    size: tuple[int, int]
+    image_id: int
+    labels: list[int]
+    masks: list[dict[str, Any]]
+
+    def sample(
+        self,
+        image: UInt8[Tensor, "3 h w"] | None = None,
+        rows: Int[np.ndarray, " h"] | None = None,
+        columns: Int[np.ndarray, " w"] | None = None,
+    ) -> Sample:
+        """The sample, at the image's own size by default.
+
+        Args:
+            image: the image after a transform; the one on disk by default.
+            rows: which row of the stored image each row of the masks comes from; −1 is outside. Masks are decoded at
+                these rows and columns alone, so that large images cost little more than small ones.
+            columns: the same for the columns.
+
+        Raises:
+            UserError: the image cannot be read.
+        """
+        image = load_image(self.path, expected=self.size) if image is None else image
+        rows = np.arange(self.size[0]) if rows is None else rows
+        columns = np.arange(self.size[1]) if columns is None else columns
+        masks = np.zeros((len(self.masks), len(rows), len(columns)), np.uint8)
+        for mask, encoded in zip(masks, self.masks, strict=True):
+            _decode(encoded, rows, columns, mask)
+        labels = torch.tensor(self.labels, dtype=torch.int64)
+        return Sample(image, labels, torch.from_numpy(masks), self.image_id, str(self.path), self.size)
+
+
+def _decode(
+    encoded: dict[str, Any], rows: Int[np.ndarray, " h"], columns: Int[np.ndarray, " w"], mask: UInt8[np.ndarray, "h w"]
+) -> None:
+    """Write the pixels of a mask at these rows and columns, of which −1 are outside, to a mask of zeros."""
+    x, y, width, height = coco_mask.toBbox(encoded).astype(int).tolist()
+    down = np.flatnonzero((rows >= y) & (rows < y + height))
+    across = np.flatnonzero((columns >= x) & (columns < x + width))
+    # run lengths go down the columns; zeros and ones alternate
+    places = columns[across] * encoded["size"][0] + rows[down][:, None]
+    ends = np.cumsum(run_lengths(encoded["counts"]))
+    mask[np.ix_(down, across)] = np.searchsorted(ends, places, side="right") % 2
+
+
 def find_split(root: Path, split: str) -> tuple[Path, Path]:
     """Annotations file and image folder of a split.
 
@@ -108,7 +166,7 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
     Args:
         root: dataset folder, see `find_split` for the layouts.
         split: its name, such as train2017.
-        transform: applied to every sample.
+        transform: makes the sample of a record; `Record.sample` by default, at the image's own size.
         only_with_objects: leave out images without objects, as training does.
     """
 
@@ -116,7 +174,7 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         self,
         root: Path,
         split: str,
-        transform: Callable[[Sample], Sample] | None = None,
+        transform: Callable[[Record], Sample] = Record.sample,
         only_with_objects: bool = False,
     ) -> None:
         self.annotations_file, self.image_folder = find_split(root, split)
@@ -180,17 +238,14 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         entry = self.images[index]
-        path, size = self.image_folder / entry["file_name"], (entry["height"], entry["width"])
-        image = load_image(path, expected=size)
+        size = (entry["height"], entry["width"])
         masks, labels = [], []
         for annotation in self._objects.get(entry["id"], []):
-            mask = coco_mask.decode(to_run_lengths(annotation["segmentation"], size))
-            if mask.any():  # zero-area and one-point outlines cover nothing
+            mask = to_run_lengths(annotation["segmentation"], size)
+            if coco_mask.area(mask):  # zero-area and one-point outlines cover nothing
                 masks.append(mask)
                 labels.append(self._label[annotation["category_id"]])
-        stacked = torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *size, dtype=torch.uint8)
-        sample = Sample(image, torch.tensor(labels, dtype=torch.int64), stacked, entry["id"], str(path), size)
-        return self.transform(sample) if self.transform else sample
+        return self.transform(Record(self.image_folder / entry["file_name"], size, entry["id"], labels, masks))
 
 
 def without_empty(sample: Sample) -> Sample:

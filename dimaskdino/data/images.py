@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from dimaskdino.utils.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+_TURNED = (5, 6, 7, 8)  # values of the EXIF orientation that exchange height and width
 
 ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
@@ -81,31 +83,33 @@ def open_image(path: Path, what: str = "image") -> Iterator[Image.Image]:
         raise UserError(f"the {what} {path} cannot be read, it may be truncated or no image: {error}") from None
 
 
-def load_image(path: Path, expected: tuple[int | None, int | None] = (None, None)) -> UInt8[Tensor, "3 h w"]:
+def load_image(
+    path: Path, expected: tuple[int | None, int | None] = (None, None), least: tuple[int, int] | None = None
+) -> UInt8[Tensor, "3 h w"]:
     """Load any image that Pillow reads as RGB. Grey, palette, CMYK and 16-bit images are converted, alpha is dropped.
 
     Args:
         path: the file.
         expected: (h, w) according to the annotations. The orientation stored in the file is applied unless only the
             unrotated image has that size.
+        least: decode a larger JPEG at a half, a quarter or an eighth of its size, if that is at least this (h, w).
 
     Raises:
         UserError: the file is missing, truncated or no image, or has another size than expected.
     """
     with open_image(path) as opened:
-        opened.load()
-        stored = opened.copy()
-        upright = ImageOps.exif_transpose(opened)
-    image = upright
-    if None not in expected:
-        fitting = [x for x in (upright, stored) if (x.height, x.width) == expected]
-        if not fitting:
+        stored = (opened.height, opened.width)
+        orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
+        upright = stored[::-1] if orientation in _TURNED else stored
+        applied = None in expected or expected == upright
+        if not applied and expected != stored:
             raise UserError(
-                f"the image {path} is {stored.height}x{stored.width}, the annotations say "
-                f"{expected[0]}x{expected[1]} (h x w)"
+                f"the image {path} is {stored[0]}x{stored[1]}, the annotations say {expected[0]}x{expected[1]} (h x w)"
             )
-        image = fitting[0]
-    return _from_pillow(image)
+        if least is not None:
+            opened.draft(opened.mode, least if applied and orientation in _TURNED else least[::-1])
+        opened.load()
+        return _from_pillow(ImageOps.exif_transpose(opened) if applied and orientation != 1 else opened)
 
 
 def _from_pillow(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
@@ -115,7 +119,9 @@ def _from_pillow(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
         # 16 bits and more: keep the upper 8; floating-point values up to 1: as shares of white
         scale = 255 if image.mode == "F" and largest <= 1 else 1 / 257 if largest > 255 else 1
         image = Image.fromarray(np.clip(np.nan_to_num(values * scale), 0, 255).astype(np.uint8))
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def files_in(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:

@@ -4,13 +4,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dimaskdino import config
-from dimaskdino.data.coco import Sample, without_empty
+from dimaskdino.data.coco import Record, Sample, without_empty
+from dimaskdino.data.images import load_image
 from dimaskdino.utils import plugins
 from dimaskdino.utils.errors import UserError
 
@@ -53,29 +56,39 @@ _COLOURS: dict[str, tuple[nn.Module, ...]] = {
 }
 
 
-def training_transform(settings: config.Data) -> Callable[[Sample], Sample]:
+def training_transform(settings: config.Data) -> Callable[[Record], Sample]:
     """Flip, scale, pad and crop to a fixed square, change colours, then apply `data.transforms`.
 
-    Objects outside the crop are removed.
+    Objects outside the crop are removed. The random numbers are drawn before the image and the masks are decoded, so
+    that masks are decoded at the size that the model sees.
 
     Raises:
         UserError: a function of `data.transforms` cannot be used.
     """
     jitter = settings.jitter
     square = (jitter.size, jitter.size)
-    pipeline = v2.Compose(
-        [
-            v2.RandomHorizontalFlip(jitter.flip),
-            _ScaleJitter(square, (jitter.min_scale, jitter.max_scale), antialias=True),
-            _PadTo(jitter.size),
-            v2.RandomCrop(square),
-            *_COLOURS[settings.augmentation],
-        ]
-    )
+    scale = _ScaleJitter(square, (jitter.min_scale, jitter.max_scale), antialias=True)
+    pad, crop = _PadTo(jitter.size), v2.RandomCrop(square)
+    colours = v2.Compose(_COLOURS[settings.augmentation]) if _COLOURS[settings.augmentation] else None
     own = [(each.type, plugins.resolve(each.type, "data.transforms"), each.options) for each in settings.transforms]
 
-    def transform(sample: Sample) -> Sample:
-        sample = without_empty(_apply(pipeline, sample))
+    def transform(record: Record) -> Sample:
+        flipped = bool(torch.rand(1) < jitter.flip)
+        size = scale.make_params([_shape(record.size)])
+        padding = pad.make_params([_shape(size["size"])])
+        _, _, right, bottom = padding["padding"]
+        cut = crop.make_params([_shape((size["size"][0] + bottom, size["size"][1] + right))])
+
+        def apply(image: Tensor) -> Tensor:
+            scaled = scale.transform(v2.functional.horizontal_flip(image) if flipped else image, size)
+            return crop.transform(pad.transform(scaled, padding), cut)
+
+        height, width = size["size"]
+        # a JPEG of more than twice the size is decoded smaller
+        stored = load_image(record.path, expected=record.size, least=(2 * height, 2 * width))
+        image = apply(tv_tensors.Image(stored))
+        image = (colours(image) if colours else image).as_subclass(Tensor)
+        sample = without_empty(record.sample(image, *_sources(record.size, size["size"], cut, flipped)))
         for name, function, options in own:
             sample = function(sample, **options)
             if not isinstance(sample, Sample) or sample.image.dtype != torch.uint8:
@@ -85,6 +98,32 @@ def training_transform(settings: config.Data) -> Callable[[Sample], Sample]:
         return sample
 
     return transform
+
+
+def _shape(size: tuple[int, int]) -> tv_tensors.Image:
+    """An image of this (h, w) without pixels, from which torchvision draws its random numbers."""
+    return tv_tensors.Image(torch.empty(3, *size, dtype=torch.uint8, device="meta"))
+
+
+def _sources(
+    size: tuple[int, int], scaled: tuple[int, int], cut: dict[str, Any], flipped: bool
+) -> list[Int[np.ndarray, " side"]]:
+    """The rows, then the columns, of an image of size (h, w) from which a scaled, padded and cropped mask comes."""
+    found = []
+    for axis, start in ((0, cut["top"]), (1, cut["left"])):
+        source = _nearest(size[axis], scaled[axis])
+        if axis and flipped:
+            source = size[axis] - 1 - source
+        end = start + cut["height" if axis == 0 else "width"]
+        padded = np.pad(source, (0, max(0, end - len(source))), constant_values=-1)
+        found.append(padded[start:end])
+    return found
+
+
+def _nearest(before: int, after: int) -> Int[np.ndarray, " after"]:
+    """The pixels that torch's nearest resizing of a side takes."""
+    places = torch.arange(before, dtype=torch.float32)[None, None]
+    return torch.nn.functional.interpolate(places, size=after, mode="nearest")[0, 0].long().numpy()
 
 
 def copy_paste(sample: Sample, other: Sample) -> Sample:
@@ -103,24 +142,22 @@ def copy_paste(sample: Sample, other: Sample) -> Sample:
     return without_empty(replace(sample, image=image, labels=labels, masks=masks))
 
 
-def evaluation_resize(settings: config.Resize) -> Callable[[Sample], Sample]:
+def evaluation_resize(settings: config.Resize) -> Callable[[Record], Sample]:
     """Resize the image for testing. Masks are left out, since results are compared at the original size."""
 
-    def resize(sample: Sample) -> Sample:
-        image = resize_image(sample.image, settings)
-        no_masks = sample.masks.new_zeros(0, *image.shape[-2:])
-        return replace(sample, image=image, labels=sample.labels[:0], masks=no_masks)
+    def resize(record: Record) -> Sample:
+        image = resize_image(load_image(record.path, expected=record.size), settings)
+        return replace(record, labels=[], masks=[]).sample(image, *map(np.arange, image.shape[-2:]))
 
     return resize
 
 
-def resize_with_objects(settings: config.Resize) -> Callable[[Sample], Sample]:
+def resize_with_objects(settings: config.Resize) -> Callable[[Record], Sample]:
     """Resize the image for testing together with its masks. Objects that vanish are removed."""
 
-    def resize(sample: Sample) -> Sample:
-        image = resize_image(sample.image, settings)
-        masks = v2.functional.resize(tv_tensors.Mask(sample.masks), list(image.shape[-2:])).as_subclass(Tensor)
-        return without_empty(replace(sample, image=image, masks=masks))
+    def resize(record: Record) -> Sample:
+        image = resize_image(load_image(record.path, expected=record.size), settings)
+        return without_empty(record.sample(image, *map(_nearest, record.size, image.shape[-2:])))
 
     return resize
 
@@ -140,8 +177,3 @@ def resized_size(size: tuple[int, int], settings: config.Resize) -> tuple[int, i
     """(h, w) of an image of this (h, w) after `resize_image`."""
     scale = resize_scale(size, settings)
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
-def _apply(pipeline: nn.Module, sample: Sample) -> Sample:
-    image, masks = pipeline(tv_tensors.Image(sample.image), tv_tensors.Mask(sample.masks))
-    return replace(sample, image=image.as_subclass(torch.Tensor), masks=masks.as_subclass(torch.Tensor))

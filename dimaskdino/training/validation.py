@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from dimaskdino.checkpoints.model_files import TrainedModel
 from dimaskdino.config import Config
+from dimaskdino.data.coco import Record
 from dimaskdino.data.dataloader import batches, evaluation_dataset, evaluation_loader
 from dimaskdino.data.painting import paint_beside_truth
 from dimaskdino.evaluation.coco_ap import average_precision, read_truth
@@ -48,7 +49,7 @@ class Validator:
         count = min(config.train.validation.images, len(self.data))
         self.positions = [len(self.data) * i // count for i in range(count)]
         self.plain = copy.copy(self.data)  # at the images' own size, with their objects
-        self.plain.transform = None
+        self.plain.transform = Record.sample
         self.truth = read_truth(self.data.annotations_file, [self.data.images[p]["id"] for p in self.positions])
 
     def score(self, detector: Detector) -> dict[str, Any]:

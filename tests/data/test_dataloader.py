@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from small import settings
 
 from dimaskdino import config
 from dimaskdino.data import shapes
-from dimaskdino.data.coco import CocoDataset, Sample
+from dimaskdino.data.coco import CocoDataset, Record, Sample, encode_masks
 from dimaskdino.data.dataloader import (
     batches,
     collate,
@@ -30,13 +31,20 @@ def synthetic(height: int = 40, width: int = 60) -> Sample:
     return Sample(image, torch.tensor([1, 0]), masks, 5, "synthetic", (height, width))
 
 
-def test_jitter_gives_a_fixed_square_and_moves_image_and_masks_together():
+def record(sample: Sample, folder: Path) -> Record:
+    """The sample on disk."""
+    Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(folder / "a.png")
+    masks = encode_masks(sample.masks.bool().numpy())
+    return Record(folder / "a.png", sample.original_size, 5, sample.labels.tolist(), masks)
+
+
+def test_jitter_gives_a_fixed_square_and_moves_image_and_masks_together(tmp_path):
     jitter = training_transform(config.Data(jitter=config.LargeScaleJitter(size=64, min_scale=0.5, max_scale=2.0)))
     torch.manual_seed(0)
     for _ in range(30):
         sample = synthetic()
         marked = replace(sample, image=(sample.masks[0] * 255).expand(3, -1, -1).contiguous())
-        result = jitter(marked)
+        result = jitter(record(marked, tmp_path))
         assert result.image.shape == (3, 64, 64)
         assert result.masks.shape[1:] == (64, 64)
         assert len(result.labels) == len(result.masks)
@@ -47,23 +55,23 @@ def test_jitter_gives_a_fixed_square_and_moves_image_and_masks_together():
             assert result.image[0][mask].float().mean() > 200
 
 
-def test_jitter_pads_at_the_right_and_the_bottom():
+def test_jitter_pads_at_the_right_and_the_bottom(tmp_path):
     jitter = training_transform(
         config.Data(jitter=config.LargeScaleJitter(size=64, min_scale=0.5, max_scale=0.5, flip=0))
     )
-    result = jitter(synthetic(64, 64))
+    result = jitter(record(synthetic(64, 64), tmp_path))
     assert (result.image[:, 32:] == PADDING).all()
     assert (result.image[:, :, 32:] == PADDING).all()
     assert not result.masks[:, 32:].any()
     assert result.masks[0, :16, :10].all()
 
 
-def test_colours_change_the_image_and_nothing_else():
+def test_colours_change_the_image_and_nothing_else(tmp_path):
     jitter = config.LargeScaleJitter(size=64, min_scale=0.5, max_scale=2.0)
     kinds = ("none", "colour", "strong")
     transforms = {kind: training_transform(config.Data(jitter=jitter, augmentation=kind)) for kind in kinds}
     distances: dict[str, list[float]] = {kind: [] for kind in kinds}
-    sample = synthetic()
+    sample = record(synthetic(), tmp_path)
     for seed in range(8):
         results = {}
         for kind, transform in transforms.items():
@@ -120,12 +128,12 @@ def test_pasting_depends_on_the_position_alone(shapes_data):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (30, 6000), (6000, 30)])
-def test_extreme_shapes(size):
+def test_extreme_shapes(size, tmp_path):
     sample = synthetic(*size)
     torch.manual_seed(0)
     jitter = training_transform(config.Data(jitter=config.LargeScaleJitter(size=64)))
     for _ in range(5):
-        assert jitter(sample).image.shape == (3, 64, 64)
+        assert jitter(record(sample, tmp_path)).image.shape == (3, 64, 64)
     resized = resize_image(sample.image, config.Resize(shortest=800, longest=1333))
     assert max(resized.shape) <= 1333
     assert min(resized.shape[1:]) >= 1

@@ -1,4 +1,4 @@
-"""Time of loading training images: decoding, masks, augmentation, collation, and the speed of the data loader."""
+"""Time of loading training images: decoding, whole samples, collation, and the speed of the data loader."""
 
 import statistics
 import time
@@ -13,7 +13,6 @@ from dimaskdino.config import Config, load_config
 from dimaskdino.data.coco import CocoDataset
 from dimaskdino.data.dataloader import collate, training_dataset, training_loader
 from dimaskdino.data.images import load_image
-from dimaskdino.data.transforms import training_transform
 from tools.benchmarks.measuring import save
 
 
@@ -28,8 +27,8 @@ def measure(config: Config, images: int) -> dict[str, Any]:
         Milliseconds per image (median) of each part, and images per second of the data loader.
     """
     plain = CocoDataset(config.data.root, config.data.train, only_with_objects=True)
-    jitter = training_transform(config.data)
-    parts: dict[str, list[float]] = {"decode": [], "decode and masks": [], "jitter": [], "collate": []}
+    augmented = training_dataset(config)
+    parts: dict[str, list[float]] = {"decode": [], "sample": [], "collate": []}
 
     def timed(part: str, function: Callable[..., Any], *arguments: Any) -> Any:
         started = time.perf_counter()
@@ -40,9 +39,8 @@ def measure(config: Config, images: int) -> dict[str, Any]:
     for i in range(images):
         index = i % len(plain)
         timed("decode", load_image, plain.image_folder / plain.images[index]["file_name"])
-        sample = timed("decode and masks", plain.__getitem__, index)
-        jittered = timed("jitter", jitter, sample)
-        timed("collate", collate, [jittered])
+        sample = timed("sample", augmented.__getitem__, index)
+        timed("collate", collate, [sample])
 
     loader = iter(training_loader(training_dataset(config), config, 0, 0, 1))
     for _ in range(2 * max(config.data.workers, 1)):

@@ -7,6 +7,7 @@ import torch
 from small import settings
 
 from dimaskdino.config import dump_config
+from dimaskdino.data.coco import Record
 from dimaskdino.data.dataloader import batches, evaluation_dataset, evaluation_loader, training_dataset, training_loader
 from dimaskdino.evaluation.coco_ap import average_precision, read_truth
 from dimaskdino.evaluation.detections import Detections
@@ -60,7 +61,7 @@ def test_a_peer_that_knows_the_objects_scores_full_marks(name, shapes_data, monk
     peer = small_peer(name, config).eval()
     data = evaluation_dataset(config)
     plain = evaluation_dataset(config)
-    plain.transform = None
+    plain.transform = Record.sample
     found = []
     for position in range(len(data)):
         batch = next(iter(batches(evaluation_loader(data, config, [[position]]))))
