@@ -64,7 +64,7 @@ class Result:
 
     @property
     def masks(self) -> Bool[Tensor, "n h w"]:
-        """Masks at the size of the image.
+        """Masks at the size of the image, made when they are asked for; `to_coco` and `save` do not need them all.
 
         Raises:
             ValueError: the stage predicts no masks.
@@ -135,7 +135,7 @@ class Result:
             category_ids: the dataset's category id of each class; 1, 2, … by default.
         """
         ids = range(1, len(self.classes) + 1) if category_ids is None else category_ids
-        masks = None if self.instances.query_masks is None else encode_masks(self.instances.query_masks.cpu().numpy())
+        masks = None if self.instances.query_masks is None else encode_masks(self.instances.query_masks)
         annotations: list[dict[str, Any]] = []
         for i, (x0, y0, x1, y1) in enumerate(self.boxes.tolist()):
             annotations.append(

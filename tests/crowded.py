@@ -8,7 +8,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 from dimaskdino.evaluation.detections import Detections
-from dimaskdino.modeling import Instances
+from dimaskdino.modeling import CroppedMasks, Instances
 
 
 def crowded_truth(folder: Path) -> Path:
@@ -67,7 +67,7 @@ def detections(file: Path) -> Detections:
         xywh = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(stacked.transpose(1, 2, 0))))
         xyxy = torch.tensor(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)) + torch.rand(len(masks), 4)
         scores = torch.tensor(rng.random(len(masks)).round(1))
-        masks_of_queries = torch.from_numpy(stacked).bool()
+        masks_of_queries = CroppedMasks.of(torch.from_numpy(stacked).bool())
         instances = Instances(
             xyxy.float(), scores.float(), torch.tensor(found), masks_of_queries, torch.arange(len(masks))
         )

@@ -22,7 +22,7 @@ from dimaskdino.data.images import to_image_tensor
 from dimaskdino.data.painting import paint_instances
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.evaluation.predict import predict_images
-from dimaskdino.modeling import Instances
+from dimaskdino.modeling import CroppedMasks, Instances
 from dimaskdino.utils.resources import shipped_models
 
 
@@ -165,7 +165,7 @@ def test_drawn_detections_have_the_colour_of_their_class():
     for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
         mask[y0:y1, x0:x1] = True
     labels = torch.tensor([1, 0, 1])
-    instances = Instances(boxes, torch.tensor([0.9, 0.8, 0.7]), labels, masks, torch.arange(3))
+    instances = Instances(boxes, torch.tensor([0.9, 0.8, 0.7]), labels, CroppedMasks.of(masks), torch.arange(3))
     canvas = paint_instances(torch.zeros(3, 100, 100, dtype=torch.uint8), instances, ["a", "b"])
     assert canvas.shape == (100, 100, 3)
     inside = [tuple(canvas[50, 25]), tuple(canvas[50, 65]), tuple(canvas[90, 25])]

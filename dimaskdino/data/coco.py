@@ -16,6 +16,7 @@ from torchvision.ops import masks_to_boxes
 from dimaskdino import config
 from dimaskdino.data.annotations import read_annotations, run_lengths, to_run_lengths
 from dimaskdino.data.images import load_image
+from dimaskdino.modeling.structures import CroppedMasks
 from dimaskdino.utils.errors import UserError
 
 # the known layouts: annotations file and image folders, {} is the split's name
@@ -254,7 +255,28 @@ def without_empty(sample: Sample) -> Sample:
     return replace(sample, labels=sample.labels[keep], masks=sample.masks[keep])
 
 
-def encode_masks(masks: Bool[np.ndarray, "n h w"]) -> list[dict[str, Any]]:
+def encode_masks(masks: Bool[np.ndarray, "n h w"] | CroppedMasks) -> list[dict[str, Any]]:
     """Compressed run lengths (RLE) of masks, ready for json: `size` [h, w] and `counts`, a string."""
-    encoded = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
+    if isinstance(masks, CroppedMasks):
+        found = masks.cpu()
+        encoded = [
+            _encode(*corner, crop.numpy(), found.size) for corner, crop in zip(found.corners, found.crops, strict=True)
+        ]
+    else:
+        encoded = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
     return [{"size": list(rle["size"]), "counts": rle["counts"].decode()} for rle in encoded]
+
+
+def _encode(top: int, left: int, crop: Bool[np.ndarray, "h w"], size: tuple[int, int]) -> dict[str, Any]:
+    """Run lengths of a mask of this size that is zero outside a crop: only the crop's columns are looked at."""
+    (height, width), (h, w) = size, crop.shape
+    columns = np.zeros((height, w), np.uint8, order="F")
+    columns[top : top + h] = crop
+    before, after = left * height, (width - left - w) * height
+    lengths = run_lengths(coco_mask.encode(columns)["counts"]) if w else np.zeros(1, np.int64)
+    lengths[0] += before
+    if len(lengths) % 2:  # the last run is one of zeros
+        lengths[-1] += after
+    elif after:
+        lengths = np.r_[lengths, after]
+    return coco_mask.frPyObjects({"size": list(size), "counts": lengths.tolist()}, *size)

@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
 from dimaskdino.data.coco import Sample
-from dimaskdino.modeling import Instances
+from dimaskdino.modeling import CroppedMasks, Instances
 
 # Okabe and Ito's palette, for colour-blind readers
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -17,6 +17,8 @@ CYCLE = (BLUE, ORANGE, GREEN, PINK, SKY, AMBER, YELLOW, GREY)
 
 LONGEST_NAME = 36  # characters
 GAP = 4  # pixels between two pictures
+
+NO_MASKS = CroppedMasks((0, 0), (), ())
 
 
 def colour_of(number: int) -> str:
@@ -41,20 +43,23 @@ def label(instances: Instances, classes: Sequence[str], i: int) -> str:
 
 
 def blend_masks(
-    image: UInt8[Tensor, "3 h w"], masks: Sequence[Bool[np.ndarray, "h w"]], colours: Sequence[str]
+    image: UInt8[Tensor, "3 h w"], masks: CroppedMasks, colours: Sequence[str]
 ) -> UInt8[np.ndarray, "h w 3"]:
     """The image with masks blended in, half and half, the first on top."""
     canvas = np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()).copy()
-    for mask, colour in reversed(list(zip(masks, colours, strict=True))):
-        canvas[mask] = ((canvas[mask].astype(np.uint16) + ImageColor.getrgb(colour) + 1) // 2).astype(np.uint8)
+    found = masks.cpu()
+    for (top, left), crop, colour in reversed(list(zip(found.corners, found.crops, colours, strict=True))):
+        mask = crop.numpy()
+        part = canvas[top : top + mask.shape[0], left : left + mask.shape[1]]
+        part[mask] = ((part[mask].astype(np.uint16) + ImageColor.getrgb(colour) + 1) // 2).astype(np.uint8)
     return canvas
 
 
-def masks_of(instances: Instances, chosen: Sequence[int]) -> list[Bool[np.ndarray, "h w"]]:
+def masks_of(instances: Instances, chosen: Sequence[int]) -> CroppedMasks:
     """The masks of some detections; none if the stage predicts no masks."""
     if instances.query_masks is None:
-        return []
-    return [instances.query_masks[instances.mask_index[i]].cpu().numpy() for i in chosen]
+        return NO_MASKS
+    return instances.query_masks.only(instances.mask_index[list(chosen)].tolist())
 
 
 def paint_instances(
@@ -78,7 +83,7 @@ def paint_sample(sample: Sample, classes: Sequence[str]) -> UInt8[np.ndarray, "h
     """Paint the annotated objects into their image, as `paint_instances` does with detections."""
     labels = sample.labels.tolist()
     colours = colours_of(labels)
-    canvas = blend_masks(sample.image, list(sample.masks.bool().numpy()), colours)
+    canvas = blend_masks(sample.image, CroppedMasks.of(sample.masks.bool()), colours)
     return _paint(canvas, sample.boxes, [data_label(classes[number]) for number in labels], colours)
 
 

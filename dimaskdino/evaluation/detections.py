@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from pycocotools import mask as coco_mask
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -23,6 +22,7 @@ from dimaskdino import config
 from dimaskdino.checkpoints.model_files import TrainedModel
 from dimaskdino.config.sections import RENAMED_MODULES
 from dimaskdino.data.annotations import without_collection
+from dimaskdino.data.coco import encode_masks
 from dimaskdino.evaluation.coco_ap import Kind, Results
 from dimaskdino.modeling import Instances
 from dimaskdino.utils.errors import UserError
@@ -72,10 +72,9 @@ class Detections:
         if instances.query_masks is not None and n:
             index = instances.mask_index.cpu().numpy().astype(np.int64)
             # one query can be detected as several classes: encode its mask once
-            stacked = instances.query_masks.permute(1, 2, 0).byte().cpu().numpy()
-            for encoded in coco_mask.encode(np.asfortranarray(stacked)):
+            for encoded in encode_masks(instances.query_masks):
                 sizes.append(encoded["size"])
-                codes.append(encoded["counts"])
+                codes.append(encoded["counts"].encode())
         return cls(
             image_ids=np.full(n, image_id, np.int64),
             categories=np.asarray(category_ids, np.int64)[instances.labels.cpu().numpy()],

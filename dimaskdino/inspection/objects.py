@@ -57,7 +57,7 @@ def _best(found: Instances, truth: Sample, threshold: float) -> tuple[Tensor, Te
     box = box_iou(found.boxes, truth.boxes)
     mask = torch.full_like(box, torch.nan)
     if found.query_masks is not None:
-        mask = mask_iou(found.query_masks, truth.masks.bool())[found.mask_index]
+        mask = mask_iou(found.query_masks.whole(), truth.masks.bool())[found.mask_index]
     merit = torch.where(allowed, box + mask.nan_to_num(), -1.0)
     if not len(merit) or not M:
         return torch.zeros(M), torch.zeros(M), torch.full((M,), -1)

@@ -5,6 +5,16 @@ Section numbers in this package are those of docs/model.md, which says exactly w
 
 from dimaskdino.modeling.detector import Detector
 from dimaskdino.modeling.postprocess import postprocess
-from dimaskdino.modeling.structures import ImageBatch, Instances, Predictions, Stage, Targets, Trace
+from dimaskdino.modeling.structures import CroppedMasks, ImageBatch, Instances, Predictions, Stage, Targets, Trace
 
-__all__ = ["Detector", "ImageBatch", "Instances", "Predictions", "Stage", "Targets", "Trace", "postprocess"]
+__all__ = [
+    "CroppedMasks",
+    "Detector",
+    "ImageBatch",
+    "Instances",
+    "Predictions",
+    "Stage",
+    "Targets",
+    "Trace",
+    "postprocess",
+]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import box_convert
 
-from dimaskdino.modeling.structures import Instances, Stage
+from dimaskdino.modeling.structures import CroppedMasks, Instances, Stage
 from dimaskdino.utils.errors import UserError
 
 MASK_CHUNK = 16  # number of masks resized at a time, to bound memory
@@ -64,7 +64,7 @@ def postprocess(
         kept, index = queries.unique(return_inverse=True)
         image_scores, query_masks = scores[b, likely], None
         if masks and stage.mask_embedding is not None and stage.mask_features is not None:
-            # (u, h/4, w/4), then (u, h, w) and (u,)
+            # (u, h/4, w/4), then u masks of (h, w) and (u,)
             features = stage.mask_features[b]
             logits = (stage.mask_embedding[b, kept] @ features.flatten(1)).unflatten(1, features.shape[1:])
             query_masks, quality = enlarge(logits.float(), padded_size, sizes[b], output_sizes[b])
@@ -76,10 +76,10 @@ def postprocess(
 
 def enlarge(
     logits: Float[Tensor, "u h4 w4"], padded_size: tuple[int, int], size: tuple[int, int], output: tuple[int, int]
-) -> tuple[Bool[Tensor, "u h w"], Float[Tensor, " u"]]:
+) -> tuple[CroppedMasks, Float[Tensor, " u"]]:
     """Masks at the output size, and the mean probability inside each."""
     if not len(logits):
-        return logits.new_zeros(0, *output, dtype=torch.bool), logits.new_zeros(0)
+        return CroppedMasks(output, (), ()), logits.new_zeros(0)
     # a GPU prefers few large operations
     function = enlarge_inside if logits.device.type == "cpu" else enlarge_whole
     return function(logits, padded_size, size, output)
@@ -87,7 +87,7 @@ def enlarge(
 
 def enlarge_whole(
     logits: Float[Tensor, "u h4 w4"], padded_size: tuple[int, int], size: tuple[int, int], output: tuple[int, int]
-) -> tuple[Bool[Tensor, "u h w"], Float[Tensor, " u"]]:
+) -> tuple[CroppedMasks, Float[Tensor, " u"]]:
     """`enlarge`, whole masks at a time."""
     masks, quality = [], []
     for chunk in logits.split(MASK_CHUNK):
@@ -97,7 +97,7 @@ def enlarge_whole(
             enlarged = functional.interpolate(enlarged, size=output, mode="bilinear", align_corners=False)
         masks.append(enlarged[0] > 0)
         quality.append(_quality(enlarged[0]))
-    return torch.cat(masks), torch.cat(quality)
+    return CroppedMasks.of(torch.cat(masks)), torch.cat(quality)
 
 
 def _quality(logits: Float[Tensor, "u h w"]) -> Float[Tensor, " u"]:
@@ -110,18 +110,21 @@ def _quality(logits: Float[Tensor, "u h w"]) -> Float[Tensor, " u"]:
 
 def enlarge_inside(
     logits: Float[Tensor, "u h4 w4"], padded_size: tuple[int, int], size: tuple[int, int], output: tuple[int, int]
-) -> tuple[Bool[Tensor, "u h w"], Float[Tensor, " u"]]:
+) -> tuple[CroppedMasks, Float[Tensor, " u"]]:
     """`enlarge`, each mask only where it can be positive, which is mostly a small part of the image."""
     rows = _resizings(logits.shape[1], padded_size[0], size[0], output[0])
     columns = _resizings(logits.shape[2], padded_size[1], size[1], output[1])
     ranges = zip(_reached(logits.amax(2) > 0, rows), _reached(logits.amax(1) > 0, columns), strict=True)
-    masks, quality = logits.new_zeros(len(logits), *output, dtype=torch.bool), logits.new_zeros(len(logits))
+    corners, crops, quality = [], [], logits.new_zeros(len(logits))
     for i, (down, across) in enumerate(ranges):
+        crop = logits.new_zeros(0, 0, dtype=torch.bool)
         if len(down) and len(across):
             part = _resized(_resized(logits[i], rows, down).T, columns, across).T[None].contiguous()
-            masks[i, down.start : down.stop, across.start : across.stop] = part[0] > 0
+            crop = part[0] > 0
             quality[i] = _quality(part)[0]
-    return masks, quality
+        corners.append((down.start, across.start))
+        crops.append(crop)
+    return CroppedMasks(output, tuple(corners), tuple(crops)), quality
 
 
 class _Resizing(NamedTuple):

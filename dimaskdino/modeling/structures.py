@@ -322,6 +322,47 @@ class Predictions:
 
 
 @dataclass(frozen=True)
+class CroppedMasks:
+    """Masks of one size, each stored only where it has pixels.
+
+    Attributes:
+        size: (h, w) of every mask.
+        corners: (top, left) of each crop.
+        crops: (h', w') of each mask; outside of its crop it is False.
+    """
+
+    size: tuple[int, int]
+    corners: tuple[tuple[int, int], ...]
+    crops: tuple[Bool[Tensor, "_ _"], ...]
+
+    @classmethod
+    def of(cls, masks: Bool[Tensor, "u h w"]) -> "CroppedMasks":
+        """Whole masks."""
+        return cls((masks.shape[-2], masks.shape[-1]), ((0, 0),) * len(masks), tuple(masks))
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    def only(self, chosen: Sequence[int]) -> "CroppedMasks":
+        """Some of the masks, in this order."""
+        return CroppedMasks(self.size, tuple(self.corners[i] for i in chosen), tuple(self.crops[i] for i in chosen))
+
+    def whole(self) -> Bool[Tensor, "u h w"]:
+        """All masks at their full size."""
+        device = self.crops[0].device if self.crops else None
+        masks = torch.zeros(len(self), *self.size, dtype=torch.bool, device=device)
+        for mask, (top, left), crop in zip(masks, self.corners, self.crops, strict=True):
+            mask[top : top + crop.shape[0], left : left + crop.shape[1]] = crop
+        return masks
+
+    def cpu(self) -> "CroppedMasks":
+        """The masks in the memory of the CPU, in one transfer."""
+        if not self.crops or self.crops[0].device.type == "cpu":
+            return self
+        return CroppedMasks.of(self.whole().cpu())
+
+
+@dataclass(frozen=True)
 class Instances:
     """The detections in one image, best first.
 
@@ -329,26 +370,26 @@ class Instances:
         boxes: (n, 4) xyxy in pixels of the output size.
         scores: (n,) in [0, 1].
         labels: (n,) class indices.
-        query_masks: (u, h, w), masks of the u distinct queries among the detections; None without masks.
+        query_masks: masks of the u distinct queries among the detections, at the output size; None without masks.
         mask_index: (n,), the row in `query_masks` of each detection.
     """
 
     boxes: Float[Tensor, "n 4"]
     scores: Float[Tensor, " n"]
     labels: Int[Tensor, " n"]
-    query_masks: Bool[Tensor, "u h w"] | None
+    query_masks: CroppedMasks | None
     mask_index: Int[Tensor, " n"]
 
     @property
     def masks(self) -> Bool[Tensor, "n h w"]:
-        """The masks of the detections.
+        """The masks of the detections. Each has the size of the image, so many in a large image need much memory.
 
         Raises:
             ValueError: the stage predicts no masks.
         """
         if self.query_masks is None:
             raise ValueError("these detections have no masks")
-        return self.query_masks[self.mask_index]
+        return self.query_masks.only(self.mask_index.tolist()).whole()
 
 
 def resize_to(features: Float[Tensor, "B C h w"], like: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,11 +11,11 @@ from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
 from dimaskdino.data.coco import Sample
-from dimaskdino.data.painting import blend_masks, colours_of, data_label, label, masks_of
+from dimaskdino.data.painting import NO_MASKS, blend_masks, colours_of, data_label, label, masks_of
 from dimaskdino.evaluation.upper_bounds import coverage, true_stage, with_boxes_around_masks
 from dimaskdino.inspection.look import Look
 from dimaskdino.inspection.objects import ObjectTrack
-from dimaskdino.modeling import Instances
+from dimaskdino.modeling import CroppedMasks, Instances
 from dimaskdino.modeling.structures import padded_size
 from dimaskdino.viz.curves import stage_ticks, stage_title
 from dimaskdino.viz.style import BOX, KINDS, MASK, add_boxes, add_labels, panels, show_image, style
@@ -53,7 +52,7 @@ def _draw_detections(
 def _draw(
     axes: Axes,
     image: Tensor,
-    masks: Sequence[np.ndarray],
+    masks: CroppedMasks,
     boxes: Tensor,
     colours: Sequence[str],
     texts: Sequence[str],
@@ -91,7 +90,7 @@ def draw_samples(samples: Sequence[Sample], classes: Sequence[str]) -> Figure:
     """Draw annotated images in a grid: masks, boxes and class names in the colours of the classes."""
     figure, grid = _image_grid(len(samples), 3.0, 3.2)
     for axes, sample in zip(grid, samples, strict=False):
-        labels, masks = sample.labels.tolist(), list(sample.masks.bool().numpy())
+        labels, masks = sample.labels.tolist(), CroppedMasks.of(sample.masks.bool())
         names = [data_label(classes[number]) for number in labels]
         title = data_label(Path(sample.file).name, 24)
         _draw(axes, sample.image, masks, sample.boxes, colours_of(labels), names, title)
@@ -109,7 +108,7 @@ def draw_objects(look: Look, track: ObjectTrack, stage: str, threshold: float = 
     figure, (truth, detected, curves) = panels(1, 3, 13.5, 4.4, width_ratios=[1, 1, 1.25])
     texts = [f"{i + 1} {data_label(look.classes[number])}" for i, number in enumerate(sample.labels.tolist())]
     title = "1 true object" if objects == 1 else f"{objects} true objects"
-    _draw(truth, sample.image, [], sample.boxes, colours, texts, title)
+    _draw(truth, sample.image, NO_MASKS, sample.boxes, colours, texts, title)
     title = f"{stage_title(stage)}: score at least {threshold:g}"
     _draw_detections(detected, sample.image, look.instances(stage), look.classes, threshold, title)
     place, chosen = range(len(track.stages)), track.stages.index(stage)
@@ -136,7 +135,7 @@ def draw_object_stages(look: Look, stages: Sequence[str], track: ObjectTrack) ->
     names = [data_label(look.classes[number]) for number in sample.labels.tolist()]
     figure, columns = panels(1, len(stages) + 1, 3.1 * (len(stages) + 1), 3.5)
     colours = colours_of(range(len(names)))
-    masks = list(sample.masks.bool().numpy())
+    masks = CroppedMasks.of(sample.masks.bool())
     _draw(columns[0], sample.image, masks, sample.boxes, colours, names, "ground truth")
     for axes, stage, rows in zip(columns[1:], stages, track.detection.tolist(), strict=True):
         found = look.instances(stage)
@@ -185,9 +184,10 @@ def draw_true_boxes(sample: Sample, formula: Formula) -> Figure:
         boxes = box_convert(stage.boxes[0], "cxcywh", "xyxy") * boxes.new_tensor([width, height, width, height])
     ious = ", ".join(f"{iou:.2f}" for iou in box_iou(boxes, sample.boxes).diagonal().tolist())
     cells = (coverage(sample.masks, size) > 0.5).any(0)
-    seen = cells.repeat_interleave(4, 0).repeat_interleave(4, 1)[: size[0], : size[1]].numpy()
+    seen = cells.repeat_interleave(4, 0).repeat_interleave(4, 1)[: size[0], : size[1]]
     figure, [axes] = panels(1, 1, 5.6, 5.9)
-    show_image(axes, blend_masks(sample.image, [seen], [MASK]), f"{formula}: IoU of the boxes {ious}", fontsize=10)
+    blended = blend_masks(sample.image, CroppedMasks.of(seen[None]), [MASK])
+    show_image(axes, blended, f"{formula}: IoU of the boxes {ious}", fontsize=10)
     add_boxes(axes, sample.boxes, "black", 2.4)
     add_boxes(axes, boxes, BOX, 1.8)
     return figure

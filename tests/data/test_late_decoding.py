@@ -17,6 +17,7 @@ from dimaskdino.data.annotations import run_lengths, to_run_lengths
 from dimaskdino.data.coco import CocoDataset, encode_masks
 from dimaskdino.data.images import load_image
 from dimaskdino.data.transforms import _PadTo, _ScaleJitter, resize_image, resize_with_objects, training_transform
+from dimaskdino.modeling import CroppedMasks
 
 
 def dataset(folder, size, polygons, name="a.png"):
@@ -152,3 +153,22 @@ print(min(times), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) 
     seconds, gigabytes = map(float, done.stdout.split())
     assert seconds < 0.6
     assert gigabytes < 0.072 + 0.3
+
+
+def test_crops_are_encoded_as_whole_masks():
+    random = np.random.default_rng(0)
+    size = (41, 57)
+    whole = np.zeros((60, *size), bool)
+    corners, crops = [], []
+    for mask in whole:
+        top, left = random.integers(0, size[0]), random.integers(0, size[1])
+        height, width = random.integers(0, size[0] - top + 1), random.integers(0, size[1] - left + 1)
+        crop = random.random((height, width)) < random.choice([0.1, 0.9, 1.0])
+        mask[top : top + height, left : left + width] = crop
+        corners.append((int(top), int(left)))
+        crops.append(torch.from_numpy(crop))
+    masks = CroppedMasks(size, tuple(corners), tuple(crops))
+    assert encode_masks(masks) == encode_masks(whole)
+    assert np.array_equal(masks.whole().numpy(), whole)
+    assert torch.equal(masks.only([3, 3, 1]).whole(), masks.whole()[[3, 3, 1]])
+    assert encode_masks(masks.only([])) == []

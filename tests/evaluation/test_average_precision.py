@@ -27,7 +27,7 @@ from dimaskdino.evaluation.coco_ap import (
 )
 from dimaskdino.evaluation.detections import Detections
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
-from dimaskdino.modeling import Instances
+from dimaskdino.modeling import CroppedMasks, Instances
 from dimaskdino.utils.errors import UserError
 
 LIBRARIES = [Library.load("hotcoco"), Library.load("pycocotools")]
@@ -99,7 +99,9 @@ def test_the_truth_itself_scores_100(shapes_data):
     images = []
     for sample in data:
         n = len(sample.labels)
-        found = Instances(sample.boxes, torch.ones(n), sample.labels, sample.masks.bool(), torch.arange(n))
+        found = Instances(
+            sample.boxes, torch.ones(n), sample.labels, CroppedMasks.of(sample.masks.bool()), torch.arange(n)
+        )
         images.append(Detections.of(sample.image_id, found, data.category_ids))
     results = Detections.joined(images)
     truth = read_truth(data.annotations_file)

@@ -7,7 +7,7 @@ import torch
 
 from dimaskdino.data.coco import Sample
 from dimaskdino.inspection.objects import box_owners, mask_iou, token_owners, track_objects
-from dimaskdino.modeling import Instances
+from dimaskdino.modeling import CroppedMasks, Instances
 from dimaskdino.modeling.structures import FeatureLevels, SelectedTokens
 
 
@@ -54,7 +54,7 @@ def test_the_best_detection_of_the_right_class_counts():
         boxes=torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 2], [0, 0, 4, 4]]),
         scores=torch.tensor([0.9, 0.8, 0.1]),
         labels=torch.tensor([1, 0, 0]),
-        query_masks=torch.stack([rectangle(0, 0, 4, 4), rectangle(0, 0, 4, 1)]).bool(),
+        query_masks=CroppedMasks.of(torch.stack([rectangle(0, 0, 4, 4), rectangle(0, 0, 4, 1)]).bool()),
         mask_index=torch.tensor([0, 1, 0]),
     )
     track = track_objects(look(found), threshold=0.5)

@@ -10,7 +10,7 @@ from dimaskdino import config
 from dimaskdino.evaluation.coco_ap import AveragePrecision
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP, StageAP
 from dimaskdino.inspection.diagnostics import GradientConflict, MatchedObjects, Survey
-from dimaskdino.modeling import Instances
+from dimaskdino.modeling import CroppedMasks, Instances
 from dimaskdino.modeling.denoising import Denoising
 from dimaskdino.modeling.structures import Targets
 from dimaskdino.studies.comparison import Comparison, ComparisonResult, Interval, Quantity
@@ -111,7 +111,9 @@ def test_instances_above_the_threshold_are_drawn():
     masks = torch.zeros(2, 20, 30, dtype=torch.bool)
     masks[0, 5:10, 5:10] = True
     boxes = torch.tensor([[5.0, 5, 10, 10], [0, 0, 3, 3]])
-    found = Instances(boxes, torch.tensor([0.9, 0.1]), torch.tensor([1, 0]), masks, torch.tensor([0, 1]))
+    found = Instances(
+        boxes, torch.tensor([0.9, 0.1]), torch.tensor([1, 0]), CroppedMasks.of(masks), torch.tensor([0, 1])
+    )
     image = torch.zeros(3, 20, 30, dtype=torch.uint8)
     axes = draw_instances(image, found, ["cup", "key"], threshold=0.5).axes[0]
     assert [text.get_text() for text in axes.texts] == ["key 0.90"]

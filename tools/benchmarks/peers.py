@@ -33,7 +33,7 @@ from dimaskdino.data.dataloader import (
 )
 from dimaskdino.evaluation.coco_ap import average_precision, read_truth
 from dimaskdino.evaluation.detections import Detections
-from dimaskdino.modeling import ImageBatch, Instances
+from dimaskdino.modeling import CroppedMasks, ImageBatch, Instances
 from dimaskdino.modeling.backbone import ResNet, TimmBackbone, build_backbone
 from dimaskdino.modeling.structures import PIXEL_MEAN, PIXEL_STD
 from dimaskdino.utils.errors import UserError
@@ -111,7 +111,7 @@ class MaskRCNNPeer(nn.Module):
                 result["boxes"],
                 result["scores"],
                 result["labels"] - 1,
-                result["masks"][:, 0] > 0.5,
+                CroppedMasks.of(result["masks"][:, 0] > 0.5),
                 torch.arange(len(result["scores"])),
             )
             for result in paste(found, sizes, batch.original_sizes)
@@ -190,7 +190,9 @@ class Mask2FormerPeer(nn.Module):
             boxes = torch.zeros(len(covered), 4)
             some = covered.flatten(1).any(1)
             boxes[some] = masks_to_boxes(covered[some]) + torch.tensor([0.0, 0, 1, 1])
-            results.append(Instances(boxes[queries], scores * quality[queries], labels, covered, queries))
+            results.append(
+                Instances(boxes[queries], scores * quality[queries], labels, CroppedMasks.of(covered), queries)
+            )
         return results
 
 
