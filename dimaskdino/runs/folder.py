@@ -286,6 +286,8 @@ class RunFolder:
 
     def _recorded_status(self) -> dict[str, Any]:
         file = self.path / "status.json"
+        if not file.exists() and (self.path / "config.yaml").exists():
+            return {"state": "not started", "reason": f"start it with 'dimaskdino train --run {self.path}'"}
         if not file.exists():
             return {"state": "failed", "reason": f"{self.path} holds no run"}
         status = read_json_object(file)

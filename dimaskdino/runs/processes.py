@@ -20,9 +20,10 @@ POLL_SECONDS = 0.5
 
 
 def project_root() -> Path:
-    """Return the folder that paths in notebooks are relative to: the nearest with `configs/`, or the current one."""
+    """Return the folder that paths in notebooks are relative to: the kit's clone around the current one, or that."""
     here = Path.cwd()
-    return next((folder for folder in (here, *here.parents) if (folder / "configs").is_dir()), here)
+    clones = (folder for folder in (here, *here.parents) if (folder / "dimaskdino" / "__init__.py").is_file())
+    return next((folder for folder in clones if (folder / "configs").is_dir()), here)
 
 
 def launch_command(arguments: Sequence[str], processes: int) -> tuple[list[str], dict[str, str]]:

@@ -20,6 +20,7 @@ from jupyter_client.manager import start_new_kernel
 from small import FILE, overrides, settings, trained_file
 from torch.distributed.run import parse_args as torchrun_arguments
 
+from dimaskdino.cli.training import status
 from dimaskdino.evaluation.layerwise_ap import LayerwiseAP
 from dimaskdino.runs import RunFolder, TrainingProcess, distinct_names, processes
 from dimaskdino.runs.notebooks import kernel_config, parse_parameters, run_notebook
@@ -407,3 +408,18 @@ def test_ctrl_c_during_a_notebook_prints_one_line(tmp_path):
     rest = running.communicate(timeout=60)[1]
     assert running.returncode == 130
     assert rest.splitlines() == ["dimaskdino: interrupted"]
+
+
+def test_paths_are_relative_to_the_current_folder_outside_a_clone(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    assert processes.project_root() == tmp_path / "project"
+    monkeypatch.chdir(FILE.parent)
+    assert processes.project_root() == FILE.parents[2]
+
+
+def test_a_run_that_was_only_configured_has_not_failed(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(FILE.read_text())
+    assert status(tmp_path) == 0
+    assert f"not started, reason start it with 'dimaskdino train --run {tmp_path}'" in capsys.readouterr().out
