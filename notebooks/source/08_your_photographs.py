@@ -41,6 +41,7 @@ from torch import nn
 
 from dimaskdino import load
 from dimaskdino.cli.data import check as data_check
+from dimaskdino.checkpoints.catalogue import find_model
 from dimaskdino.config import SOLIDS, Shapes, load_config
 from dimaskdino.course import begin, checks
 from dimaskdino.course.questions import Choice
@@ -189,7 +190,7 @@ changes = [
     ),
 ]
 run = folder / f"fine_tuned_{steps}"
-with TrainingProcess(config, run, [*changes, f"train.weights={Path(model).resolve()}"]) as training:
+with TrainingProcess(config, run, [*changes, f"train.weights={find_model(model).resolve()}"]) as training:
     show_training(training, steps, plot_losses)
 
 # %% [markdown]
