@@ -27,7 +27,7 @@ def main() -> int:
         try:
             path = build(device, verbose="--verbose" in sys.argv)
             print(f"ms_deform_attn: {device.upper()} kernels at {path}")
-        except (RuntimeError, subprocess.SubprocessError) as error:
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             print(f"ms_deform_attn: {error}", file=sys.stderr)
             failed = True
     return int(failed)

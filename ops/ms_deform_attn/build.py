@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -29,10 +30,34 @@ DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
 
 
 def cache_folder() -> Path:
-    """Where builds are kept: `$MS_DEFORM_ATTN_CACHE`, or `ms_deform_attn` in the user's cache folder."""
+    """Where builds are kept: `$MS_DEFORM_ATTN_CACHE`, or `ms_deform_attn` in the user's cache folder.
+
+    Where another user owns that folder or can write to it, builds are kept in a folder of this user's own inside it.
+    """
     named = os.environ.get("MS_DEFORM_ATTN_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
-    return Path(named) if named else Path(base) / "ms_deform_attn"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # still relative without a home
+    folder = Path(named or Path(base if os.path.isabs(base) else tempfile.gettempdir(), "ms_deform_attn")).resolve()
+    return folder if not os.path.exists(folder) or _is_private(folder) else folder / f"user-{os.geteuid()}"
+
+
+def _is_private(path: Path) -> bool:
+    """Whether only this user and root can change a file or a folder."""
+    if not hasattr(os, "geteuid"):  # Windows, whose modes say nothing about other users
+        return True
+    found = path.stat()
+    return found.st_uid in (0, os.geteuid()) and not found.st_mode & 0o022
+
+
+def problem(library: Path) -> str | None:
+    """Why an existing library must not be loaded, which runs its code; None if it may be."""
+    for path in (library.parent.parent, library.parent, library):
+        if not _is_private(path):
+            return f"another user owns {path} or can write to it"
+    # the system ends a process that loads a truncated library; builds of earlier versions have no digest
+    recorded = library.with_suffix(".sha256")
+    if recorded.exists() and recorded.read_text() != hashlib.sha256(library.read_bytes()).hexdigest():
+        return f"{library} is damaged"
+    return None
 
 
 def _processor() -> str:
@@ -103,7 +128,7 @@ def prepare(device: Device) -> list[str]:
 
 
 def build(device: Device, verbose: bool = False, source: Path | None = None) -> Path:
-    """Compile the kernels for a device of this machine, unless a build exists.
+    """Compile the kernels for a device of this machine, unless a build exists that can be used.
 
     Args:
         device: "cpu" or "cuda".
@@ -119,7 +144,7 @@ def build(device: Device, verbose: bool = False, source: Path | None = None) -> 
     target = library_path(device, source)
     if target is None:
         raise RuntimeError(f"torch {torch.__version__} is built without CUDA: there is nothing to compile for a GPU")
-    if target.exists():
+    if target.exists() and problem(target) is None:
         return target
     if compiler(device) is None and device == "cpu":
         raise RuntimeError(
@@ -136,7 +161,11 @@ def build(device: Device, verbose: bool = False, source: Path | None = None) -> 
     from torch.utils import cpp_extension  # imports setuptools: not for everybody who only uses the operator
 
     folder = target.parent.with_name(f"{target.parent.name}.building-{os.getpid()}")
-    folder.mkdir(parents=True, exist_ok=True)
+    cache = target.parent.parent
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    for own in (cache, folder, target.parent):
+        own.mkdir(mode=0o755, exist_ok=True)
+    target.parent.chmod(0o755)
     try:
         cpp_extension.load(
             name=target.stem,
@@ -148,8 +177,12 @@ def build(device: Device, verbose: bool = False, source: Path | None = None) -> 
             is_python_module=False,
             verbose=verbose,
         )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(next(folder.glob(f"{target.stem}*{target.suffix}")), target)  # a second build has _v1 in its name
+        built = next(folder.glob(f"{target.stem}*{target.suffix}"))  # a second build has _v1 in its name
+        built.chmod(0o755)
+        digest = folder / "digest"
+        digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
+        os.replace(digest, target.with_suffix(".sha256"))
+        os.replace(built, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return target

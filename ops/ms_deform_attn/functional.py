@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
@@ -10,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ms_deform_attn.build import library_path
+from ms_deform_attn.build import library_path, problem
 from ms_deform_attn.reference import ms_deform_attn_reference
 
 Backend = Literal["auto", "reference", "cpu", "cuda", "triton"]
@@ -68,12 +69,20 @@ _backend: Backend = "auto"
 
 @functools.cache
 def _loaded(device: Literal["cpu", "cuda"]) -> bool:
-    """Whether the compiled kernels can be used, which are loaded if they have been built."""
+    """Whether the compiled kernels can be used, which are loaded if they have been built; says why if they cannot."""
     path = library_path(device)
-    if path is None or not path.exists():
+    if path is None or not os.path.exists(path):
         return False
-    torch.ops.load_library(str(path))
-    return True
+    try:
+        reason = problem(path)
+        if reason is None:
+            torch.ops.load_library(str(path))
+            return True
+    except OSError as error:
+        reason = f"{path} cannot be loaded ({error.__cause__ or error}); delete it"
+    advice = "run 'python -m ms_deform_attn build'; until then slower kernels run"
+    print(f"ms_deform_attn: {reason}; {advice}", file=sys.stderr)
+    return False
 
 
 @functools.cache

@@ -1,0 +1,168 @@
+"""What somebody else made: files that could run code, names that could steer a terminal, and paths that are private."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ms_deform_attn
+import pytest
+import torch
+from ms_deform_attn.build import problem
+from ms_deform_attn.functional import available
+from torchvision import models
+
+from dimaskdino import UserError, config
+from dimaskdino.modeling.backbone_weights import torchvision_weights
+
+needs_kernels = pytest.mark.skipif(not available("cpu"), reason="CPU kernels are not built (no compiler here)")
+
+
+def python(*arguments: object, **environment: str | None) -> subprocess.CompletedProcess:
+    """Run Python with a changed environment; None removes a variable."""
+    merged = {key: value for key, value in (os.environ | environment).items() if value is not None}
+    command = [sys.executable, "-P", *map(str, arguments)]
+    return subprocess.run(command, env=merged, capture_output=True, text=True, encoding="utf-8", timeout=300)
+
+
+# weights of backbones
+
+
+class Harmful:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.fixture
+def cached_weights(tmp_path, monkeypatch) -> Path:
+    """The file in torch's cache from which the weights of a ResNet-18 are read; it does not exist yet."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub" / "checkpoints" / Path(models.ResNet18_Weights.IMAGENET1K_V1.url).name
+    file.parent.mkdir(parents=True)
+    return file
+
+
+RESNET = config.Backbone(name="resnet18", weights="IMAGENET1K_V1")
+
+
+def test_code_in_torchs_cache_of_weights_does_not_run(cached_weights, tmp_path):
+    torch.save({"conv1.weight": Harmful(tmp_path / "ran")}, cached_weights)
+    with pytest.raises(UserError, match=r"resnet18-f37072fd\.pth is not the file of https://.*; delete it"):
+        torchvision_weights(RESNET)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_in_weights_with_the_right_hash_does_not_run_either(cached_weights, tmp_path, monkeypatch):
+    torch.save({"conv1.weight": Harmful(tmp_path / "ran")}, cached_weights)
+    digits = hashlib.sha256(cached_weights.read_bytes()).hexdigest()[:8]
+    cached_weights.rename(cached_weights.with_name(f"resnet18-{digits}.pth"))
+    weights = models.ResNet18_Weights.IMAGENET1K_V1
+    monkeypatch.setattr(type(weights), "url", f"https://localhost/resnet18-{digits}.pth")
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        torchvision_weights(RESNET)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_that_are_not_in_the_cache_are_downloaded_once(cached_weights, tmp_path, monkeypatch):
+    original = tmp_path / "original.pth"
+    state = models.resnet18().state_dict()
+    torch.save(state, original)
+    digits = hashlib.sha256(original.read_bytes()).hexdigest()[:8]
+    served = original.rename(tmp_path / f"resnet18-{digits}.pth")
+    monkeypatch.setattr(type(models.ResNet18_Weights.IMAGENET1K_V1), "url", served.as_uri())
+    first = torchvision_weights(RESNET)
+    served.unlink()
+    again = torchvision_weights(RESNET)
+    assert torch.equal(first["conv1.weight"], state["conv1.weight"])
+    assert torch.equal(again["conv1.weight"], state["conv1.weight"])
+
+
+# the compiled operator
+
+SAY = "import ms_deform_attn; print(ms_deform_attn.status('cpu')); print(ms_deform_attn.library_path('cpu'))"
+
+
+@pytest.fixture
+def built(tmp_path) -> Path:
+    """A library in a cache of its own."""
+    source = ms_deform_attn.library_path("cpu")
+    target = tmp_path / "cache" / source.parent.name / source.name
+    target.parent.mkdir(parents=True)
+    shutil.copy(source, target)
+    for path in (target.parent.parent, target.parent, target):
+        path.chmod(0o755)
+    return target
+
+
+def operator(built: Path, **environment: str | None) -> subprocess.CompletedProcess:
+    done = python("-c", SAY, MS_DEFORM_ATTN_CACHE=str(built.parent.parent), **environment)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@needs_kernels
+def test_a_private_build_is_loaded_without_a_home(built):
+    done = operator(built, HOME=None, XDG_CACHE_HOME=None)
+    assert done.stdout.startswith("ms_deform_attn: compiled CPU kernels\n")
+    assert done.stderr == ""
+
+
+@needs_kernels
+@pytest.mark.parametrize("mode", [0o777, 0o775])
+def test_a_library_that_others_can_write_to_is_not_loaded(built, mode):
+    for path in (built, built.parent, built.parent.parent):
+        path.chmod(mode)
+        assert problem(built) == f"another user owns {path} or can write to it"
+        path.chmod(0o755)
+    assert problem(built) is None
+
+
+@needs_kernels
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away")
+def test_a_library_of_another_user_is_not_loaded_by_root_either(built):
+    for path in (built, built.parent):
+        os.chown(path, 12345, 12345)
+        assert problem(built) == f"another user owns {path} or can write to it"
+        os.chown(path, 0, 0)
+    assert problem(built) is None
+
+
+@needs_kernels
+def test_a_cache_that_others_can_write_to_gets_a_folder_of_this_users_own(built, monkeypatch):
+    cache = built.parent.parent
+    monkeypatch.setenv("MS_DEFORM_ATTN_CACHE", str(cache))
+    assert ms_deform_attn.library_path("cpu") == built
+    cache.chmod(0o777)
+    assert ms_deform_attn.library_path("cpu") == cache / f"user-{os.geteuid()}" / built.parent.name / built.name
+
+
+@needs_kernels
+@pytest.mark.parametrize("has_digest", [True, False])
+def test_a_damaged_library_falls_back_to_the_pytorch_version(built, has_digest):
+    content = built.read_bytes()
+    if has_digest:  # a library that is cut here ends a process that loads it
+        built.with_suffix(".sha256").write_text(hashlib.sha256(content).hexdigest())
+    built.write_bytes(content[: 5000 if has_digest else 100])
+    done = operator(built)
+    assert done.stdout.startswith("ms_deform_attn: PyTorch reference")
+    assert ("is damaged; run" if has_digest else "cannot be loaded") in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@needs_kernels
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_builds_replace_what_may_not_be_loaded_and_are_private(built):
+    cache = built.parent.parent
+    cache.chmod(0o777)
+    script = "import os; os.umask(0); from ms_deform_attn import build; print(build('cpu'))"
+    done = python("-c", script, MS_DEFORM_ATTN_CACHE=str(cache))
+    rebuilt = cache / f"user-{os.geteuid()}" / built.parent.name / built.name
+    assert done.stdout == f"{rebuilt}\n", done.stderr
+    assert operator(built).stdout.startswith("ms_deform_attn: compiled CPU kernels")
+    assert rebuilt.with_suffix(".sha256").exists()
