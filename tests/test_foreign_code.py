@@ -1,6 +1,7 @@
 """What somebody else made: files that could run code, names that could steer a terminal, and paths that are private."""
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -12,10 +13,15 @@ import pytest
 import torch
 from ms_deform_attn.build import problem
 from ms_deform_attn.functional import available
+from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision import models
 
 from dimaskdino import UserError, config
+from dimaskdino.cli.training import status
+from dimaskdino.data.dataloader import without_worker_traceback
 from dimaskdino.modeling.backbone_weights import torchvision_weights
+from dimaskdino.utils.terminal import printable
 
 needs_kernels = pytest.mark.skipif(not available("cpu"), reason="CPU kernels are not built (no compiler here)")
 
@@ -166,3 +172,75 @@ def test_builds_replace_what_may_not_be_loaded_and_are_private(built):
     assert done.stdout == f"{rebuilt}\n", done.stderr
     assert operator(built).stdout.startswith("ms_deform_attn: compiled CPU kernels")
     assert rebuilt.with_suffix(".sha256").exists()
+
+
+# names on a terminal
+
+NAME = "cat\n0 problems\x1b[2J\u202eć"
+SHOWN = r"cat\n0 problems\x1b[2J\u202eć"
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    """A dataset of one image and one class of a harmful name; a second image of such a name is missing."""
+    root = tmp_path / "data"
+    (root / "annotations").mkdir(parents=True)
+    (root / "images" / "train").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(root / "images" / "train" / "a.png")
+    images = [{"id": i, "file_name": name, "width": 64, "height": 64} for i, name in ((1, "a.png"), (2, f"{NAME}.png"))]
+    outline = {"bbox": [1, 1, 10, 10], "segmentation": [[1, 1, 11, 1, 11, 11]], "area": 50, "iscrowd": 0}
+    content = {"images": images, "categories": [{"id": 1, "name": NAME}]}
+    content["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, **outline}]
+    (root / "annotations" / "train.json").write_text(json.dumps(content))
+    return root
+
+
+def test_names_can_neither_forge_a_line_nor_steer_the_terminal(dataset):
+    done = python("-m", "dimaskdino", "data", "check", dataset)
+    assert done.returncode == 1
+    assert f"\n  {SHOWN} " in done.stdout
+    assert f"note: with fewer than 10 objects: {SHOWN}\n" in done.stdout
+    assert f"{SHOWN}.png does not exist\n" in done.stderr
+    assert done.stdout.endswith("\n1 problem\n")
+    assert not any(sign in done.stdout + done.stderr for sign in ("\x1b", "\u202e", "\n0 problems"))
+
+
+def test_errors_are_lines_whatever_they_name():
+    assert str(UserError(f"{NAME} is missing", "see above")) == f"{SHOWN} is missing\nsee above"
+    assert str(UserError(str(UserError(NAME)))) == SHOWN
+    assert printable("größer, 日本語 \u3000, 👩\u200d🔬") == "größer, 日本語 \u3000, 👩\u200d🔬"
+    assert printable(os.fsdecode(b"\xff.png")) == r"\udcff.png"
+
+
+def test_an_error_of_a_loader_process_is_one_line():
+    def load(index: int):
+        raise UserError(f"{NAME} is missing")
+
+    with pytest.raises(UserError) as raised, without_worker_traceback():
+        list(DataLoader([0], collate_fn=load, num_workers=1))
+    assert str(raised.value) == f"{SHOWN} is missing"
+
+
+def test_the_status_of_a_foreign_run_is_shown_as_text(tmp_path, capsys):
+    (tmp_path / "status.json").write_text(json.dumps({"state": "failed", "reason": NAME}))
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / f"{NAME}.png").touch()
+    assert status(tmp_path) == 1
+    shown = capsys.readouterr().out
+    assert f"reason {SHOWN}\n" in shown
+    assert f"{SHOWN}.png\n" in shown
+
+
+# encodings
+
+PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": None}
+
+
+@pytest.mark.parametrize("command", ["--help", "config keys", "data check"])
+def test_a_pipe_in_ascii_receives_escapes(dataset, command):
+    folder = [dataset] if command == "data check" else []
+    done = python("-m", "dimaskdino", *command.split(), *folder, PYTHONIOENCODING="ascii")
+    assert "UnicodeEncodeError" not in done.stderr
+    assert done.returncode == bool(folder)
+    assert done.stdout.isascii()
+    assert len(done.stdout) > 100

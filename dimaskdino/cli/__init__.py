@@ -12,6 +12,7 @@ from dimaskdino.cli import config, data, models, notebooks, training
 from dimaskdino.cli.options import settings_first
 from dimaskdino.utils.errors import Stopped, UserError, explain_os_error
 from dimaskdino.utils.signals import EXIT_STOPPED, end_with_parent
+from dimaskdino.utils.terminal import escape_unencodable, printable
 
 
 def _group(**commands: Callable[..., int]) -> SubcommandApp:
@@ -44,6 +45,7 @@ app.command(_config, name="config", help="List configurations and settings, or s
 
 def main() -> None:
     """Run `dimaskdino`. Errors that a user can fix are printed in one line, without a traceback."""
+    escape_unencodable()
     try:
         end_with_parent()
         description = "DI-MaskDINO: joint object detection and instance segmentation."
@@ -53,7 +55,7 @@ def main() -> None:
     except OSError as error:
         if error.errno is None:
             raise
-        message, code = f"{error.filename or 'cannot write'}: {explain_os_error(error)}", 1
+        message, code = printable(f"{error.filename or 'cannot write'}: {explain_os_error(error)}"), 1
     except Stopped as stopped:
         message, code = str(stopped), EXIT_STOPPED
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ from tyro.conf import Positional
 from dimaskdino.cli.options import OptionalConfigPath
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.files import refuse_existing, write_atomically
+from dimaskdino.utils.terminal import print_lines
 
 DETECTRON2 = "detectron2:"
 
@@ -77,11 +78,11 @@ def check(
         if report.statistics:
             print(f"{report.split}: {report.statistics.text()}")
         for line in report.remarks:
-            print(f"repaired when read: {line}")
+            print_lines(f"repaired when read: {line}")
         for line in report.advice:
-            print(f"note: {line}")
+            print_lines(f"note: {line}")
         for line in grouped(report.problems):
-            print(f"{report.split}: {line}", file=sys.stderr)
+            print_lines(f"{report.split}: {line}", file=sys.stderr)
     count = sum(len(report.problems) for report in reports)
     if show and count:
         print(f"{show} is not written; correct the problems first", file=sys.stderr)

@@ -21,6 +21,7 @@ from dimaskdino.cli.options import (
 from dimaskdino.utils import plugins
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.files import read_json_object, refuse_existing, write_atomically
+from dimaskdino.utils.terminal import print_lines
 
 if TYPE_CHECKING:
     from dimaskdino.evaluation.detections import DetectionStore
@@ -128,7 +129,7 @@ def _score(model: "Model", store: "DetectionStore", split: str | None, folder: P
     result = score_layers(store, truth, source, upper_bounds(truth, model.config))
     print(result.table())
     for line in result.remarks:
-        print(f"note: {line}", file=sys.stderr)
+        print_lines(f"note: {line}", file=sys.stderr)
     if resamples:
         last = next(reversed(result.stages))
         chosen = {name: store[name] for name in (FIRST_LAYER, last) if name in result.stages}
@@ -282,7 +283,7 @@ def convert(
             f"model.bato.guiding_tokens={architecture.bato.guiding_tokens}"
         )
     print(f"{len(conversion.renamed)} keys became {len(conversion.state)} parameters and buffers")
-    print(f"ignored, not part of the model: {', '.join(conversion.ignored) or 'none'}")
+    print_lines(f"ignored, not part of the model: {', '.join(conversion.ignored) or 'none'}")
     print(f"written: {output}")
     return 0
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import UseAppendAction, arg
 
+from dimaskdino.utils.terminal import print_lines
+
 if TYPE_CHECKING:
     from dimaskdino.checkpoints.published_settings import PublishedConfig
 
@@ -113,4 +115,4 @@ def relaunch_distributed(count: int) -> None:
 def print_remarks(settings: "PublishedConfig") -> None:
     """Print how this kit differs from a published configuration, and which of its keys have no effect."""
     for line in settings.notes():
-        print(f"note: {line}", file=sys.stderr)
+        print_lines(f"note: {line}", file=sys.stderr)

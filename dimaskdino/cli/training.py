@@ -20,6 +20,7 @@ from dimaskdino.cli.options import (
 from dimaskdino.utils import plugins
 from dimaskdino.utils.errors import UserError, writing
 from dimaskdino.utils.files import new_folder, read_json_object, write_text
+from dimaskdino.utils.terminal import print_lines
 
 DIGITS = 5  # of the metrics in a shared run, of which they are the largest part besides the weights
 
@@ -132,7 +133,7 @@ def status(run: Positional[Path]) -> int:
     current = folder.status()
     parts = ("state", "reason", "note", "started", "ended")
     shown = ", ".join(f"{key} {current[key]}" for key in parts if key in current)
-    print(f"{run}: {shown}")
+    print_lines(f"{run}: {shown}")
     latest = validated = ""
     for record in folder.read_metrics():
         step = record["step"]
@@ -148,18 +149,18 @@ def status(run: Positional[Path]) -> int:
         from dimaskdino.evaluation.layerwise_ap import LayerwiseAP  # imports PyTorch
 
         result = LayerwiseAP.load(evaluation)
-        print(f"AP on {result.images} images, {result.source}\n{result.table()}")
+        print_lines(f"AP on {result.images} images, {result.source}", *result.table().splitlines())
     print("files:")
     written = [*run.rglob("*.ipynb"), *run.rglob("figures/*.png"), *run.rglob("layers.*"), folder.model, folder.best]
     written += sorted(folder.samples.glob("*.png"))[-1:]
     figures = []
     for path in dict.fromkeys(written):
         if path.exists() and ".ipynb_checkpoints" not in path.parts:
-            print(f"  {path}")
+            print_lines(f"  {path}")
             if path.name == "layers.png":
                 figures.append(path)
     if figures:
-        print(f"figure, box and mask AP of every stage: {figures[0]}")
+        print_lines(f"figure, box and mask AP of every stage: {figures[0]}")
     return 1 if current["state"] == "failed" else 0
 
 

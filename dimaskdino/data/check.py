@@ -19,6 +19,7 @@ from dimaskdino.data.images import load_image
 from dimaskdino.data.transforms import resize_scale
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.progress import progress_bar
+from dimaskdino.utils.terminal import printable
 
 SMALL, MEDIUM = 32**2, 96**2  # pixels of area, COCO's limits
 CELL = 4  # pixels: the stride of the masks that the model predicts
@@ -92,7 +93,7 @@ class Statistics:
         rest = self.classes[_SHOWN:]
         if rest:
             lines.append(f"  {len(rest)} more classes{sum(count.objects for count in rest):>17,} objects")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def shortened(names: Sequence[str]) -> str:

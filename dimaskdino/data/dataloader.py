@@ -191,7 +191,7 @@ def without_worker_traceback() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+        raise UserError(error.args[0].rpartition("UserError: ")[2].strip()) from None
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from dimaskdino.data.duplicates import groups_of_copies, shared_between
 from dimaskdino.data.exports import ExportedSplit, coco, labelme, mask_folders, xml, yolo
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.files import new_folder
+from dimaskdino.utils.terminal import printable
 
 # each returns None if the source is not of its kind
 READERS = {
@@ -55,7 +56,7 @@ class Imported:
         for split, (images, objects) in self.counts.items():
             lines.append(f"{split}: {images:,} images, {objects:,} objects")
         lines += [f"note: {remark}" for remark in self.remarks]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def import_dataset(source: Path, folder: Path, val: float = 0.2, seed: int = 0, link: bool = False) -> Imported:

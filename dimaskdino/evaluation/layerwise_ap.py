@@ -21,6 +21,7 @@ from dimaskdino.modeling.stages import FIRST_LAYER
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.files import write_text
 from dimaskdino.utils.progress import progress_bar
+from dimaskdino.utils.terminal import print_lines, printable
 from dimaskdino.utils.threads import adaptive_threads
 
 
@@ -117,7 +118,7 @@ class LayerwiseAP:
         for name, stage in self.stages.items():
             box, mask, imbalance = self._cells(stage)
             box_50, mask_50 = show_ap(stage.box.AP50), show_ap(stage.mask.AP50 if stage.mask else None)
-            lines.append(f"{name:<22}{box:>8}{mask:>9}{imbalance:>11}{box_50:>8}{mask_50:>9}")
+            lines.append(f"{printable(name):<22}{box:>8}{mask:>9}{imbalance:>11}{box_50:>8}{mask_50:>9}")
         return "\n".join(lines)
 
     def markdown(self) -> str:
@@ -256,7 +257,7 @@ def detect_layers(
     data.use_classes(model.classes, settings.data)
     if shard[0] == 0:
         for line in data.annotations.remarks + record_faults(data.annotations):
-            print(f"note: {line}", file=sys.stderr)
+            print_lines(f"note: {line}", file=sys.stderr)
     about = {
         "weights": fingerprint(model),
         "model": settings.model.model_dump(mode="json"),

@@ -30,6 +30,7 @@ from dimaskdino.modeling import Detector, ImageBatch, postprocess
 from dimaskdino.training.criterion import criterion
 from dimaskdino.training.optimizer import build_optimizer
 from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.terminal import print_lines
 
 try:
     from detectron2.config import CfgNode, get_cfg
@@ -115,7 +116,7 @@ class DIMaskDINO(nn.Module):
         super().__init__()
         self.config, remarks = model_config(cfg)
         for remark in remarks:
-            print(f"note: {remark}")
+            print_lines(f"note: {remark}")
         self.bgr = cfg.INPUT.FORMAT == "BGR"
         self.detector = Detector(self.config.model)
         self.register_load_state_dict_pre_hook(_rename)

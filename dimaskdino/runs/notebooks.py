@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from dimaskdino.config import parse_yaml
 from dimaskdino.runs.folder import RunFolder
@@ -74,7 +75,7 @@ class Summary:
             target = project_root() / path
             if target.exists():
                 relative = os.path.relpath(target.resolve(), self._start.resolve()).replace(os.sep, "/")
-                shown.append(f"[{escape(name)}]({relative})")
+                shown.append(f"[{escape(name)}]({quote(relative)})")
         text = "\n\n".join([f"**{state}**", *lines, " · ".join(shown)])
         self._text.update({"text/markdown": text, "text/plain": text}, raw=True)
         if figure is not None:
@@ -261,12 +262,12 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
     where = f"the notebook as far as it got: {output}"
     if status["state"] == "stopped" and run.ended_since(started):
         _finish_summary(output, "stopped", status["reason"])
-        raise Stopped(f"{status['reason']}\n{where}")
+        raise Stopped(status["reason"], where)
     _finish_summary(output, "interrupted" if interrupted else "failed", reason)
     if interrupted:
         raise KeyboardInterrupt
     run.note_failure(reason, started)
-    raise UserError(f"{reason}\n{where}")
+    raise UserError(*reason.splitlines(), where)
 
 
 def _final_status(run: RunFolder) -> dict[str, Any]:

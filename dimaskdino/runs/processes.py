@@ -115,7 +115,7 @@ class TrainingProcess:
         if self.process.returncode or status["state"] != "finished":
             reason = status.get("reason") or "no reason was recorded"
             last_lines = self.folder.log.read_text(errors="replace").splitlines()[-5:]
-            raise UserError("\n".join([f"the training did not finish: {reason}", "end of train.log:", *last_lines]))
+            raise UserError(f"the training did not finish: {reason}", "end of train.log:", *last_lines)
 
     def stop(self) -> None:
         """Stop the training after its current step, with its state saved. No-op if it has ended."""

@@ -20,9 +20,10 @@ from dimaskdino.runs.processes import TrainingProcess
 from dimaskdino.studies.comparison import planned_mde, pooled_deviation
 from dimaskdino.studies.runs import RUNS, read_archive
 from dimaskdino.studies.study import Study, run_path, start_path
-from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.errors import UserError, first_line
 from dimaskdino.utils.progress import progress_bar
 from dimaskdino.utils.signals import child_environment
+from dimaskdino.utils.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Plan:
             seconds = round(steps * self.seconds_per_step / min(self.parallel, len(missing)))
             time = f"about {timedelta(seconds=seconds)} at the measured {self.seconds_per_step:.2f} s per step"
         lines.append(f"{steps:,} steps, {images:,} images of training; {time}, {self.parallel} at a time")
-        return "\n".join([*lines, *self.power])
+        return "\n".join(map(printable, [*lines, *self.power]))
 
 
 def plan_study(
@@ -213,7 +214,7 @@ def run_study(plan: Plan) -> dict[str, str]:
                     progress.update()
                     if error is not None:
                         failed[run.title] = str(error)
-                        progress.write(f"failed: {run.title}: {str(error).splitlines()[0]}", file=sys.stderr)
+                        progress.write(printable(f"failed: {run.title}: {first_line(error)}"), file=sys.stderr)
         except BaseException:
             jobs.stop()
             raise

@@ -48,6 +48,7 @@ from dimaskdino.utils.distributed import DistributedContext
 from dimaskdino.utils.errors import Stopped, UserError
 from dimaskdino.utils.progress import progress_bar
 from dimaskdino.utils.signals import StopRequest
+from dimaskdino.utils.terminal import print_lines
 from dimaskdino.utils.threads import adaptive_threads
 
 
@@ -92,7 +93,7 @@ def _look_at(data: CocoDataset, settings: Config) -> None:
     """Print a summary of the training data and what will be hard, and stop if images are missing."""
     found = describe(data.annotations, data.image_folder)
     notes = [*data.annotations.remarks, *advice(data.annotations, found, settings)]
-    print("\n".join([f"training data: {found.summary()}", *(f"note: {line}" for line in notes)]))
+    print_lines(f"training data: {found.summary()}", *(f"note: {line}" for line in notes))
     if found.missing_files and not settings.data.skip_bad_images:
         raise UserError(
             f"{len(found.missing_files)} images of '{settings.data.train}' are missing, the first "

@@ -6,12 +6,19 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-
-class UserError(Exception):
-    """A file, a setting or a disk is wrong. The message says what to do about it."""
+from dimaskdino.utils.terminal import printable
 
 
-class Stopped(Exception):
+class _Message(Exception):
+    def __str__(self) -> str:
+        return "\n".join(map(printable, self.args))
+
+
+class UserError(_Message):
+    """A file, a setting or a disk is wrong. The message says what to do about it; every argument is one line."""
+
+
+class Stopped(_Message):
     """A run was asked to stop and has saved its state. The message names the signal and says how to resume."""
 
 
@@ -37,7 +44,7 @@ def explain_os_error(error: OSError) -> str:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type if the message is empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 @contextlib.contextmanager

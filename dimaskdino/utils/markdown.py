@@ -3,14 +3,17 @@
 import re
 from collections.abc import Sequence
 
+from dimaskdino.utils.terminal import printable
+
 
 def escape(text: str) -> str:
     """Escape text from data, such as a file's name, so that Markdown shows it literally: no HTML, links or styles.
 
     Line breaks become spaces, so that the text stays in its paragraph or table cell.
     """
-    html = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    html = html.replace("://", "&#58;//")  # no automatic links
+    html = printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # no automatic links
+    html = re.sub(r"(?i)(www)\.", r"\1&#46;", html.replace("://", "&#58;//").replace("@", "&#64;"))
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", html)
 
 
