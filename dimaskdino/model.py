@@ -19,7 +19,7 @@ from torchvision.ops import clip_boxes_to_image
 from dimaskdino.checkpoints import TrainedModel, load_checkpoint, save_model
 from dimaskdino.checkpoints.catalogue import training_data
 from dimaskdino.checkpoints.model_files import MODEL
-from dimaskdino.config import Config
+from dimaskdino.config import Config, shared_config
 from dimaskdino.data.coco import Sample, encode_masks
 from dimaskdino.data.images import SUFFIXES, ImageInput, to_image_tensor
 from dimaskdino.data.painting import paint_instances
@@ -292,7 +292,7 @@ class Model(TrainedModel):
         write_text(folder / "README.md", _model_card(self, layerwise_ap))
 
     def push_to_hub(self, hub_id: str, layerwise_ap: LayerwiseAP | None = None, private: bool = False) -> str:
-        """Upload the files that `save` writes to the Hugging Face Hub.
+        """Upload the files that `save` writes to the Hugging Face Hub, with paths shortened as by `dimaskdino share`.
 
         Args:
             hub_id: `owner/name`; created if it does not exist.
@@ -306,7 +306,7 @@ class Model(TrainedModel):
             UserError: `huggingface_hub` is missing, nobody is logged in, or the upload failed.
         """
         with tempfile.TemporaryDirectory() as folder:
-            self.save(folder, layerwise_ap)
+            replace(self, config=shared_config(self.config)).save(folder, layerwise_ap)
             return hub.upload(Path(folder), hub_id, private)
 
 

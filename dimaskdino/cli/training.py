@@ -169,8 +169,8 @@ def share(run: Positional[Path], target: Positional[Path], plugin: Plugins = ())
 
     For example: dimaskdino share runs/mine shared/mine
 
-    Rounding changes results slightly, so the evaluation is not copied: evaluate the copy. Paths in the recorded command
-    are shortened to file names, and metrics are rounded to five digits.
+    Rounding changes results slightly, so the evaluation is not copied: evaluate the copy. Metrics are rounded to five
+    digits. Of paths in the settings and in the recorded command only the last part is copied, unless they are relative.
 
     Args:
         run: Run folder.
@@ -179,7 +179,7 @@ def share(run: Positional[Path], target: Positional[Path], plugin: Plugins = ())
     """
     plugins.allow(plugin)
     from dimaskdino.checkpoints import load_checkpoint, save_model
-    from dimaskdino.config import dump_config
+    from dimaskdino.config import dump_config, shared_config, without_folders
     from dimaskdino.runs.folder import RunFolder
 
     folder = RunFolder(run)
@@ -187,18 +187,18 @@ def share(run: Positional[Path], target: Positional[Path], plugin: Plugins = ())
     if status["state"] != "finished":
         raise UserError(f"{run} is not a finished run ({status.get('reason', 'still running')})")
     trained = load_checkpoint(run)
-    versions = read_json_object(run / "versions.json")
-    command = [str(word) for word in versions.get("command", ())]
-    versions["command"] = [Path(word).name if Path(word).is_absolute() else word for word in command]
+    config = shared_config(trained.config)
+    versions = without_folders(read_json_object(run / "versions.json"))
     records = [json.dumps(_rounded(record)) + "\n" for record in folder.read_metrics()]
     with new_folder(target) as path:
-        save_model(RunFolder(path).model, trained.detector, trained.config, trained.classes, trained.step, half=True)
+        save_model(RunFolder(path).model, trained.detector, config, trained.classes, trained.step, half=True)
         shutil.copyfile(run / "status.json", path / "status.json")
-        write_text(path / "config.yaml", dump_config(trained.config))
+        write_text(path / "config.yaml", dump_config(config))
         write_text(path / "metrics.jsonl", "".join(records))
         write_text(path / "versions.json", json.dumps(versions, indent=1))
     size = RunFolder(target).model.stat().st_size / 1e6
-    print(f"written: {target}, {size:.1f} MB; next: dimaskdino evaluate {target}")
+    data = "" if config.data.root == trained.config.data.root else f" data.root={trained.config.data.root}"
+    print(f"written: {target}, {size:.1f} MB; next: dimaskdino evaluate {target}{data}")
     return 0
 
 

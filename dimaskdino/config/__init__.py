@@ -1,7 +1,15 @@
 """The settings: a typed tree, read from YAML, overridden by `key=value`, written back to YAML."""
 
 from dimaskdino.config.description import as_yaml, describe_settings, explain, keys_of
-from dimaskdino.config.files import dump_config, load_config, parse_config, parse_yaml, read_tree
+from dimaskdino.config.files import (
+    dump_config,
+    load_config,
+    parse_config,
+    parse_yaml,
+    read_tree,
+    shared_config,
+    without_folders,
+)
 from dimaskdino.config.sections import (
     BATO,
     SOLIDS,
@@ -61,4 +69,6 @@ __all__ = [
     "parse_yaml",
     "read_tree",
     "unnamed_classes",
+    "shared_config",
+    "without_folders",
 ]

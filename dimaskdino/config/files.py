@@ -3,6 +3,7 @@
 A YAML file may extend another one (`extends:`, a path relative to itself) and then holds only the differences.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from dimaskdino.config.description import explain
 from dimaskdino.config.sections import Config
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.resources import find_config
+
+# a path from the root, a drive, a home or the folder above, at the start of a text or of a value inside it
+_PATH = re.compile(r"""(?<![^\s=,'"\[{(])(?:~\w*|\.\.|[A-Za-z]:)?[/\\][^\s,'"\]})][^,'"\]})]*""")
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -49,6 +53,20 @@ def parse_config(tree: dict[str, Any], overrides: Iterable[str], source: str) ->
 def dump_config(config: Config) -> str:
     """The whole tree as YAML. `load_config` reads it back to an equal tree."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def without_folders(value: Any) -> Any:
+    """Shorten paths in plain values to their last part, unless they are relative: folders can name a person."""
+    if isinstance(value, str):
+        return _PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], value)
+    if isinstance(value, dict):
+        return {key: without_folders(part) for key, part in value.items()}
+    return [without_folders(part) for part in value] if isinstance(value, list) else value
+
+
+def shared_config(config: Config) -> Config:
+    """The configuration that is published with a model, `without_folders`."""
+    return Config.model_validate(without_folders(config.model_dump(mode="json")))
 
 
 YAML_VALUES = 100_000  # what a configuration may hold when its aliases are written out
