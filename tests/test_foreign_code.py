@@ -14,13 +14,17 @@ import torch
 from ms_deform_attn.build import problem
 from ms_deform_attn.functional import available
 from PIL import Image
+from small import settings, trained_file
 from torch.utils.data import DataLoader
 from torchvision import models
 
-from dimaskdino import UserError, config
-from dimaskdino.cli.training import status
+from dimaskdino import UserError, config, load
+from dimaskdino.cli.training import share, status
+from dimaskdino.config import shared_config, without_folders
 from dimaskdino.data.dataloader import without_worker_traceback
 from dimaskdino.modeling.backbone_weights import torchvision_weights
+from dimaskdino.runs.folder import RunFolder
+from dimaskdino.training.trainer import train
 from dimaskdino.utils.terminal import printable
 
 needs_kernels = pytest.mark.skipif(not available("cpu"), reason="CPU kernels are not built (no compiler here)")
@@ -178,6 +182,7 @@ def test_builds_replace_what_may_not_be_loaded_and_are_private(built):
 
 NAME = "cat\n0 problems\x1b[2J\u202eć"
 SHOWN = r"cat\n0 problems\x1b[2J\u202eć"
+OUTLINE = {"bbox": [1, 1, 10, 10], "segmentation": [[1, 1, 11, 1, 11, 11]], "area": 50, "iscrowd": 0}
 
 
 @pytest.fixture
@@ -188,19 +193,19 @@ def dataset(tmp_path) -> Path:
     (root / "images" / "train").mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(root / "images" / "train" / "a.png")
     images = [{"id": i, "file_name": name, "width": 64, "height": 64} for i, name in ((1, "a.png"), (2, f"{NAME}.png"))]
-    outline = {"bbox": [1, 1, 10, 10], "segmentation": [[1, 1, 11, 1, 11, 11]], "area": 50, "iscrowd": 0}
     content = {"images": images, "categories": [{"id": 1, "name": NAME}]}
-    content["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, **outline}]
+    content["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, **OUTLINE}]
     (root / "annotations" / "train.json").write_text(json.dumps(content))
     return root
 
 
 def test_names_can_neither_forge_a_line_nor_steer_the_terminal(dataset):
-    done = python("-m", "dimaskdino", "data", "check", dataset)
+    done = python("-m", "dimaskdino", "data", "check", dataset, PYTHONIOENCODING="ascii")
+    shown = SHOWN.replace("ć", r"\u0107")  # which the pipe cannot take
     assert done.returncode == 1
-    assert f"\n  {SHOWN} " in done.stdout
-    assert f"note: with fewer than 10 objects: {SHOWN}\n" in done.stdout
-    assert f"{SHOWN}.png does not exist\n" in done.stderr
+    assert f"\n  {shown} " in done.stdout
+    assert f"note: with fewer than 10 objects: {shown}\n" in done.stdout
+    assert f"{shown}.png does not exist\n" in done.stderr
     assert done.stdout.endswith("\n1 problem\n")
     assert not any(sign in done.stdout + done.stderr for sign in ("\x1b", "\u202e", "\n0 problems"))
 
@@ -236,11 +241,85 @@ def test_the_status_of_a_foreign_run_is_shown_as_text(tmp_path, capsys):
 PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": None}
 
 
-@pytest.mark.parametrize("command", ["--help", "config keys", "data check"])
-def test_a_pipe_in_ascii_receives_escapes(dataset, command):
-    folder = [dataset] if command == "data check" else []
-    done = python("-m", "dimaskdino", *command.split(), *folder, PYTHONIOENCODING="ascii")
-    assert "UnicodeEncodeError" not in done.stderr
-    assert done.returncode == bool(folder)
+@pytest.mark.parametrize("command", ["--help", "config keys"])
+def test_a_pipe_in_ascii_receives_escapes(command):
+    done = python("-m", "dimaskdino", *command.split(), PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
     assert done.stdout.isascii()
     assert len(done.stdout) > 100
+
+
+@pytest.mark.parametrize("command", ["import", "predict"])
+def test_files_of_any_name_are_found_in_a_locale_of_ascii(tmp_path, command):
+    source, target = tmp_path / "größen", tmp_path / "neu"
+    source.mkdir()
+    images = []
+    for number in range(2):
+        pixels = torch.rand(64, 64, 3, generator=torch.Generator().manual_seed(number)).mul(255).byte()
+        images.append({"id": number, "file_name": f"größe_{number}.png", "width": 64, "height": 64})
+        Image.fromarray(pixels.numpy()).save(source / images[-1]["file_name"])
+    annotations = [OUTLINE | {"id": i + 1, "image_id": i, "category_id": 1} for i in range(2)]
+    content = {"images": images, "categories": [{"id": 1, "name": "größe"}], "annotations": annotations}
+    (source / "all.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    arguments = ["data", "import", source, target]
+    if command == "predict":
+        arguments = ["predict", "dimaskdino-shapes", source, "--output", target]
+    done = python("-m", "dimaskdino", *arguments, **PLAIN)
+    assert done.returncode == 0, done.stderr
+    assert len(list(target.rglob("größe_*.png"))) == 2
+
+
+# private paths
+
+
+def test_a_shared_run_names_no_folders(tmp_path, shapes_data, capsys):
+    home = tmp_path / "somebody"
+    shutil.copytree(shapes_data, home / "photos")
+    run = RunFolder(home / "run")
+    config = settings(home / "photos", "schedule.steps=1")
+    with run.running():
+        run.write_config(config)
+        train(config, run)
+    versions = json.loads((run.path / "versions.json").read_text())
+    words = ["train", f"data.root={home}/photos", f"--run={home}/run", f"data.transforms=[{{file: '{home}/a.py'}}]"]
+    (run.path / "versions.json").write_text(json.dumps(versions | {"command": [f"{home}/bin/dimaskdino", *words]}))
+    target = tmp_path / "shared"
+    share(run.path, target)
+    for file in target.rglob("*"):
+        assert not file.is_file() or b"somebody" not in file.read_bytes(), file
+    command = json.loads((target / "versions.json").read_text())["command"]
+    assert command == ["dimaskdino", "train", "data.root=photos", "--run=run", "data.transforms=[{file: 'a.py'}]"]
+    assert f"next: dimaskdino evaluate {target} data.root={home / 'photos'}" in capsys.readouterr().out
+    assert load(target, device="cpu").config == shared_config(config)
+
+
+def test_an_uploaded_model_names_no_folders(tmp_path, shapes_data, monkeypatch):
+    model = load(trained_file(tmp_path / "somebody.safetensors", shapes_data), device="cpu")
+    uploaded = {}
+
+    def keep(folder: Path, hub_id: str, private: bool) -> str:
+        uploaded.update((file.name, file.read_bytes()) for file in folder.iterdir())
+        return hub_id
+
+    monkeypatch.setattr("dimaskdino.interop.hub.upload", keep)
+    model.push_to_hub("owner/name")
+    assert uploaded.keys() >= {"model.safetensors", "config.json", "README.md"}
+    assert not any(str(shapes_data.parent).encode() in content for content in uploaded.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("data/coco", "data/coco"),
+        ("/home/somebody/my data", "my data"),
+        ("~somebody/data/", "data"),
+        ("../somebody/data", "data"),
+        ("C:\\Users\\somebody\\data", "data"),
+        ("a=/home/x,b='/home/y'", "a=x,b='y'"),
+        ("https://example.org/a", "https://example.org/a"),
+        ("module:Name", "module:Name"),
+        ("1 / 2", "1 / 2"),
+    ],
+)
+def test_paths_are_shortened_and_other_text_stays(text, shown):
+    assert without_folders({"a": [text, 1, None]}) == {"a": [shown, 1, None]}

@@ -12,7 +12,7 @@ from dimaskdino.cli import config, data, models, notebooks, training
 from dimaskdino.cli.options import settings_first
 from dimaskdino.utils.errors import Stopped, UserError, explain_os_error
 from dimaskdino.utils.signals import EXIT_STOPPED, end_with_parent
-from dimaskdino.utils.terminal import escape_unencodable, printable
+from dimaskdino.utils.terminal import accept_all_text, printable
 
 
 def _group(**commands: Callable[..., int]) -> SubcommandApp:
@@ -45,7 +45,7 @@ app.command(_config, name="config", help="List configurations and settings, or s
 
 def main() -> None:
     """Run `dimaskdino`. Errors that a user can fix are printed in one line, without a traceback."""
-    escape_unencodable()
+    accept_all_text()
     try:
         end_with_parent()
         description = "DI-MaskDINO: joint object detection and instance segmentation."

@@ -150,7 +150,7 @@ def study(
         "parallel": parallel or 0,
     }
     print(f"written: {run_notebook(find_notebook('study'), report, parameters, echo=True)}")
-    print((report / "table.md").read_text())
+    print((report / "table.md").read_text(encoding="utf-8"))
     if archive:
         print(f"written: {archive_runs(target)}")
     return 0

@@ -70,7 +70,7 @@ def convert(root: Path, split: str) -> Path:
     target = annotations_file(root, split)
 
     def write(partial: Path) -> None:
-        partial.write_text(json.dumps(converted.as_coco(CLASSES)))
+        partial.write_text(json.dumps(converted.as_coco(CLASSES)), encoding="utf-8")
         read_annotations(partial)
 
     write_atomically(target, write)

@@ -252,7 +252,7 @@ def _write(splits: dict[str, ExportedSplit], classes: list[str], folder: Path, l
         for name, split in splits.items():
             ways += _place_images(split, partial / "images" / name, link)
             file = partial / "annotations" / f"{name}.json"
-            file.write_text(json.dumps(split.as_coco(classes)))
+            file.write_text(json.dumps(split.as_coco(classes)), encoding="utf-8")
             read_annotations(file)
     return ways
 

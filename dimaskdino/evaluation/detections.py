@@ -199,7 +199,7 @@ class DetectionStore(Mapping[str, Detections]):
     def _is_about(self, about: dict[str, Any]) -> bool:
         """Whether the files were made as `about` says; settings that they lack count as default values."""
         try:
-            stored = json.loads(self._note.read_text())
+            stored = json.loads(self._note.read_text(encoding="utf-8"))
             if "model" in stored:
                 stored["model"] = config.Model.model_validate(stored["model"]).model_dump(mode="json")
         except (OSError, ValueError, TypeError):

@@ -168,7 +168,7 @@ class LayerwiseAP:
             UserError: the file is missing or is something else.
         """
         try:
-            return cls.from_json(json.loads(path.read_text()))
+            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise UserError(f"no layer-wise AP at {path} ({error.strerror}); run the evaluation first") from None
         except (ValueError, KeyError, TypeError) as error:

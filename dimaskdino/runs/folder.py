@@ -240,7 +240,7 @@ class RunFolder:
                 raise
             # on a full disk the block of the old file can still be written
             try:
-                with file.open("r+") as stream:
+                with file.open("r+", encoding="utf-8") as stream:
                     stream.write(text)
                     stream.truncate()
             except OSError as error:
@@ -316,7 +316,7 @@ class RunFolder:
         kept = [json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step]
         write_text(file, "".join(kept))
         with contextlib.ExitStack() as stack:
-            stream = stack.enter_context(file.open("a"))
+            stream = stack.enter_context(file.open("a", encoding="utf-8"))
             stack.enter_context(hide_disk_errors_of_threads())
             trackers = open_trackers(config, self.path, step) if config else {}
             metrics = Metrics(stream, trackers, self.samples)
@@ -329,7 +329,8 @@ class RunFolder:
         if not file.exists():
             return []
         records = []
-        for line in file.read_text(errors="replace").split("\n")[:-1]:  # the last line may still be written
+        text = file.read_text(encoding="utf-8", errors="replace")
+        for line in text.split("\n")[:-1]:  # the last line may still be written
             record = parse_json_object(line)
             if isinstance(record.get("step"), int):
                 records.append(record)

@@ -114,7 +114,7 @@ class TrainingProcess:
             raise Stopped(status.get("reason", "stopped"))
         if self.process.returncode or status["state"] != "finished":
             reason = status.get("reason") or "no reason was recorded"
-            last_lines = self.folder.log.read_text(errors="replace").splitlines()[-5:]
+            last_lines = self.folder.log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
             raise UserError(f"the training did not finish: {reason}", "end of train.log:", *last_lines)
 
     def stop(self) -> None:

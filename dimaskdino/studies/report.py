@@ -25,7 +25,7 @@ _EXPLANATION = (
 
 def paper_tables() -> dict[str, Any]:
     """The numbers of the paper's tables and of its figure 1."""
-    return json.loads((Path(__file__).parent / "paper_tables.json").read_text())
+    return json.loads((Path(__file__).parent / "paper_tables.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def _system_error(path: Path, error: Exception) -> OSError | None:
 def read_json_object(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file; empty if the file is damaged or missing."""
     try:
-        return parse_json_object(file.read_text(errors="replace"))
+        return parse_json_object(file.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return {}
 

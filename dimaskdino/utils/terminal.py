@@ -1,6 +1,7 @@
 """Text on a terminal, also where it comes from files of others."""
 
 import contextlib
+import os
 import sys
 import unicodedata
 from typing import TextIO
@@ -30,8 +31,14 @@ def print_lines(*lines: object, file: TextIO | None = None) -> None:
     print(*map(printable, lines), sep="\n", file=file)
 
 
-def escape_unencodable() -> None:
-    """Let standard output and error escape characters that their encoding lacks, instead of an exception."""
+def accept_all_text() -> None:
+    """Accept every character in names of files, arguments and output, whatever the locale.
+
+    A process in a locale of ASCII, whose files cannot be found by names of other letters, is replaced by one in
+    Python's UTF-8 mode. Standard output and error escape characters that their encoding lacks.
+    """
+    if sys.getfilesystemencoding() == "ascii" and os.environ.get("PYTHONUTF8") != "1":
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a notebook's
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

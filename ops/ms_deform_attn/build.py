@@ -87,7 +87,7 @@ def library_path(device: Device, source: Path | None = None) -> Path | None:
     target = _processor() if device == "cpu" else architectures()
     key = hashlib.sha256()
     for part in (
-        (source or SOURCES[device]).read_text(),
+        (source or SOURCES[device]).read_text(encoding="utf-8"),
         torch.__version__,
         str(torch.compiled_with_cxx11_abi()),
         platform.platform(),
