@@ -249,7 +249,7 @@ def test_a_pipe_in_ascii_receives_escapes(command):
     assert len(done.stdout) > 100
 
 
-@pytest.mark.parametrize("command", ["import", "predict"])
+@pytest.mark.parametrize("command", ["import", pytest.param("predict", marks=pytest.mark.slow)])
 def test_files_of_any_name_are_found_in_a_locale_of_ascii(tmp_path, command):
     source, target = tmp_path / "größen", tmp_path / "neu"
     source.mkdir()

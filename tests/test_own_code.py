@@ -139,6 +139,13 @@ def test_the_kits_notebooks_import_nothing_from_the_folder_a_users_notebook_does
         run_notebook(folder / "mine.ipynb", folder / "b", {})
 
 
+def test_a_users_notebook_imports_installed_modules_before_those_of_the_folder(folder):
+    for name in ("safetensors", "ipykernel_launcher"):  # the second is what starts the kernel
+        (folder / f"{name}.py").write_text("raise ImportError('of the folder')")
+    source = "import os, own_code, safetensors, sys; assert sys.path[-1] == '' and not os.environ['PYTHONSAFEPATH']"
+    run_notebook(notebook(folder / "mine.ipynb", source), folder / "a", {})
+
+
 @pytest.mark.parametrize("module", ["papermill", "ipykernel"])
 def test_a_missing_package_of_notebooks_names_the_extra(folder, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)

@@ -1,10 +1,11 @@
 """Notebooks of runs: the summary and the progress that they show, and their execution with papermill."""
 
+import contextlib
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -181,14 +182,15 @@ def kernel_config(imports_from_folder: bool = False) -> Any:
     its own interrupt at shutdown as an error; errors of cells stand in the notebook.
 
     Args:
-        imports_from_folder: let the notebook import modules from the current folder, as in Jupyter.
+        imports_from_folder: let the notebook import modules from the current folder, after all installed ones.
     """
     import zmq
     from traitlets.config import Config
 
-    arguments = [f"--IPKernelApp.log_level={logging.CRITICAL}"]
-    if not imports_from_folder:
-        arguments.append("--IPKernelApp.ignore_cwd=True")
+    arguments = [f"--IPKernelApp.log_level={logging.CRITICAL}", "--IPKernelApp.ignore_cwd=True"]
+    if imports_from_folder:
+        restored = f"os.environ['PYTHONSAFEPATH'] = {os.environ.get('PYTHONSAFEPATH', '')!r}"  # for its own processes
+        arguments.append(f"--IPKernelApp.exec_lines=import os, sys; sys.path.append(''); {restored}")
     settings: dict[str, Any] = {"NotebookClient": {"extra_arguments": arguments}}
     if zmq.has("curve"):
         settings["KernelManager"] = {"transport_encryption": "auto"}
@@ -234,8 +236,9 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
     if echo and not in_kernel and not sys.stderr.isatty():
         os.environ[PIPED] = "1"
     run = RunFolder(folder)
+    config = kernel_config(imports_from_folder=not is_kit_notebook(notebook))
     try:
-        with stop_signals_interrupt():
+        with stop_signals_interrupt(), _safe_path():
             papermill.execute_notebook(
                 str(notebook),
                 str(output),
@@ -243,7 +246,7 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
                 progress_bar=not echo,
                 stderr_file=sys.stderr if echo else None,
                 kernel_name="python3",
-                config=kernel_config(imports_from_folder=not is_kit_notebook(notebook)),
+                config=config,
             )
     except papermill.PapermillExecutionError as error:
         reason = error.evalue if error.ename in ("UserError", "Stopped") else f"{error.ename}: {error.evalue}"
@@ -268,6 +271,17 @@ def run_notebook(notebook: Path, folder: Path, parameters: Mapping[str, Any], ec
         raise KeyboardInterrupt
     run.note_failure(reason, started)
     raise UserError(*reason.splitlines(), where)
+
+
+@contextlib.contextmanager
+def _safe_path() -> Iterator[None]:
+    """Let a kernel that is started meanwhile import nothing from the current folder before its notebook runs."""
+    before = os.environ.get("PYTHONSAFEPATH", "")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        os.environ["PYTHONSAFEPATH"] = before  # none if empty
 
 
 def _final_status(run: RunFolder) -> dict[str, Any]:
