@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from torchvision import models
 
 from dimaskdino import UserError, config, load
+from dimaskdino.cli.data import import_
 from dimaskdino.cli.training import share, status
 from dimaskdino.config import shared_config, without_folders
 from dimaskdino.data.dataloader import without_worker_traceback
@@ -323,3 +324,17 @@ def test_an_uploaded_model_names_no_folders(tmp_path, shapes_data, monkeypatch):
 )
 def test_paths_are_shortened_and_other_text_stays(text, shown):
     assert without_folders({"a": [text, 1, None]}) == {"a": [shown, 1, None]}
+
+
+# modules of the current folder
+
+
+def test_a_module_that_registers_datasets_is_found_after_installed_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own_registration.py").write_text("import safetensors")
+    (tmp_path / "safetensors.py").write_text("raise ImportError('of the folder')")
+    monkeypatch.delitem(sys.modules, "safetensors")
+    with pytest.raises(UserError, match="detectron2"):  # the dataset is unknown, or detectron2 is missing
+        import_("detectron2:unknown", tmp_path / "out", register="own_registration")
+    assert "own_registration" in sys.modules

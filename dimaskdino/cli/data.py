@@ -142,7 +142,7 @@ def import_(
         done = import_dataset(source, folder, val, seed, link)
     else:
         if register:
-            sys.path.insert(0, "")  # for modules in the current folder
+            sys.path.append("")  # for modules in the current folder, after all installed ones
             try:
                 import_module(register)
             except ImportError as error:
