@@ -68,7 +68,7 @@ __all__ = [
     "parse_config",
     "parse_yaml",
     "read_tree",
-    "unnamed_classes",
     "shared_config",
+    "unnamed_classes",
     "without_folders",
 ]

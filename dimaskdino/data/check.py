@@ -1,5 +1,6 @@
 """Counts of a dataset, problems with it, and advice on the settings for it."""
 
+import contextlib
 import math
 import re
 from collections import Counter, defaultdict
@@ -15,7 +16,7 @@ from dimaskdino.config import Config
 from dimaskdino.data.annotations import Annotations, image_sizes, inspect_annotations, to_run_lengths
 from dimaskdino.data.coco import find_split
 from dimaskdino.data.duplicates import shared_between
-from dimaskdino.data.images import load_image
+from dimaskdino.data.images import deep_range, load_image
 from dimaskdino.data.transforms import resize_scale
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.progress import progress_bar
@@ -201,6 +202,7 @@ def check_dataset(root: Path, splits: Sequence[str], settings: Config, read: boo
             present = [image for image in annotations.images if folder / image["file_name"] not in found.missing_files]
             report.problems += _read(present, folder, split)
             files[split] = [folder / image["file_name"] for image in present]
+            report.advice += _deep_images(files[split])
     if len(files) > 1 and not any(report.problems for report in reports):
         reports[-1].advice += _leaks(files)
     return reports
@@ -214,6 +216,22 @@ def _read(images: list[dict[str, Any]], folder: Path, split: str) -> Iterator[st
             load_image(folder / image["file_name"], size)
         except UserError as error:
             yield str(error)
+
+
+def _deep_images(files: Sequence[Path]) -> list[str]:
+    ranges = []
+    for file in files:
+        with contextlib.suppress(UserError):  # is among the problems already
+            ranges.append(deep_range(file))
+    found = [each for each in ranges if each is not None]
+    if not found:
+        return []
+    low, high = min(each[0] for each in found), max(each[1] for each in found)
+    return [
+        f"{len(found):,} grey image{'s have' if len(found) > 1 else ' has'} more than 8 bits, with values from {low:g} "
+        f"to {high:g}. The largest value of an image becomes white if it exceeds 255 (1 in floating-point images); "
+        "convert the images to 8 bits to choose the white yourself"
+    ]
 
 
 def _leaks(files: Mapping[str, Sequence[Path]]) -> list[str]:

@@ -17,6 +17,7 @@ from dimaskdino.utils.errors import UserError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 _TURNED = (5, 6, 7, 8)  # values of the EXIF orientation that exchange height and width
+_NATIVE = {"b": np.bool_, "u": np.int64, "i": np.int64, "f": np.float64}
 
 ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
@@ -26,7 +27,8 @@ def to_image_tensor(image: ImageInput) -> UInt8[Tensor, "3 h w"]:
 
     Args:
         image: a path; a Pillow image of any mode; an array (h, w, 3) or (h, w); or a tensor (3, h, w) or (1, h, w).
-            Integer values are 0 to 255. Floating-point values are 0 to 1.
+            Integers are 0 to 255, floating-point numbers 0 to 1, booleans black or white. `load_image` says how files
+            and Pillow images with other values are converted.
 
     Raises:
         UserError: the file cannot be read, or the array has another shape, type or range.
@@ -36,7 +38,11 @@ def to_image_tensor(image: ImageInput) -> UInt8[Tensor, "3 h w"]:
     if isinstance(image, Image.Image):
         return _from_pillow(ImageOps.exif_transpose(image))
     if isinstance(image, np.ndarray):
-        array = torch.from_numpy(np.ascontiguousarray(image))
+        kind = image.dtype.kind
+        if kind not in "buif":
+            raise UserError(f"the values of an image are numbers, got an array of the type {image.dtype}")
+        # PyTorch has no other byte orders, and not every type of numpy
+        array = torch.from_numpy(np.ascontiguousarray(image, np.uint8 if image.dtype == np.uint8 else _NATIVE[kind]))
         array = array[None] if array.ndim == 2 else array.movedim(-1, 0)
         expected = "an array (h, w, 3) or (h, w)"
     elif isinstance(image, Tensor):
@@ -51,8 +57,11 @@ def to_image_tensor(image: ImageInput) -> UInt8[Tensor, "3 h w"]:
 def _to_uint8(array: Tensor) -> UInt8[Tensor, "c h w"]:
     if array.dtype == torch.uint8:
         return array
+    if array.is_complex():
+        raise UserError(f"the values of an image are real numbers, got a tensor of the type {array.dtype}")
+    limit = 1 if array.is_floating_point() or array.dtype == torch.bool else 255
+    array = array.double()  # PyTorch finds no minimum of some types
     low, high = float(array.min()), float(array.max())
-    limit = 1 if array.is_floating_point() else 255
     if not 0 <= low <= high <= limit:  # also false for NaN
         raise UserError(
             f"{'floating-point' if limit == 1 else 'integer'} images have values from 0 to {limit}, got {low:g} to "
@@ -75,7 +84,8 @@ def open_image(path: Path, what: str = "image") -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about damage that is an error below, or does not matter
-            with Image.open(path) as opened:
+            # given the path, Pillow maps an uncompressed TIFF to memory, and mixes up the pixels of a turned one
+            with path.open("rb") as file, Image.open(file) as opened:
                 yield opened
     except FileNotFoundError:
         raise UserError(f"the {what} {path} does not exist") from None
@@ -86,7 +96,10 @@ def open_image(path: Path, what: str = "image") -> Iterator[Image.Image]:
 def load_image(
     path: Path, expected: tuple[int | None, int | None] = (None, None), least: tuple[int, int] | None = None
 ) -> UInt8[Tensor, "3 h w"]:
-    """Load any image that Pillow reads as RGB. Grey, palette, CMYK and 16-bit images are converted, alpha is dropped.
+    """Load any image that Pillow reads as RGB. Grey, palette and CMYK images are converted, alpha is dropped.
+
+    Of grey images with more than 8 bits, the largest value becomes white if it exceeds 255, or 1 for floating-point
+    values; otherwise 255 or 1 is white. Zero is black, as are negative values and NaN.
 
     Args:
         path: the file.
@@ -113,15 +126,31 @@ def load_image(
 
 
 def _from_pillow(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
-        largest = values.max(initial=0)
-        # 16 bits and more: keep the upper 8; floating-point values up to 1: as shares of white
-        scale = 255 if image.mode == "F" and largest <= 1 else 1 / 257 if largest > 255 else 1
-        image = Image.fromarray(np.clip(np.nan_to_num(values * scale), 0, 255).astype(np.uint8))
+    if (found := _deep_range(image)) is not None:
+        white = max(1 if image.mode == "F" else 255, found[1])
+        values = np.nan_to_num(np.asarray(image).astype(np.float64) * 255 / white)
+        image = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
     if image.mode != "RGB":
         image = image.convert("RGB")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _deep_range(image: Image.Image) -> tuple[float, float] | None:
+    if not (image.mode.startswith("I") or image.mode == "F"):
+        return None
+    values = np.asarray(image).astype(np.float64)
+    finite = values[np.isfinite(values)]
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+
+
+def deep_range(path: Path) -> tuple[float, float] | None:
+    """The smallest and the largest finite value of a grey image with more than 8 bits; None for other images.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with open_image(path) as image:
+        return _deep_range(image)
 
 
 def files_in(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:

@@ -40,8 +40,8 @@ from scipy import stats
 from torch import nn
 
 from dimaskdino import load
-from dimaskdino.cli.data import check as data_check
 from dimaskdino.checkpoints.catalogue import find_model
+from dimaskdino.cli.data import check as data_check
 from dimaskdino.config import SOLIDS, Shapes, load_config
 from dimaskdino.course import begin, checks
 from dimaskdino.course.questions import Choice
