@@ -211,6 +211,8 @@ def upright_size(path: Path) -> tuple[int, int]:
         UserError: it cannot be read.
     """
     with open_image(path) as image:
+        if image.format == "TIFF":  # Pillow applies its orientation, and forgets it when the pixels are read
+            image.load()
         turned = image.getexif().get(0x0112, 1) >= 5  # orientations that swap the sides
         return (image.width, image.height) if turned else (image.height, image.width)
 
