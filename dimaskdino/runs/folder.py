@@ -18,6 +18,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -262,7 +263,9 @@ class RunFolder:
 
     def ended_since(self, since: float) -> bool:
         """Whether the run has ended after a time, in seconds as from `time.time`."""
-        return self.status().get("ended", "") >= _now(since)
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # it has not ended, or the file is damaged
+            return datetime.fromisoformat(self.status()["ended"]).timestamp() >= int(since)  # written in whole seconds
+        return False
 
     def status(self) -> dict[str, Any]:
         """Return the `state` of the run, and `reason`, `started`, `ended`, `note` where there is one.
@@ -344,8 +347,8 @@ def _boot() -> str | None:
     return None
 
 
-def _now(seconds: float | None = None) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def check_settings(before: Config, config: Config, where: Path, same_result: bool = False) -> None:
