@@ -33,7 +33,7 @@ from dimaskdino.data.coco import find_split, find_splits
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.training.trainer import train
 from dimaskdino.utils.errors import UserError
-from dimaskdino.utils.threads import available_cores
+from dimaskdino.utils.threads import available_cores, available_memory
 
 FROM_IMAGENET = "photographs/dimaskdino_lite0"
 OBJECT_PIXELS = 12
@@ -62,7 +62,7 @@ class Machine:
         if torch.cuda.is_available():
             found = torch.cuda.get_device_properties(0)
             return cls("cuda", found.name, cores, found.total_memory, torch.cuda.is_bf16_supported())
-        return cls("cpu", f"{cores} CPU cores", cores, psutil.virtual_memory().total, False)
+        return cls("cpu", f"{cores} CPU cores", cores, available_memory(), False)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ machine while the model computes. `OMP_NUM_THREADS` or `torch.set_num_threads` f
 bit for bit, since the order of sums depends on the number of threads.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 import torch
@@ -39,6 +41,28 @@ def available_cores() -> int:
     """Return the number of cores that this process may use, which a scheduler may limit."""
     affinity = getattr(psutil.Process(), "cpu_affinity", None)  # not on macOS
     return len(affinity()) if affinity else psutil.cpu_count() or 1
+
+
+def available_memory(system: Path = Path("/")) -> int:
+    """Return the bytes of memory that this process may use, which a container or a scheduler may limit.
+
+    Args:
+        system: the folder that holds `proc` and `sys`, where Linux keeps the limits.
+    """
+    limits = [psutil.virtual_memory().total]
+    with contextlib.suppress(OSError):  # not on Linux
+        for line in (system / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            # version 2 has one tree for all controllers, version 1 one for each
+            top, name = ("", "memory.max") if not controllers else ("memory", "memory.limit_in_bytes")
+            if top not in controllers.split(","):
+                continue
+            place = system / "sys/fs/cgroup" / top / group.lstrip("/")
+            # the groups around it count too; a container may see its own group as the top
+            for folder in (place, *place.parents):
+                with contextlib.suppress(OSError, ValueError):  # "max" stands for no limit
+                    limits.append(int((folder / name).read_text()))
+    return min(limits)
 
 
 def thread_count(cores: int, others: float, most: int) -> int:
