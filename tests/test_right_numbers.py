@@ -1,28 +1,44 @@
-"""Images, times and limits of the machine are read as what they are."""
+"""Numbers are right: of pixels, times and memory, and of detections that were kept or made in batches."""
 
+import os
 import re
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file
+from small import shapes_folder, trained_file
 
+from dimaskdino.cli.models import evaluate
 from dimaskdino.config import Config
 from dimaskdino.data.check import check_dataset
 from dimaskdino.data.coco import CocoDataset
 from dimaskdino.data.images import load_image, to_image_tensor
 from dimaskdino.data.importing import import_dataset
+from dimaskdino.runs import folder
 from dimaskdino.runs.folder import RunFolder
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.threads import available_memory
 
+HOLD = """
+import sys
+from pathlib import Path
+from dimaskdino.runs.folder import locked
+with locked(Path(sys.argv[1]), ""):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
 # ---- pixels
 
 
-def stored(folder, values, dtype=np.uint16):
+def stored(place, values, dtype=np.uint16):
     """The levels of a grey image file with these values."""
-    file = folder / "image.tif"
+    file = place / "image.tif"
     Image.fromarray(np.array([values], dtype)).save(file)
     return load_image(file)[0, 0].tolist()
 
@@ -85,25 +101,135 @@ def test_the_check_reports_the_range_of_deep_images(tmp_path):
     }
 
 
+# ---- kept detections
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Shapes of this module's own: tests replace images, and put them back."""
+    return shapes_folder(tmp_path_factory.mktemp("data") / "shapes")
+
+
+@pytest.fixture(scope="module")
+def model(data, tmp_path_factory):
+    return trained_file(tmp_path_factory.mktemp("model") / "model.safetensors", data)
+
+
+def evaluated(model, output, *settings, **options):
+    """The detections that an evaluation keeps, by part and field."""
+    assert evaluate((str(model), *settings), output=output, keep_detections=True, device="cpu", **options) == 0
+    return kept_in(output)
+
+
+def kept_in(output):
+    return {
+        f"{file.name}/{name}": values.tolist()
+        for file in sorted((output / "detections").glob("*.safetensors"))
+        for name, values in load_file(file).items()
+    }
+
+
+def parts(output):
+    return {file.name: file.stat().st_mtime_ns for file in (output / "detections").glob("*.safetensors")}
+
+
+def test_kept_detections_serve_again_only_for_the_same_images(model, data, tmp_path):
+    fresh = evaluated(model, tmp_path / "fresh")
+    kept = parts(tmp_path / "fresh")
+    assert evaluated(model, tmp_path / "fresh") == fresh
+    assert parts(tmp_path / "fresh") == kept
+    images = sorted((data / "images" / "val").iterdir())
+    before = {image: (image.read_bytes(), image.stat()) for image in images}
+    try:
+        for image, other in zip(images, reversed(images), strict=True):
+            image.write_bytes(before[other][0])  # other content under the same names
+        changed = evaluated(model, tmp_path / "fresh")
+        assert changed == evaluated(model, tmp_path / "new") != fresh
+    finally:
+        for image, (content, state) in before.items():
+            image.write_bytes(content)
+            os.utime(image, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert evaluated(model, tmp_path / "fresh") == fresh
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        (["evaluation.batch_size=2"], {}),
+        (["data.resize.shortest=48"], {}),
+        ([], {"split": "train"}),
+        ([], {"precision": "bf16"}),
+    ],
+)
+def test_kept_detections_of_other_settings_are_replaced(settings, options, model, tmp_path):
+    evaluated(model, tmp_path / "out")
+    kept = parts(tmp_path / "out")
+    assert evaluated(model, tmp_path / "out", *settings, **options) == evaluated(
+        model, tmp_path / "new", *settings, **options
+    )
+    again = parts(tmp_path / "out")
+    assert not kept.items() & again.items()
+
+
+def test_a_second_evaluation_in_the_same_folder_is_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "LOCK_SECONDS", 0.1)
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "evaluation.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=f"another evaluation is using {tmp_path}; wait .* another --output"):
+            evaluated(model, tmp_path)
+        assert [file.name for file in tmp_path.iterdir()] == ["evaluation.lock"]
+        first.kill()
+    assert evaluated(model, tmp_path)
+
+
+def test_bootstrap_samples_stay_only_beside_their_own_scores(model, data, tmp_path):
+    other = trained_file(tmp_path / "other.safetensors", data, "evaluation.detections=3")
+    evaluated(model, tmp_path, bootstrap=5)
+    samples = (tmp_path / "bootstrap.npz").read_bytes()
+    evaluated(model, tmp_path)
+    assert (tmp_path / "bootstrap.npz").read_bytes() == samples
+    evaluated(other, tmp_path)
+    assert not (tmp_path / "bootstrap.npz").exists()
+
+
+@pytest.mark.slow
+def test_two_evaluations_at_once_never_mix(model, tmp_path):
+    """One of them is refused, or has ended before the other begins."""
+    alone = {count: evaluated(model, tmp_path / count, f"evaluation.detections={count}") for count in ("3", "7")}
+    command = [sys.executable, "-m", "dimaskdino", "evaluate", str(model), "--device", "cpu", "--keep-detections"]
+    command += ["--output", str(tmp_path / "out")]
+    both = {
+        count: subprocess.Popen([*command, f"evaluation.detections={count}"], stderr=subprocess.PIPE, text=True)
+        for count in alone
+    }
+    refusals = {count: process.communicate()[1] for count, process in both.items()}
+    ended_well = [count for count, process in both.items() if process.returncode == 0]
+    assert ended_well
+    for count in alone.keys() - set(ended_well):
+        assert "another evaluation is using" in refusals[count]
+    assert kept_in(tmp_path / "out") in [alone[count] for count in ended_well]
+
+
 # ---- orientation
 
 
-def mask_folders(folder, kind, orientation=1, pixels=None):
+def mask_folders(place, kind, orientation=1, pixels=None):
     """Two images of 6x8 pixels (h, w) as they are stored, each with a mask as the image is shown: its bright corner."""
     turned = {1: None, 3: "ROTATE_180", 6: "ROTATE_270", 8: "ROTATE_90"}[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
     for number, name in enumerate(("a", "b")):
         for part in ("images", "masks"):
-            (folder / name / part).mkdir(parents=True)
+            (place / name / part).mkdir(parents=True)
         mask = np.zeros((6, 8), np.uint8)
         mask[:2, :3] = 255
         image = Image.fromarray(mask // 2 + 40 * number if pixels is None else pixels + np.uint16(number))
-        image.save(folder / name / "images" / f"{name}.{kind}", exif=exif)
+        image.save(place / name / "images" / f"{name}.{kind}", exif=exif)
         shown = Image.fromarray(mask)
         shown = shown if turned is None else shown.transpose(Image.Transpose[turned])
-        shown.save(folder / name / "masks" / "1.png")
-    return folder
+        shown.save(place / name / "masks" / "1.png")
+    return place
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from safetensors.numpy import save_file
 
 from dimaskdino import config
 from dimaskdino.checkpoints.model_files import TrainedModel
-from dimaskdino.config.sections import RENAMED_MODULES
 from dimaskdino.data.annotations import without_collection
 from dimaskdino.data.coco import encode_masks
 from dimaskdino.evaluation.coco_ap import Kind, Results
@@ -188,7 +187,9 @@ class DetectionStore(Mapping[str, Detections]):
         deadline = time.monotonic() + START_SECONDS
         while not first and not self._is_about(about):
             if time.monotonic() > deadline:
-                raise UserError(f"no process prepared {self.folder}; is it on a disk that all machines share?")
+                raise UserError(
+                    f"no process prepared {self.folder}; do all machines see this folder, and images of the same times?"
+                )
             time.sleep(POLL_SECONDS)
         if not self._is_about(about):
             if not self._note.exists():  # then other files of these names are not of this kit
@@ -291,18 +292,20 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def state_digest(paths: Iterable[Path]) -> str:
+    """A digest of the sizes and times of files, which change with their content."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with contextlib.suppress(OSError):  # a missing file is an error when it is read
+            found = path.stat()
+            digest.update(f"{found.st_size} {found.st_mtime_ns},".encode())
+    return digest.hexdigest()
+
+
 def fingerprint(model: TrainedModel) -> str:
     """A digest of a model's weights."""
     digest = hashlib.sha256()
     for name, value in model.detector.state_dict().items():
-        digest.update(_name_in_digests(name).encode())
+        digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _name_in_digests(parameter: str) -> str:
-    """The name of a parameter in version 0.2, so that folders of that version are still recognised."""
-    for old, new in RENAMED_MODULES.items():
-        if parameter.startswith(f"{new}."):
-            return old + parameter.removeprefix(new)
-    return parameter.replace("de_imbalance.second_selections.", "de_imbalance.")

@@ -14,10 +14,11 @@ from dimaskdino.data.check import record_faults
 from dimaskdino.data.coco import find_split
 from dimaskdino.data.dataloader import Batch, batches, evaluation_dataset, evaluation_loader, explaining_dead_workers
 from dimaskdino.evaluation.coco_ap import COCO_DETECTIONS, AveragePrecision, Truth, average_precision, read_truth
-from dimaskdino.evaluation.detections import Detections, DetectionStore, file_digest, fingerprint
+from dimaskdino.evaluation.detections import Detections, DetectionStore, file_digest, fingerprint, state_digest
 from dimaskdino.evaluation.upper_bounds import UpperBounds, upper_bounds
 from dimaskdino.modeling import ImageBatch, Predictions, Stage, postprocess
 from dimaskdino.modeling.stages import FIRST_LAYER
+from dimaskdino.utils import plugins
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.files import write_text
 from dimaskdino.utils.progress import progress_bar
@@ -264,6 +265,10 @@ def detect_layers(
         "precision": model.precision,
         "annotations": file_digest(data.annotations_file),
         "images": str(data.image_folder.resolve()),
+        "image files": state_digest(data.image_folder / image["file_name"] for image in data.images),
+        "plugins": plugins.hashes(),
+        "device": model.device.type,
+        "batch size": settings.evaluation.batch_size,
         "resize": settings.data.resize.model_dump(mode="json"),
         "detections": settings.evaluation.detections,
         "categories": data.category_ids,

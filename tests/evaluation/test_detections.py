@@ -88,10 +88,7 @@ def test_detections_with_other_settings_are_replaced(change, model, shapes_data,
     )
 
 
-def test_detections_of_version_0_2_are_recognised(model, tmp_path):
-    """Parameters had other names then, and modules could not be replaced."""
-    digest = "e4227da63675d36b59bd6918d75d0382d8b4b765123b7311a360dea3dac089e5"
-    assert detections.fingerprint(load("dimaskdino-shapes")) == digest
+def test_settings_that_did_not_exist_when_detections_were_made_count_as_default_values(model, tmp_path):
     store = detect_layers(model, folder=tmp_path)
     about = json.loads((tmp_path / "about.json").read_text())
     for section in ("backbone", "selection", "bato"):
