@@ -1,5 +1,6 @@
 """The commands for trained models: evaluate, predict, export, convert."""
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -76,6 +77,7 @@ def evaluate(
     from dimaskdino.checkpoints.published_settings import load_settings, starts_settings, translate_pairs
     from dimaskdino.evaluation.layerwise_ap import detect_layers
     from dimaskdino.model import load
+    from dimaskdino.runs.folder import locked
     from dimaskdino.utils.distributed import DistributedContext
 
     named = model_and_settings and not starts_settings(model_and_settings[0])
@@ -87,25 +89,29 @@ def evaluate(
     if bootstrap < 0:
         raise UserError(f"--bootstrap is a number of resamples, such as 1000, got {bootstrap}")
     relaunch_distributed(processes)
-    with DistributedContext.join() as context:
-        trained = load(
-            source,
-            device=device,
-            precision=cast(Any, precision),
-            overrides=overrides,
-            config=None if config is None else settings.config,
-        )
-        folder = output or settings.output or _beside(str(source)) / "evaluation"
-        is_ours = output is None or "stages" in read_json_object(folder / "layers.json")
-        refuse_existing((folder / name for name in RESULTS), overwrite or is_ours)
-        shard = (context.rank, context.world_size)
-        store = detect_layers(trained, split, stages or None, folder / "detections", shard)
-        context.barrier()
-    if context.is_main:
-        print_remarks(settings)
-        _score(trained, store, split, folder, bootstrap)
-        if not keep_detections:
-            store.remove()
+    with contextlib.ExitStack() as held:
+        with DistributedContext.join() as context:
+            trained = load(
+                source,
+                device=device,
+                precision=cast(Any, precision),
+                overrides=overrides,
+                config=None if config is None else settings.config,
+            )
+            folder = output or settings.output or _beside(str(source)) / "evaluation"
+            is_ours = output is None or "stages" in read_json_object(folder / "layers.json")
+            refuse_existing((folder / name for name in RESULTS), overwrite or is_ours)
+            if context.is_main:
+                busy = f"another evaluation is using {folder}; wait for it to end or choose another --output"
+                held.enter_context(locked(folder / "evaluation.lock", busy))
+            shard = (context.rank, context.world_size)
+            store = detect_layers(trained, split, stages or None, folder / "detections", shard)
+            context.barrier()
+        if context.is_main:
+            print_remarks(settings)
+            _score(trained, store, split, folder, bootstrap)
+            if not keep_detections:
+                store.remove()
     return 0
 
 

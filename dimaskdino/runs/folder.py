@@ -146,40 +146,28 @@ class RunFolder:
         Raises:
             UserError: another process is using the folder, or it cannot be written.
         """
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        lock = self._lock()
-        try:
-            lock.acquire(timeout=LOCK_SECONDS)
-        except filelock.Timeout:
-            raise UserError(f"another run is using {self.path}; wait for it to end or choose another folder") from None
-        except OSError as error:
-            raise UserError(f"cannot lock {self.path}: {explain_os_error(error)}") from None
-        except NotImplementedError:  # from filelock, for ENOSYS
-            raise UserError(
-                f"cannot lock {self.path}: the file system has no locks; choose a folder on a local disk"
-            ) from None
-        self._locked_file = (self.path / "lock").stat().st_ino
-        try:
-            self._started = {"started": _now(), "pid": os.getpid(), "host": platform.node(), "boot": _boot()}
-            self._is_finished = keep_finished and self.status()["state"] == "finished"
-            if not self._is_finished:
-                self._write_status("running", **self._started)
+        busy = f"another run is using {self.path}; wait for it to end or choose another folder"
+        with locked(self.path / "lock", busy):
+            self._locked_file = (self.path / "lock").stat().st_ino
             try:
-                yield
-            except BaseException as error:
+                self._started = {"started": _now(), "pid": os.getpid(), "host": platform.node(), "boot": _boot()}
+                self._is_finished = keep_finished and self.status()["state"] == "finished"
                 if not self._is_finished:
-                    state: State = "stopped" if isinstance(error, Stopped) else "failed"
-                    reason = str(error) or type(error).__name__
-                    if isinstance(error, OSError) and error.errno is not None:
-                        reason = f"{error.filename or self.path}: {explain_os_error(error)}"
-                    with contextlib.suppress(UserError):  # a full disk must not hide the error
-                        self._write_status(state, reason=reason, started=self._started["started"], ended=_now())
-                raise
-            self._write_status("finished", started=self._started["started"], ended=_now())
-        finally:
-            self._locked_file = None
-            lock.release()
+                    self._write_status("running", **self._started)
+                try:
+                    yield
+                except BaseException as error:
+                    if not self._is_finished:
+                        state: State = "stopped" if isinstance(error, Stopped) else "failed"
+                        reason = str(error) or type(error).__name__
+                        if isinstance(error, OSError) and error.errno is not None:
+                            reason = f"{error.filename or self.path}: {explain_os_error(error)}"
+                        with contextlib.suppress(UserError):  # a full disk must not hide the error
+                            self._write_status(state, reason=reason, started=self._started["started"], ended=_now())
+                    raise
+                self._write_status("finished", started=self._started["started"], ended=_now())
+            finally:
+                self._locked_file = None
 
     def check_lock(self) -> None:
         """Check that no other process can have locked the folder since this one did, before something is replaced.
@@ -214,15 +202,11 @@ class RunFolder:
             self._is_finished = False
             self._write_status("running", **self._started)
 
-    def _lock(self) -> filelock.BaseFileLock:
-        # the system releases it when the process ends, however it ends; forked loader processes do not keep it
-        return filelock.FileLock(self.path / "lock", preserve_lock_file=True, fallback_to_soft=False)
-
     def _is_locked(self) -> bool | None:
         """Whether a process holds the folder's lock; None if it cannot be checked, as on a read-only disk."""
         if not (self.path / "lock").exists():
             return None
-        lock = self._lock()
+        lock = _lock(self.path / "lock")
         try:
             lock.acquire(timeout=PROBE_SECONDS)  # other readers hold it for an instant
         except filelock.Timeout:
@@ -338,6 +322,41 @@ class RunFolder:
             if isinstance(record.get("step"), int):
                 records.append(record)
         return records
+
+
+def _lock(file: Path) -> filelock.BaseFileLock:
+    # the system releases it when the process ends, however it ends; forked loader processes do not keep it
+    return filelock.FileLock(file, preserve_lock_file=True, fallback_to_soft=False)
+
+
+@contextlib.contextmanager
+def locked(file: Path, busy: str) -> Iterator[None]:
+    """Keep other processes out of a folder, which is created if it is missing.
+
+    Args:
+        file: the lock, in that folder.
+        busy: what to tell a user if another process holds it.
+
+    Raises:
+        UserError: another process holds it, or the folder cannot be written.
+    """
+    with writing(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    lock = _lock(file)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except filelock.Timeout:
+        raise UserError(busy) from None
+    except OSError as error:
+        raise UserError(f"cannot lock {file.parent}: {explain_os_error(error)}") from None
+    except NotImplementedError:  # from filelock, for ENOSYS
+        raise UserError(
+            f"cannot lock {file.parent}: the file system has no locks; choose a folder on a local disk"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _boot() -> str | None:
