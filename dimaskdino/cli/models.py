@@ -1,6 +1,7 @@
 """The commands for trained models: evaluate, predict, export, convert."""
 
 import contextlib
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -143,6 +144,8 @@ def _score(model: "Model", store: "DetectionStore", split: str | None, folder: P
         resampled.save(folder / "bootstrap.npz")
         for name, (low, high) in resampled.intervals().items():
             print(f"{name} AP: {low:.1f} to {high:.1f} (95 % interval, {resamples} resamples of the images)")
+    elif read_json_object(folder / "layers.json") != json.loads(json.dumps(result.to_json())):
+        (folder / "bootstrap.npz").unlink(missing_ok=True)  # it belongs to other detections
     write_atomically(folder / "layers.png", plot_layerwise_ap({"model": result}).savefig)
     result.save(folder / "layers.json")  # written last: studies take it as the sign of a complete evaluation
     print(f"written: {folder / 'layers.json'}, {folder / 'layers.png'}")
