@@ -112,7 +112,8 @@ def load_image(
     """
     with open_image(path) as opened:
         stored = (opened.height, opened.width)
-        orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
+        # Pillow applies the orientation of a TIFF itself
+        orientation = 1 if opened.format == "TIFF" else opened.getexif().get(ExifTags.Base.Orientation, 1)
         upright = stored[::-1] if orientation in _TURNED else stored
         applied = None in expected or expected == upright
         if not applied and expected != stored:

@@ -11,6 +11,7 @@ from dimaskdino.utils.errors import UserError
 _PACKAGE = Path(__file__).parents[1]
 _IN_CHECKOUT = {
     "configs": "configs",
+    "measurements": "docs/measurements",
     "models": "notebooks/models",
     "notebooks": "notebooks/runs",
     "scenes": "notebooks/scenes",
@@ -62,13 +63,14 @@ def config_names() -> list[str]:
 
 
 def find_data(source: str | Path) -> Path:
-    """Find a folder by its name among those that come with the kit, or by its path.
+    """Find a folder or file by its name among those that come with the kit, or by its path.
 
     Args:
-        source: `scenes`, images of rendered solids; archived results of studies, such as `studies/shapes`; or a path.
+        source: `scenes`, images of rendered solids; archived results of studies, such as `studies/shapes`;
+            `measurements/photographs.json`; or a path.
     """
     kind, _, rest = str(source).partition("/")
-    return _folder(kind) / rest if kind in ("scenes", "studies") else Path(source)
+    return _folder(kind) / rest if kind in ("measurements", "scenes", "studies") else Path(source)
 
 
 def shipped_models() -> dict[str, Path]:

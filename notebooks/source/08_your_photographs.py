@@ -226,7 +226,7 @@ explore_layers([tuned.inspect(CocoDataset(folder / "data", "val")[i]) for i in r
 # the small models of this course, which were trained on drawn shapes only.
 
 # %%
-records = json.loads(Path("docs/measurements/photographs.json").read_text())
+records = json.loads(find_data("measurements/photographs.json").read_text())
 record = records["animals"]
 shown = record["recipe"][0]
 print(f"{record['train']['images']} training images with {record['train']['objects']:,} objects of")

@@ -18,6 +18,7 @@ from dimaskdino.data.coco import CocoDataset, encode_masks
 from dimaskdino.data.images import load_image
 from dimaskdino.data.transforms import _PadTo, _ScaleJitter, resize_image, resize_with_objects, training_transform
 from dimaskdino.modeling import CroppedMasks
+from dimaskdino.utils.errors import UserError
 
 
 def dataset(folder, size, polygons, name="a.png"):
@@ -172,3 +173,12 @@ def test_crops_are_encoded_as_whole_masks():
     assert np.array_equal(masks.whole().numpy(), whole)
     assert torch.equal(masks.only([3, 3, 1]).whole(), masks.whole()[[3, 3, 1]])
     assert encode_masks(masks.only([])) == []
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_has_the_size_of_its_pixels(tmp_path, orientation):
+    Image.new("L", (60, 40)).save(tmp_path / "a.tif", tiffinfo={0x0112: orientation})
+    size = tuple(load_image(tmp_path / "a.tif").shape[-2:])
+    assert tuple(load_image(tmp_path / "a.tif", expected=size).shape[-2:]) == size
+    with pytest.raises(UserError, match="the annotations say"):
+        load_image(tmp_path / "a.tif", expected=size[::-1])
