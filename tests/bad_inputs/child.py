@@ -1,0 +1,62 @@
+"""Run the command line in forks of a process that has imported it: a crash, a hang or a flood ends the fork alone.
+
+Reads lines of json, [folder, arguments], from the standard input; answers each with [exit code, output].
+"""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import traceback
+
+from dimaskdino import cli, load_model  # noqa: F401  imports PyTorch
+from dimaskdino.checkpoints import published_settings  # noqa: F401
+from dimaskdino.data import check, importing  # noqa: F401
+from dimaskdino.training import trainer  # noqa: F401
+
+SECONDS = 20
+GIGABYTES = 3  # beyond what the imports have mapped
+TRACEBACK = 99
+
+
+def mapped() -> int:
+    """Bytes of address space in use; 0 where the system does not tell."""
+    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+    return 0
+
+
+def run(folder: str, arguments: list[str], output: int) -> None:
+    signal.alarm(SECONDS)  # its default action ends a process that never returns to Python, too
+    if size := mapped():
+        resource.setrlimit(resource.RLIMIT_AS, (size + (GIGABYTES << 30),) * 2)
+    os.chdir(folder)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdin.close()
+    sys.argv = ["dimaskdino", *arguments]
+    code: object = TRACEBACK
+    try:
+        cli.main()
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        traceback.print_exc()
+    with contextlib.suppress(BaseException):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(int(code or 0))
+
+
+for line in sys.stdin:
+    with tempfile.TemporaryFile() as captured:
+        child = os.fork()
+        if not child:
+            run(*json.loads(line), captured.fileno())
+        _, status = os.waitpid(child, 0)
+        captured.seek(0)
+        text = captured.read().decode(errors="replace")
+    print(json.dumps([os.waitstatus_to_exitcode(status), text]), flush=True)
