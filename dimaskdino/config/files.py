@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from dimaskdino.config.description import explain
 from dimaskdino.config.sections import Config
 from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.files import read_text
 from dimaskdino.utils.resources import find_config
 
 # a path from the root, a drive, a home or the folder above, at the start of a text or of a value inside it
@@ -70,6 +71,7 @@ def shared_config(config: Config) -> Config:
 
 
 YAML_VALUES = 100_000  # what a configuration may hold when its aliases are written out
+YAML_LENGTH = 10_000_000  # characters; PyYAML reads a million in some seconds
 
 
 def parse_yaml(text: str, what: str) -> Any:
@@ -82,12 +84,14 @@ def parse_yaml(text: str, what: str) -> Any:
     Raises:
         UserError: it is not YAML, or its aliases stand for an endless or a huge number of values.
     """
+    if len(text) > YAML_LENGTH:
+        raise UserError(f"{what} has {len(text):,} characters, too many for settings; shorten it")
     try:
         value = yaml.safe_load(text)
         if _count_values(value, {}) > YAML_VALUES:
             raise UserError(f"{what} holds more than {YAML_VALUES:,} values when its aliases are written out")
     except (yaml.YAMLError, ValueError) as error:  # yaml leaves impossible dates and numbers to Python
-        raise UserError(f"{what} is not valid YAML: {error}") from None
+        raise UserError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise UserError(f"{what} is nested too deeply, or an alias refers to itself") from None
     return value
@@ -122,13 +126,7 @@ def read_tree(path: Path, base_key: str = "extends", _seen: tuple[Path, ...] = (
     path = path.resolve()
     if path in _seen:
         raise UserError(f"{path} extends itself, by way of {', '.join(p.name for p in _seen)}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not in UTF-8; save it in that encoding") from None
-    tree = _parse(text, str(path)) or {}
+    tree = _parse(read_text(path, "configuration"), str(path)) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold settings (key: value), got {type(tree).__name__}")
     base = tree.pop(base_key, None)

@@ -7,6 +7,7 @@ counted and reported; or refuses it with its id, the problem and a remedy.
 import gc
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,11 +20,13 @@ from jaxtyping import Int
 from pycocotools import mask as coco_mask
 
 from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.files import is_text, read_text
 
 LARGEST_ID = 2**63 - 1
 LARGEST_EXACT = 2**53  # COCO's evaluation keeps ids as floating-point numbers, which are exact up to here
 LARGEST_SIDE = 2**16 - 1  # pixels, of an image
 FARTHEST = 2.0**17  # pixels, of a coordinate
+LONGEST = 2.0**22  # pixels, of an outline; pycocotools takes 80 bytes for each of them
 
 Entry = dict[str, Any]
 Size = tuple[int, int]  # h, w
@@ -146,12 +149,9 @@ def read_json(file: Path) -> Any:
     Raises:
         UserError: the file cannot be read.
     """
+    text = read_text(file, "annotations")
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"cannot read the annotations {file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not in UTF-8; save it in that encoding") from None
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid json ({error}); was it copied completely?") from None
 
@@ -233,9 +233,16 @@ def _as_integer(value: Any, repairs: list[str]) -> int | None:
 
 
 def _file_name(value: Any, repairs: list[str]) -> str:
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
+    if not isinstance(value, str) or not value.strip() or not _can_be_opened(value):
         raise ValueError("must be the path of an image, relative to the image folder")
     return value
+
+
+def _can_be_opened(name: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:  # half a character; on Linux names of any bytes have a form of their own
+        return False
 
 
 def _crowd(value: Any, repairs: list[str]) -> int:
@@ -269,7 +276,7 @@ def _segmentation(value: Any, repairs: list[str]) -> list[list[float]] | Entry |
         raise ValueError("must be a list of outlines [x1, y1, x2, y2, …] or run lengths {size, counts}")
     kept = []
     for outline in value:
-        _check_outline(outline)
+        check_outline(outline)
         if len(outline) >= 6:
             kept.append(outline)
         else:
@@ -277,15 +284,30 @@ def _segmentation(value: Any, repairs: list[str]) -> list[list[float]] | Entry |
     return kept
 
 
-def _check_outline(outline: Any) -> None:
+def check_outline(outline: Any) -> None:
+    """Check an outline before any rasteriser sees it: pycocotools crashes on numbers that no image has.
+
+    Raises:
+        ValueError: it is no list of pairs of numbers, is longer than `LONGEST`, or has a number that is not finite or
+            beyond `FARTHEST`.
+    """
     if not isinstance(outline, list) or len(outline) % 2:
         raise ValueError("has an outline that is not a list of pairs x, y; write [x1, y1, x2, y2, …]")
     try:
+        least, most = min(outline, default=0), max(outline, default=0)
         # the sum of a list with NaN or infinity is one of them, whatever the order
-        if outline and not (min(outline) > -FARTHEST and max(outline) < FARTHEST and math.isfinite(sum(outline))):
+        if not (least > -FARTHEST and most < FARTHEST and math.isfinite(sum(outline))):
             raise ValueError(f"has a coordinate that is not finite or beyond ±{FARTHEST:,.0f} pixels; correct it")
     except TypeError:
         raise ValueError("has an outline with something that is not a number; correct it") from None
+    # the length is at most the product, which spares all but a few outlines the exact sum
+    if len(outline) / 2 * (most - least) > LONGEST and (length := _length(outline)) > LONGEST:
+        raise ValueError(f"has an outline of {length:,.0f} pixels, longer than any image explains; draw it again")
+
+
+def _length(outline: list[float]) -> float:
+    points = np.reshape(outline, (-1, 2))
+    return float(np.abs(points - np.roll(points, 1, axis=0)).max(1).sum())
 
 
 def _unchecked(value: Any, repairs: list[str]) -> Any:
@@ -377,9 +399,8 @@ def _ids(entries: list[Any]) -> set[Any]:
 
 def _name_categories(categories: list[Entry], repaired: Counter[str]) -> None:
     for category in categories:
-        name = category.get("name")
-        if not isinstance(name, str) or not name.strip():
-            repaired["categories without a name, named by their id"] += 1
+        if not is_text(category.get("name")):
+            repaired["categories without a usable name, named by their id"] += 1
             category["name"] = str(category["id"])
 
 

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.files import require_regular
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -81,6 +82,7 @@ def open_image(path: Path, what: str = "image") -> Iterator[Image.Image]:
     Raises:
         UserError: the file is missing, truncated or no image.
     """
+    require_regular(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about damage that is an error below, or does not matter

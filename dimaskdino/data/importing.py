@@ -14,7 +14,7 @@ from dimaskdino.data.check import shortened
 from dimaskdino.data.duplicates import groups_of_copies, shared_between
 from dimaskdino.data.exports import ExportedSplit, coco, labelme, mask_folders, xml, yolo
 from dimaskdino.utils.errors import UserError
-from dimaskdino.utils.files import new_folder
+from dimaskdino.utils.files import is_text, new_folder, require_regular
 from dimaskdino.utils.terminal import printable
 
 # each returns None if the source is not of its kind
@@ -122,6 +122,8 @@ def import_splits(
     """
     _check_target(folder, val)
     splits = _by_name(exported)
+    for path in (path for split in exported for path in split.paths.values()):
+        require_regular(path)
     for split in splits.values():
         split.measure()
     _check_masks(source, splits)
@@ -180,6 +182,8 @@ def _common_classes(splits: dict[str, ExportedSplit]) -> list[str]:
     numbers: dict[str, int] = {}
     for split in splits.values():
         for name, count in Counter(split.classes).items():
+            if not is_text(name):
+                raise UserError(f"the class name {name!r} is no text; correct it in the annotations")
             if count > 1:
                 raise UserError(f"two classes have the name '{name}'; rename one in the annotations")
             numbers.setdefault(name, len(numbers) + 1)

@@ -136,11 +136,49 @@ def _system_error(path: Path, error: Exception) -> OSError | None:
     return None
 
 
+def require_regular(file: Path) -> None:
+    """Check that a file is no pipe and no device, which may never end.
+
+    Raises:
+        UserError: it is one.
+    """
+    if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
+        raise UserError(f"{file} is no regular file but a pipe or a device; give a regular file")
+
+
+def read_text(file: Path, what: str = "", errors: str = "strict") -> str:
+    """Read a text file of UTF-8, with or without a byte order mark.
+
+    Args:
+        file: the file.
+        what: what it holds, for the message.
+        errors: what to do with bytes that are not UTF-8, as for `open`.
+
+    Raises:
+        UserError: it is missing, no regular file, or not in UTF-8.
+    """
+    require_regular(file)
+    try:
+        return file.read_text(encoding="utf-8-sig", errors=errors)
+    except OSError as error:
+        raise UserError(f"cannot read {f'the {what} ' if what else ''}{file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not in UTF-8; save it in that encoding") from None
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that can be written; json and YAML can spell half a character."""
+    try:
+        return isinstance(value, str) and bool(value.encode().strip())
+    except UnicodeEncodeError:
+        return False
+
+
 def read_json_object(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file; empty if the file is damaged or missing."""
     try:
-        return parse_json_object(file.read_text(encoding="utf-8", errors="replace"))
-    except OSError:
+        return parse_json_object(read_text(file, errors="replace"))
+    except UserError:
         return {}
 
 

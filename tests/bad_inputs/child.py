@@ -12,11 +12,6 @@ import sys
 import tempfile
 import traceback
 
-from dimaskdino import cli, load_model  # noqa: F401  imports PyTorch
-from dimaskdino.checkpoints import published_settings  # noqa: F401
-from dimaskdino.data import check, importing  # noqa: F401
-from dimaskdino.training import trainer  # noqa: F401
-
 SECONDS = 20
 GIGABYTES = 3  # beyond what the imports have mapped
 TRACEBACK = 99
@@ -39,6 +34,8 @@ def run(folder: str, arguments: list[str], output: int) -> None:
     sys.stdin.close()
     sys.argv = ["dimaskdino", *arguments]
     code: object = TRACEBACK
+    from dimaskdino import cli
+
     try:
         cli.main()
     except SystemExit as ended:
@@ -51,12 +48,32 @@ def run(folder: str, arguments: list[str], output: int) -> None:
     os._exit(int(code or 0))
 
 
-for line in sys.stdin:
-    with tempfile.TemporaryFile() as captured:
-        child = os.fork()
-        if not child:
-            run(*json.loads(line), captured.fileno())
-        _, status = os.waitpid(child, 0)
-        captured.seek(0)
-        text = captured.read().decode(errors="replace")
-    print(json.dumps([os.waitstatus_to_exitcode(status), text]), flush=True)
+def answer(code: int, output: str) -> str:
+    """The line with which the command line refused; success is an empty one, anything else fails."""
+    assert code in (0, 1), f"exit code {code}\n{output[-3000:]}"
+    assert "Traceback" not in output, output[-3000:]
+    said = output.strip().splitlines()
+    assert code == 0 or (said and len(said[-1]) < 1500), output[-3000:]
+    return said[-1] if code else ""
+
+
+def serve() -> None:
+    # what the commands import when they run
+    import dimaskdino.checkpoints.published_settings
+    import dimaskdino.data.check
+    import dimaskdino.data.importing
+    import dimaskdino.training.trainer  # noqa: F401
+
+    for line in sys.stdin:
+        with tempfile.TemporaryFile() as captured:
+            child = os.fork()
+            if not child:
+                run(*json.loads(line), captured.fileno())
+            _, status = os.waitpid(child, 0)
+            captured.seek(0)
+            text = captured.read().decode(errors="replace")
+        print(json.dumps([os.waitstatus_to_exitcode(status), text]), flush=True)
+
+
+if __name__ == "__main__":
+    serve()

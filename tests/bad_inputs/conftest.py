@@ -1,8 +1,11 @@
 """Each bad input is given to the command line: one clear line, no traceback, nothing lost, no code run."""
 
+import json
+import os
 import re
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +64,25 @@ def finished_run(shapes_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def place(shapes_data, finished_run, tmp_path, monkeypatch) -> Place:
     monkeypatch.chdir(tmp_path)
     return Place(tmp_path, shapes_data, finished_run)
+
+
+@pytest.fixture(scope="session")
+def child() -> Iterator[Callable[..., tuple[int, str]]]:
+    """Run the command line in a folder, in a child process with limits of time and memory: its code and its output."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(Path(__file__).with_name("child.py"))]
+    with subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, text=True) as server:
+        assert server.stdin
+        assert server.stdout
+
+        def run(folder: Path, *arguments: object) -> tuple[int, str]:
+            server.stdin.write(json.dumps([str(folder), list(map(str, arguments))]) + "\n")
+            server.stdin.flush()
+            code, output = json.loads(server.stdout.readline())
+            return code, output
+
+        yield run
+        server.stdin.close()
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Each layout that annotation tools export gives the same data; a broken one gives a message and no folder."""
 
-import base64
-import io
 import json
 import os
 import shutil
@@ -10,6 +8,25 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from exported import (
+    ARROW,
+    CLASSES,
+    HOUSE,
+    LAYOUTS,
+    SIZE,
+    coco_beside,
+    coco_own,
+    cvat,
+    labelme,
+    mask_folders,
+    mask_of,
+    objects_of,
+    picture,
+    roboflow,
+    voc,
+    voc_of_roboflow,
+    yolo,
+)
 from PIL import Image
 from pycocotools import mask as coco_mask
 

@@ -16,7 +16,14 @@ import numpy as np
 from PIL import ImageOps
 from pycocotools import mask as coco_mask
 
-from dimaskdino.data.annotations import image_sizes, parse_json, to_run_lengths
+from dimaskdino.data.annotations import (
+    LARGEST_SIDE,
+    check_outline,
+    check_run_lengths,
+    image_sizes,
+    parse_json,
+    to_run_lengths,
+)
 from dimaskdino.data.coco import encode_masks
 from dimaskdino.data.images import files_in, open_image
 from dimaskdino.utils.errors import UserError
@@ -57,7 +64,13 @@ class ExportedSplit:
     remarks: Counter[str] = field(default_factory=Counter)
 
     def add_image(self, path: Path, size: tuple[int, int]) -> int:
-        """Add an image of size (h, w), and return its id."""
+        """Add an image of size (h, w), and return its id.
+
+        Raises:
+            UserError: no image has that size.
+        """
+        if not all(1 <= side <= LARGEST_SIDE for side in size):
+            raise UserError(f"{path} is {size[0]}x{size[1]} (h x w) in the annotations; correct its size")
         number = len(self.images) + 1
         self.images.append({"id": number, "file_name": path.name, "height": size[0], "width": size[1]})
         self.paths[number] = path
@@ -77,12 +90,23 @@ class ExportedSplit:
             label: index of the class.
             segmentation: outlines, run lengths, or a mask (h, w) of booleans.
             iscrowd: 1 for a crowd.
+
+        Raises:
+            UserError: the mask cannot be that of an object in the image.
         """
         if isinstance(segmentation, np.ndarray):
             segmentation = encode_masks(segmentation[None])[0]
         if not segmentation:
             self.boxes += 1
             return
+        try:
+            if isinstance(segmentation, dict):
+                entry = self.images[image - 1]
+                check_run_lengths(segmentation, (entry["height"], entry["width"]))
+            else:
+                list(map(check_outline, segmentation))
+        except ValueError as error:
+            raise UserError(f"an object in {self.paths[image]} {error}") from None
         self.annotations.append(
             {
                 "id": len(self.annotations) + 1,

@@ -1,7 +1,6 @@
 """LabelMe: a json file per image."""
 
 import base64
-import binascii
 import io
 import math
 from collections import defaultdict
@@ -11,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dimaskdino.data.annotations import parse_json
-from dimaskdino.data.exports import ExportedSplit, ImageFiles, Outline, json_object, split_of_folder
+from dimaskdino.data.annotations import check_outline, parse_json
+from dimaskdino.data.exports import ExportedSplit, ImageFiles, Outline, json_object, split_of_folder, upright_size
 from dimaskdino.utils.errors import UserError
 
 _CIRCLE_POINTS = 64
@@ -61,13 +60,16 @@ def _add(split: ExportedSplit, file: Path, content: dict[str, Any], images: Imag
     size: tuple[Any, Any] = (content.get("imageHeight"), content.get("imageWidth"))
     if not isinstance(name, str) or not all(type(side) is int and side > 0 for side in size):
         raise UserError(f"{file} has no 'imagePath', 'imageHeight' and 'imageWidth'")
-    image = split.add_image(images.require(name, file.stem, near=file, split=split.name), size)
+    path = images.require(name, file.stem, near=file, split=split.name)
+    if sorted(size) != sorted(upright_size(path)):
+        raise UserError(f"{file}: the image is {size[0]}x{size[1]} (h x w), but {path} has another size")
+    image = split.add_image(path, size)
     outlines: dict[tuple[int, Any], list[Outline]] = defaultdict(list)
     for number, shape in enumerate(_shapes(content, file)):
         label, kind = split.classes.index(_label(shape, file)), shape.get("shape_type", "polygon")
         # parts of one object, such as what is left of it behind a pole, have one group
         group = shape.get("group_id")
-        key = (label, f"shape {number}" if group is None else group)
+        key = (label, f"shape {number}" if group is None else str(group))
         if kind == "mask":
             split.add_object(image, label, _mask(shape, size, file))
         elif kind == "rectangle":
@@ -82,9 +84,14 @@ def _add(split: ExportedSplit, file: Path, content: dict[str, Any], images: Imag
 
 def _points(shape: dict[str, Any], file: Path) -> list[tuple[float, float]]:
     try:
-        return [(float(x), float(y)) for x, y in shape["points"]]
-    except (KeyError, TypeError, ValueError):
+        points = [(float(x), float(y)) for x, y in shape["points"]]
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"{file}: the points of a shape must be pairs [x, y]") from None
+    try:
+        check_outline([value for point in points for value in point])
+    except ValueError as error:
+        raise UserError(f"{file}: a shape {error}") from None
+    return points
 
 
 def _outline(shape: dict[str, Any], kind: str, file: Path) -> Outline:
@@ -106,10 +113,13 @@ def _mask(shape: dict[str, Any], size: tuple[int, int], file: Path) -> np.ndarra
     try:
         with Image.open(io.BytesIO(base64.b64decode(shape["mask"]))) as stored:
             small = np.asarray(stored.convert("L")) > 0
-    except (KeyError, TypeError, ValueError, binascii.Error, OSError) as error:
+    except (KeyError, TypeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{file}: the mask of a shape cannot be read ({error})") from None
-    left, top = (round(value) for value in _points(shape, file)[0])
+    points = _points(shape, file)
+    if not points:
+        raise UserError(f"{file}: a mask has no points, of which the first is its corner")
+    left, top = map(round, points[0])
     whole = np.zeros(size, bool)
-    area = whole[max(top, 0) : top + small.shape[0], max(left, 0) : left + small.shape[1]]
+    area = whole[max(top, 0) : max(top + small.shape[0], 0), max(left, 0) : max(left + small.shape[1], 0)]
     area |= small[max(-top, 0) :, max(-left, 0) :][: area.shape[0], : area.shape[1]]
     return whole

@@ -16,6 +16,7 @@ from dimaskdino.data.exports import (
     upright_size,
 )
 from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.files import read_text
 
 _VOID = 255  # pixels between objects
 _LISTS = ("ImageSets/Segmentation", "ImageSets/Main")
@@ -57,7 +58,7 @@ def _listed(source: Path) -> dict[str, str]:
             for split in ("train", "val", "test"):
                 file = place / f"{split}.txt"
                 if file.is_file():
-                    listed |= dict.fromkeys(file.read_text(encoding="utf-8-sig").split(), split)
+                    listed |= dict.fromkeys(read_text(file).split(), split)
             if listed:
                 return listed
     return {}

@@ -3,11 +3,11 @@
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-
+from dimaskdino.config import parse_yaml
 from dimaskdino.data.exports import SPLIT_NAMES, ExportedSplit, upright_size
 from dimaskdino.data.images import files_in
 from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.files import read_text
 
 _KEYS = ("train", "val", "valid", "test")
 _BEYOND = 0.5  # of the image's side, how far an outline may reach beyond it; farther, and it is no share of the side
@@ -49,10 +49,10 @@ def _settings(source: Path) -> tuple[Path, dict[str, Any]] | None:
         candidates = sorted([*source.glob("*.y*ml"), *source.glob("*/*.y*ml")], key=lambda file: file.stem != "data")
     for file in candidates:
         try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            content = parse_yaml(read_text(file), str(file))
+        except UserError:
             if source.is_file():
-                raise UserError(f"{file} is not valid YAML ({error})") from None
+                raise
             continue
         if isinstance(content, dict) and "names" in content:
             return file, content
@@ -71,7 +71,7 @@ def _images(file: Path, settings: dict[str, Any], key: str) -> list[Path]:
         if place.is_dir():
             images += files_in(place)
             continue
-        listed = [line.strip() for line in place.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        listed = [line.strip() for line in read_text(place).splitlines() if line.strip()]
         for line in listed:
             path = _find(line, [place.parent, *roots])
             if path is None:
@@ -109,7 +109,7 @@ def _split(name: str | None, classes: list[str], index: dict[str, int], images: 
         labels = _label_file(path)
         if not labels.is_file():
             continue  # an image without objects
-        for number, line in enumerate(labels.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        for number, line in enumerate(read_text(labels).splitlines(), start=1):
             if line.strip():
                 label, outline = _object(line.split(), index, f"{labels}, line {number}")
                 scaled = [x * (h if i % 2 else w) for i, x in enumerate(outline)]

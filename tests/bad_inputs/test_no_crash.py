@@ -1,0 +1,195 @@
+"""Files that once crashed or hung the process, or ended it with a traceback: one line tells what is wrong."""
+
+import json
+import math
+import os
+import re
+import struct
+import zlib
+from base64 import b64encode
+from pathlib import Path
+
+import pytest
+from child import answer
+from exported import coco_beside, cvat, labelme, voc_of_roboflow, yolo
+from small import FILE, MODEL, RUN
+
+LONG = "9" * 400
+NUMBERS = ("nan", "inf", "3e8", "-3e8", "1e300", LONG)
+
+
+def says(found: tuple[int, str], pattern: str) -> None:
+    line = answer(*found)
+    assert re.search(pattern, line), line or "success"
+
+
+def change(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+
+
+# ---- annotations
+
+
+@pytest.fixture
+def importing(child, tmp_path):
+    """Change a file of an export, and import it."""
+
+    def check(write, file: str, edit, pattern: str) -> None:
+        export = tmp_path / "export"
+        write(export, range(1, 5))
+        edit(export / file)
+        says(child(tmp_path, "data", "import", export, "made"), pattern)
+        assert not (tmp_path / "made").exists()
+
+    return check
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize(
+    ("write", "file", "old", "new"),
+    [
+        (voc_of_roboflow, "train/photo1.xml", "<x1>5.0<", "<x1>{}<"),
+        (cvat, "annotations.xml", 'points="5.0,', 'points="{},'),
+        (labelme, "photo1.json", '"points": [[5.0,', '"points": [[{},'),
+        (yolo, "labels/train/photo1.txt", "0 0.078125 ", "0 {} "),
+        (coco_beside, "labels.json", "[[5.0,", "[[{},"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_a_coordinate_that_no_image_has_is_refused(write, file, old, new, number, importing):
+    if file.endswith(".json"):
+        number = {"nan": "NaN", "inf": "Infinity"}.get(number, number)
+    importing(write, file, lambda f: change(f, old, new.format(number)), "coordinate|not a number|CVAT|not valid")
+
+
+def zigzag(count: int, reach: float) -> list[float]:
+    return [x for i in range(count) for x in ((-1) ** i * reach, (-1) ** (i // 2) * reach)]
+
+
+@pytest.mark.parametrize("write", [coco_beside, labelme, voc_of_roboflow, cvat], ids=lambda x: x.__name__)
+def test_an_outline_longer_than_any_image_explains_is_refused(write, importing):
+    long = zigzag(20_000, 131_000)
+    pairs = list(zip(long[::2], long[1::2], strict=True))
+
+    def edit(file: Path) -> None:
+        if write is coco_beside:
+            content = json.loads(file.read_text())
+            content["annotations"][0]["segmentation"] = [long]
+            file.write_text(json.dumps(content))
+        elif write is labelme:
+            content = json.loads(file.read_text())
+            content["shapes"][0]["points"] = pairs
+            file.write_text(json.dumps(content))
+        elif write is cvat:
+            text = ";".join(f"{x},{y}" for x, y in pairs)
+            file.write_text(re.sub('points="[^"]*"', f'points="{text}"', file.read_text(), count=1))
+        else:
+            text = "".join(f"<x{i}>{x}</x{i}><y{i}>{y}</y{i}>" for i, (x, y) in enumerate(pairs, 1))
+            file.write_text(re.sub("<polygon>.*?</polygon>", f"<polygon>{text}</polygon>", file.read_text(), count=1))
+
+    files = {coco_beside: "labels.json", labelme: "photo1.json", cvat: "annotations.xml"}
+    importing(write, files.get(write, "train/photo1.xml"), edit, "outline|longer")
+
+
+def training(place, child, *changes: object):
+    settings = [*MODEL, *RUN, f"data.root={place.data}", "data.shapes=null", "model.backbone.weights=null", *changes]
+    return child(place.folder, "train", *settings, "--config", FILE, "--run", "run")
+
+
+def test_a_training_refuses_an_endless_outline(place, child):
+    content = json.loads((place.data / "annotations" / "train.json").read_text())
+    content["annotations"][0]["segmentation"] = [zigzag(20_000, 131_000)]
+    place.write("data/annotations/train.json", json.dumps(content))
+    (place.folder / "data" / "images").symlink_to(place.data / "images")
+    says(training(place, child, f"data.root={place.folder / 'data'}"), "outline")
+
+
+def labelme_with(fields: dict, shape: dict | None = None):
+    def edit(file: Path) -> None:
+        content = json.loads(file.read_text()) | fields
+        content["shapes"][0] |= shape or {}
+        file.write_text(json.dumps(content))
+
+    return edit
+
+
+def png(height: int, width: int) -> str:
+    """A PNG of these sides without pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    return b64encode(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")).decode()
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "shape", "pattern"),
+    [
+        ("photo2.json", {}, {"points": []}, "points"),
+        ("photo2.json", {}, {"points": [[math.nan, 1]]}, "coordinate"),
+        ("photo2.json", {}, {"points": [[1e300, 1]]}, "coordinate"),
+        ("photo2.json", {}, {"mask": png(60_000, 60_000)}, "mask of a shape cannot be read"),
+        ("photo2.json", {}, {"mask": [1]}, "mask of a shape cannot be read"),
+        ("photo2.json", {"imageHeight": 60_000, "imageWidth": 60_000}, {}, "60000x60000"),
+        ("photo1.json", {"imageHeight": 10**9}, {}, "1000000000"),
+        ("photo1.json", {"imageHeight": int(LONG)}, {}, "image"),
+        ("photo1.json", {}, {"label": "\ud800"}, "class name"),
+        ("photo1.json", {}, {"points": 5}, "points"),
+    ],
+)
+def test_labelme_files_that_claim_the_impossible(file, fields, shape, pattern, importing):
+    importing(labelme, file, labelme_with(fields, shape), pattern)
+
+
+@pytest.mark.parametrize("side", ["1000000000", LONG, "-5", "0", "nan"])
+def test_cvat_images_of_an_impossible_size(side, importing):
+    importing(cvat, "annotations.xml", lambda f: change(f, 'height="48"', f'height="{side}"'), "height|size|CVAT")
+
+
+@pytest.mark.parametrize("fields", [{"group_id": [1]}, {"shape_type": [["polygon"]]}])
+def test_lists_where_labelme_has_a_text_or_a_number(fields, child, tmp_path):
+    labelme(tmp_path / "export", range(1, 5))
+    labelme_with({}, fields)(tmp_path / "export" / "photo1.json")
+    assert answer(*child(tmp_path, "data", "import", "export", "made")) == ""
+
+
+def test_deep_nesting_in_xml(child, tmp_path):
+    cvat(tmp_path / "export", range(1, 5))
+    deep = "<a>" * 200_000 + "</a>" * 200_000
+    change(tmp_path / "export" / "annotations.xml", "<meta>", f"<meta>{deep}")
+    answer(*child(tmp_path, "data", "import", "export", "made"))
+
+
+ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "pattern"),
+    [
+        ("data.yaml", ALIASES + "names: *a11\ntrain: images/train\n", "aliases"),
+        ("data.yaml", "names: {? [1] : cat}\ntrain: images/train\n", "YAML|names"),
+        ("data.yaml", 'names: ["\\uD800", dog]\ntrain: images/train\nval: images/val', "name"),
+        ("data.yaml", "names: " + "[" * 5000, "YAML|nested"),
+        ("data.yaml", "names: [cat, dog]\ntrain: images/train\n".encode("utf-16"), "UTF-8"),
+        ("data.yaml", "names: [a, a]\ntrain: images/train\n", "two classes"),
+        ("labels/train/photo1.txt", "0 0.1 0.1 0.5 0.5 0.9 0.1".encode("utf-16"), "photo1.txt.*UTF-8"),
+        ("labels/train/photo1.txt", "0 0.1 0.1 0.5 0.5 0.9 0.1 # \u00e9".encode("latin-1"), "photo1.txt.*UTF-8"),
+    ],
+)
+def test_yolo_files_that_cannot_be_read(file, content, pattern, child, tmp_path):
+    yolo(tmp_path / "export", range(1, 5))
+    (tmp_path / "export" / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    says(child(tmp_path, "data", "import", tmp_path / "export" / "data.yaml", "made"), pattern)
+
+
+def test_an_image_that_is_a_pipe(place, child):
+    coco_beside(place.folder / "export", range(1, 5))
+    (place.folder / "export" / "photo1.png").unlink()
+    os.mkfifo(place.folder / "export" / "photo1.png")
+    says(child(place.folder, "data", "import", "export", "made"), "photo1.png.*regular file")
+    says(child(place.folder, "predict", place.model, "export/photo1.png", "--output", "out"), "regular file")
