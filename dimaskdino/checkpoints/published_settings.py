@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from dimaskdino.checkpoints.published_keys import (
@@ -29,6 +30,7 @@ from dimaskdino.config import Config, load_config, parse_config, read_tree
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.resources import find_config
 
+LARGEST = 2**63 - 1  # of the integers that a setting may have
 _KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.\w+)*$")
 
 
@@ -178,7 +180,7 @@ def _literal(value: Any) -> Any:
         return value
     try:
         parsed = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return value
     return list(parsed) if isinstance(parsed, tuple) else parsed
 
@@ -190,6 +192,10 @@ def _as_overrides(values: Mapping[str, Any]) -> list[str]:
 def _translate(keys: Mapping[str, Any], k: tuple[int, ...] | None) -> _Translation:
     made = _Translation()
     for key, value in keys.items():
+        kinds = _KINDS.get(key, (object,))
+        if not isinstance(value, kinds) or (isinstance(value, int) and abs(value) > LARGEST):
+            expected = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
+            raise UserError(f"{key} = {str(value)[:40]}: expected {expected}")
         if key in SAME:
             made.values[SAME[key]] = list(value) if isinstance(value, tuple) else value
         elif key in ALWAYS:
@@ -241,9 +247,10 @@ def _feature_levels(keys: Mapping[str, Any], made: _Translation) -> None:
     total, count, order, names = (keys.get(key) for key in _LEVELS)
     finest = {("res3", "res4", "res5"): "res3", ("res2", "res3", "res4", "res5"): "res2"}
     if names is not None:
-        if tuple(names) not in finest:
+        chosen = finest.get(tuple(map(str, names)))
+        if chosen is None:
             raise UserError(f"{_LEVELS[3]} = {names}: the encoder reads {' or '.join(map(str, map(list, finest)))}")
-        made.values["model.pixel_decoder.finest"] = finest[tuple(names)]
+        made.values["model.pixel_decoder.finest"] = chosen
         count = len(names)  # a published file says 3 and names 4: the names count
     elif count is not None:
         made.values["model.pixel_decoder.finest"] = "res2" if count == 4 else "res3"
@@ -334,7 +341,7 @@ def _weights(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
     elif str(value).endswith(".pkl"):
         made.values["model.backbone.weights"] = str(value)
     else:
-        made.weights = Path(value)
+        made.weights = Path(str(value))
 
 
 def _output(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
@@ -343,7 +350,7 @@ def _output(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
 
 def _datasets(split: str) -> Callable[[Any, Mapping[str, Any], _Translation], None]:
     def chosen(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
-        names = [value] if isinstance(value, str) else list(value)
+        names = [value] if isinstance(value, str) else list(map(str, value))
         if len(names) == 1 and names[0] in DATASETS:
             made.values["data.root"] = f"data/{DATASETS[names[0]][0]}"
             made.values[f"data.{split}"] = DATASETS[names[0]][1]
@@ -393,6 +400,17 @@ def _mapper(value: Any, keys: Mapping[str, Any], made: _Translation) -> None:
     if not str(value).endswith("instance_lsj"):
         raise UserError(f"INPUT.DATASET_MAPPER_NAME = {value}: this kit trains with large-scale jitter")
 
+
+# types of the keys that are computed with
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys((*_TOGETHER, *_LEVELS[:2]), (int, NoneType)),
+    _LEVELS[3]: (list, NoneType),
+    **{f"{MODEL}.{key}": (int,) for key in ("BACKBONE.FREEZE_AT", "SWIN.EMBED_DIM", "SWIN.WINDOW_SIZE")},
+    **{f"{MODEL}.{key}": (str,) for key in ("BACKBONE.NAME", "RESNETS.NORM")},
+    **dict.fromkeys(("SEED", "SOLVER.WARMUP_ITERS", f"{MODEL}.RESNETS.DEPTH"), (int,)),
+    **dict.fromkeys(("DATASETS.TRAIN", "DATASETS.TEST"), (str, list)),
+    f"{DINO}.DN_NOISE_SCALE": (int, float),
+}
 
 _SPECIAL: dict[str, Callable[[Any, Mapping[str, Any], _Translation], None]] = {
     f"{MODEL}.BACKBONE.NAME": _backbone,

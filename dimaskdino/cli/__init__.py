@@ -3,6 +3,8 @@
 Commands import their modules when they run, so that help is fast.
 """
 
+import io
+import re
 import sys
 from collections.abc import Callable
 
@@ -10,7 +12,7 @@ from tyro.extras import SubcommandApp
 
 from dimaskdino.cli import config, data, models, notebooks, training
 from dimaskdino.cli.options import settings_first
-from dimaskdino.utils.errors import Stopped, UserError, explain_os_error
+from dimaskdino.utils.errors import Stopped, UserError, explain_os_error, first_line
 from dimaskdino.utils.signals import EXIT_STOPPED, end_with_parent
 from dimaskdino.utils.terminal import accept_all_text, printable
 
@@ -60,5 +62,10 @@ def main() -> None:
         message, code = str(stopped), EXIT_STOPPED
     except KeyboardInterrupt:
         message, code = "interrupted", 130
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch's allocator on the CPU has no exception of its own
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        message, code = f"the memory does not suffice ({first_line(error)}); choose smaller sizes or batches", 1
     print(f"dimaskdino: {message}", file=sys.stderr)
     sys.exit(code)

@@ -65,8 +65,14 @@ def _type_name(annotation: Any, limits: Iterable[Any] = ()) -> str:
         annotation, getattr(annotation, "__name__", "section")
     )
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    bounds = [f"{sign} {getattr(x, kind)}" for x in limits for kind, sign in signs.items() if hasattr(x, kind)]
+    found = [(sign, getattr(x, kind)) for x in limits for kind, sign in signs.items() if hasattr(x, kind)]
+    bounds = [f"{sign} {bound}" for sign, bound in found if bound < 2**16]  # no one asks for more
     return " ".join([name, " and ".join(bounds)]).strip()
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def explain(error: ValidationError, source: str, root: type[Section]) -> str:
@@ -86,5 +92,5 @@ def explain(error: ValidationError, source: str, root: type[Section]) -> str:
         elif problem["type"] == "value_error":
             lines.append(f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"]))
         else:
-            lines.append(f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}")
+            lines.append(f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {_short(problem['input'])}")
     return f"{source}: " + "; ".join(lines)

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from annotated_types import Gt, Le
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # names of the model's modules in version 0.2, and today
 RENAMED_MODULES = {"first_selection": "de_imbalance.first_selection", "token_optimization": "bato"}
@@ -18,6 +19,12 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+
+# larger numbers fit into no memory, or into no number of PyTorch's
+Count = Annotated[int, Gt(0), Le(2**53)]
+Size = Annotated[int, Gt(0), Le(2**16)]
+Few = Annotated[int, Gt(0), Le(1000)]
+MOST_PARAMETERS = 2**31
 
 TYPE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -70,7 +77,7 @@ class Backbone(Replaceable):
     """Section 1."""
 
     name: str = Field("resnet50", description="a ResNet of torchvision (resnet18, resnet50, …) or a backbone of timm")
-    width: PositiveInt = Field(64, description="channels of the first stage; smaller than 64 for small models")
+    width: Size = Field(64, description="channels of the first stage; smaller than 64 for small models")
     norm: Literal["frozen", "batch"] = Field(
         "frozen", description="frozen batch norm, or trained, for training from scratch"
     )
@@ -94,8 +101,8 @@ class PixelDecoder(Section):
         4, description="number of feature levels: those of the backbone from `finest` to res5, and res6 if one more"
     )
     finest: Literal["res2", "res3"] = Field("res3", description="finest backbone level that the encoder reads")
-    layers: PositiveInt = 6
-    ffn_dim: PositiveInt = 2048
+    layers: Few = 6
+    ffn_dim: Size = 2048
 
     @model_validator(mode="after")
     def _levels(self) -> "PixelDecoder":
@@ -117,11 +124,11 @@ class PixelDecoder(Section):
 class Selection(Replaceable):
     """First selection and De-Imbalance, section 3."""
 
-    k: tuple[PositiveInt, ...] = Field(
+    k: tuple[Size, ...] = Field(
         (600, 300),
         description="number of tokens that each selection keeps; one: no De-Imbalance, three: triple selection",
     )
-    token_interaction_layers: PositiveInt = Field(2, description="number of layers before each further selection")
+    token_interaction_layers: Few = Field(2, description="number of layers before each further selection")
     mask_to_box: Literal["mask2box", "bitmask", "no"] = Field(
         "mask2box",
         description="boxes of the first selection's tokens: around their masks (mask2box, bitmask) or predicted (no)",
@@ -148,10 +155,8 @@ class Selection(Replaceable):
 class Decoder(Section):
     """Section 5."""
 
-    layers: PositiveInt = 6
-    ffn_dim: PositiveInt = Field(
-        2048, description="width of the feed-forward blocks, also of token interaction and BATO"
-    )
+    layers: Few = 6
+    ffn_dim: Size = Field(2048, description="width of the feed-forward blocks, also of token interaction and BATO")
     random_positions: bool = Field(False, description="table 3: start the decoder's queries at random boxes")
 
 
@@ -162,11 +167,11 @@ class BATO(Replaceable):
     guidance: Literal["T_i", "T_s1", "T_s2", "Q_bal"] = Field(
         "Q_bal", description="source of the guiding tokens; T_i: the queries of a model without De-Imbalance"
     )
-    guiding_tokens: PositiveInt = 50
+    guiding_tokens: Size = 50
     generation: bool = Field(
         True, description="table 6: generate guiding tokens; off: keys and values are the guide itself"
     )
-    after: tuple[PositiveInt, ...] = Field(
+    after: tuple[Count, ...] = Field(
         (1,), description="decoder layers after which BATO acts, with the same weights each time; published: the first"
     )
     freeze: bool = Field(False, description="BATO keeps its initial weights")
@@ -185,6 +190,7 @@ class Denoising(Section):
     queries: int = Field(
         100,
         ge=0,
+        le=2**16,
         description="number of groups = queries // (largest number of objects in an image of the batch); 0: none",
     )
     label_noise: float = Field(0.2, ge=0, le=1, description="probability of a random class")
@@ -194,16 +200,16 @@ class Denoising(Section):
 class Model(Section):
     """The architecture, sections 1 to 6."""
 
-    classes: PositiveInt = 80
+    classes: Size = 80
     class_prior: float | None = Field(
         None,
         gt=0,
         lt=1,
         description="probability of each class at the start (RetinaNet); null: one half, the published setting",
     )
-    hidden_dim: PositiveInt = Field(256, description="C; a multiple of 32 and of the heads")
-    heads: PositiveInt = 8
-    points: PositiveInt = Field(4, description="number of sampling points per head and level")
+    hidden_dim: Size = Field(256, description="C; a multiple of 32 and of the heads")
+    heads: Size = 8
+    points: Size = Field(4, description="number of sampling points per head and level")
     backbone: Backbone = Backbone()
     pixel_decoder: PixelDecoder = PixelDecoder()
     selection: Selection = Selection()
@@ -217,6 +223,8 @@ class Model(Section):
             raise ValueError(
                 f"hidden_dim must be a multiple of 32 (group norm) and of heads = {self.heads}, got {self.hidden_dim}"
             )
+        if self._least_parameters() > MOST_PARAMETERS:
+            raise ValueError(f"the model would have more than {MOST_PARAMETERS:,} parameters; choose smaller numbers")
         if not self.bato.enabled:
             return self
         # one decoder layer leaves BATO nothing to act on: the published code then drops it
@@ -232,6 +240,16 @@ class Model(Section):
                 f"the other guides with two or three; got guidance {self.bato.guidance}, k {list(self.selection.k)}"
             )
         return self
+
+    def _least_parameters(self) -> int:
+        """A lower bound on the number of parameters: those of the layers' linear maps."""
+        c, encoder, decoder = self.hidden_dim, self.pixel_decoder, self.decoder
+        interactions = (len(self.selection.k) - 1) * self.selection.token_interaction_layers
+        per_level = 3 * self.heads * self.points * encoder.levels  # of the sampling points
+        in_encoder = encoder.layers * c * (2 * encoder.ffn_dim + 2 * c + per_level)
+        in_decoder = decoder.layers * c * (2 * decoder.ffn_dim + 6 * c + per_level)
+        others = interactions * c * (2 * decoder.ffn_dim + 4 * c) + 2 * c * self.classes + 1000 * self.backbone.width**2
+        return in_encoder + in_decoder + others
 
     def without_backbone_weights(self) -> "Model":
         """The same model with a randomly initialised backbone, for weights that are loaded afterwards."""
@@ -255,8 +273,8 @@ class Loss(Section):
     cost: Weights = Weights()
     terms: dict[TermName, LossTerm] = Field({}, description="additional terms of the loss by name")
     costs: dict[TermName, LossTerm] = Field({}, description="additional terms of the matching cost by name")
-    points: PositiveInt = Field(12544, description="number of points at which masks are compared")
-    oversample: float = Field(3.0, ge=1, description="candidates per point in the search for uncertain points")
+    points: Count = Field(12544, description="number of points at which masks are compared")
+    oversample: float = Field(3.0, ge=1, le=100, description="candidates per point in the search for uncertain points")
     uncertain_fraction: float = Field(0.75, ge=0, le=1)
 
     @model_validator(mode="after")
@@ -270,7 +288,7 @@ class Loss(Section):
 class LargeScaleJitter(Section):
     """Training augmentation, section 9."""
 
-    size: PositiveInt = 1024
+    size: Size = 1024
     min_scale: float = Field(0.1, gt=0)
     max_scale: float = Field(2.0, gt=0)
     flip: float = Field(0.5, ge=0, le=1)
@@ -279,8 +297,8 @@ class LargeScaleJitter(Section):
 class Resize(Section):
     """Size of images at inference, section 9."""
 
-    shortest: PositiveInt = 800
-    longest: PositiveInt = 1333
+    shortest: Size = 800
+    longest: Size = 1333
 
 
 ShapeKind = Literal[
@@ -305,16 +323,16 @@ SOLIDS: tuple[ShapeKind, ...] = ("ball", "block", "can", "cone", "hoop")  # rend
 class Shapes(Section):
     """The built-in data, generated when `data.root` does not exist yet."""
 
-    train: PositiveInt = 4000
-    val: PositiveInt = 200
-    size: PositiveInt = Field(128, description="height and width of the images, pixels")
-    seed: int = Field(0, ge=0)
+    train: Count = 4000
+    val: Count = 200
+    size: Size = Field(128, description="height and width of the images, pixels")
+    seed: int = Field(0, ge=0, le=2**63 - 1)
     kinds: tuple[ShapeKind, ...] = Field(
         ("disk", "rectangle", "triangle", "star", "ring"), min_length=1, description="the classes, in this order"
     )
     smallest: float = Field(0.09, gt=0, le=0.5, description="smallest radius, relative to the image's side")
     largest: float = Field(0.36, gt=0, le=0.5, description="largest radius")
-    bars: int = Field(0, ge=0, description="number of thin bars over each scene, which are no objects")
+    bars: int = Field(0, ge=0, le=1000, description="number of thin bars over each scene, which are no objects")
 
     @model_validator(mode="after")
     def _sizes(self) -> "Shapes":
@@ -355,7 +373,7 @@ class Data(Section):
         (), description="functions from sample to sample, applied after the augmentation of a training image"
     )
     resize: Resize = Resize()
-    workers: int = Field(4, ge=0, description="number of loader processes per training process")
+    workers: int = Field(4, ge=0, le=1000, description="number of loader processes per training process")
     skip_bad_images: bool = Field(
         False, description="replace unreadable training images and report them, instead of stopping"
     )
@@ -378,20 +396,20 @@ class Optimizer(Section):
 class Schedule(Section):
     """Length of the training and its learning rate, section 9."""
 
-    steps: PositiveInt = 88500
-    drops: tuple[PositiveInt, ...] = Field(
+    steps: Count = 88500
+    drops: tuple[Count, ...] = Field(
         (81125,), description="steps at which the learning rate is multiplied by drop_factor"
     )
     drop_factor: float = Field(0.1, gt=0)
-    warmup: int = Field(10, ge=0, description="steps over which the learning rate rises linearly")
+    warmup: int = Field(10, ge=0, le=2**53, description="steps over which the learning rate rises linearly")
 
 
 class Validation(Section):
     """Scoring of the last stage on the validation split during a training; the best weights are kept."""
 
-    every: PositiveInt | None = Field(None, description="steps between validations; null: none, the published setting")
-    images: PositiveInt = Field(200, description="number of images at most, spread evenly over the split")
-    patience: PositiveInt | None = Field(
+    every: Count | None = Field(None, description="steps between validations; null: none, the published setting")
+    images: Count = Field(200, description="number of images at most, spread evenly over the split")
+    patience: Count | None = Field(
         None, description="end the training after this number of validations without a better one; null: never"
     )
     stages: tuple[str, ...] = Field(
@@ -402,10 +420,8 @@ class Validation(Section):
 class Train(Section):
     """How a training runs."""
 
-    batch_size: PositiveInt = Field(16, description="number of images per step, over all processes")
-    accumulate: PositiveInt = Field(
-        1, description="number of parts that each process splits its images into, to save memory"
-    )
+    batch_size: Size = Field(16, description="number of images per step, over all processes")
+    accumulate: Few = Field(1, description="number of parts that each process splits its images into, to save memory")
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
         "fp32", description="fp32; on NVIDIA GPUs tf32: float32 with faster, coarser products; bf16 or fp16 by autocast"
     )
@@ -437,17 +453,17 @@ class Train(Section):
     trackers: tuple[str, ...] = Field(
         ("tensorboard",), description="trackers of the metrics and pictures: tensorboard, wandb, or your own"
     )
-    seed: int = Field(0, ge=0)
-    checkpoint_every: PositiveInt = Field(5000, description="steps")
-    keep: PositiveInt = Field(2, description="number of newest resume points that are kept")
-    log_every: PositiveInt = Field(20, description="steps")
+    seed: int = Field(0, ge=0, le=2**63 - 1)
+    checkpoint_every: Count = Field(5000, description="steps")
+    keep: Count = Field(2, description="number of newest resume points that are kept")
+    log_every: Count = Field(20, description="steps")
 
 
 class Evaluation(Section):
     """How detections are made and scored, section 8."""
 
-    detections: PositiveInt = Field(100, description="number of query-class pairs kept per image")
-    batch_size: PositiveInt = 1
+    detections: Size = Field(100, description="number of query-class pairs kept per image")
+    batch_size: Size = 1
 
 
 def unnamed_classes(count: int) -> list[str]:

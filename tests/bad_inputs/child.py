@@ -49,12 +49,12 @@ def run(folder: str, arguments: list[str], output: int) -> None:
 
 
 def answer(code: int, output: str) -> str:
-    """The line with which the command line refused; success is an empty one, anything else fails."""
+    """What the command line said when it refused, in lines; nothing for a success, and anything else fails."""
     assert code in (0, 1), f"exit code {code}\n{output[-3000:]}"
     assert "Traceback" not in output, output[-3000:]
     said = output.strip().splitlines()
     assert code == 0 or (said and len(said[-1]) < 1500), output[-3000:]
-    return said[-1] if code else ""
+    return output if code else ""
 
 
 def serve() -> None:

@@ -1,5 +1,6 @@
 """Files that once crashed or hung the process, or ended it with a traceback: one line tells what is wrong."""
 
+import contextlib
 import json
 import math
 import os
@@ -8,19 +9,26 @@ import struct
 import zlib
 from base64 import b64encode
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from child import answer
 from exported import coco_beside, cvat, labelme, voc_of_roboflow, yolo
 from small import FILE, MODEL, RUN
+
+from dimaskdino.checkpoints.published_keys import ALWAYS, NAMES, NO_EFFECT, SAME
+from dimaskdino.checkpoints.published_settings import _LEVELS, _SPECIAL, _TOGETHER, load_settings
+from dimaskdino.config import dump_config, keys_of, load_config
+from dimaskdino.utils.errors import UserError
 
 LONG = "9" * 400
 NUMBERS = ("nan", "inf", "3e8", "-3e8", "1e300", LONG)
 
 
 def says(found: tuple[int, str], pattern: str) -> None:
-    line = answer(*found)
-    assert re.search(pattern, line), line or "success"
+    said = answer(*found)
+    assert re.search(pattern, said), said or "success"
 
 
 def change(file: Path, old: str, new: str) -> None:
@@ -193,3 +201,95 @@ def test_an_image_that_is_a_pipe(place, child):
     os.mkfifo(place.folder / "export" / "photo1.png")
     says(child(place.folder, "data", "import", "export", "made"), "photo1.png.*regular file")
     says(child(place.folder, "predict", place.model, "export/photo1.png", "--output", "out"), "regular file")
+
+
+# ---- settings
+
+
+@pytest.fixture
+def shown(child, tmp_path):
+    """Give a setting in a file and on the command line; both must be refused in the same words."""
+
+    def check(key: str, value: str, pattern: str) -> None:
+        *sections, name = key.split(".")
+        text = "".join(f"{'  ' * depth}{section}:\n" for depth, section in enumerate(sections))
+        (tmp_path / "settings.yaml").write_text(f"{text}{'  ' * len(sections)}{name}: {value}\n")
+        says(child(tmp_path, "config", "show", "settings.yaml"), pattern)
+        says(child(tmp_path, "config", "show", FILE, f"{key}={value}"), pattern)
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.decoder.layers", "1000000"),
+        ("model.pixel_decoder.layers", "1000000"),
+        ("model.selection.token_interaction_layers", "1000000"),
+        ("model.hidden_dim", "32000000"),
+        ("model.hidden_dim", "65536"),
+        ("model.decoder.ffn_dim", "1000000000000"),
+        ("model.backbone.width", "60000"),
+        ("model.classes", LONG),
+        ("data.jitter.size", "1000000000"),
+        ("data.workers", "1000000"),
+        ("train.seed", str(2**64)),
+        ("schedule.steps", LONG),
+        ("optimizer.lr", LONG),
+        ("optimizer.lr", ".inf"),
+        ("loss.weights.dice", LONG),
+    ],
+)
+def test_settings_that_no_memory_holds(key, value, shown):
+    shown(key, value, key.split(".")[-1] + "|parameters")
+
+
+@pytest.mark.parametrize("value", [LONG, "[[[1]]]", "{a: b}", "null", "'x'", "[]"])
+def test_any_setting_of_any_type_is_taken_or_refused_in_one_line(value):
+    for key in keys_of():
+        with contextlib.suppress(UserError):
+            load_config(FILE, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("extends: /dev/zero", "/dev/zero is no regular file"),
+        ("extends: pipe", "pipe is no regular file"),
+        ("extends: [a]", "extends must be the path"),
+        ("a: " + "[" * 3000, "nested too deeply"),
+        ("a: " + "{a: " * 3000, "nested too deeply"),
+        ("a: &a [*a]", "nested too deeply|refers to itself"),
+        (ALIASES, "aliases"),
+        ("? [a, b]\n: 1", "unknown setting|not valid YAML"),
+        ("train: {seed: !!python/object/apply:os.system [touch pwned]}", "not valid YAML"),
+        ("data: {root: 2020-99-99}", "not valid YAML|root"),
+        (f"1: {LONG}", "keys should be strings"),
+        ('"\\uD800": 1', "valid string"),
+    ],
+)
+def test_configurations_that_cannot_be_read(text, pattern, child, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "settings.yaml").write_text(text)
+    says(child(tmp_path, "config", "show", "settings.yaml"), pattern)
+
+
+def test_a_training_that_no_memory_holds_is_refused_in_one_line(place, child):
+    says(training(place, child, "loss.points=1000000000000"), "memory does not suffice")
+
+
+@pytest.mark.parametrize("value", [int(LONG), [1], {"a": 1}, "text", None, -1, "1e400", "(" * 300, [[1]], math.nan, {}])
+def test_published_keys_with_values_of_another_type(value, tmp_path):
+    file = tmp_path / "published.yaml"
+    for key in (*SAME, *ALWAYS, *_SPECIAL, *NO_EFFECT, *NAMES, *_TOGETHER, *_LEVELS):
+        tree: Any = value
+        for name in reversed(key.split(".")):
+            tree = {name: tree}
+        file.write_text(yaml.safe_dump(tree))
+        with contextlib.suppress(UserError):
+            dump_config(load_settings(file).config)
+
+
+@pytest.mark.parametrize("key", ["MODEL.BACKBONE.FREEZE_AT", "SEED", "DATASETS.TRAIN", "MODEL.MaskDINO.DN_NOISE_SCALE"])
+def test_a_published_key_of_another_type_is_named(key, child, tmp_path):
+    says(child(tmp_path, "config", "show", FILE, key, "{1: 2}"), f"{key} = .*: expected ")
