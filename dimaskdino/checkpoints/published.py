@@ -16,7 +16,7 @@ from dimaskdino.checkpoints.model_files import TrainedModel, load_weights
 from dimaskdino.config import parse_config
 from dimaskdino.modeling import Detector
 from dimaskdino.modeling.backbone_weights import recognise_resnet
-from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.errors import UserError, first_line
 from dimaskdino.utils.files import write_atomically
 from dimaskdino.utils.serialization import read_state_dict
 
@@ -280,7 +280,12 @@ def load_published(
     """
     conversion = convert_state(read_state_dict(path))
     if settings is None:
-        found = config.Config(model=architecture(conversion.state, path))
+        try:
+            found = config.Config(model=architecture(conversion.state, path))
+        except (LookupError, TypeError, ValueError) as error:  # the last: pydantic's
+            raise UserError(
+                f"{path} is no whole published model ({first_line(error)}); name a configuration with --config"
+            ) from None
         settings = parse_config(found.model_dump(mode="json"), overrides, str(path))
     model = settings.model
     if parts := not_compared(model):

@@ -168,10 +168,7 @@ def read_text(file: Path, what: str = "", errors: str = "strict") -> str:
 
 def is_text(value: Any) -> bool:
     """Whether a value is a text that can be written; json and YAML can spell half a character."""
-    try:
-        return isinstance(value, str) and bool(value.encode().strip())
-    except UnicodeEncodeError:
-        return False
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
 def read_json_object(file: Path) -> dict[str, Any]:

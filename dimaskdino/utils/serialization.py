@@ -3,6 +3,7 @@
 import collections
 import io
 import pickle
+import pickletools
 import re
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dimaskdino.utils.errors import UserError, first_line
+from dimaskdino.utils.files import require_regular
 
 
 class _DType:
@@ -63,15 +65,16 @@ def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
     return _Array()
 
 
-def _plain(value: Any) -> Any:
-    """Put the arrays back into the content of a pickle."""
-    if isinstance(value, _Array):
-        if value.value is None:
-            raise pickle.UnpicklingError("it has an array without values")
-        return value.value
-    if isinstance(value, dict):
-        return {_plain(key): _plain(item) for key, item in value.items()}
-    return type(value)(map(_plain, value)) if isinstance(value, list | tuple) else value
+def _plain(value: Any, known: dict[int, Any]) -> Any:
+    """Put the arrays back into the content of a pickle; what it refers to twice is copied once, and kept in `known`."""
+    if isinstance(value, _Array) and value.value is None:
+        raise pickle.UnpicklingError("it has an array without values")
+    if isinstance(value, dict | list | tuple) and id(value) not in known:
+        if isinstance(value, dict):
+            known[id(value)] = {_plain(key, known): _plain(item, known) for key, item in value.items()}
+        else:
+            known[id(value)] = type(value)(_plain(item, known) for item in value)
+    return value.value if isinstance(value, _Array) else known.get(id(value), value)
 
 
 # the functions and classes that a pickle of arrays needs; NumPy 2 renamed numpy.core to numpy._core
@@ -122,6 +125,7 @@ def read_pt(path: Path) -> Any:
     Raises:
         UserError: the file is missing, truncated, or holds more than tensors and plain values.
     """
+    require_regular(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the warnings concern files that are refused below
@@ -143,8 +147,13 @@ def read_pkl(path: Path) -> Any:
     Raises:
         UserError: the file is missing, truncated, or holds more than arrays and plain values.
     """
+    require_regular(path)
     try:
-        return _plain(_ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load())
+        content = path.read_bytes()
+        for code, argument, _ in pickletools.genops(content):  # a number of 2^32 takes 64 GB
+            if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(content):
+                raise pickle.UnpicklingError("it numbers more objects than it has bytes")
+        return _plain(_ArrayUnpickler(io.BytesIO(content), encoding="latin1").load(), {})
     except FileNotFoundError:
         raise UserError(f"the checkpoint {path} does not exist") from None
     except DAMAGED as error:
@@ -160,11 +169,29 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         UserError: the file cannot be read.
     """
+    require_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read, it may be truncated ({error})") from None
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a tensor that this kit stores: its numbers in memory, one for each of its elements."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and not (value.is_floating_point() and value.element_size() == 1)
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
+
+
+def _is_named_array(item: tuple[Any, Any]) -> bool:
+    name, value = item
+    return isinstance(name, str) and (isinstance(value, np.ndarray) or is_plain(value))
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -177,6 +204,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         return read_safetensors(path)[0]
     content = read_pkl(path) if path.suffix == ".pkl" else read_pt(path)
     state = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor | np.ndarray) for x in state.values()):
+    if not isinstance(state, dict) or not state or not all(map(_is_named_array, state.items())):
         raise UserError(f"{path} holds no state dict (parameter names with tensors, at the top or under 'model')")
-    return {name: torch.as_tensor(value) for name, value in state.items()}
+    try:
+        return {name: torch.as_tensor(value) for name, value in state.items()}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} has numbers that PyTorch does not know ({first_line(error)})") from None
