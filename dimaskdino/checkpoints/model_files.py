@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,8 +17,8 @@ from dimaskdino.modeling import Detector, ImageBatch, Predictions
 from dimaskdino.modeling.precision import Precision, autocast
 from dimaskdino.modeling.warm_start import start_as_identity
 from dimaskdino.utils.errors import UserError
-from dimaskdino.utils.files import write_atomically
-from dimaskdino.utils.serialization import read_pt, read_safetensors
+from dimaskdino.utils.files import is_text, write_atomically
+from dimaskdino.utils.serialization import is_plain, read_pt, read_safetensors
 from dimaskdino.utils.threads import adaptive_threads
 
 MODEL = "model.safetensors"
@@ -110,15 +109,24 @@ def load_model_file(path: Path, overrides: Iterable[str] = ()) -> TrainedModel:
     """
     path = _model_path(path)
     weights, config, classes, step = _read_model(path)
-    try:
-        settings = parse_config(json.loads(config), overrides, str(path))
-    except ValueError as error:
-        raise UserError(f"the configuration in {path} is damaged ({error}); take another copy of the file") from None
+    settings = parse_stored(config, path, overrides)
     detector = Detector(settings.model.without_backbone_weights())
     load_weights(detector, weights, str(path))
     if len(classes) != settings.model.classes:
         raise UserError(f"{path} names {len(classes)} classes, its model has {settings.model.classes} (model.classes)")
     return TrainedModel(detector.eval(), settings, classes, step)
+
+
+def parse_stored(text: str, path: Path, overrides: Iterable[str] = ()) -> Config:
+    """The configuration that a file stores as json.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return parse_config(json.loads(text), overrides, str(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the configuration in {path} is damaged ({error}); take another copy of the file") from None
 
 
 def _model_path(path: Path) -> Path:
@@ -157,7 +165,7 @@ def _read_model(path: Path) -> tuple[dict[str, Tensor], str, list[str], int]:
             raise UserError(f"{path} holds tensors but no configuration of this kit")
         try:
             classes, step = json.loads(metadata["classes"]), int(metadata["step"])
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RecursionError) as error:
             raise UserError(f"{path} has damaged metadata ({error}); take another copy of the file") from None
         weights = {current_name(key): value for key, value in weights.items()}
         return weights, metadata["config"], _class_names(classes, path), step
@@ -166,12 +174,13 @@ def _read_model(path: Path) -> tuple[dict[str, Tensor], str, list[str], int]:
 
 
 def _class_names(classes: Any, path: Path) -> list[str]:
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+    if not isinstance(classes, list) or not all(map(is_text, classes)):
         raise UserError(f"{path} has damaged metadata: its classes are not a list of names; take another copy")
     return classes
 
 
 _CONTENT = {"model": dict, "optimizer": dict, "scaler": dict, "step": int, "config": str, "classes": list}
+_LATER_CONTENT = {"validation": dict, "average": dict | None}  # missing in files of earlier versions
 
 
 def read_resume_point(path: Path) -> dict[str, Any]:
@@ -186,9 +195,15 @@ def read_resume_point(path: Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of this kit. To convert a published one: dimaskdino convert {path} OUTPUT"
         )
     damaged = [name for name, kind in _CONTENT.items() if not isinstance(state.get(name), kind)]
-    if damaged or not all(isinstance(value, Tensor) for value in state["model"].values()):
+    damaged += [name for name, kind in _LATER_CONTENT.items() if name in state and not isinstance(state[name], kind)]
+    for part in ("model", "average"):
+        if not damaged and not all(isinstance(k, str) and is_plain(v) for k, v in (state.get(part) or {}).items()):
+            damaged.append(part)
+    if not damaged and not all(isinstance(value, int | float) for value in state.get("validation", {}).values()):
+        damaged.append("validation")
+    if damaged or not 0 <= state["step"] < 2**53:
         raise UserError(
-            f"{path} is no resume point: {', '.join(damaged) or 'model'} is missing or damaged; take an earlier one"
+            f"{path} is no resume point: {', '.join(damaged) or 'step'} is missing or damaged; take an earlier one"
         )
     state["model"] = {current_name(key): value for key, value in state["model"].items()}
     if state.get("average"):  # of torch's AveragedModel: `module.` before the names, and the number of averages
@@ -210,8 +225,8 @@ def recorded_config(run: Path) -> Config | None:
     folder = run / "checkpoints"
     for path in (*resume_points(folder), folder / MODEL):
         try:
-            return Config.model_validate_json(_read_model(path)[1])
-        except (UserError, ValidationError):
+            return parse_stored(_read_model(path)[1], path)
+        except UserError:
             continue
     return None
 
@@ -299,7 +314,7 @@ def load_weights(detector: Detector, weights: dict[str, Tensor], source: str) ->
     classes = weights.get("heads.label.bias")
     if classes is not None and classes.shape != expected["heads.label.bias"].shape:
         raise UserError(
-            f"{source} was trained for {len(classes)} classes, the configuration says "
+            f"{source} was trained for {classes.numel()} classes, the configuration says "
             f"{len(expected['heads.label.bias'])} (model.classes)"
         )
     missing, unexpected = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
@@ -315,7 +330,8 @@ def load_weights(detector: Detector, weights: dict[str, Tensor], source: str) ->
             "Compare its configuration with yours"
         )
     for key, value in weights.items():
-        if value.is_floating_point() != expected[key].is_floating_point():
+        eight_bits = value.is_floating_point() and value.element_size() == 1
+        if value.is_floating_point() != expected[key].is_floating_point() or eight_bits:
             raise UserError(f"{source}: {key} has the type {value.dtype}, expected {expected[key].dtype}")
     broken = first_non_finite(weights)
     if broken is not None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dimaskdino import config
 from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.serialization import is_plain
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
 
@@ -50,7 +51,7 @@ def moments_by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Ten
     """The optimizer's state of every parameter, by the name of the parameter."""
     moments = {}
     for group in optimizer.param_groups:
-        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+        for name, parameter in _parameters(group):
             if parameter in optimizer.state:
                 moments[name] = dict(optimizer.state[parameter])
     return moments
@@ -66,17 +67,34 @@ def load_moments(optimizer: torch.optim.Optimizer, stored: dict[str, Any], names
             optimizer counted the parameters of each of its groups in this order.
 
     Raises:
-        UserError: the state belongs to parameters that this training does not have.
+        UserError: the state belongs to parameters that this training does not have, or is not that of AdamW.
     """
-    own = [name for group in optimizer.param_groups for name in group["param_names"]]
+    own = {name: x for group in optimizer.param_groups for name, x in _parameters(group)}
     if "param_groups" in stored:
         stored = _named(stored["state"], optimizer, names)
-    unknown = sorted(stored.keys() - set(own))
+    unknown = sorted(map(str, stored.keys() - own.keys()))
     if unknown:
         raise UserError(f"the resume point has optimizer states of other parameters, the first {unknown[0]}")
+    for name, values in stored.items():
+        if not _fits(values, own[name]):  # PyTorch would read and write beyond its memory
+            raise UserError(
+                f"the resume point has a damaged optimizer state of {name}; delete it to use an earlier one"
+            )
     state = optimizer.state_dict()
     state["state"] = {position: stored[name] for position, name in enumerate(own) if name in stored}
     optimizer.load_state_dict(state)
+
+
+def _parameters(group: dict[str, Any]) -> Iterable[tuple[str, nn.Parameter]]:
+    return zip(group["param_names"], group["params"], strict=True)
+
+
+def _fits(values: Any, parameter: Tensor) -> bool:
+    """Whether values are the state that AdamW has of a parameter."""
+    shapes = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    if not isinstance(values, dict) or values.keys() != shapes.keys() or not all(map(is_plain, values.values())):
+        return False
+    return all(x.shape == shapes[key] and x.is_floating_point() and x.isfinite().all() for key, x in values.items())
 
 
 def _named(state: dict[int, Any], optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Any]:

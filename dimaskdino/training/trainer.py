@@ -25,6 +25,7 @@ from dimaskdino.checkpoints.model_files import (
     initialize_from,
     load_weights,
     matching_classes,
+    parse_stored,
     resume_point_path,
     save_model,
 )
@@ -45,7 +46,7 @@ from dimaskdino.training.optimizer import build_optimizer, load_moments, moments
 from dimaskdino.training.resume_points import load_resume_point, save_resume_point
 from dimaskdino.training.validation import Best, Validator, averaged
 from dimaskdino.utils.distributed import DistributedContext
-from dimaskdino.utils.errors import Stopped, UserError
+from dimaskdino.utils.errors import Stopped, UserError, first_line
 from dimaskdino.utils.progress import progress_bar
 from dimaskdino.utils.signals import StopRequest
 from dimaskdino.utils.terminal import print_lines
@@ -102,6 +103,17 @@ def _look_at(data: CocoDataset, settings: Config) -> None:
         )
 
 
+@contextlib.contextmanager
+def _explaining(point: Path) -> Iterator[None]:
+    """Turn the errors of loading parts of a resume point into a `UserError` that names it."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UserError(
+            f"{point} has parts of another training ({first_line(error)}); delete it to use an earlier one"
+        ) from None
+
+
 def _checkpoint_activations(detector: Detector, backbone: bool) -> None:
     """Recompute layers in the backward pass; those of the backbone only if its batch norm is frozen."""
     kinds = (EncoderLayer, DecoderLayer, TokenInteractionLayer)
@@ -151,7 +163,8 @@ class Trainer:
         # it starts from the weights that the training starts or goes on with
         self.average = averaged(self.detector, config.train.average) if config.train.average else None
         if self.average and state and state.get("average"):
-            self.average.load_state_dict(state["average"])
+            with _explaining(resume_point_path(folder.checkpoints, self.step)):
+                self.average.load_state_dict(state["average"])
         arrange(self.detector, config)
         # batch norm's statistics change in the forward pass, before it is known whether the loss is finite
         norms = [m for m in self.detector.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -179,18 +192,20 @@ class Trainer:
             self._start_from(self.config.train.weights)
             return None
         # validated first: settings that are newer than the run then have their defaults, and are no change
-        before = Config.model_validate_json(state["config"])
+        point = resume_point_path(self.folder.checkpoints, state["step"])
+        before = parse_stored(state["config"], point)
         check_settings(before, self.config, self.folder.path)
         self._changed = changed_settings(before.model_dump(mode="json"), self.config.model_dump(mode="json"))
         self.data.use_classes(state["classes"], self.config.data)
         load_weights(self.detector, state["model"], str(self.folder.checkpoints))
-        load_moments(self.optimizer, state["optimizer"], state["model"])
-        if self.scaler.is_enabled() and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+        with _explaining(point):
+            load_moments(self.optimizer, state["optimizer"], state["model"])
+            if self.scaler.is_enabled() and state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
+            self.best = Best(**state.get("validation", {}))
         self.step = self._saved_step = self._resumed_at = state["step"]
         if self.context.rank == 0:
             print(f"resuming at step {self.step} of {self.config.schedule.steps}")
-        self.best = Best(**state.get("validation", {}))
         return state
 
     def _start_from(self, weights: Path | None) -> None:
