@@ -142,7 +142,7 @@ def status(run: Positional[Path]) -> int:
         if "validation" in record:
             box, mask = record["validation"]["box_AP"], record["validation"]["mask_AP"]
             validated = f"validation at step {step}: box AP {box:.1f}, mask AP {mask:.1f}; "
-            validated += f"the best was at step {record['best_step']}"
+            validated += f"the best was at step {record.get('best_step', step)}"
     print("".join(f"{line}\n" for line in (latest, validated) if line), end="")
     evaluation = run / "evaluation" / "layers.json"
     if evaluation.exists():

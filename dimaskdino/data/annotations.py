@@ -399,7 +399,8 @@ def _ids(entries: list[Any]) -> set[Any]:
 
 def _name_categories(categories: list[Entry], repaired: Counter[str]) -> None:
     for category in categories:
-        if not is_text(category.get("name")):
+        name = category.get("name")
+        if not is_text(name) or not str(name).strip():
             repaired["categories without a usable name, named by their id"] += 1
             category["name"] = str(category["id"])
 

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 from dimaskdino.checkpoints.model_files import TrainedModel
 from dimaskdino.data.check import record_faults
 from dimaskdino.data.coco import find_split
@@ -20,10 +22,12 @@ from dimaskdino.modeling import ImageBatch, Predictions, Stage, postprocess
 from dimaskdino.modeling.stages import FIRST_LAYER
 from dimaskdino.utils import plugins
 from dimaskdino.utils.errors import UserError
-from dimaskdino.utils.files import write_text
+from dimaskdino.utils.files import require_regular, write_text
 from dimaskdino.utils.progress import progress_bar
 from dimaskdino.utils.terminal import print_lines, printable
 from dimaskdino.utils.threads import adaptive_threads
+
+_AP = TypeAdapter(AveragePrecision)
 
 
 @dataclass(frozen=True)
@@ -145,11 +149,11 @@ class LayerwiseAP:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "LayerwiseAP":
-        """Read what `to_json` returned. Other content raises a KeyError, TypeError or AttributeError."""
+        """Read what `to_json` returned. Other content raises a KeyError, TypeError, ValueError or AttributeError."""
         stages = {}
         for name, stage in content["stages"].items():
-            mask = AveragePrecision(**stage["mask"]) if stage["mask"] else None
-            stages[name] = StageAP(AveragePrecision(**stage["box"]), mask)
+            mask = _AP.validate_python(stage["mask"]) if stage["mask"] else None
+            stages[name] = StageAP(_AP.validate_python(stage["box"]), mask)
         limits = UpperBounds.from_json(content["ceilings"]) if "ceilings" in content else None
         return cls(stages, content["images"], content["source"], limits, content.get("all_detections"))
 
@@ -168,11 +172,12 @@ class LayerwiseAP:
         Raises:
             UserError: the file is missing or is something else.
         """
+        require_regular(path)
         try:
             return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise UserError(f"no layer-wise AP at {path} ({error.strerror}); run the evaluation first") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is not a layer-wise AP of this kit ({error})") from None
 
 

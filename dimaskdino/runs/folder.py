@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import filelock
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dimaskdino.config import Config, dump_config, load_config, read_tree
 from dimaskdino.runs.trackers import Metrics, hide_disk_errors_of_threads, open_trackers
 from dimaskdino.utils import plugins
 from dimaskdino.utils.errors import Stopped, UserError, explain_os_error, writing
-from dimaskdino.utils.files import parse_json_object, read_json_object, write_text
+from dimaskdino.utils.files import parse_json_object, read_json_object, read_text, write_text
 
 State = Literal["running", "finished", "stopped", "failed"]
 LOCK_SECONDS = 5.0  # a reader of the status holds the lock for an instant
@@ -46,6 +47,27 @@ _RESUMABLE = (
     *("data.skip_bad_images", "optimizer.lr", "schedule.steps"),
     *("train.average", "train.batch_size", "train.precision"),
 )
+
+
+class _Validation(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    box: float = Field(alias="box_AP")
+    mask: float = Field(alias="mask_AP")
+    stages: dict[str, dict[str, float | None]] = {}
+
+
+class _Record(BaseModel):
+    """The types of what is read in a record of the metrics; all but the step may be missing."""
+
+    model_config = ConfigDict(strict=True)
+
+    step: int = Field(ge=0, le=2**53)
+    loss: float = 0
+    losses: dict[str, float] = {}
+    seconds_per_step: float = 0
+    validation: _Validation = Field(default_factory=lambda: _Validation(box_AP=0, mask_AP=0))
+    best_step: int = 0
 
 
 class RunFolder:
@@ -316,10 +338,10 @@ class RunFolder:
         if not file.exists():
             return []
         records = []
-        text = file.read_text(encoding="utf-8", errors="replace")
-        for line in text.split("\n")[:-1]:  # the last line may still be written
+        for line in read_text(file, errors="replace").split("\n")[:-1]:  # the last line may still be written
             record = parse_json_object(line)
-            if isinstance(record.get("step"), int):
+            with contextlib.suppress(ValidationError):
+                _Record.model_validate(record)
                 records.append(record)
         return records
 

@@ -141,7 +141,7 @@ def plot_losses(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
     figure, (left, right) = panels(1, 2, 10, 3.6)
     terms: dict[str, int] = {}  # of all runs, with the number of their colour
     for number, (label, records) in enumerate(runs.items()):
-        records = [record for record in records if "loss" in record]
+        records = [record for record in records if "loss" in record and "losses" in record]
         if not records:
             continue
         steps, total = [record["step"] for record in records], [record["loss"] for record in records]

@@ -4,23 +4,31 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import re
+import shutil
 import struct
 import zlib
 from base64 import b64encode
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from child import answer
 from exported import coco_beside, cvat, labelme, voc_of_roboflow, yolo
+from safetensors.torch import save_file
 from small import FILE, MODEL, RUN
 
 from dimaskdino.checkpoints.published_keys import ALWAYS, NAMES, NO_EFFECT, SAME
 from dimaskdino.checkpoints.published_settings import _LEVELS, _SPECIAL, _TOGETHER, load_settings
 from dimaskdino.config import dump_config, keys_of, load_config
+from dimaskdino.runs.folder import RunFolder
 from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.serialization import read_safetensors
 
 LONG = "9" * 400
 NUMBERS = ("nan", "inf", "3e8", "-3e8", "1e300", LONG)
@@ -293,3 +301,143 @@ def test_published_keys_with_values_of_another_type(value, tmp_path):
 @pytest.mark.parametrize("key", ["MODEL.BACKBONE.FREEZE_AT", "SEED", "DATASETS.TRAIN", "MODEL.MaskDINO.DN_NOISE_SCALE"])
 def test_a_published_key_of_another_type_is_named(key, child, tmp_path):
     says(child(tmp_path, "config", "show", FILE, key, "{1: 2}"), f"{key} = .*: expected ")
+
+
+# ---- models, resume points, metrics
+
+
+def lists_of_lists(depth: int) -> bytes:
+    """A pickle of a list that holds the same list twice, and so on."""
+    value: list = []
+    for _ in range(depth):
+        value = [value, value]
+    return pickle.dumps({"model": {"a": value}}, protocol=2)
+
+
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [
+        (lists_of_lists(40), "holds no state dict"),
+        (b"\x80\x02]r\xff\xff\xff\x7f.", "numbers more objects"),
+        (pickle.dumps({"a": [[[]]]}).replace(b"]", b"]" * 5000), "pickle|state dict"),
+        (pickle.dumps({"a": np.zeros(2, ">f4")}, protocol=2), "numbers that PyTorch does not know|a ResNet"),
+        (pickle.dumps({1: np.zeros(2, "f4")}, protocol=2), "holds no state dict"),
+    ],
+)
+def test_pickles_that_would_take_all_time_or_memory(content, pattern, child, tmp_path):
+    (tmp_path / "m.pkl").write_bytes(content)
+    says(child(tmp_path, "convert", "m.pkl", "out.safetensors"), pattern)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(2**20, 2**20),
+        torch.zeros(3, 3).to_sparse(),
+        torch.zeros(3, device="meta"),
+        torch.zeros(3).to(torch.float8_e4m3fn),
+    ],
+    ids=["expanded", "sparse", "meta", "8 bits"],
+)
+def test_tensors_of_other_kinds(tensor, place, child):
+    torch.save({"sem_seg_head.x": tensor}, "m.pth")
+    says(child(place.folder, "convert", "m.pth", "out.safetensors"), "holds no state dict")
+
+
+@pytest.mark.parametrize(
+    ("edit", "pattern"),
+    [
+        (lambda m: m.update(config="[" * 100_000), "configuration in .* is damaged"),
+        (lambda m: m.update(classes="[" * 100_000), "damaged metadata"),
+        (lambda m: m.update(classes='["\\ud800", "b", "c", "d", "e"]'), "damaged metadata"),
+        (lambda m: m.update(step="9" * 5000), "damaged metadata"),
+        (lambda m: m.update(config=re.sub('"layers":\\d+', '"layers":1000000', m["config"])), "layers"),
+        (lambda m: m.update(config=re.sub('"classes":\\d+', f'"classes":{LONG}', m["config"])), "classes"),
+    ],
+)
+def test_models_whose_metadata_ask_for_the_impossible(edit, pattern, place, child):
+    tensors, metadata = read_safetensors(place.model)
+    edit(metadata)
+    save_file(tensors, "m.safetensors", metadata)
+    says(child(place.folder, "predict", "m.safetensors", place.photo, "--output", "out", "--device", "cpu"), pattern)
+
+
+def wrong_moment(state: dict, value: Any) -> None:
+    name = next(iter(state["optimizer"]))
+    state["optimizer"][name] = state["optimizer"][name] | {"exp_avg": value}
+
+
+@pytest.mark.parametrize(
+    ("edit", "pattern"),
+    [
+        (lambda s: wrong_moment(s, torch.zeros(1)), "damaged optimizer state"),
+        (lambda s: wrong_moment(s, torch.zeros(0)), "damaged optimizer state"),
+        (lambda s: wrong_moment(s, None), "damaged optimizer state"),
+        (lambda s: s["optimizer"].update({1: {}}), "optimizer states of other parameters"),
+        (lambda s: s["optimizer"].update({next(iter(s["optimizer"])): 5}), "damaged optimizer state"),
+        (lambda s: s["optimizer"].update({"param_groups": 5, "state": {10**6: {}}}), "parts of another training"),
+        (lambda s: s["optimizer"].update({"param_groups": 5}), "parts of another training"),
+        (lambda s: s.pop("optimizer"), "no resume point: optimizer"),
+        (lambda s: s.update(step=-5), "no resume point: step"),
+        (lambda s: s.update(step=10**400), "no resume point: step"),
+        (lambda s: s.update(config="{}"), "other settings"),
+        (lambda s: s.update(config="["), "configuration in .* is damaged"),
+        (lambda s: s.update(config='{"x": 1}'), "unknown setting 'x'"),
+        (lambda s: s.update(validation={"score": "x"}), "no resume point: validation"),
+        (lambda s: s.update(validation={"other": 1}), "parts of another training"),
+        (lambda s: s.update(validation=[1]), "no resume point: validation"),
+        (lambda s: s.update(average={"module.x": torch.zeros(1)}), "parts of another training"),
+        (lambda s: s.update(average={"n_averaged": 5}), "no resume point: average"),
+        (lambda s: s["model"].update({1: torch.zeros(1)}), "no resume point: model"),
+        (lambda s: s["model"].update({"heads.label.bias": torch.tensor(1.0)}), "trained for 1 classes"),
+    ],
+)
+def test_resume_points_with_foreign_or_missing_parts(edit, pattern, place, child):
+    shutil.copytree(place.run, "run")
+    points = sorted(Path("run/checkpoints").glob("step_*.pt"))
+    state = torch.load(points[-1], weights_only=True)
+    edit(state)
+    for point in points:
+        torch.save(state, point)
+    average = ["train.average=0.9"] if state.get("average") else []
+    says(training(place, child, "schedule.steps=8", *average), pattern)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 7, "loss": null}',
+        '{"step": 7, "loss": "x"}',
+        '{"step": 7, "validation": null}',
+        '{"step": 7, "validation": {"box_AP": null, "mask_AP": 1}}',
+        '{"step": 7, "validation": {"box_AP": 1}}',
+        f'{{"step": {LONG}, "loss": 1}}',
+        f'{{"step": 7, "loss": {LONG}}}',
+        '{"step": true, "loss": 1}',
+        '{"step": 7, "losses": {"a": []}}',
+        '{"step": 7, "loss": ' + "[" * 100_000,
+    ],
+)
+def test_damaged_records_of_metrics_are_left_out(line, place, child):
+    shutil.copytree(place.run, "run")
+    before = RunFolder("run").read_metrics()
+    with open("run/metrics.jsonl", "a") as file:
+        file.write(line + "\n")
+    assert RunFolder("run").read_metrics() == before
+    assert answer(*child(place.folder, "status", "run")) == ""
+
+
+STAGES = '{"stages": {"a": {"box": {"AP": "x"}, "mask": null}}, "images": 1, "source": ""}'
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "status.json", "evaluation/layers.json", "config.yaml"])
+def test_a_run_with_a_pipe_or_with_something_else_in_it(name, place, child):
+    texts = ["[" * 100_000, '{"stages": []}\n', STAGES]
+    for make in (os.mkfifo, *(partial(Path.write_text, data=text) for text in texts)):
+        shutil.rmtree("run", ignore_errors=True)
+        shutil.copytree(place.run, "run")
+        file = Path("run") / name
+        file.parent.mkdir(exist_ok=True)
+        file.unlink(missing_ok=True)
+        make(file)
+        answer(*child(place.folder, "status", "run"))
