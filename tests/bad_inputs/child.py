@@ -1,11 +1,13 @@
 """Run the command line in forks of a process that has imported it: a crash, a hang or a flood ends the fork alone.
 
-Reads lines of json, [folder, arguments], from the standard input; answers each with [exit code, output].
+Reads lines of json, [folder, commands], from the standard input; answers each with a list of [exit code, output], which
+ends with the first command that ended the fork.
 """
 
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -15,6 +17,7 @@ import traceback
 SECONDS = 20
 GIGABYTES = 3  # beyond what the imports have mapped
 TRACEBACK = 99
+MARK = "exit code: "
 
 
 def mapped() -> int:
@@ -24,28 +27,31 @@ def mapped() -> int:
     return 0
 
 
-def run(folder: str, arguments: list[str], output: int) -> None:
-    signal.alarm(SECONDS)  # its default action ends a process that never returns to Python, too
+def run(folder: str, commands: list[list[str]], output: int) -> None:
+    """Run commands one after the other, each with the time limit, and write a line MARK and the code after each."""
+    from dimaskdino import cli
+
     if size := mapped():
         resource.setrlimit(resource.RLIMIT_AS, (size + (GIGABYTES << 30),) * 2)
     os.chdir(folder)
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdin.close()
-    sys.argv = ["dimaskdino", *arguments]
-    code: object = TRACEBACK
-    from dimaskdino import cli
-
-    try:
-        cli.main()
-    except SystemExit as ended:
-        code = ended.code
-    except BaseException:
-        traceback.print_exc()
-    with contextlib.suppress(BaseException):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(int(code or 0))
+    for arguments in commands:
+        signal.alarm(SECONDS)  # its default action ends a process that never returns to Python, too
+        sys.argv = ["dimaskdino", *arguments]
+        code: object = TRACEBACK
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code
+        except BaseException:
+            traceback.print_exc()
+        with contextlib.suppress(BaseException):
+            print(f"\n{MARK}{code or 0}")
+            sys.stdout.flush()
+            sys.stderr.flush()
+    os._exit(0)
 
 
 def answer(code: int, output: str) -> str:
@@ -71,8 +77,11 @@ def serve() -> None:
                 run(*json.loads(line), captured.fileno())
             _, status = os.waitpid(child, 0)
             captured.seek(0)
-            text = captured.read().decode(errors="replace")
-        print(json.dumps([os.waitstatus_to_exitcode(status), text]), flush=True)
+            *done, rest = re.split(rf"\n{MARK}(\d+)\n", captured.read().decode(errors="replace"))
+        results = [(int(code), text) for text, code in zip(done[::2], done[1::2], strict=True)]
+        if status:  # the command that ended the fork
+            results.append((os.waitstatus_to_exitcode(status), rest))
+        print(json.dumps(results), flush=True)
 
 
 if __name__ == "__main__":

@@ -67,22 +67,27 @@ def place(shapes_data, finished_run, tmp_path, monkeypatch) -> Place:
 
 
 @pytest.fixture(scope="session")
-def child() -> Iterator[Callable[..., tuple[int, str]]]:
-    """Run the command line in a folder, in a child process with limits of time and memory: its code and its output."""
+def children() -> Iterator[Callable[[Path, list[list[str]]], list[tuple[int, str]]]]:
+    """Run command lines in a folder, in a child process with limits of time and memory: codes and outputs."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(Path(__file__).with_name("child.py"))]
     with subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, text=True) as server:
         assert server.stdin
         assert server.stdout
 
-        def run(folder: Path, *arguments: object) -> tuple[int, str]:
-            server.stdin.write(json.dumps([str(folder), list(map(str, arguments))]) + "\n")
+        def run(folder: Path, commands: list[list[str]]) -> list[tuple[int, str]]:
+            server.stdin.write(json.dumps([str(folder), commands]) + "\n")
             server.stdin.flush()
-            code, output = json.loads(server.stdout.readline())
-            return code, output
+            return [(code, output) for code, output in json.loads(server.stdout.readline())]
 
         yield run
         server.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def child(children) -> Callable[..., tuple[int, str]]:
+    """Run one command line as `children`."""
+    return lambda folder, *arguments: children(folder, [list(map(str, arguments))])[0]
 
 
 @pytest.fixture
