@@ -170,7 +170,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = _literal(value)
+            flat[f"{prefix}{key}"] = _literal(value)
     return flat
 
 

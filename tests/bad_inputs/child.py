@@ -46,7 +46,7 @@ def run(folder: str, commands: list[list[str]], output: int) -> None:
         except SystemExit as ended:
             code = ended.code
         except BaseException:
-            traceback.print_exc()
+            traceback.print_exc(limit=-4)
         with contextlib.suppress(BaseException):
             print(f"\n{MARK}{code or 0}")
             sys.stdout.flush()

@@ -123,7 +123,7 @@ def model(folder: Path, rng: random.Random, place) -> list[str]:
         if rng.random() < 0.6:
             metadata[key] = changed(metadata[key].encode(), rng).decode(errors="ignore")
         else:
-            tensors[rng.choice(sorted(tensors))] = rng.choice([x for x in TENSORS if not x.is_sparse]).clone()[:2]
+            tensors[rng.choice(sorted(tensors))] = rng.choice(TENSORS[:3] + TENSORS[4:5]).clone()
         save_file(tensors, file, metadata)
     return ["predict", str(file), str(place.photo), "--output", str(folder / "out"), "--device", "cpu"]
 
@@ -170,12 +170,9 @@ def run_folder(folder: Path, rng: random.Random, place) -> list[str]:
     return ["status", str(folder / "run")]
 
 
-READERS = {
-    write.__name__: export(write) for write in (coco_beside, yolo, cvat, voc, voc_of_roboflow, labelme, mask_folders)
-}
-READERS |= {
-    make.__name__: make for make in (checked, settings, published, run_folder, model, published_model, resume_point)
-}
+EXPORTS = (coco_beside, yolo, cvat, voc, voc_of_roboflow, labelme, mask_folders)
+OTHERS = (checked, settings, published, run_folder, model, published_model, resume_point)
+READERS = {write.__name__: export(write) for write in EXPORTS} | {make.__name__: make for make in OTHERS}
 
 
 def cases(default: range) -> range:
