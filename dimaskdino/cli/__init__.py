@@ -3,7 +3,6 @@
 Commands import their modules when they run, so that help is fast.
 """
 
-import io
 import re
 import sys
 from collections.abc import Callable
