@@ -1,5 +1,6 @@
 """Numbers are right: of pixels, times and memory, and of detections that were kept or made in batches."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,17 +11,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 from safetensors.numpy import load_file
-from small import shapes_folder, trained_file
+from small import settings, shapes_folder, trained_file
 
+from dimaskdino import load
 from dimaskdino.cli.models import evaluate
 from dimaskdino.config import Config
+from dimaskdino.data.annotations import to_run_lengths
 from dimaskdino.data.check import check_dataset
-from dimaskdino.data.coco import CocoDataset
+from dimaskdino.data.coco import CocoDataset, encode_masks
+from dimaskdino.data.dataloader import equally_padded, evaluation_dataset
 from dimaskdino.data.images import load_image, to_image_tensor
 from dimaskdino.data.importing import import_dataset
+from dimaskdino.evaluation.layerwise_ap import detect_layers
 from dimaskdino.runs import folder
 from dimaskdino.runs.folder import RunFolder
+from dimaskdino.training.validation import Validator
+from dimaskdino.utils.distributed import DistributedContext
 from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.threads import available_memory
 
@@ -115,9 +123,9 @@ def model(data, tmp_path_factory):
     return trained_file(tmp_path_factory.mktemp("model") / "model.safetensors", data)
 
 
-def evaluated(model, output, *settings, **options):
+def evaluated(model, output, *changes, **options):
     """The detections that an evaluation keeps, by part and field."""
-    assert evaluate((str(model), *settings), output=output, keep_detections=True, device="cpu", **options) == 0
+    assert evaluate((str(model), *changes), output=output, keep_detections=True, device="cpu", **options) == 0
     return kept_in(output)
 
 
@@ -153,7 +161,7 @@ def test_kept_detections_serve_again_only_for_the_same_images(model, data, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("settings", "options"),
+    ("changes", "options"),
     [
         (["evaluation.batch_size=2"], {}),
         (["data.resize.shortest=48"], {}),
@@ -161,11 +169,11 @@ def test_kept_detections_serve_again_only_for_the_same_images(model, data, tmp_p
         ([], {"precision": "bf16"}),
     ],
 )
-def test_kept_detections_of_other_settings_are_replaced(settings, options, model, tmp_path):
+def test_kept_detections_of_other_settings_are_replaced(changes, options, model, tmp_path):
     evaluated(model, tmp_path / "out")
     kept = parts(tmp_path / "out")
-    assert evaluated(model, tmp_path / "out", *settings, **options) == evaluated(
-        model, tmp_path / "new", *settings, **options
+    assert evaluated(model, tmp_path / "out", *changes, **options) == evaluated(
+        model, tmp_path / "new", *changes, **options
     )
     again = parts(tmp_path / "out")
     assert not kept.items() & again.items()
@@ -209,6 +217,58 @@ def test_two_evaluations_at_once_never_mix(model, tmp_path):
     for count in alone.keys() - set(ended_well):
         assert "another evaluation is using" in refusals[count]
     assert kept_in(tmp_path / "out") in [alone[count] for count in ended_well]
+
+
+# ---- batches
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory):
+    """Forty validation images, two for each part of an evaluation, in turns of 64x64, 64x128 and 64x96 (h, w)."""
+    root = shapes_folder(tmp_path_factory.mktemp("data") / "unequal", val=40)
+    file = root / "annotations" / "val.json"
+    content = json.loads(file.read_text())
+    added = {image["id"]: (0, 64, 32)[number % 3] for number, image in enumerate(content["images"])}
+    for image in content["images"]:
+        path = root / "images" / "val" / image["file_name"]
+        pixels = np.pad(np.asarray(Image.open(path)), ((0, 0), (0, added[image["id"]]), (0, 0)), mode="edge")
+        Image.fromarray(pixels).save(path)
+        image["width"] += added[image["id"]]
+    for annotation in content["annotations"]:
+        mask = coco_mask.decode(to_run_lengths(annotation["segmentation"], (64, 64)))
+        wider = np.pad(mask, ((0, 0), (0, added[annotation["image_id"]])))
+        annotation["segmentation"] = encode_masks(wider[None])[0]
+    file.write_text(json.dumps(content))
+    return root
+
+
+SIZES = ("data.resize.shortest=64", "data.resize.longest=128")
+
+
+def test_a_detection_does_not_depend_on_its_neighbours(unequal, tmp_path):
+    file = trained_file(tmp_path / "model.safetensors", unequal, *SIZES)
+    alone, together = (detect_layers(load(file, overrides=[f"evaluation.batch_size={n}"])) for n in (1, 8))
+    for stage in alone:
+        a, b = alone[stage], together[stage]
+        order_a, order_b = (np.lexsort((found.scores, found.image_ids)) for found in (a, b))
+        np.testing.assert_allclose(a.scores[order_a], b.scores[order_b], atol=1e-5)
+
+
+def test_a_validation_does_not_depend_on_the_neighbours(unequal):
+    scores = []
+    for size in (1, 8):
+        trained = load("dimaskdino-shapes", overrides=[f"data.root={unequal}", *SIZES, f"evaluation.batch_size={size}"])
+        validator = Validator(trained.config, DistributedContext(0, 1, torch.device("cpu")), trained.classes)
+        scores.append(validator.score(trained.detector))
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+    assert scores[0]["box_AP"] > 5
+
+
+def test_only_images_that_are_padded_alike_share_a_batch(unequal):
+    for size, expected in ((1, [[0, 1, 2, 3, 4, 5]]), (8, [[0, 3], [1, 4], [2, 5]])):
+        config = settings(unequal, *SIZES, f"evaluation.batch_size={size}")
+        groups = equally_padded(evaluation_dataset(config), range(6), config)
+        assert [list(group) for group in groups] == expected
 
 
 # ---- orientation

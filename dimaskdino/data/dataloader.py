@@ -1,6 +1,7 @@
 """Batches: collation, and a training order that depends on the seed and the position alone."""
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ from torchvision.ops import box_convert
 
 from dimaskdino import config
 from dimaskdino.data.coco import CocoDataset, Sample
-from dimaskdino.data.transforms import copy_paste, evaluation_resize, training_transform
+from dimaskdino.data.transforms import copy_paste, evaluation_resize, resized_size, training_transform
 from dimaskdino.modeling.structures import Targets, padded_size
 from dimaskdino.utils.errors import UserError, first_line
 from dimaskdino.utils.signals import HelperSignals
@@ -154,6 +155,18 @@ def evaluation_loader(data: CocoDataset, settings: config.Config, groups: Sequen
     for group in groups:
         positions += [list(group[i : i + size]) for i in range(0, len(group), size)]
     return _loader(data, positions, settings)
+
+
+def equally_padded(data: CocoDataset, positions: Sequence[int], settings: config.Config) -> list[Sequence[int]]:
+    """Group positions for `evaluation_loader`, since padding to a larger neighbour changes an image's detections."""
+    if settings.evaluation.batch_size == 1:
+        return [positions]
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for position in positions:
+        image = data.images[position]
+        size = resized_size((image["height"], image["width"]), settings.data.resize)
+        groups[padded_size([size])].append(position)
+    return list(groups.values())
 
 
 def _loader(data: Dataset[Sample], positions: Sized, settings: config.Config) -> DataLoader:

@@ -14,7 +14,14 @@ from pydantic import TypeAdapter
 from dimaskdino.checkpoints.model_files import TrainedModel
 from dimaskdino.data.check import record_faults
 from dimaskdino.data.coco import find_split
-from dimaskdino.data.dataloader import Batch, batches, evaluation_dataset, evaluation_loader, explaining_dead_workers
+from dimaskdino.data.dataloader import (
+    Batch,
+    batches,
+    equally_padded,
+    evaluation_dataset,
+    evaluation_loader,
+    explaining_dead_workers,
+)
 from dimaskdino.evaluation.coco_ap import COCO_DETECTIONS, AveragePrecision, Truth, average_precision, read_truth
 from dimaskdino.evaluation.detections import Detections, DetectionStore, file_digest, fingerprint, state_digest
 from dimaskdino.evaluation.upper_bounds import UpperBounds, upper_bounds
@@ -281,7 +288,8 @@ def detect_layers(
     }
     store = DetectionStore(folder, about, len(data), first=shard[0] == 0)
     missing = store.missing(shard)
-    loader = evaluation_loader(data, settings, [store.images_of(part) for part in missing])
+    groups = [group for part in missing for group in equally_padded(data, store.images_of(part), settings)]
+    loader = evaluation_loader(data, settings, groups)
     images_left = sum(len(store.images_of(part)) for part in missing)
     title = f"evaluating {data.annotations_file.stem}"
     with (

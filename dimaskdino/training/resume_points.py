@@ -27,6 +27,13 @@ def save_resume_point(folder: Path, state: dict[str, Any], keep: int = 2) -> Non
             old.unlink()
 
 
+def set_aside_newer(folder: Path, step: int) -> None:
+    """Rename resume points after a step, which could not be read, so that pruning never prefers them to good ones."""
+    for path in resume_points(folder):
+        if path.name > resume_point_path(folder, step).name:
+            path.rename(path.with_name(f"{path.name}.damaged"))
+
+
 def load_resume_point(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
     """Load the newest readable resume point of a folder.
 

@@ -43,7 +43,7 @@ from dimaskdino.modeling.precision import autocast
 from dimaskdino.runs.folder import Metrics, RunFolder, changed_settings, check_settings
 from dimaskdino.training.criterion import Losses, criterion
 from dimaskdino.training.optimizer import build_optimizer, load_moments, moments_by_name, set_learning_rate
-from dimaskdino.training.resume_points import load_resume_point, save_resume_point
+from dimaskdino.training.resume_points import load_resume_point, save_resume_point, set_aside_newer
 from dimaskdino.training.validation import Best, Validator, averaged
 from dimaskdino.utils.distributed import DistributedContext
 from dimaskdino.utils.errors import Stopped, UserError, first_line
@@ -191,6 +191,8 @@ class Trainer:
             self.folder.check_start()
             self._start_from(self.config.train.weights)
             return None
+        if remark and self.context.rank == 0:
+            set_aside_newer(self.folder.checkpoints, state["step"])
         # validated first: settings that are newer than the run then have their defaults, and are no change
         point = resume_point_path(self.folder.checkpoints, state["step"])
         before = parse_stored(state["config"], point)
@@ -266,6 +268,11 @@ class Trainer:
             self.folder.metrics(self.step, self.config, enabled=self.context.rank == 0) as metrics,
         ):
             silent = self.context.rank > 0
+            if self._out_of_patience() and not silent:
+                print(
+                    f"the training ended at step {self.step}, since it ran out of train.validation.patience; "
+                    "train.validation.patience=null goes on"
+                )
             progress = progress_bar(None, "training", steps, log_by_hand=True, initial=self.step, disable=silent)
             if self._changed:
                 metrics.write({"step": self.step, "changed": self._changed})

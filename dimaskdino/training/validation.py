@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from dimaskdino.checkpoints.model_files import TrainedModel
 from dimaskdino.config import Config
 from dimaskdino.data.coco import Record
-from dimaskdino.data.dataloader import batches, evaluation_dataset, evaluation_loader
+from dimaskdino.data.dataloader import batches, equally_padded, evaluation_dataset, evaluation_loader
 from dimaskdino.data.painting import paint_beside_truth
 from dimaskdino.evaluation.coco_ap import average_precision, read_truth
 from dimaskdino.evaluation.detections import Detections
@@ -66,7 +66,8 @@ class Validator:
         own = self.positions[self.context.rank :: self.context.world_size]
         found: dict[str, list[Detections]] = {name: [] for name in chosen}
         with self._model(detector) as model:
-            for batch in batches(evaluation_loader(self.data, self.config, [own])):
+            groups = equally_padded(self.data, own, self.config)
+            for batch in batches(evaluation_loader(self.data, self.config, groups)):
                 for name, detections in detect_batch(model, batch, chosen, self.data.category_ids).items():
                     found[name] += detections
         scores = {name: self._average_precision(detections) for name, detections in found.items()}

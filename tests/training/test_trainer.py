@@ -392,3 +392,26 @@ def test_an_exported_run_is_a_run_of_half_the_size(finished, tmp_path):
         share(finished.path, target.path)
     with pytest.raises(UserError, match="is not a finished run"):
         share(tmp_path / "none", tmp_path / "other")
+
+
+def test_a_damaged_newer_resume_point_does_not_outlive_the_good_ones(shapes_data, tmp_path):
+    run = RunFolder(tmp_path)
+    config = settings(shapes_data, "train.keep=1", "schedule.steps=2", "train.checkpoint_every=1")
+    train(config, run)
+    (run.checkpoints / "step_0000005.pt").write_bytes(b"damaged")
+    run.model.unlink()
+    train(settings(shapes_data, "train.keep=1", "schedule.steps=3", "train.checkpoint_every=1"), run)
+    assert sorted(path.name for path in run.checkpoints.glob("step*")) == ["step_0000003.pt", "step_0000005.pt.damaged"]
+
+
+def test_a_run_without_patience_left_says_so_and_goes_on_when_asked(shapes_data, tmp_path, capsys):
+    run = RunFolder(tmp_path)
+    validated = ("train.validation.every=1", "train.validation.images=1", "schedule.steps=6", "optimizer.lr=1e-12")
+    train(settings(shapes_data, *validated, "train.validation.patience=1"), run)
+    ended = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert ended < 6
+    capsys.readouterr()
+    train(settings(shapes_data, *validated, "train.validation.patience=1"), run)
+    assert f"the training ended at step {ended}, since it ran out" in capsys.readouterr().out
+    train(settings(shapes_data, *validated), run)
+    assert load(run.path).step == 6
