@@ -71,6 +71,8 @@ def serve() -> None:
     import dimaskdino.training.trainer  # noqa: F401
 
     for line in sys.stdin:
+        if not line.strip():
+            break
         with tempfile.TemporaryFile() as captured:
             child = os.fork()
             if not child:

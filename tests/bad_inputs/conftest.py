@@ -81,6 +81,7 @@ def children() -> Iterator[Callable[[Path, list[list[str]]], list[tuple[int, str
             return [(code, output) for code, output in json.loads(server.stdout.readline())]
 
         yield run
+        server.stdin.write("\n")  # the end of the pipe alone may not come: a process of another test can hold it open
         server.stdin.close()
 
 
