@@ -15,6 +15,8 @@ from dimaskdino.utils.errors import Stopped, UserError, explain_os_error, first_
 from dimaskdino.utils.signals import EXIT_STOPPED, end_with_parent
 from dimaskdino.utils.terminal import accept_all_text, printable
 
+LONGEST = 1000  # characters of a message
+
 
 def _group(**commands: Callable[..., int]) -> SubcommandApp:
     """Group commands; the names end in an underscore where Python has them as keywords."""
@@ -66,5 +68,7 @@ def main() -> None:
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         message, code = f"the memory does not suffice ({first_line(error)}); choose smaller sizes or batches", 1
+    if len(message) > LONGEST:  # it quotes a file, or a value
+        message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
     print(f"dimaskdino: {message}", file=sys.stderr)
     sys.exit(code)
