@@ -31,7 +31,7 @@ from dimaskdino.utils.errors import UserError
 from dimaskdino.utils.serialization import read_safetensors
 
 LONG = "9" * 400
-NUMBERS = ("nan", "inf", "3e8", "-3e8", "1e300", LONG)
+NUMBERS = ["nan", "3e8", LONG, *(pytest.param(text, marks=pytest.mark.slow) for text in ("inf", "-3e8", "1e300"))]
 
 
 def says(found: tuple[int, str], pattern: str) -> None:
@@ -286,7 +286,7 @@ def test_a_training_that_no_memory_holds_is_refused_in_one_line(place, child):
     says(training(place, child, "loss.points=1000000000000"), "memory does not suffice")
 
 
-@pytest.mark.parametrize("value", [int(LONG), [1], {"a": 1}, "text", None, -1, "1e400", "(" * 300, [[1]], math.nan, {}])
+@pytest.mark.parametrize("value", [int(LONG), [[1]], {"a": 1}, "(" * 300, None, math.nan])
 def test_published_keys_with_values_of_another_type(value, tmp_path):
     file = tmp_path / "published.yaml"
     for key in (*SAME, *ALWAYS, *_SPECIAL, *NO_EFFECT, *NAMES, *_TOGETHER, *_LEVELS):
@@ -371,23 +371,25 @@ def wrong_moment(state: dict, value: Any) -> None:
     ("edit", "pattern"),
     [
         (lambda s: wrong_moment(s, torch.zeros(1)), "damaged optimizer state"),
-        (lambda s: wrong_moment(s, torch.zeros(0)), "damaged optimizer state"),
-        (lambda s: wrong_moment(s, None), "damaged optimizer state"),
+        pytest.param(lambda s: wrong_moment(s, torch.zeros(0)), "damaged optimizer state", marks=pytest.mark.slow),
+        pytest.param(lambda s: wrong_moment(s, None), "damaged optimizer state", marks=pytest.mark.slow),
         (lambda s: s["optimizer"].update({1: {}}), "optimizer states of other parameters"),
         (lambda s: s["optimizer"].update({next(iter(s["optimizer"])): 5}), "damaged optimizer state"),
         (lambda s: s["optimizer"].update({"param_groups": 5, "state": {10**6: {}}}), "parts of another training"),
-        (lambda s: s["optimizer"].update({"param_groups": 5}), "parts of another training"),
-        (lambda s: s.pop("optimizer"), "no resume point: optimizer"),
+        pytest.param(
+            lambda s: s["optimizer"].update({"param_groups": 5}), "parts of another training", marks=pytest.mark.slow
+        ),
+        pytest.param(lambda s: s.pop("optimizer"), "no resume point: optimizer", marks=pytest.mark.slow),
         (lambda s: s.update(step=-5), "no resume point: step"),
-        (lambda s: s.update(step=10**400), "no resume point: step"),
-        (lambda s: s.update(config="{}"), "other settings"),
+        pytest.param(lambda s: s.update(step=10**400), "no resume point: step", marks=pytest.mark.slow),
+        pytest.param(lambda s: s.update(config="{}"), "other settings", marks=pytest.mark.slow),
         (lambda s: s.update(config="["), "configuration in .* is damaged"),
         (lambda s: s.update(config='{"x": 1}'), "unknown setting 'x'"),
         (lambda s: s.update(validation={"score": "x"}), "no resume point: validation"),
         (lambda s: s.update(validation={"other": 1}), "parts of another training"),
-        (lambda s: s.update(validation=[1]), "no resume point: validation"),
+        pytest.param(lambda s: s.update(validation=[1]), "no resume point: validation", marks=pytest.mark.slow),
         (lambda s: s.update(average={"module.x": torch.zeros(1)}), "parts of another training"),
-        (lambda s: s.update(average={"n_averaged": 5}), "no resume point: average"),
+        pytest.param(lambda s: s.update(average={"n_averaged": 5}), "no resume point: average", marks=pytest.mark.slow),
         (lambda s: s["model"].update({1: torch.zeros(1)}), "no resume point: model"),
         (lambda s: s["model"].update({"heads.label.bias": torch.tensor(1.0)}), "trained for 1 classes"),
     ],
