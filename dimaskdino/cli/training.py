@@ -140,8 +140,9 @@ def status(run: Positional[Path]) -> int:
         if "loss" in record:
             latest = f"step {step}, loss {record['loss']:.2f}"
         if "validation" in record:
-            box, mask = record["validation"]["box_AP"], record["validation"]["mask_AP"]
-            validated = f"validation at step {step}: box AP {box:.1f}, mask AP {mask:.1f}; "
+            scored = record["validation"]
+            box, mask = ("–" if scored[key] is None else f"{scored[key]:.1f}" for key in ("box_AP", "mask_AP"))
+            validated = f"validation at step {step}: box AP {box}, mask AP {mask}; "
             validated += f"the best was at step {record.get('best_step', step)}"
     print("".join(f"{line}\n" for line in (latest, validated) if line), end="")
     evaluation = run / "evaluation" / "layers.json"

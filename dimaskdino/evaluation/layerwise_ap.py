@@ -28,7 +28,7 @@ from dimaskdino.evaluation.upper_bounds import UpperBounds, upper_bounds
 from dimaskdino.modeling import ImageBatch, Predictions, Stage, postprocess
 from dimaskdino.modeling.stages import FIRST_LAYER
 from dimaskdino.utils import plugins
-from dimaskdino.utils.errors import UserError
+from dimaskdino.utils.errors import UserError, first_line
 from dimaskdino.utils.files import require_regular, write_text
 from dimaskdino.utils.progress import progress_bar
 from dimaskdino.utils.terminal import print_lines, printable
@@ -185,7 +185,7 @@ class LayerwiseAP:
         except OSError as error:
             raise UserError(f"no layer-wise AP at {path} ({error.strerror}); run the evaluation first") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path} is not a layer-wise AP of this kit ({error})") from None
+            raise UserError(f"{path} is not a layer-wise AP of this kit ({first_line(error)})") from None
 
 
 def show_ap(ap: float | None, sign: Literal["", "+"] = "") -> str:

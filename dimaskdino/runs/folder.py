@@ -52,8 +52,8 @@ _RESUMABLE = (
 class _Validation(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    box: float = Field(alias="box_AP")
-    mask: float = Field(alias="mask_AP")
+    box: float | None = Field(alias="box_AP")
+    mask: float | None = Field(alias="mask_AP")
     stages: dict[str, dict[str, float | None]] = {}
 
 

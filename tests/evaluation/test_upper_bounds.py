@@ -80,7 +80,7 @@ def result(box, mask):
     """A result with these AP at `decoder.0` and `decoder.1`, with the upper bounds of a square of 16."""
 
     def ap(value):
-        return AveragePrecision(**dict.fromkeys(AveragePrecision.__dataclass_fields__) | {"AP": value})
+        return AveragePrecision(**dict.fromkeys(AveragePrecision.__dataclass_fields__) | {"AP": value, "per_class": {}})
 
     limits = upper_bounds(squares(8, 16), settings("maskdino"))
     stages = {name: StageAP(ap(box), ap(mask)) for name in ("decoder.0", "decoder.1")}

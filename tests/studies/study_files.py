@@ -33,7 +33,7 @@ def write_study(folder, **changes):
 
 
 def stage_ap(box, mask=None):
-    fields = dict.fromkeys(AveragePrecision.__dataclass_fields__)
+    fields = dict.fromkeys(AveragePrecision.__dataclass_fields__) | {"per_class": {}}
     return StageAP(AveragePrecision(**fields | {"AP": box}), AveragePrecision(**fields | {"AP": mask}))
 
 
