@@ -411,7 +411,7 @@ def test_resume_points_with_foreign_or_missing_parts(edit, pattern, place, child
         '{"step": 7, "loss": null}',
         '{"step": 7, "loss": "x"}',
         '{"step": 7, "validation": null}',
-        '{"step": 7, "validation": {"box_AP": null, "mask_AP": 1}}',
+        '{"step": 7, "validation": {"box_AP": "1", "mask_AP": 1}}',
         '{"step": 7, "validation": {"box_AP": 1}}',
         f'{{"step": {LONG}, "loss": 1}}',
         f'{{"step": 7, "loss": {LONG}}}',
