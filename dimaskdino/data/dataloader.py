@@ -1,10 +1,13 @@
 """Batches: collation, and a training order that depends on the seed and the position alone."""
 
 import contextlib
+import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from dimaskdino.utils.errors import UserError, first_line
 from dimaskdino.utils.signals import HelperSignals
 from dimaskdino.utils.threads import available_cores
 
+SHARED, LEAST_SHARED = Path("/dev/shm"), 2**28  # bytes, for the batches of loader processes
 BAD_IMAGES_IN_A_ROW = 20  # more than that means a wrong folder
 
 
@@ -172,6 +176,13 @@ def equally_padded(data: CocoDataset, positions: Sequence[int], settings: config
 def _loader(data: Dataset[Sample], positions: Sized, settings: config.Config) -> DataLoader:
     # more loader processes than cores slow each other down
     workers = min(settings.data.workers, available_cores()) if len(positions) else 0
+    if workers and SHARED.exists() and shutil.disk_usage(SHARED).total < LEAST_SHARED:
+        print(
+            f"note: images are loaded without loader processes, which need more shared memory than {SHARED} has "
+            f"({shutil.disk_usage(SHARED).total / 2**20:.0f} MiB); in Docker: --shm-size=2g",
+            file=sys.stderr,
+        )
+        workers = 0
     return DataLoader(
         data,
         batch_sampler=positions,  # type: ignore[arg-type]

@@ -48,7 +48,7 @@ from dimaskdino.training.validation import Best, Validator, averaged
 from dimaskdino.utils.distributed import DistributedContext
 from dimaskdino.utils.errors import Stopped, UserError, first_line
 from dimaskdino.utils.progress import progress_bar
-from dimaskdino.utils.signals import StopRequest
+from dimaskdino.utils.signals import Interrupt, StopRequest
 from dimaskdino.utils.terminal import print_lines
 from dimaskdino.utils.threads import adaptive_threads
 
@@ -300,10 +300,7 @@ class Trainer:
                 if self.step % every == 0 or self.step == steps or self._stopping or self._out_of_patience():
                     self._save()
                 if self._stopping and self.step < steps:
-                    reason = self._stop.received or "a signal to another process"
-                    raise Stopped(
-                        f"stopped by {reason} at step {self.step} of {steps}; run the same command again to resume"
-                    )
+                    raise self._stopped()
             progress.close()
         if self.context.rank == 0:
             self._save_model(self.folder.model)
@@ -345,12 +342,24 @@ class Trainer:
             )
 
     def _load(self, parts: Iterator[Batch]) -> list[Batch]:
-        """This process's parts of the next step. A bad image saves the state before it stops the run."""
+        """This process's parts of the next step. A bad image saves the state before it stops the run.
+
+        A signal ends the wait for a loader that hangs; several processes can only stop together, after a step.
+        """
+        alone = self.context.world_size == 1
         try:
-            return [next(parts) for _ in range(self.config.train.accumulate)]
+            with self._stop.waiting() if alone else contextlib.nullcontext():
+                return [next(parts) for _ in range(self.config.train.accumulate)]
         except UserError:
             self._save()
             raise
+        except Interrupt:
+            self._save()
+            raise self._stopped() from None
+
+    def _stopped(self) -> Stopped:
+        reason, steps = self._stop.received or "a signal to another process", self.config.schedule.steps
+        return Stopped(f"stopped by {reason} at step {self.step} of {steps}; run the same command again to resume")
 
     def _train_step(self, parts: list[Batch]) -> tuple[dict[str, Tensor], Tensor]:
         """One optimizer step over this process's parts of the batch; returns the losses and the gradient's norm."""

@@ -27,14 +27,29 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     return tuple(signal.Signals[name] for name in names)
 
 
+class Interrupt(BaseException):
+    """A stop signal came while `StopRequest.waiting`."""
+
+
 class StopRequest:
     """Context manager that remembers a stop signal, so that a training can finish its step.
 
     Attributes:
         received: name of the first signal received, None before.
+        is_waiting: whether a signal raises `Interrupt` at once, since nothing has to be finished.
     """
 
     received: str | None = None
+    is_waiting = False
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Let a signal raise `Interrupt` inside the `with` block."""
+        self.is_waiting = True
+        try:
+            yield
+        finally:
+            self.is_waiting = False
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._remember) for number in stop_signals()}
@@ -46,6 +61,9 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number).name
+        if self.is_waiting:
+            self.is_waiting = False
+            raise Interrupt
 
 
 @contextlib.contextmanager
